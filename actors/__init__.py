@@ -1,0 +1,1 @@
+"""Thin Ray shells around `puzzle_ray`: each states resources and retry policy, and nothing else."""

@@ -1,0 +1,46 @@
+"""Trains the variants of one or several layers in a process of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import ray
+
+from puzzle_ray.artifacts import SearchSpace
+from puzzle_ray.config import LibraryConfig
+from puzzle_ray.store import Step
+from puzzle_ray.transport import Container
+
+
+class Trainer:
+    """Layers `layers` of the library. Continues from its own checkpoints when it is started again."""
+
+    def __init__(
+        self, parent: str, layers: Sequence[int], space: SearchSpace, config: LibraryConfig, step: Step, num_threads: int
+    ) -> None:
+        import torch
+
+        from puzzle_ray.distill.library import GroupTrainer
+
+        self.travels = getattr(torch, config.activation_dtype)
+        self.group = GroupTrainer(parent, layers, space, config, step, num_threads)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def last(self) -> int:
+        """The last position all layers here have done."""
+        return self.group.last
+
+    def step(self, position: int, indices: Sequence[int], *hidden_states: Container) -> float | None:
+        """One micro-batch: `hidden_states[n]` is the input of layer `indices[n]`. Raises OutOfOrder for a gap."""
+        from puzzle_ray.transport import unpack
+
+        tensors = {i: unpack(h, self.travels).float() for i, h in zip(indices, hidden_states, strict=True)}
+        return self.group.step(position, tensors)
+
+
+@ray.remote(max_restarts=-1, max_task_retries=0)  # a lost step is not retried: the driver goes back to what the checkpoint knows
+class BlockTrainer(Trainer):
+    """A trainer as an actor."""

@@ -1,0 +1,177 @@
+"""A layer as (attention, ffn) that can be swapped, and a run of layers that can be driven without the rest of the model.
+
+Every forward here is the family's own: a layer's attention half is the layer with a no-op FFN, its FFN half the layer with a
+no-op attention. What transformers computes is therefore what is trained, scored, profiled and served.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice, LayerSpace, SearchSpace, SubblockKind
+from puzzle_ray.checkpoint import Checkpoint
+from puzzle_ray.families import Descriptor
+from puzzle_ray.variants import find, resolve
+
+
+def layer_type(config: Any, index: int) -> str:
+    """transformers' word for what a layer's attention sees: `full_attention`, `sliding_attention` ..."""
+    types = getattr(config, "layer_types", None)
+    return str(types[index]) if types else "full_attention"
+
+
+def search_space(config: Any, attention: tuple[str, ...], ffn: tuple[str, ...], multiple_of: int) -> SearchSpace:
+    """The variants named in a config, resolved against this parent; `parent` is always among them."""
+    if getattr(config, "num_key_value_heads", None) is None:
+        config.num_key_value_heads = config.num_attention_heads
+
+    def resolved(names: tuple[str, ...], kind: SubblockKind) -> tuple[str, ...]:
+        return tuple(dict.fromkeys([PARENT, *(resolve(name, kind, config, multiple_of) for name in names)]))
+
+    a, f = resolved(attention, "attention"), resolved(ffn, "ffn")
+    return SearchSpace(tuple(LayerSpace(a, f, layer_type(config, i)) for i in range(config.num_hidden_layers)))
+
+
+def reshape(layer: nn.Module, choice: LayerChoice, descriptor: Descriptor, config: Any) -> None:
+    """Shape-only surgery on one layer, in place."""
+    for kind in KINDS:
+        variant, argument = find(choice.variant(kind), kind)
+        variant.reshape(layer, argument, kind, descriptor, config)
+
+
+def subblock_state(layer: nn.Module, kind: SubblockKind, descriptor: Descriptor) -> dict[str, Tensor]:
+    """The weights of one subblock and its norms, by their names inside the layer."""
+    prefixes = descriptor.prefixes(kind)
+    return {name: value for name, value in layer.state_dict().items() if name.startswith(prefixes)}
+
+
+def load_subblock(layer: nn.Module, kind: SubblockKind, descriptor: Descriptor, state: Mapping[str, Tensor]) -> None:
+    """Writes a subblock's weights into a layer of the same shape. Raises ValueError where names or shapes differ."""
+    own = subblock_state(layer, kind, descriptor)
+    if own.keys() != state.keys():
+        raise ValueError(f"{kind}: expected {sorted(own)}, got {sorted(state)}")
+    with torch.no_grad():
+        for name, value in state.items():
+            if own[name].shape != value.shape:
+                raise ValueError(f"{kind}: {name} is {tuple(value.shape)}, expected {tuple(own[name].shape)}")
+            own[name].copy_(value)
+
+
+def swapped(
+    layer: nn.Module,
+    choice: LayerChoice,
+    descriptor: Descriptor,
+    config: Any,
+    states: Mapping[SubblockKind, Mapping[str, Tensor]] | None = None,
+) -> nn.Module:
+    """A layer with some subblocks replaced. What stays the parent's is shared with `layer`, not copied.
+
+    `states` holds the weights of the replaced subblocks; without it they are left as allocated.
+    """
+    memo: dict[int, Any] = {}
+    for kind in KINDS:
+        if choice.variant(kind) == PARENT:
+            for name in (descriptor.module(kind), *descriptor.norms(kind)):
+                module = getattr(layer, name)
+                memo[id(module)] = module
+    child = copy.deepcopy(layer, memo)
+    reshape(child, choice, descriptor, config)
+    for kind, state in (states or {}).items():
+        load_subblock(child, kind, descriptor, state)
+    return child
+
+
+class LayerStack(nn.Module):
+    """Layers `first .. last` (exclusive) of a parent; with the embedding if `first` is 0, with final norm and head if `last` is the
+    end (`ends=False`: layers alone).
+
+    `hidden_states` are `[batch, tokens, hidden_size]`; sequences carry no padding.
+    """
+
+    def __init__(
+        self, model: nn.Module, descriptor: Descriptor, config: Any, first: int, last: int, *, ends: bool = True
+    ) -> None:
+        super().__init__()
+        self.descriptor, self.config, self.first, self.last = descriptor, config, first, last
+        self.layers = nn.ModuleList(list(model.get_submodule(descriptor.layers))[first:last])  # type: ignore[arg-type]
+        self.rotary = model.get_submodule(descriptor.rotary) if descriptor.rotary else None
+        starts, stops = ends and first == 0, ends and last == config.num_hidden_layers
+        self.embedding = model.get_submodule(descriptor.embedding) if starts else None
+        self.final_norm = model.get_submodule(descriptor.final_norm) if stops else None
+        self.head = model.get_submodule(descriptor.head) if stops else None
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """[batch, tokens] -> [batch, tokens, hidden_size]."""
+        assert self.embedding is not None, "this stack does not hold the embedding"
+        out: Tensor = self.embedding(input_ids)
+        return out
+
+    def layer_arguments(self, hidden_states: Tensor, index: int) -> dict[str, Any]:
+        """What the family's model hands to layer `index` besides the hidden states."""
+        position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
+        sliding = layer_type(self.config, index) == "sliding_attention" or (
+            getattr(self.config, "layer_types", None) is None and getattr(self.config, "sliding_window", None) is not None
+        )
+        make_mask = create_sliding_window_causal_mask if sliding else create_causal_mask
+        mask = make_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=None, position_ids=position_ids
+        )
+        arguments: dict[str, Any] = {"attention_mask": mask, "position_ids": position_ids, "use_cache": False}
+        if self.rotary is not None:
+            arguments["position_embeddings"] = self.rotary(hidden_states, position_ids=position_ids)
+        return arguments
+
+    def run_layer(self, layer: nn.Module, index: int, hidden_states: Tensor, arguments: dict[str, Any] | None = None) -> Tensor:
+        """One layer (the stack's own or a stand-in for layer `index`) on `[batch, tokens, hidden_size]`."""
+        out = layer(hidden_states, **(arguments or self.layer_arguments(hidden_states, index)))
+        return out[0] if isinstance(out, tuple) else out
+
+    def layer(self, index: int) -> nn.Module:
+        """Layer `index` of the whole model."""
+        return self.layers[index - self.first]
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """Final norm and head: [batch, tokens, hidden_size] -> [batch, tokens, vocab_size]."""
+        assert self.final_norm is not None and self.head is not None, "this stack does not hold the head"
+        out: Tensor = self.head(self.final_norm(hidden_states))
+        return out
+
+
+def _materialise(module: nn.Module, prefix: str, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """Fills a module built on the meta device from tensors named `prefix.*`."""
+    names = {f"{prefix}.{name}": name for name in module.state_dict()}
+    module.to_empty(device="cpu")
+    own = module.state_dict()
+    for full_name, value in checkpoint.read(names):
+        own[names[full_name]].copy_(value.to(dtype))
+
+
+def load_stack(
+    folder: Path, descriptor: Descriptor, config: Any, first: int, last: int, dtype: torch.dtype, *, ends: bool = True
+) -> LayerStack:
+    """Reads only the layers asked for, tensor by tensor. `dtype` is the one to compute in."""
+    config = copy.deepcopy(config)
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        model = getattr(transformers, descriptor.model_class)._from_config(config, dtype=dtype)
+    stack = LayerStack(model, descriptor, config, first, last, ends=ends)
+    checkpoint = Checkpoint(folder)
+    for index in range(first, last):
+        _materialise(stack.layer(index), f"{descriptor.layers}.{index}", checkpoint, dtype)
+    if stack.rotary is not None:
+        stack.rotary = type(stack.rotary)(config=config)
+    if stack.embedding is not None:
+        _materialise(stack.embedding, descriptor.embedding, checkpoint, dtype)
+    if stack.final_norm is not None and stack.head is not None:
+        _materialise(stack.final_norm, descriptor.final_norm, checkpoint, dtype)
+        tied = f"{descriptor.head}.weight" not in checkpoint
+        _materialise(stack.head, descriptor.embedding if tied else descriptor.head, checkpoint, dtype)
+    return stack.eval().requires_grad_(False)

@@ -1,0 +1,241 @@
+"""All settings of a run, one model per stage. YAML + `--set a.b=c` on top; unknown keys are refused with a suggestion."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from puzzle_ray.artifacts import Scenario
+from puzzle_ray.errors import ConfigError
+from puzzle_ray.plugins import did_you_mean
+from puzzle_ray.search.limits import Limits
+
+TINY = "tiny"
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(Section):
+    """Text. A source is a .txt/.jsonl/.parquet file, a folder or glob of them, an fsspec URL, or a datasets hub id."""
+
+    train: str | None = None
+    heldout: str | None = None  # without it, a share of the training documents is held out
+    heldout_fraction: Fraction = 0.05
+    text_column: str = "text"
+    split: str = "train"  # of a hub data set
+    sequence_length: Annotated[int, Field(ge=8)] = 256
+    max_train_tokens: Count = 1_000_000_000
+    max_heldout_tokens: Count = 1_000_000
+
+
+class SpaceConfig(Section):
+    """Variants offered to every layer. Percentages are of the parent's own count or width."""
+
+    attention: tuple[str, ...] = ("parent", "gqa:50%", "gqa:25%", "linear", "noop")
+    ffn: tuple[str, ...] = ("parent", "ffn:75%", "ffn:50%", "ffn:25%", "ffn:10%", "linear", "noop")
+    ffn_multiple_of: Count = 8  # percentages of the FFN width are rounded to a multiple of this
+
+
+class LibraryConfig(Section):
+    """Blockwise local distillation."""
+
+    tokens: Count = 1_000_000
+    calibration_tokens: Count = 16_384
+    validation_tokens: Count = 8_192
+    micro_batch_tokens: Count = 2048
+    learning_rate: Positive = 1e-3
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    weight_decay: NonNegative = 0.0
+    gradient_clip: Positive = 1.0
+    checkpoint_every: Count = 50  # micro-batches
+    window: Count = 3  # micro-batches in flight
+    activation_dtype: DType = "float32"  # of what travels
+
+
+class ProfileConfig(Section):
+    """What is measured, where. `resources` and `label_selector` pin the profilers, e.g. {"accelerator_type:H100": 0.001}."""
+
+    engine: str = "torch"
+    scenario: Scenario = Scenario(batch_size=16, input_tokens=256, output_tokens=32)
+    batch_sizes: tuple[Count, ...] = ()  # more than the scenario's own
+    dtype: DType = "float32"
+    repeats: Annotated[int, Field(ge=2)] = 5
+    stack: Count = 4  # layers in the smaller of the two stacks whose difference is timed
+    num_profilers: Count = 1
+    num_gpus: NonNegative = 0
+    resources: dict[str, float] = {}
+    label_selector: dict[str, str] = {}
+
+
+class ScoringConfig(Section):
+    """Replace-one damage on held-out text."""
+
+    metric: Literal["kl", "lm_loss"] = "kl"
+    granularity: Literal["block", "subblock"] = "subblock"
+    tokens: Count = 8_192
+    micro_batch_tokens: Count = 2048
+
+
+class SearchConfig(Section):
+    """The budget, and how it is searched."""
+
+    limits: Limits = Limits(speedup=1.5)
+    searcher: str = "mip"
+    time_limit_s: Positive = 60.0
+    sweep_speedups: tuple[Positive, ...] = (1.1, 1.25, 1.5, 1.75, 2.0)
+
+
+class GkdConfig(Section):
+    """Global knowledge distillation: weights of the loss' terms, and training."""
+
+    tokens: Annotated[int, Field(ge=0)] = 1_000_000
+    micro_batch_tokens: Count = 2048  # per worker and step
+    num_workers: Count = 1
+    learning_rate: Positive = 3e-4
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    weight_decay: NonNegative = 0.0
+    gradient_clip: Positive = 1.0
+    kl_weight: NonNegative = 1.0
+    cosine_weight: NonNegative = 1.0
+    lm_weight: NonNegative = 0.0
+    checkpoint_every: Count = 50  # steps
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    use_gpu: bool = False
+
+    @model_validator(mode="after")
+    def _some_loss(self) -> GkdConfig:
+        if self.kl_weight + self.cosine_weight + self.lm_weight == 0:
+            raise ValueError("all loss weights are 0; set gkd.kl_weight, gkd.cosine_weight or gkd.lm_weight")
+        return self
+
+
+class EvaluateConfig(Section):
+    tokens: Count = 32_768
+    repeats: Annotated[int, Field(ge=1)] = 5
+    prompt: str = "Once upon a time"
+    sample_tokens: Count = 48
+
+
+class ClusterConfig(Section):
+    """Ray. `address`: `local` starts a cluster in this machine; `auto` or ray://host:port joins one. RAY_ADDRESS wins over `local`."""
+
+    address: str = "local"
+    connect_timeout_s: Positive = 30.0
+    placement_timeout_s: Positive = 300.0
+    num_shards: Count = 2
+    blocks_per_trainer: Count | Literal["auto"] = "auto"
+    cpus_per_trainer: Count = 1
+    gpus_per_trainer: NonNegative = 0
+    gpus_per_shard: NonNegative = 0
+    step_timeout_s: Positive = 600.0  # one micro-batch of any worker
+    max_recoveries: Count = 20
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    parent: str = TINY  # `tiny` (trained on this machine), a folder, or a hub id
+    revision: str | None = None
+    store: str = "runs"
+    seed: Annotated[int, Field(ge=0)] = 0
+    data: DataConfig = DataConfig()
+    space: SpaceConfig = SpaceConfig()
+    library: LibraryConfig = LibraryConfig()
+    profile: ProfileConfig = ProfileConfig()
+    scoring: ScoringConfig = ScoringConfig()
+    search: SearchConfig = SearchConfig()
+    gkd: GkdConfig = GkdConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _whole_sequences(self) -> RunConfig:
+        length = self.data.sequence_length
+        for section in ("library", "scoring", "gkd"):
+            tokens = getattr(self, section).micro_batch_tokens
+            if tokens % length:
+                raise ValueError(f"{section}.micro_batch_tokens={tokens} is no multiple of data.sequence_length={length}")
+        return self
+
+
+def recipes() -> dict[str, str]:
+    """Name -> YAML text of every recipe that comes with the package."""
+    files = resources.files("puzzle_ray.recipes").iterdir()
+    return {f.name.removesuffix(".yaml"): f.read_text() for f in files if f.name.endswith(".yaml")}
+
+
+def load(recipe: str | None = None, file: str | None = None, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """A recipe, then a YAML file, then `a.b=c` overrides, each on top of the one before. Raises ConfigError."""
+    values: dict[str, Any] = {}
+    if recipe is not None:
+        known = recipes()
+        if recipe not in known:
+            raise ConfigError("recipe", f"unknown recipe {recipe!r}", did_you_mean(recipe, known))
+        _merge(values, _parse(known[recipe], f"recipe {recipe}"))
+    if file is not None:
+        path = Path(file).expanduser()
+        if not path.is_file():
+            raise ConfigError("config", f"there is no file {file!r}", "name a YAML file")
+        _merge(values, _parse(path.read_text(), file))
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals or not name:
+            raise ConfigError("--set", f"{override!r} is no assignment", "write --set section.key=value")
+        nested: Any = yaml.safe_load(text)
+        for part in reversed(name.split(".")):
+            nested = {part: nested}
+        _merge(values, nested)
+    return validated(values)
+
+
+def validated(values: dict[str, Any]) -> RunConfig:
+    """Raises ConfigError that names the first wrong setting, its value and what to write instead."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "config"
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(where, "unknown setting", did_you_mean(str(first["loc"][-1]), _known(first["loc"][:-1]))) from None
+        message = first["msg"].removeprefix("Value error, ")
+        given = f" (given: {first['input']!r})" if not isinstance(first["input"], dict) else ""
+        raise ConfigError(where, f"{message}{given}") from None
+
+
+def _known(path: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = RunConfig
+    for part in path:
+        inner = model.model_fields[str(part)].annotation if str(part) in model.model_fields else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        model = inner
+    return list(model.model_fields)
+
+
+def _parse(text: str, name: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError("config", f"{name} is not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise ConfigError("config", f"{name} holds a {type(values).__name__}", "write section: {key: value}")
+    return values
+
+
+def _merge(base: dict[str, Any], extra: dict[str, Any]) -> None:
+    for key, value in extra.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            _merge(base[key], value)
+        else:
+            base[key] = value

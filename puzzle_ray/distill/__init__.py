@@ -1,0 +1,1 @@
+"""Training: blocks one at a time (BLD), then the whole child (GKD)."""

@@ -1,0 +1,326 @@
+"""Global knowledge distillation: the whole child learns from the whole parent (paper, section on GKD: L = L_cosine + L_KLD).
+
+Everything a run computes is a function of (child, parent, tokens, config, seed): data are a function of (seed, step, rank), dropout
+is off, and a checkpoint holds all that training carries from step to step. A resumed run therefore ends in the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from puzzle_ray.artifacts import rows_to_parquet
+from puzzle_ray.checkpoint import locate, quiet_transformers, read_config
+from puzzle_ray.config import GkdConfig
+from puzzle_ray.data import Tokens
+from puzzle_ray.errors import ConfigError, PuzzleError, StoreError
+from puzzle_ray.export.hf import load_model, save_child
+from puzzle_ray.families import describe
+from puzzle_ray.progress import Progress
+from puzzle_ray.store import Step
+
+CHILD = "child"  # folder of a step
+TOKENS = "tokens.safetensors"
+CHECKPOINT = "checkpoint.safetensors"
+CURVE = "losses.parquet"
+NO_LABEL = -100
+_CHUNK_ELEMENTS = 1 << 22  # logits turned into fp32 at a time
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Diverged(PuzzleError):
+    """The loss or the gradient of `step` became NaN or infinite."""
+
+    def __init__(self, step: int, loss: float, gradient_norm: float) -> None:
+        super().__init__(step, loss, gradient_norm)
+
+    def __str__(self) -> str:
+        step, loss, gradient_norm = self.args
+        return f"gkd: loss {loss} and gradient norm {gradient_norm} at step {step}; lower gkd.learning_rate or gkd.gradient_clip"
+
+
+@dataclass(frozen=True)
+class GkdRow:
+    """One step of the loss curve, averaged over all workers: `loss` is the weighted sum of the three terms, each in fp32."""
+
+    step: int
+    loss: float
+    kl: float
+    cosine: float
+    lm: float
+    gradient_norm: float
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class GkdJob:
+    """What one distillation reads and writes. `child` is a step with the folder `child`, `data` one with `tokens.safetensors`."""
+
+    parent: str
+    child: Step
+    data: Step
+    step: Step
+    config: GkdConfig
+    seed: int
+    revision: str | None = None
+
+
+class _TokenLosses(torch.autograd.Function):
+    """KL(parent || child) and next-token loss. Their gradient, softmax(child) - target, is written in the same pass over the logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, child_logits: Tensor, parent_logits: Tensor, labels: Tensor, kl_weight: float, lm_weight: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tokens, vocab_size = child_logits.shape
+        labelled = max(1, int((labels != NO_LABEL).sum()))
+        gradient = torch.empty_like(child_logits)
+        kl, lm = torch.zeros(2, dtype=torch.float32, device=child_logits.device)
+        for rows in torch.arange(tokens).split(max(1, _CHUNK_ELEMENTS // vocab_size)):
+            chunk = slice(int(rows[0]), int(rows[-1]) + 1)
+            child = child_logits[chunk].float().log_softmax(-1)
+            parent = parent_logits[chunk].float().log_softmax(-1)
+            known = (labels[chunk] != NO_LABEL).float().unsqueeze(1)
+            label = labels[chunk].clamp(min=0).unsqueeze(1)
+            lm -= (child.gather(1, label) * known).sum() / labelled
+            target = parent.exp()
+            kl += (target * parent.sub_(child)).sum() / tokens
+            child.exp_()
+            slope = (child - target).mul_(kl_weight / tokens)
+            if lm_weight:
+                known *= lm_weight / labelled
+                slope.addcmul_(child, known).scatter_add_(1, label, -known)
+            gradient[chunk] = slope
+        ctx.gradient = gradient
+        ctx.mark_non_differentiable(kl, lm)
+        return kl_weight * kl + lm_weight * lm, kl, lm
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.gradient.mul_(outer[0]), None, None, None, None
+
+
+def token_losses(
+    child_logits: Tensor, parent_logits: Tensor, input_ids: Tensor, kl_weight: float, lm_weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(weighted sum, KL, next-token loss) of logits `[batch, tokens, vocab_size]` and ids `[batch, tokens]`, nats, in fp32.
+
+    KL(parent || child) is a mean over all tokens, the next-token loss over those that have a next one. Only the sum has a gradient,
+    and only towards the child. Memory beside the logits: one tensor of their size and dtype, and a chunk in fp32.
+    """
+    labels = functional.pad(input_ids[:, 1:], (0, 1), value=NO_LABEL).flatten()
+    flat = child_logits.flatten(0, 1), parent_logits.detach().flatten(0, 1)
+    total, kl, lm = _TokenLosses.apply(*flat, labels, kl_weight, lm_weight)  # type: ignore[no-untyped-call]
+    return total, kl, lm
+
+
+def cosine_distance(child: Sequence[Tensor], parent: Sequence[Tensor]) -> Tensor:
+    """Mean over layers and tokens of 1 - cos(child, parent); each entry is one layer's output `[batch, tokens, hidden_size]`."""
+    layers = [
+        1 - functional.cosine_similarity(c.float(), p.detach().float(), dim=-1).mean() for c, p in zip(child, parent, strict=True)
+    ]
+    return torch.stack(layers).mean()
+
+
+@contextmanager
+def layer_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The output of every layer (before the final norm) of the forward run inside the block, `[batch, tokens, hidden_size]` each."""
+    outputs: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    layers = model.get_submodule(describe(model.config).layers)
+    hooks = [layer.register_forward_hook(keep) for layer in layers.children()]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def total_steps(config: GkdConfig) -> int:
+    """Optimizer steps until `config.tokens` are used; none for 0 tokens, else at least one."""
+    tokens_per_step = config.micro_batch_tokens * config.num_workers
+    return math.ceil(config.tokens / tokens_per_step)
+
+
+def learning_rate(config: GkdConfig, step: int) -> float:
+    """Of step 0, 1 ...: linear warm-up, then a cosine down to 0."""
+    total = total_steps(config)
+    warmup = int(config.warmup_fraction * total)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / (warmup + 1)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+class GkdTrainer:
+    """Trains `child` (fp32) towards `parent`, one optimizer step at a time.
+
+    A step takes one micro-batch per worker. This process computes those of `ranks`: all of them by default, so that one process does
+    what many would; with fewer, `all_reduce` must add up the given tensor over all processes, in place.
+    """
+
+    def __init__(
+        self, child: Any, parent: Any, tokens: Tokens, config: GkdConfig, *, seed: int,
+        ranks: Sequence[int] | None = None, all_reduce: Callable[[Tensor], None] | None = None,
+    ) -> None:  # fmt: skip
+        self.child, self.parent, self.tokens, self.config, self.seed = child.eval(), parent.eval(), tokens, config, seed
+        self.ranks = range(config.num_workers) if ranks is None else ranks
+        self.all_reduce = all_reduce
+        self.total_steps = total_steps(config)
+        self.curve: list[GkdRow] = []
+        self.num_sequences = config.micro_batch_tokens // tokens.sequences.shape[1]
+        if not self.num_sequences:
+            length = tokens.sequences.shape[1]
+            raise ConfigError("gkd.micro_batch_tokens", f"{config.micro_batch_tokens} is less than a sequence of {length} tokens")
+        parent.requires_grad_(False)
+        self.parameters: dict[str, nn.Parameter] = dict(child.named_parameters())
+        self.device = next(child.parameters()).device
+        # Gradients are views of one buffer whose last places are the losses: one all-reduce, one norm.
+        self.sums = torch.zeros(sum(p.numel() for p in self.parameters.values()) + 4, device=self.device)
+        self.gradients, self.losses = self.sums[:-4], self.sums[-4:]
+        start = 0
+        for parameter in self.parameters.values():
+            parameter.grad = self.gradients[start : start + parameter.numel()].view_as(parameter)
+            start += parameter.numel()
+        self.optimizer = self._new_optimizer()
+
+    def _new_optimizer(self) -> torch.optim.AdamW:
+        matrices = [p for p in self.parameters.values() if p.ndim >= 2]
+        others = [p for p in self.parameters.values() if p.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": self.config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate, betas=(0.9, 0.95), fused=True)
+        for parameter in self.parameters.values():
+            state = {name: torch.zeros_like(parameter) for name in _MOMENTS}
+            optimizer.state[parameter] = {"step": torch.zeros((), device=self.device), **state}
+        return optimizer
+
+    @property
+    def next_step(self) -> int:
+        """How many steps are done, which is also the number of the next."""
+        return len(self.curve)
+
+    def step(self) -> GkdRow:
+        """One optimizer step. Raises Diverged, and then changes no weight."""
+        number, config = self.next_step, self.config
+        self.sums.zero_()
+        for rank in self.ranks:
+            ids = self.tokens.batch(self.seed, number * config.num_workers + rank, self.num_sequences).to(self.device)
+            losses = self.loss_terms(ids)
+            losses[0].backward()  # type: ignore[no-untyped-call]
+            self.losses += torch.stack([term.detach() for term in losses])
+        if self.all_reduce is not None:
+            self.all_reduce(self.sums)
+        self.sums /= config.num_workers
+        norm = float(torch.linalg.vector_norm(self.gradients))
+        loss, kl, cosine, lm = self.losses.tolist()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise Diverged(number, loss, norm)
+        if norm > config.gradient_clip:
+            self.gradients *= config.gradient_clip / norm
+        rate = learning_rate(config, number)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.curve.append(GkdRow(number, loss, kl, cosine, lm, norm, rate))
+        return self.curve[-1]
+
+    def loss_terms(self, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(weighted sum, KL, cosine distance, next-token loss) for ids `[batch, tokens]`; a term of weight 0 has no gradient."""
+        config = self.config
+        half = self.device.type != "cpu" and self.parent.dtype != torch.float32
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            with torch.no_grad(), layer_outputs(self.parent) as parent_hidden:
+                parent_logits = self.parent(input_ids, use_cache=False).logits
+            with layer_outputs(self.child) as child_hidden:
+                child_logits = self.child(input_ids, use_cache=False).logits
+        total, kl, lm = token_losses(child_logits, parent_logits, input_ids, config.kl_weight, config.lm_weight)
+        with torch.set_grad_enabled(config.cosine_weight > 0):
+            cosine = cosine_distance(child_hidden, parent_hidden)
+        return total + config.cosine_weight * cosine, kl, cosine, lm
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """All that training carries from step to step, on the CPU: weights, both moments of AdamW, the loss curve."""
+        state = {f"child.{name}": p.detach().cpu() for name, p in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            for moment in _MOMENTS:
+                state[f"{moment}.{name}"] = self.optimizer.state[parameter][moment].cpu()
+        state["curve"] = torch.tensor([astuple(row) for row in self.curve], dtype=torch.float64).view(-1, len(fields(GkdRow)))
+        return state
+
+    @torch.no_grad()
+    def load_state_tensors(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state_tensors`. Raises StoreError where names or shapes are those of another model."""
+        own = self.state_tensors()
+        other = [n for n in own.keys() | state.keys() if n not in own or n not in state or own[n].shape[1:] != state[n].shape[1:]]
+        if other:
+            raise StoreError(CHECKPOINT, f"{sorted(other)[0]!r} is not what this child has", "remove the checkpoint")
+        for name, parameter in self.parameters.items():
+            parameter.copy_(state[f"child.{name}"])
+            slots = self.optimizer.state[parameter]
+            slots["step"].fill_(len(state["curve"]))
+            for moment in _MOMENTS:
+                slots[moment].copy_(state[f"{moment}.{name}"])
+        self.curve = [GkdRow(int(row[0]), *row[1:]) for row in state["curve"].tolist()]
+
+    def resume(self, step: Step) -> None:
+        """Continues from the step's checkpoint, if there is one. Raises StoreError when processes find different ones."""
+        if step.exists(CHECKPOINT):
+            self.load_state_tensors(step.read_tensors(CHECKPOINT)[0])
+        if self.all_reduce is not None:
+            done = torch.tensor([float(self.next_step)], device=self.device)
+            self.all_reduce(done)
+            if float(done) != self.next_step * self.config.num_workers:
+                raise StoreError("store", f"{step.url} is not the same on every node", "use a shared folder or an fsspec URL")
+
+
+def distill(trainer: GkdTrainer, step: Step, progress: Progress, *, writes: bool = True) -> None:
+    """Trains to the end, from the step's checkpoint where it has one. A process with `writes=False` saves none itself."""
+    trainer.resume(step)
+    with progress.stage("distill", trainer.total_steps, "steps") as bar:
+        bar.advance(trainer.next_step)
+        while trainer.next_step < trainer.total_steps:
+            row = trainer.step()
+            if writes and trainer.next_step % trainer.config.checkpoint_every == 0:
+                step.write_tensors(CHECKPOINT, trainer.state_tensors())
+            bar.advance(loss=row.loss, kl=row.kl, cosine=row.cosine)
+
+
+def load_trainer(
+    job: GkdJob, *, ranks: Sequence[int] | None = None, all_reduce: Callable[[Tensor], None] | None = None, device: str = "cpu"
+) -> GkdTrainer:
+    """Reads models and tokens. The parent computes in its own dtype on an accelerator (the child then in bf16), in fp32 on the CPU."""
+    with quiet_transformers():
+        child = load_model(job.child.local_folder(CHILD), torch.float32).to(device)
+        parent = load_model(locate(job.parent, job.revision), torch.float32 if device == "cpu" else None).to(device)
+    tokens = Tokens(job.data.read_tensors(TOKENS)[0]["train"].numpy())
+    return GkdTrainer(child, parent, tokens, job.config, seed=job.seed, ranks=ranks, all_reduce=all_reduce)
+
+
+def publish(trainer: GkdTrainer, job: GkdJob) -> None:
+    """Writes the distilled child in its own dtype, its tokenizer and the loss curve, and finishes the step."""
+    source = job.child.local_folder(CHILD)
+    child = trainer.child.to(read_config(source).dtype or torch.float32)
+    with job.step.folder_to_publish(CHILD) as folder:
+        save_child(child, source, folder)
+    job.step.write(CURVE, rows_to_parquet(trainer.curve, GkdRow, {}))
+    last = {f"last_{name}": getattr(row, name) for row in trainer.curve[-1:] for name in ("loss", "kl", "cosine", "lm")}
+    tokens = trainer.total_steps * trainer.num_sequences * trainer.tokens.sequences.shape[1] * job.config.num_workers
+    job.step.finish({"steps": trainer.total_steps, "tokens": tokens, **last})
+    job.step.remove(CHECKPOINT)
+
+
+def distill_child(job: GkdJob, progress: Progress) -> None:
+    """The whole stage in this process, whatever `gkd.num_workers` is. Does nothing when the step is finished."""
+    if not job.step.finished:
+        trainer = load_trainer(job, device="cuda" if job.config.use_gpu else "cpu")
+        distill(trainer, job.step, progress)
+        publish(trainer, job)

@@ -1,0 +1,1 @@
+"""Children as files other programs can read."""

@@ -1,0 +1,1 @@
+"""What subblocks cost on the target. An engine is one file here that defines `ENGINE`."""

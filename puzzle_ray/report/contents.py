@@ -1,0 +1,155 @@
+"""What a report is made from. Whatever a run has not produced yet stays empty, and its section is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+from puzzle_ray.artifacts import (
+    PARENT,
+    Architecture,
+    LayerChoice,
+    Profile,
+    ProfileRow,
+    Scenario,
+    ScoreRow,
+    Scores,
+    SearchSpace,
+    SubblockKind,
+)
+
+UNITS = {"kl": "KL to the parent, nats per token", "lm_loss": "rise of the loss, nats per token"}
+
+
+class TrainedVariant(Protocol):
+    """A row of the block library. Losses are normalised MSE; `kept` is `trained` or `start`."""
+
+    @property
+    def layer(self) -> int: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def variant(self) -> str: ...
+    @property
+    def initialisation(self) -> str: ...
+    @property
+    def start_loss(self) -> float: ...
+    @property
+    def final_loss(self) -> float: ...
+    @property
+    def kept(self) -> str: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def failure(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """What the search answered to one budget: an architecture, or why there is none."""
+
+    speedup_asked: float
+    architecture: Architecture | None = None
+    infeasible_reason: str | None = None
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """One run.
+
+    `evaluation` holds `models` (`parent`, `child_before_gkd`, `child` -> figures), `predicted_speedup`, `measured_speedup`,
+    `prompt` and `samples` (model -> text). `bld_curves`: (layer, kind, variant) -> loss per micro-batch. `gkd_curve`: rows with
+    `step` and any of `loss`, `kl`, `cosine`, `lm`. `num_key_value_heads` and `intermediate_size` are the parent's.
+    """
+
+    parent: str
+    scenario: Scenario | None = None
+    num_key_value_heads: int | None = None
+    intermediate_size: int | None = None
+    space: SearchSpace | None = None
+    profile: Profile | None = None
+    scores: Scores | None = None
+    architecture: Architecture | None = None
+    sweep: Sequence[SweepPoint] = ()
+    library: Sequence[TrainedVariant] = ()
+    bld_curves: Mapping[tuple[int, str, str], Sequence[float]] = field(default_factory=dict)
+    gkd_curve: Sequence[Mapping[str, float]] = ()
+    evaluation: Mapping[str, Any] | None = None
+    stage_seconds: Mapping[str, float] = field(default_factory=dict)
+    config_yaml: str = ""
+    versions: Mapping[str, object] = field(default_factory=dict)
+    machine: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def models(self) -> Mapping[str, Mapping[str, float]]:
+        """Evaluated models' figures by name; empty before the evaluation."""
+        models: Mapping[str, Mapping[str, float]] = (self.evaluation or {}).get("models", {})
+        return models
+
+    @property
+    def metric(self) -> str:
+        if self.architecture:
+            return self.architecture.metric
+        return self.scores.rows[0].metric if self.scores and self.scores.rows else "kl"
+
+    @property
+    def unit(self) -> str:
+        return UNITS.get(self.metric, self.metric)
+
+    @property
+    def estimated(self) -> bool:
+        """Whether costs were computed instead of measured."""
+        return bool((self.profile and self.profile.estimated) or (self.architecture and self.architecture.estimated))
+
+    def chosen(self, layer: int, kind: SubblockKind) -> str | None:
+        return self.architecture.choices[layer].variant(kind) if self.architecture else None
+
+    def score(self, layer: int, kind: SubblockKind, variant: str) -> float | None:
+        """Damage done by this subblock alone; None where it was not scored."""
+        if self.scores is None:
+            return None
+        try:
+            return self.scores.value(layer, _alone(kind, variant), self.metric)
+        except KeyError:
+            return None
+
+    def score_row(self, layer: int, kind: SubblockKind, variant: str) -> ScoreRow | None:
+        choice = _alone(kind, variant)
+        return self._score_rows.get((layer, choice.attention, choice.ffn))
+
+    @cached_property
+    def _score_rows(self) -> dict[tuple[int, str, str], ScoreRow]:
+        rows = self.scores.rows if self.scores else ()
+        return {(r.layer, r.attention, r.ffn): r for r in rows if r.metric == self.metric}
+
+    def cost(self, layer: int, kind: SubblockKind, variant: str) -> ProfileRow | None:
+        """What the profile says of a subblock at the architecture's batch size."""
+        if self.profile is None or self.architecture is None:
+            return None
+        layer_type = self.space.layers[layer].layer_type if self.space else "full_attention"
+        try:
+            return self.profile.row(layer_type, kind, variant, self.architecture.predicted.batch_size)
+        except KeyError:
+            return None
+
+    def share_kept(self, layer: int, kind: SubblockKind, variant: str) -> float | None:
+        """KV heads or FFN channels kept, 0 ... 1; for other variants the share of the subblock's parameters; None if unknown."""
+        if variant in (PARENT, "noop"):
+            return float(variant == PARENT)
+        head, _, argument = variant.partition(":")
+        whole = {"gqa": self.num_key_value_heads, "ffn": self.intermediate_size}.get(head)
+        if whole and argument.isdigit():
+            return int(argument) / whole
+        own, parent = self.cost(layer, kind, variant), self.cost(layer, kind, PARENT)
+        return min(1.0, own.num_params / parent.num_params) if own and parent and parent.num_params else None
+
+
+def _alone(kind: SubblockKind, variant: str) -> LayerChoice:
+    return LayerChoice(attention=variant) if kind == "attention" else LayerChoice(ffn=variant)
+
+
+def runtime_ms(cost: ProfileRow) -> float:
+    """One subblock's part in serving a whole batch: the prompts, then a decoding step for every output token."""
+    return cost.prefill_ms + cost.output_tokens * cost.decode_ms

@@ -1,0 +1,1 @@
+"""How much a replaced block damages the parent."""

@@ -1,0 +1,160 @@
+"""The search as numbers: per row a list of choices, each with a score and costs; limits on the sums.
+
+A row is a layer, or a group of layers that must agree. Shapes: C costs, R rows, V choices of the row with the most; where a row has
+fewer, its score is +inf and its costs are 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from puzzle_ray.errors import Infeasible
+
+Floats = NDArray[np.float64]
+Choice = NDArray[np.intp]  # [R]: which of its choices every row takes
+TOLERANCE = 1e-12  # of a cost's whole range: above the rounding of a sum, below any real difference
+
+
+@dataclass(frozen=True)
+class Limit:
+    """`sum of one cost <= bound`, and how to say it: a cost as it is, `over` / cost (a speed), or `minus` - cost (a count)."""
+
+    name: str
+    cost: int
+    bound: float
+    asked: float
+    unit: str = ""
+    over: float | None = None
+    minus: float | None = None
+
+    @property
+    def sense(self) -> str:
+        return "<=" if self.over is None and self.minus is None else ">="
+
+    def reached(self, cost: float) -> float:
+        """The quantity that the user limited, at this cost."""
+        if self.over is not None:
+            return self.over / cost if cost > 0 else math.inf
+        return cost if self.minus is None else self.minus - cost
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.sense} {self.asked:g}{' ' + self.unit if self.unit else ''}"
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Minimise the sum of scores within the limits.
+
+    `score` [R, V], `costs` [C, R, V], `constants` [C] (what every architecture pays), `weights` [R] (layers a row stands for).
+    """
+
+    score: Floats
+    costs: Floats
+    cost_names: tuple[str, ...]
+    constants: Floats
+    weights: NDArray[np.intp]
+    limits: tuple[Limit, ...] = ()
+    _scale: Floats = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        whole = np.abs(self.costs).max(axis=2).sum(axis=1) + np.abs(self.constants)
+        object.__setattr__(self, "_scale", np.where(whole > 0, whole, 1.0))
+
+    def objective(self, choice: Choice) -> float:
+        """The exact sum of scores, rounded once."""
+        return math.fsum(self.score[np.arange(len(choice)), choice])
+
+    def spent(self, choice: Choice) -> list[float]:
+        """Every cost's exact sum, rounded once; [C]."""
+        picked = self.costs[:, np.arange(len(choice)), choice]
+        return [math.fsum([*row, constant]) for row, constant in zip(picked, self.constants, strict=True)]
+
+    def violated(self, choice: Choice) -> list[Limit]:
+        """The limits that a choice does not meet."""
+        spent = self.spent(choice)
+        return [x for x in self.limits if spent[x.cost] > x.bound + TOLERANCE * self._scale[x.cost]]
+
+    def rows(self) -> tuple[Floats, Floats]:
+        """The limits as `A x <= b` for solvers: A [M, R, V] and b [M], one per limited cost, scaled to a range of 1."""
+        tightest: dict[int, float] = {}
+        for limit in self.limits:
+            tightest[limit.cost] = min(limit.bound, tightest.get(limit.cost, math.inf))
+        index = np.array(list(tightest), dtype=np.intp)
+        bounds = np.array(list(tightest.values()), dtype=np.float64)
+        scale = self._scale[index]
+        return self.costs[index] / scale[:, None, None], (bounds - self.constants[index]) / scale + TOLERANCE
+
+    def cheapest(self, cost: int) -> float:
+        """The least that any architecture spends of one cost."""
+        return float(np.where(np.isfinite(self.score), self.costs[cost], np.inf).min(axis=1).sum() + self.constants[cost])
+
+    def check_each_limit(self) -> None:
+        """Raises Infeasible for the first limit that no architecture meets even if there were no other."""
+        for limit in self.limits:
+            best = self.cheapest(limit.cost)
+            if best > limit.bound + TOLERANCE * self._scale[limit.cost]:
+                raise Infeasible(limit.name, limit.sense, limit.asked, limit.reached(best), limit.unit)
+
+    def with_limits(self, limits: Iterable[Limit]) -> Problem:
+        return replace(self, limits=tuple(limits))
+
+    def without_limit(self, limit: Limit, score: Floats | None = None) -> Problem:
+        """The problem less one limit, to minimise `score` [R, V] instead of its own where given."""
+        kept = tuple(x for x in self.limits if x is not limit)
+        return replace(self, limits=kept, score=self.score if score is None else score)
+
+    def apart_from(self, earlier: Choice, layers: int) -> Problem:
+        """The same problem, where at least `layers` layers must differ from an earlier choice."""
+        same = np.zeros_like(self.score)
+        same[np.arange(len(earlier)), earlier] = self.weights
+        total = float(self.weights.sum())
+        limit = Limit("different_layers", len(self.costs), total - layers, layers, "layers", minus=total)
+        return replace(
+            self,
+            costs=np.concatenate([self.costs, same[None]]),
+            cost_names=(*self.cost_names, "same_layers"),
+            constants=np.append(self.constants, 0.0),
+            limits=(*self.limits, limit),
+        )
+
+    def distance(self, a: Choice, b: Choice) -> int:
+        """In how many layers two choices differ."""
+        return int(self.weights[a != b].sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """A choice within the limits. `bound`: no choice within them has a lower objective; `status` as in `Architecture`."""
+
+    choice: Choice
+    objective: float
+    bound: float
+    status: str
+    solve_s: float
+    method: str = ""
+
+    @property
+    def gap(self) -> float:
+        return abs(self.objective - self.bound) / max(abs(self.objective), 1e-12)
+
+
+def verified(problem: Problem, choice: Choice, bound: float, status: str, solve_s: float, method: str) -> Solution:
+    """A solution whose limits and objective are recomputed exactly, whatever the searcher believed."""
+    broken = problem.violated(choice)
+    assert not broken, f"{method} returned a choice that breaks {', '.join(map(str, broken))}: a bug of the searcher"
+    objective = problem.objective(choice)
+    assert math.isfinite(objective), f"{method} chose a variant that its layer does not have: a bug of the searcher"
+    return Solution(choice, objective, min(bound, objective), status, solve_s, method)
+
+
+def unmet(problem: Problem, choices: Sequence[Choice], note: str) -> Infeasible:
+    """The error of a searcher that proves nothing: names the limit that its best try missed by most."""
+    tries = [(problem.violated(choice), problem.spent(choice)) for choice in choices]
+    broken, spent = min(tries, key=lambda t: len(t[0]))
+    worst = max(broken, key=lambda x: (spent[x.cost] - x.bound) / problem._scale[x.cost])
+    return Infeasible(worst.name, worst.sense, worst.asked, worst.reached(spent[worst.cost]), worst.unit, note)

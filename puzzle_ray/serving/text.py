@@ -1,0 +1,74 @@
+"""From a stream of token ids to a stream of text: whole characters only, and nothing of a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+# Tokens of the prompt decoded in front of the first new one, so that word spacing at the seam comes out right.
+_CONTEXT_TOKENS = 5
+# A character is at most 4 bytes, so more undecodable tokens than this are broken for good and are shown as U+FFFD.
+_MAX_PENDING_TOKENS = 8
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class TextStream:
+    """Decodes one request's new tokens one at a time.
+
+    `push` returns the text that became certain: bytes of an unfinished character wait for the rest, and text that may
+    be the beginning of a stop string waits until it is not. After a stop string `stopped` is True and what precedes it has
+    been returned.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], stop: Sequence[str] = ()) -> None:
+        self.stopped = False
+        self._tokenizer = tokenizer
+        self._special_ids = frozenset(tokenizer.all_special_ids)
+        self._stop = tuple(stop)
+        self._context = list(prompt_ids[-_CONTEXT_TOKENS:])
+        self._pending: list[int] = []
+        self._held = ""
+
+    def push(self, token_id: int) -> str:
+        """Add a token; returns the text that may be shown now, often "" or one piece."""
+        if token_id in self._special_ids:
+            return ""
+        self._pending.append(token_id)
+        piece = self._decode_pending()
+        if piece.endswith(_REPLACEMENT) and len(self._pending) < _MAX_PENDING_TOKENS:
+            return ""
+        self._context, self._pending = self._pending, []
+        return self._release(piece)
+
+    def finish(self) -> str:
+        """The rest, once no token will follow; an unfinished character comes out as U+FFFD."""
+        piece = self._decode_pending() if self._pending else ""
+        shown = self._release(piece)
+        if not self.stopped:
+            shown, self._held = shown + self._held, ""
+        return shown
+
+    def _decode_pending(self) -> str:
+        return self._decode(self._context + self._pending)[len(self._decode(self._context)) :]
+
+    def _decode(self, token_ids: list[int]) -> str:
+        text = self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+    def _release(self, piece: str) -> str:
+        text = self._held + piece
+        found = [position for stop in self._stop if (position := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        cut = len(text) - held
+        self._held = text[cut:]
+        return text[:cut]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a proper beginning of `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,347 @@
+"""A small, really trained Llama that every machine with Python can make: it learns the standard library's own sources.
+
+The text is there without a network, it repeats itself the way language does, and a few minutes on two cores bring the model
+far below the unigram entropy, so that damage done to it shows. Same spec, same Python, same number of threads: same weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sysconfig
+import time
+import tokenize
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from platform import python_version
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from puzzle_ray.errors import ConfigError, DataError, StoreError
+from puzzle_ray.progress import Progress, Quiet
+
+FORMAT_VERSION = 1  # raise it whenever the same spec would give another folder
+BOS, EOS = "<s>", "</s>"
+BOS_ID, EOS_ID = 0, 1
+
+# Tests and bundled third-party code are not the library's own prose; encodings and pydoc_data are generated tables; config-*
+# and _sysconfigdata* hold the paths and flags of one machine.
+SKIPPED_FOLDERS = frozenset(
+    "test tests idlelib lib2to3 turtledemo encodings pydoc_data site-packages dist-packages __pycache__".split()
+)
+SKIPPED_PREFIXES = ("config-", "_sysconfigdata")
+
+EVALUATION_BATCH_SIZE = 16  # windows; bounds memory, does not change the loss
+CURVE_POINTS = 20
+
+
+@dataclass(frozen=True)
+class TinyParentSpec:
+    """Everything the tiny parent depends on, besides the Python that holds the text.
+
+    Raises ValueError for a value that cannot work.
+    """
+
+    max_text_bytes: int = 12_000_000
+    heldout_share: float = 0.05  # of the files
+    vocab_size: int = 2048
+    num_hidden_layers: int = 8
+    hidden_size: int = 192
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    intermediate_size: int = 512
+    max_position_embeddings: int = 1024
+    sequence_length: int = 256  # tokens per training window
+    batch_size: int = 8  # windows per step
+    steps: int = 280
+    warmup_steps: int = 20
+    learning_rate: float = 3e-3  # the peak; falls to zero along a cosine
+    weight_decay: float = 0.1  # on matrices only
+    max_grad_norm: float = 1.0
+    heldout_windows: int = 192  # at most, evenly spread over the held-out text
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        may_be_zero = {"seed", "warmup_steps", "weight_decay"}
+        for name, value in asdict(self).items():
+            if value < 0 or (value == 0 and name not in may_be_zero):
+                least = "at least 0" if name in may_be_zero else "positive"
+                raise ValueError(f"{name}={value} must be {least}")
+        if not self.heldout_share < 1:
+            raise ValueError(f"heldout_share={self.heldout_share} must lie between 0 and 1, ends excluded")
+        if self.vocab_size < 258:
+            raise ValueError(f"vocab_size={self.vocab_size} must be at least 258: 256 bytes and two special tokens")
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(
+                f"hidden_size={self.hidden_size} must be a multiple of 2 * num_attention_heads={2 * self.num_attention_heads}: "
+                "rotary embeddings turn pairs of channels"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.sequence_length > self.max_position_embeddings:
+            raise ValueError(
+                f"sequence_length={self.sequence_length} must not exceed "
+                f"max_position_embeddings={self.max_position_embeddings}"
+            )
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} must be below steps={self.steps}")
+
+
+@dataclass(frozen=True)
+class TinyParentSummary:
+    """What came out. Losses and entropy in nats per token; `losses` holds (steps done, mean training loss since the last)."""
+
+    heldout_loss: float
+    unigram_entropy: float
+    num_parameters: int
+    train_tokens: int  # seen by the model in training
+    seconds: float
+    python_version: str
+    losses: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Document:
+    """One source file: its path below the standard library's folder, and its text."""
+
+    path: str
+    text: str
+
+
+def standard_library_files(max_text_bytes: int) -> list[tuple[str, Path]]:
+    """(relative path, file) of the sources to learn from, sorted, up to `max_text_bytes` in all.
+
+    Raises DataError where this Python comes without its sources.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    chosen: list[tuple[str, Path]] = []
+    total_bytes = 0
+    for relative, file in sorted((file.relative_to(root).as_posix(), file) for file in root.rglob("*.py")):
+        parts = relative.split("/")
+        if SKIPPED_FOLDERS.intersection(parts) or any(part.startswith(SKIPPED_PREFIXES) for part in parts):
+            continue
+        size_bytes = file.stat().st_size
+        if total_bytes + size_bytes > max_text_bytes:
+            break
+        if size_bytes:
+            total_bytes += size_bytes
+            chosen.append((relative, file))
+    if len(chosen) < 2:
+        raise DataError(
+            "standard library",
+            f"{len(chosen)} Python files below {root} within {max_text_bytes} bytes, at least 2 are needed",
+            "use a Python that has its .py files, raise max_text_bytes, or give a parent of your own",
+        )
+    return chosen
+
+
+def source_fingerprint(spec: TinyParentSpec) -> str:
+    """Hex digest of all that decides the result: format, spec, Python version, and the chosen files' paths and contents."""
+    digest = hashlib.sha256()
+    digest.update(json.dumps([FORMAT_VERSION, python_version(), asdict(spec)], sort_keys=True).encode())
+    for relative, file in standard_library_files(spec.max_text_bytes):
+        content = file.read_bytes()
+        record = [relative, len(content), hashlib.sha256(content).hexdigest()]
+        digest.update(json.dumps(record).encode())
+    return digest.hexdigest()
+
+
+def read_documents(spec: TinyParentSpec) -> tuple[list[Document], list[Document]]:
+    """(train, held-out) documents, each sorted by path. The files whose paths hash lowest are held out, at least one."""
+    documents = []
+    for relative, file in standard_library_files(spec.max_text_bytes):
+        with tokenize.open(file) as source:  # honours the file's own encoding line
+            documents.append(Document(relative, source.read()))
+    by_hash = sorted(documents, key=lambda document: hashlib.sha256(document.path.encode()).digest())
+    num_heldout = min(max(1, round(spec.heldout_share * len(documents))), len(documents) - 1)
+    heldout_paths = {document.path for document in by_hash[:num_heldout]}
+    train = [document for document in documents if document.path not in heldout_paths]
+    heldout = [document for document in documents if document.path in heldout_paths]
+    return train, heldout
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE (`<s>` 0, `</s>` 1): every text can be written in it and comes back unchanged."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, clean_up_tokenization_spaces=False
+    )
+
+
+def token_stream(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document]) -> Iterator[Tensor]:
+    """Token ids of one document after the other, each `<s> text </s>`, int64."""
+    for document in documents:
+        ids = tokenizer.backend_tokenizer.encode(document.text).ids
+        yield torch.tensor([BOS_ID, *ids, EOS_ID])
+
+
+def unigram_entropy(targets: Tensor, train_ids: Tensor, vocab_size: int) -> float:
+    """Nats per token of `targets` under the add-one smoothed token frequencies of `train_ids`."""
+    counts = torch.bincount(train_ids, minlength=vocab_size).double() + 1
+    return float(-(counts / counts.sum()).log()[targets.flatten()].mean())
+
+
+def _windows(ids: Tensor, sequence_length: int, split: str) -> Tensor:
+    """Consecutive windows [N, sequence_length + 1]: each one's last token is the next one's first."""
+    if len(ids) <= sequence_length:
+        raise DataError(
+            f"{split} text",
+            f"{len(ids)} tokens do not fill one window of {sequence_length} tokens and its next token",
+            "raise max_text_bytes or lower sequence_length",
+        )
+    return ids.unfold(0, sequence_length + 1, sequence_length)
+
+
+def _new_model(spec: TinyParentSpec) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=spec.vocab_size,
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.intermediate_size,
+        num_hidden_layers=spec.num_hidden_layers,
+        num_attention_heads=spec.num_attention_heads,
+        num_key_value_heads=spec.num_key_value_heads,
+        max_position_embeddings=spec.max_position_embeddings,
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
+        dtype=torch.float32,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        return LlamaForCausalLM(config)
+
+
+def _loss(model: LlamaForCausalLM, windows: Tensor) -> Tensor:
+    """Mean next-token cross-entropy in nats; windows [B, T + 1]."""
+    logits = model(windows[:, :-1], use_cache=False).logits
+    return cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+
+
+def _learning_rate(spec: TinyParentSpec, step: int) -> float:
+    """Linear warm-up, then a cosine down to zero."""
+    if step < spec.warmup_steps:
+        return spec.learning_rate * (step + 1) / (spec.warmup_steps + 1)
+    done = (step - spec.warmup_steps) / (spec.steps - spec.warmup_steps)
+    return spec.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _train(
+    model: LlamaForCausalLM, windows: Tensor, spec: TinyParentSpec, progress: Progress
+) -> tuple[tuple[int, float], ...]:
+    """Trains in place on `windows` [N, T + 1], epoch after epoch in random order; returns the coarse loss curve."""
+    generator = torch.Generator().manual_seed(spec.seed)
+    epochs = math.ceil(spec.steps * spec.batch_size / len(windows))
+    order = torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(epochs)])
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": spec.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=spec.learning_rate, betas=(0.9, 0.95), fused=True)
+    curve: list[tuple[int, float]] = []
+    recent: list[float] = []
+    model.train()
+    with progress.stage("train the tiny parent", spec.steps, "steps") as bar:
+        for step in range(spec.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = _learning_rate(spec, step)
+            loss = _loss(model, windows[order[step * spec.batch_size : (step + 1) * spec.batch_size]])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, spec.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            recent.append(loss.item())
+            if not math.isfinite(recent[-1]):
+                raise ConfigError(
+                    "learning_rate",
+                    f"{spec.learning_rate} makes the tiny parent's loss {recent[-1]} at step {step}",
+                    "lower it",
+                )
+            if len(recent) >= spec.steps / CURVE_POINTS or step + 1 == spec.steps:
+                curve.append((step + 1, sum(recent) / len(recent)))
+                recent.clear()
+            bar.advance(loss=loss.item())
+    model.eval()
+    return tuple(curve)
+
+
+@torch.no_grad()
+def _evaluate(model: LlamaForCausalLM, windows: Tensor) -> float:
+    """Mean loss in nats per token over `windows` [N, T + 1]."""
+    losses = [_loss(model, batch) * len(batch) for batch in windows.split(EVALUATION_BATCH_SIZE)]
+    return float(torch.stack(losses).sum()) / len(windows)
+
+
+def _write_jsonl(path: Path, documents: Sequence[Document]) -> None:
+    lines = (json.dumps(asdict(document), ensure_ascii=False) + "\n" for document in documents)
+    path.write_text("".join(lines), encoding="utf-8", newline="\n")
+
+
+def build_tiny_parent(
+    folder: Path, spec: TinyParentSpec | None = None, progress: Progress | None = None
+) -> TinyParentSummary:
+    """Trains the tiny parent (default spec: about two minutes on two cores) and writes it into the empty `folder`.
+
+    `model/` is a Hugging Face folder with its tokenizer; `train.jsonl` and `heldout.jsonl` hold one {"path", "text"} object
+    per source file; `summary.json` holds the returned summary. Raises StoreError if `folder` is not an empty folder,
+    DataError if there is too little text, ConfigError if the training diverges.
+    """
+    spec = spec if spec is not None else TinyParentSpec()
+    progress = progress if progress is not None else Quiet()
+    if not folder.is_dir() or any(folder.iterdir()):
+        raise StoreError(str(folder), "is not an empty folder", "make a new folder for the tiny parent")
+    started = time.perf_counter()
+    train, heldout = read_documents(spec)
+    with progress.stage("train the tokenizer", 1, "tokenizer") as bar:
+        tokenizer = train_tokenizer([document.text for document in train], spec.vocab_size)
+        bar.advance()
+    ids: dict[str, Tensor] = {}
+    with progress.stage("tokenize", len(train) + len(heldout), "files") as bar:
+        for name, documents in (("train", train), ("held-out", heldout)):
+            pieces = []
+            for piece in token_stream(tokenizer, documents):
+                pieces.append(piece)
+                bar.advance()
+            ids[name] = torch.cat(pieces)
+    train_windows = _windows(ids["train"], spec.sequence_length, "train")
+    heldout_windows = _windows(ids["held-out"], spec.sequence_length, "held-out")
+    num_evaluated = min(spec.heldout_windows, len(heldout_windows))
+    heldout_windows = heldout_windows[torch.arange(num_evaluated) * len(heldout_windows) // num_evaluated]
+
+    model = _new_model(spec)
+    losses = _train(model, train_windows, spec, progress)
+    heldout_loss = _evaluate(model, heldout_windows)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(str(folder / "model"))
+    _write_jsonl(folder / "train.jsonl", train)
+    _write_jsonl(folder / "heldout.jsonl", heldout)
+    summary = TinyParentSummary(
+        heldout_loss=heldout_loss,
+        unigram_entropy=unigram_entropy(heldout_windows[:, 1:], ids["train"], spec.vocab_size),
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        train_tokens=spec.steps * spec.batch_size * spec.sequence_length,
+        seconds=time.perf_counter() - started,
+        python_version=python_version(),
+        losses=losses,
+    )
+    (folder / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
+    return summary

@@ -1,0 +1,96 @@
+"""Subblock variants: what an attention or an FFN may become.
+
+A variant is one file here that defines `VARIANT`, an object with the methods of `Variant`; or a dotted path
+`package.module:ATTRIBUTE` to such an object elsewhere. Its name in a search space is `<name>` or `<name>:<argument>`, and once
+resolved against a parent (`gqa:50%` -> `gqa:4`) it is canonical: the same name always means the same shape.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Protocol
+
+from puzzle_ray.artifacts import SubblockKind
+from puzzle_ray.errors import ConfigError
+from puzzle_ray.plugins import did_you_mean, modules_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from puzzle_ray.families import Descriptor
+    from puzzle_ray.variants._statistics import Statistics
+
+
+class Variant(Protocol):
+    """What every variant can do. `argument` is what stands behind the colon of its name (empty where there is none)."""
+
+    name: str
+    kinds: tuple[SubblockKind, ...]
+    trainable: bool
+
+    def resolve(self, argument: str, kind: SubblockKind, config: Any, multiple_of: int) -> str | None:
+        """The canonical argument for this parent; None where it would be the parent's own shape. Raises ConfigError."""
+
+    def reshape(self, layer: nn.Module, argument: str, kind: SubblockKind, descriptor: Descriptor, config: Any) -> None:
+        """Gives `layer` this variant's modules, in place; their weights are still undefined."""
+
+    def initialise(
+        self, layer: nn.Module, parent: nn.Module, argument: str, kind: SubblockKind, descriptor: Descriptor,
+        statistics: Statistics,
+    ) -> str:
+        """Fills the weights from the parent's, without training; returns how, in a word."""
+
+
+@lru_cache(maxsize=None)
+def _variants() -> dict[str, Variant]:
+    return {module.VARIANT.name: module.VARIANT for module in modules_of(sys.modules[__name__])}
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """`gqa:4` -> (`gqa`, `4`); `my.package:MINE:3` -> (`my.package:MINE`, `3`)."""
+    parts = name.split(":")
+    head = 2 if "." in parts[0] else 1
+    return ":".join(parts[:head]), ":".join(parts[head:])
+
+
+def find(name: str, kind: SubblockKind) -> tuple[Variant, str]:
+    """The variant behind a name, and its argument. Raises ConfigError for one nobody knows or that does not fit the subblock."""
+    head, argument = split_name(name)
+    where = f"space.{kind}"
+    if "." in head:
+        module_name, _, attribute = head.partition(":")
+        try:
+            variant: Variant = getattr(importlib.import_module(module_name), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigError(where, f"variant {name!r} cannot be imported ({error})", "write package.module:ATTRIBUTE") from None
+    elif head in _variants():
+        variant = _variants()[head]
+    else:
+        known = [v.name for v in _variants().values() if kind in v.kinds]
+        raise ConfigError(where, f"unknown variant {name!r}", did_you_mean(head, known))
+    if kind not in variant.kinds:
+        raise ConfigError(where, f"variant {name!r} is not for the {kind} subblock", f"it is for: {', '.join(variant.kinds)}")
+    return variant, argument
+
+
+def resolve(name: str, kind: SubblockKind, config: Any, multiple_of: int) -> str:
+    """The canonical name of a variant for one parent: `ffn:50%` -> `ffn:256`, or `parent` where nothing would change."""
+    variant, argument = find(name, kind)
+    resolved = variant.resolve(argument, kind, config, multiple_of)
+    if resolved is None:
+        return "parent"
+    head, _ = split_name(name)
+    return f"{head}:{resolved}" if resolved else head
+
+
+def fraction_or_count(argument: str, whole: int, where: str) -> float:
+    """`50%` of `whole`, or a plain number."""
+    try:
+        value = whole * float(argument[:-1]) / 100 if argument.endswith("%") else float(int(argument))
+    except ValueError:
+        raise ConfigError(where, f"{argument!r} is neither a number nor a percentage", "write 4 or 50%") from None
+    if not 0 < value <= whole:
+        raise ConfigError(where, f"{argument!r} is outside 1 ... {whole} (the parent's)", "write 4 or 50%")
+    return value

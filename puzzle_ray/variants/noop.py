@@ -1,0 +1,38 @@
+"""`noop`: the subblock and its norms are dropped; only the residual is left (paper, section 2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from puzzle_ray.artifacts import KINDS, SubblockKind
+from puzzle_ray.families import Descriptor
+from puzzle_ray.modules import NoopAttention, NoopFFN
+from puzzle_ray.variants._statistics import Statistics
+
+
+class Noop:
+    name = "noop"
+    kinds = KINDS
+    trainable = False
+
+    def resolve(self, argument: str, kind: SubblockKind, config: Any, multiple_of: int) -> str | None:
+        return ""
+
+    def reshape(self, layer: nn.Module, argument: str, kind: SubblockKind, descriptor: Descriptor, config: Any) -> None:
+        if kind == "attention":
+            setattr(layer, descriptor.attention, NoopAttention(getattr(layer, descriptor.attention).layer_idx))
+        else:
+            setattr(layer, descriptor.ffn, NoopFFN())
+        for norm in descriptor.norms(kind):
+            setattr(layer, norm, nn.Identity())
+
+    def initialise(
+        self, layer: nn.Module, parent: nn.Module, argument: str, kind: SubblockKind, descriptor: Descriptor,
+        statistics: Statistics,
+    ) -> str:
+        return "nothing to fill"
+
+
+VARIANT = Noop()

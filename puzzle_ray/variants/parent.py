@@ -1,0 +1,32 @@
+"""`parent`: the subblock as it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from puzzle_ray.artifacts import KINDS, SubblockKind
+from puzzle_ray.families import Descriptor
+from puzzle_ray.variants._statistics import Statistics
+
+
+class Parent:
+    name = "parent"
+    kinds = KINDS
+    trainable = False
+
+    def resolve(self, argument: str, kind: SubblockKind, config: Any, multiple_of: int) -> str | None:
+        return None
+
+    def reshape(self, layer: nn.Module, argument: str, kind: SubblockKind, descriptor: Descriptor, config: Any) -> None:
+        return None
+
+    def initialise(
+        self, layer: nn.Module, parent: nn.Module, argument: str, kind: SubblockKind, descriptor: Descriptor,
+        statistics: Statistics,
+    ) -> str:
+        return "parent"
+
+
+VARIANT = Parent()

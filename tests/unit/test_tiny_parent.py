@@ -1,0 +1,219 @@
+"""The tiny parent: it learns, it loads as any Hugging Face folder, and the same spec gives the same folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from puzzle_ray.errors import DataError, StoreError
+from puzzle_ray.tiny_parent import (
+    BOS_ID,
+    EOS_ID,
+    TinyParentSpec,
+    TinyParentSummary,
+    build_tiny_parent,
+    read_documents,
+    source_fingerprint,
+    standard_library_files,
+    train_tokenizer,
+    unigram_entropy,
+)
+
+SMALL = TinyParentSpec(
+    max_text_bytes=300_000,
+    vocab_size=384,
+    num_hidden_layers=2,
+    hidden_size=32,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=64,
+    max_position_embeddings=128,
+    sequence_length=32,
+    batch_size=8,
+    steps=60,
+    warmup_steps=5,
+    learning_rate=1e-2,
+    heldout_windows=64,
+)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TinyParentSummary]:
+    folder = tmp_path_factory.mktemp("tiny_parent")
+    return folder, build_tiny_parent(folder, SMALL)
+
+
+def read_jsonl(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def test_it_learns(built: tuple[Path, TinyParentSummary]) -> None:
+    _, summary = built
+    assert summary.losses[-1][0] == SMALL.steps
+    assert summary.losses[-1][1] < summary.losses[0][1]
+    assert summary.heldout_loss < summary.unigram_entropy
+    assert summary.train_tokens == SMALL.steps * SMALL.batch_size * SMALL.sequence_length
+
+
+def test_the_folder_is_an_ordinary_hugging_face_model(built: tuple[Path, TinyParentSummary]) -> None:
+    folder, summary = built
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    assert isinstance(model, LlamaForCausalLM)
+    assert model.dtype == torch.float32
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.num_parameters() == summary.num_parameters
+    assert (model.generation_config.bos_token_id, model.generation_config.eos_token_id) == (BOS_ID, EOS_ID)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (BOS_ID, EOS_ID)
+    assert len(tokenizer) == model.config.vocab_size == SMALL.vocab_size
+    prompt = tokenizer("def ", return_tensors="pt")
+    generated = model.generate(**prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert generated.shape == (1, prompt.input_ids.shape[1] + 4)
+
+
+def test_heldout_loss_is_that_of_the_saved_model(built: tuple[Path, TinyParentSummary]) -> None:
+    """The summary's figure comes out again from the files alone, by Hugging Face's own loss."""
+    folder, summary = built
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    ids: list[int] = []
+    for document in read_jsonl(folder / "heldout.jsonl"):
+        ids += [BOS_ID, *tokenizer(document["text"]).input_ids, EOS_ID]
+    windows = torch.tensor(ids).unfold(0, SMALL.sequence_length + 1, SMALL.sequence_length)
+    count = min(SMALL.heldout_windows, len(windows))
+    windows = windows[torch.arange(count) * len(windows) // count]
+    with torch.no_grad():
+        loss = model(windows, labels=windows).loss.item()
+    assert loss == pytest.approx(summary.heldout_loss, abs=1e-4)
+
+
+def test_summary_file_holds_what_was_returned(built: tuple[Path, TinyParentSummary]) -> None:
+    folder, summary = built
+    record = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    record["losses"] = tuple((step, loss) for step, loss in record["losses"])
+    assert TinyParentSummary(**record) == summary
+
+
+@pytest.fixture(scope="module")
+def small_tokenizer(built: tuple[Path, TinyParentSummary]) -> object:
+    return AutoTokenizer.from_pretrained(built[0] / "model")
+
+
+@settings(deadline=None, max_examples=100)
+@given(text=st.text())
+def test_any_text_survives_the_tokenizer(small_tokenizer: object, text: str) -> None:
+    ids = small_tokenizer(text).input_ids  # type: ignore[operator]
+    assert small_tokenizer.decode(ids) == text  # type: ignore[attr-defined]
+
+
+def test_tokenizer_learns_merges_up_to_its_vocabulary() -> None:
+    text = "def forward(self, hidden_states): return self.down_proj(hidden_states)\n" * 20
+    bytes_only, merged = train_tokenizer([text], 258), train_tokenizer([text], 300)
+    assert len(bytes_only(text).input_ids) == len(text.encode())
+    assert len(merged(text).input_ids) < len(bytes_only(text).input_ids)
+
+
+def test_split_is_by_file_and_stable(built: tuple[Path, TinyParentSummary]) -> None:
+    train, heldout = read_documents(SMALL)
+    assert (train, heldout) == read_documents(SMALL)
+    train_paths, heldout_paths = {d.path for d in train}, {d.path for d in heldout}
+    assert not train_paths & heldout_paths
+    assert train_paths | heldout_paths == {relative for relative, _ in standard_library_files(SMALL.max_text_bytes)}
+    folder, _ = built
+    assert read_jsonl(folder / "train.jsonl") == [{"path": d.path, "text": d.text} for d in train]
+    assert read_jsonl(folder / "heldout.jsonl") == [{"path": d.path, "text": d.text} for d in heldout]
+
+
+def test_split_holds_out_about_the_asked_share() -> None:
+    train, heldout = read_documents(TinyParentSpec(heldout_share=0.25))
+    assert len(heldout) == round(0.25 * (len(train) + len(heldout)))
+
+
+def test_files_are_sorted_within_the_budget_and_without_tests() -> None:
+    files = standard_library_files(300_000)
+    names = [relative for relative, _ in files]
+    assert names == sorted(names)
+    assert sum(file.stat().st_size for _, file in files) <= 300_000
+    everything = [relative for relative, _ in standard_library_files(10**9)]
+    assert "json/decoder.py" in everything
+    assert not [name for name in everything if name.startswith(("test/", "site-packages/", "encodings/"))]
+
+
+def test_same_spec_twice_gives_identical_weights(tmp_path: Path) -> None:
+    spec = replace(SMALL, steps=8, warmup_steps=2)
+    folders = [tmp_path / name for name in ("first", "second", "other_seed")]
+    for folder, seed in zip(folders, (0, 0, 1), strict=True):
+        folder.mkdir()
+        build_tiny_parent(folder, replace(spec, seed=seed))
+    first, second, other = (load_file(folder / "model" / "model.safetensors") for folder in folders)
+    assert all(torch.equal(first[name], second[name]) for name in first.keys() | second.keys())
+    assert not torch.equal(first["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
+
+
+def test_building_leaves_the_callers_random_numbers_alone(tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    build_tiny_parent(tmp_path, replace(SMALL, steps=2, warmup_steps=1))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_fingerprint_follows_the_spec() -> None:
+    assert source_fingerprint(SMALL) == source_fingerprint(replace(SMALL))
+    assert source_fingerprint(SMALL) != source_fingerprint(replace(SMALL, seed=1))
+    assert source_fingerprint(SMALL) != source_fingerprint(replace(SMALL, max_text_bytes=200_000))
+
+
+def test_unigram_entropy_of_a_known_distribution() -> None:
+    """Counts 3 and 1 plus one each: p = 4/6 and 2/6."""
+    entropy = unigram_entropy(torch.tensor([[0, 1]]), torch.tensor([0, 0, 0, 1]), vocab_size=2)
+    assert entropy == pytest.approx(-(torch.tensor([4 / 6, 2 / 6]).log().mean().item()))
+
+
+def test_default_spec_is_a_parent_of_the_promised_size() -> None:
+    spec = TinyParentSpec()
+    head_size = spec.hidden_size // spec.num_attention_heads
+    attention = 2 * spec.hidden_size * (spec.hidden_size + spec.num_key_value_heads * head_size)
+    ffn = 3 * spec.hidden_size * spec.intermediate_size
+    total = spec.vocab_size * spec.hidden_size + spec.num_hidden_layers * (attention + ffn)
+    assert 2e6 < total < 4e6
+    assert spec.num_hidden_layers == 8
+    assert 4 <= spec.num_key_value_heads < spec.num_attention_heads
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps=0 must be positive"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"heldout_share": 1.0}, "heldout_share=1.0 must lie between 0 and 1"),
+        ({"vocab_size": 256}, "vocab_size=256 must be at least 258"),
+        ({"hidden_size": 36}, "hidden_size=36 must be a multiple of 2"),
+        ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads=3"),
+        ({"sequence_length": 256}, "sequence_length=256 must not exceed"),
+        ({"warmup_steps": 60}, "warmup_steps=60 must be below steps=60"),
+    ],
+)
+def test_a_spec_that_cannot_work_is_refused(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(SMALL, **changes)
+
+
+def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("keep me")
+    with pytest.raises(StoreError, match="is not an empty folder"):
+        build_tiny_parent(tmp_path, SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_too_little_text_is_refused() -> None:
+    with pytest.raises(DataError, match="raise max_text_bytes"):
+        standard_library_files(max_text_bytes=10)
