@@ -7,6 +7,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from puzzle_ray.errors import PuzzleError
 from puzzle_ray.serving.openai_api import (
@@ -37,22 +38,38 @@ async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
     return JSONResponse(error_body(f"{request.method} {request.url.path}: {error.detail}"), error.status_code)
 
 
+class _EventStream(StreamingResponse):
+    """Sends and does not listen: Serve itself cancels the task when the client is gone, and that frees the slot."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.stream_response(send)
+
+
 @serve.deployment(max_constructor_retry_count=1, graceful_shutdown_wait_loop_s=0.5, graceful_shutdown_timeout_s=10)
 @serve.ingress(app)
 class ChildServer:
     """One replica: a model in memory, its engine, and the routes."""
 
     def __init__(
-        self, child: str, *, model_name: str, device: str, dtype: str, max_batch_size: int, max_length: int | None, max_waiting: int
+        self,
+        child: str,
+        model_name: str,
+        device: str,
+        dtype: str,
+        max_batch_size: int,
+        max_length: int | None,
+        max_waiting: int,
     ) -> None:
         import torch
         from transformers import AutoTokenizer
 
         from puzzle_ray.export.hf import load_model
         from puzzle_ray.serving.engine import Engine
+        from puzzle_ray.serving.fetch import fetch_model
 
-        model = load_model(child, dtype=None if dtype == "auto" else getattr(torch, dtype)).to(device)
-        tokenizer = AutoTokenizer.from_pretrained(child)
+        folder = fetch_model(child)
+        model = load_model(folder, dtype=None if dtype == "auto" else getattr(torch, dtype)).to(device)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
         self.engine = Engine(
             model, tokenizer, max_batch_size=max_batch_size, max_length=max_length, max_waiting=max_waiting
         ).start()
@@ -61,9 +78,6 @@ class ChildServer:
     def check_health(self) -> None:
         """Serve replaces the replica when this raises."""
         self.engine.check()
-
-    async def __del__(self) -> None:
-        self.engine.close()
 
     @app.get("/health")
     async def health(self) -> dict[str, Any]:
@@ -87,5 +101,5 @@ class ChildServer:
 
     async def _reply(self, request: CompletionRequest | ChatRequest) -> Response:
         if request.stream:
-            return StreamingResponse(self.service.answer_stream(request), media_type="text/event-stream")
+            return _EventStream(self.service.answer_stream(request), media_type="text/event-stream")
         return JSONResponse(await self.service.answer(request))

@@ -21,10 +21,12 @@ _SAMPLES = 32
 
 
 def locate(parent: str, revision: str | None = None) -> Path:
-    """The folder of a parent: a path as it is, or a hub id fetched once into the Hugging Face cache.
+    """The folder of a parent: a path as it is, an fsspec URL or a hub id fetched once into a cache on this machine.
 
     Raises ParentError when there is no such folder, or the hub cannot be reached or does not know the id.
     """
+    if "://" in parent:
+        return _fetched(parent)
     folder = Path(parent).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -40,6 +42,17 @@ def locate(parent: str, revision: str | None = None) -> Path:
     except (OSError, ValueError) as error:  # every hub and connection error derives from one of these
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ParentError("parent", f"{parent!r} is no folder here and the hub did not give it ({reason})") from None
+
+
+def _fetched(url: str) -> Path:
+    import fsspec
+
+    from puzzle_ray.store import local_copy
+
+    filesystem, path = fsspec.core.url_to_fs(url)
+    if not filesystem.exists(f"{path}/config.json"):
+        raise ParentError("parent", f"there is no model folder at {url!r}", "name a folder or URL that holds config.json")
+    return local_copy(filesystem, path, hashlib.sha256(url.encode()).hexdigest()[:16])
 
 
 def fingerprint(folder: Path) -> str:

@@ -179,16 +179,21 @@ class Step:
             raise StoreError("store", f"{self.path(name)} is missing", "run the stage that makes it again")
         if self.store.is_local:
             return Path(self.path(name))
-        target = Path(tempfile.gettempdir()) / "puzzle-ray-cache" / f"{self.stage}-{self.key}" / name
-        if not target.is_dir():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
-            self.store.filesystem.get(self.path(name) + "/", f"{scratch}/", recursive=True)
-            try:
-                os.replace(scratch, target)
-            except OSError:  # another process was faster; its copy is the same
-                shutil.rmtree(scratch, ignore_errors=True)
-        return target
+        return local_copy(self.store.filesystem, self.path(name), f"{self.stage}-{self.key}-{name}")
+
+
+def local_copy(filesystem: Any, path: str, name: str) -> Path:
+    """A remote folder on the local disk, fetched once and kept in the temporary directory; it appears whole or not at all."""
+    target = Path(tempfile.gettempdir()) / f"puzzle-ray-cache-{os.getuid()}" / name
+    if not target.is_dir():
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
+        filesystem.get(path.rstrip("/") + "/", f"{scratch}/", recursive=True)
+        try:
+            os.replace(scratch, target)
+        except OSError:  # another process was faster; its copy is the same
+            shutil.rmtree(scratch, ignore_errors=True)
+    return target
 
 
 def _write_atomically(target: Path, data: bytes) -> None:

@@ -1,7 +1,7 @@
-"""Global knowledge distillation: the whole child learns from the whole parent (paper, section on GKD: L = L_cosine + L_KLD).
+"""Global knowledge distillation (GKD): the whole child learns from the whole parent (paper: L_GKD = L_cosine + L_KLD).
 
-Everything a run computes is a function of (child, parent, tokens, config, seed): data are a function of (seed, step, rank), dropout
-is off, and a checkpoint holds all that training carries from step to step. A resumed run therefore ends in the same bits.
+A run is a function of (child, parent, tokens, config, seed): data are a function of (seed, step, rank), dropout is off, and
+a checkpoint holds all that training carries from step to step. A resumed run therefore ends in the same bits.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class Diverged(PuzzleError):
 
     def __str__(self) -> str:
         step, loss, gradient_norm = self.args
-        return f"gkd: loss {loss} and gradient norm {gradient_norm} at step {step}; lower gkd.learning_rate or gkd.gradient_clip"
+        return f"gkd: loss {loss}, gradient norm {gradient_norm} at step {step}; lower gkd.learning_rate or gkd.gradient_clip"
 
 
 @dataclass(frozen=True)
 class GkdRow:
-    """One step of the loss curve, averaged over all workers: `loss` is the weighted sum of the three terms, each in fp32."""
+    """One step of the loss curve, a mean over all workers. `loss` is the weighted sum of the three terms."""
 
     step: int
     loss: float
@@ -61,7 +61,7 @@ class GkdRow:
 
 @dataclass(frozen=True)
 class GkdJob:
-    """What one distillation reads and writes. `child` is a step with the folder `child`, `data` one with `tokens.safetensors`."""
+    """What one distillation reads and writes: `child` holds the folder `child`, `data` the file `tokens.safetensors`."""
 
     parent: str
     child: Step
@@ -73,7 +73,7 @@ class GkdJob:
 
 
 class _TokenLosses(torch.autograd.Function):
-    """KL(parent || child) and next-token loss. Their gradient, softmax(child) - target, is written in the same pass over the logits."""
+    """KL(parent || child) and next-token loss; their gradient, softmax(child) - target, is written in the same pass."""
 
     @staticmethod
     def forward(
@@ -83,8 +83,9 @@ class _TokenLosses(torch.autograd.Function):
         labelled = max(1, int((labels != NO_LABEL).sum()))
         gradient = torch.empty_like(child_logits)
         kl, lm = torch.zeros(2, dtype=torch.float32, device=child_logits.device)
-        for rows in torch.arange(tokens).split(max(1, _CHUNK_ELEMENTS // vocab_size)):
-            chunk = slice(int(rows[0]), int(rows[-1]) + 1)
+        size = max(1, _CHUNK_ELEMENTS // vocab_size)
+        for start in range(0, tokens, size):
+            chunk = slice(start, start + size)
             child = child_logits[chunk].float().log_softmax(-1)
             parent = parent_logits[chunk].float().log_softmax(-1)
             known = (labels[chunk] != NO_LABEL).float().unsqueeze(1)
@@ -110,28 +111,27 @@ class _TokenLosses(torch.autograd.Function):
 def token_losses(
     child_logits: Tensor, parent_logits: Tensor, input_ids: Tensor, kl_weight: float, lm_weight: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(weighted sum, KL, next-token loss) of logits `[batch, tokens, vocab_size]` and ids `[batch, tokens]`, nats, in fp32.
+    """(weighted sum, KL, next-token loss), nats, in fp32. Logits are `[batch, tokens, vocab_size]`, ids `[batch, tokens]`.
 
-    KL(parent || child) is a mean over all tokens, the next-token loss over those that have a next one. Only the sum has a gradient,
-    and only towards the child. Memory beside the logits: one tensor of their size and dtype, and a chunk in fp32.
+    KL(parent || child) is a mean over all tokens, the next-token loss over those that have a next one. Only the sum has a
+    gradient, and only towards the child. Memory beside the logits: one tensor of their size and dtype, a chunk in fp32.
     """
     labels = functional.pad(input_ids[:, 1:], (0, 1), value=NO_LABEL).flatten()
     flat = child_logits.flatten(0, 1), parent_logits.detach().flatten(0, 1)
-    total, kl, lm = _TokenLosses.apply(*flat, labels, kl_weight, lm_weight)  # type: ignore[no-untyped-call]
+    total, kl, lm = _TokenLosses.apply(*flat, labels, kl_weight, lm_weight)
     return total, kl, lm
 
 
 def cosine_distance(child: Sequence[Tensor], parent: Sequence[Tensor]) -> Tensor:
-    """Mean over layers and tokens of 1 - cos(child, parent); each entry is one layer's output `[batch, tokens, hidden_size]`."""
-    layers = [
-        1 - functional.cosine_similarity(c.float(), p.detach().float(), dim=-1).mean() for c, p in zip(child, parent, strict=True)
-    ]
-    return torch.stack(layers).mean()
+    """Mean over layers and tokens of 1 - cos(child, parent); an entry is a layer's output `[batch, tokens, hidden_size]`."""
+    pairs = zip(child, parent, strict=True)
+    similarity = [functional.cosine_similarity(c.float(), p.detach().float(), dim=-1).mean() for c, p in pairs]
+    return 1 - torch.stack(similarity).mean()
 
 
 @contextmanager
 def layer_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
-    """The output of every layer (before the final norm) of the forward run inside the block, `[batch, tokens, hidden_size]` each."""
+    """The output of every layer, `[batch, tokens, hidden_size]` before the final norm, of a forward inside the block."""
     outputs: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -164,24 +164,24 @@ def learning_rate(config: GkdConfig, step: int) -> float:
 class GkdTrainer:
     """Trains `child` (fp32) towards `parent`, one optimizer step at a time.
 
-    A step takes one micro-batch per worker. This process computes those of `ranks`: all of them by default, so that one process does
-    what many would; with fewer, `all_reduce` must add up the given tensor over all processes, in place.
+    A step takes one micro-batch per worker. This process computes those of `ranks`: all of them by default, so that one
+    process does what many would; with fewer, `all_reduce` must add up a tensor over all processes, in place.
     """
 
     def __init__(
         self, child: Any, parent: Any, tokens: Tokens, config: GkdConfig, *, seed: int,
         ranks: Sequence[int] | None = None, all_reduce: Callable[[Tensor], None] | None = None,
     ) -> None:  # fmt: skip
-        self.child, self.parent, self.tokens, self.config, self.seed = child.eval(), parent.eval(), tokens, config, seed
+        self.child, self.parent = child.eval(), parent.eval().requires_grad_(False)
+        self.tokens, self.config, self.seed = tokens, config, seed
         self.ranks = range(config.num_workers) if ranks is None else ranks
         self.all_reduce = all_reduce
         self.total_steps = total_steps(config)
         self.curve: list[GkdRow] = []
-        self.num_sequences = config.micro_batch_tokens // tokens.sequences.shape[1]
+        length = tokens.sequences.shape[1]
+        self.num_sequences = config.micro_batch_tokens // length
         if not self.num_sequences:
-            length = tokens.sequences.shape[1]
-            raise ConfigError("gkd.micro_batch_tokens", f"{config.micro_batch_tokens} is less than a sequence of {length} tokens")
-        parent.requires_grad_(False)
+            raise ConfigError("gkd.micro_batch_tokens", f"{config.micro_batch_tokens} is less than a sequence of {length}")
         self.parameters: dict[str, nn.Parameter] = dict(child.named_parameters())
         self.device = next(child.parameters()).device
         # Gradients are views of one buffer whose last places are the losses: one all-reduce, one norm.
@@ -215,7 +215,7 @@ class GkdTrainer:
         for rank in self.ranks:
             ids = self.tokens.batch(self.seed, number * config.num_workers + rank, self.num_sequences).to(self.device)
             losses = self.loss_terms(ids)
-            losses[0].backward()  # type: ignore[no-untyped-call]
+            losses[0].backward()
             self.losses += torch.stack([term.detach() for term in losses])
         if self.all_reduce is not None:
             self.all_reduce(self.sums)
@@ -234,7 +234,7 @@ class GkdTrainer:
         return self.curve[-1]
 
     def loss_terms(self, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(weighted sum, KL, cosine distance, next-token loss) for ids `[batch, tokens]`; a term of weight 0 has no gradient."""
+        """(weighted sum, KL, cosine distance, next-token loss) of ids `[batch, tokens]`; weight 0 means no gradient."""
         config = self.config
         half = self.device.type != "cpu" and self.parent.dtype != torch.float32
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
@@ -248,21 +248,24 @@ class GkdTrainer:
         return total + config.cosine_weight * cosine, kl, cosine, lm
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """All that training carries from step to step, on the CPU: weights, both moments of AdamW, the loss curve."""
+        """All that training carries from step to step: weights, AdamW's moments, the loss curve. Not copied on the CPU."""
         state = {f"child.{name}": p.detach().cpu() for name, p in self.parameters.items()}
         for name, parameter in self.parameters.items():
             for moment in _MOMENTS:
                 state[f"{moment}.{name}"] = self.optimizer.state[parameter][moment].cpu()
-        state["curve"] = torch.tensor([astuple(row) for row in self.curve], dtype=torch.float64).view(-1, len(fields(GkdRow)))
+        curve = torch.tensor([astuple(row) for row in self.curve], dtype=torch.float64)
+        state["curve"] = curve.view(-1, len(fields(GkdRow)))
         return state
 
     @torch.no_grad()
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state_tensors`. Raises StoreError where names or shapes are those of another model."""
-        own = self.state_tensors()
-        other = [n for n in own.keys() | state.keys() if n not in own or n not in state or own[n].shape[1:] != state[n].shape[1:]]
-        if other:
-            raise StoreError(CHECKPOINT, f"{sorted(other)[0]!r} is not what this child has", "remove the checkpoint")
+        expected = {name: value.shape for name, value in self.state_tensors().items() if name != "curve"}
+        found = {name: value.shape for name, value in state.items() if name != "curve"}
+        if expected != found:
+            name = min(name for name, _ in expected.items() ^ found.items())
+            problem = f"{name} is {found.get(name)}, this child has {expected.get(name)}"
+            raise StoreError(CHECKPOINT, problem, "remove the checkpoint")
         for name, parameter in self.parameters.items():
             parameter.copy_(state[f"child.{name}"])
             slots = self.optimizer.state[parameter]
@@ -295,9 +298,15 @@ def distill(trainer: GkdTrainer, step: Step, progress: Progress, *, writes: bool
 
 
 def load_trainer(
-    job: GkdJob, *, ranks: Sequence[int] | None = None, all_reduce: Callable[[Tensor], None] | None = None, device: str = "cpu"
+    job: GkdJob,
+    *,
+    ranks: Sequence[int] | None = None,
+    all_reduce: Callable[[Tensor], None] | None = None,
+    device: str = "cpu",
 ) -> GkdTrainer:
-    """Reads models and tokens. The parent computes in its own dtype on an accelerator (the child then in bf16), in fp32 on the CPU."""
+    """Reads models and tokens. On the CPU all is fp32; elsewhere the parent keeps its dtype, and a child of a half-precision
+    parent keeps its weights in fp32 and computes in bf16.
+    """
     with quiet_transformers():
         child = load_model(job.child.local_folder(CHILD), torch.float32).to(device)
         parent = load_model(locate(job.parent, job.revision), torch.float32 if device == "cpu" else None).to(device)
@@ -309,7 +318,7 @@ def publish(trainer: GkdTrainer, job: GkdJob) -> None:
     """Writes the distilled child in its own dtype, its tokenizer and the loss curve, and finishes the step."""
     source = job.child.local_folder(CHILD)
     child = trainer.child.to(read_config(source).dtype or torch.float32)
-    with job.step.folder_to_publish(CHILD) as folder:
+    with quiet_transformers(), job.step.folder_to_publish(CHILD) as folder:
         save_child(child, source, folder)
     job.step.write(CURVE, rows_to_parquet(trainer.curve, GkdRow, {}))
     last = {f"last_{name}": getattr(row, name) for row in trainer.curve[-1:] for name in ("loss", "kl", "cosine", "lm")}

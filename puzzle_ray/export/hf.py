@@ -19,6 +19,7 @@ from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice, SubblockKind
 from puzzle_ray.checkpoint import Checkpoint, locate
 from puzzle_ray.errors import ParentError
 from puzzle_ray.families import Descriptor, describe, families
+from puzzle_ray.store import Step
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json",
                    "merges.txt", "added_tokens.json", "chat_template.jinja", "generation_config.json")
@@ -74,12 +75,30 @@ def child_config(parent_config: Any, choices: Sequence[LayerChoice]) -> Any:
     return config_class(puzzle_layers=layers, architectures=[model_class.__name__], **settings)
 
 
-def new_child(parent_config: Any, choices: Sequence[LayerChoice], dtype: torch.dtype) -> Any:
-    """A child of the right shapes with random weights (initialised as transformers does)."""
+def _skeleton(parent_config: Any, choices: Sequence[LayerChoice], dtype: torch.dtype) -> Any:
+    """A child of the right shapes; the weights of its replaced subblocks are as allocated."""
     config = child_config(parent_config, choices)
     _, model_class = child_classes(describe(config).model_type)
     config._attn_implementation = "sdpa"
     return model_class._from_config(config, dtype=dtype)  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def new_child(parent_config: Any, choices: Sequence[LayerChoice], dtype: torch.dtype) -> Any:
+    """A child of the right shapes with random weights: matrices normal with the config's `initializer_range`, biases 0, norms 1."""
+    child = _skeleton(parent_config, choices, dtype)
+    descriptor = describe(child.config)
+    for choice, layer in zip(choices, child.get_submodule(descriptor.layers), strict=True):
+        for kind in KINDS:
+            if choice.variant(kind) == PARENT:
+                continue
+            for module in layer.get_submodule(descriptor.module(kind)).modules():
+                for name, parameter in module.named_parameters(recurse=False):
+                    if parameter.dim() > 1:
+                        parameter.normal_(0.0, getattr(child.config, "initializer_range", 0.02))
+                    elif name == "bias":
+                        parameter.zero_()
+    return child
 
 
 def assemble(
@@ -91,7 +110,7 @@ def assemble(
     Raises ParentError when any weight of the child would be left undefined.
     """
     descriptor = describe(parent_config)
-    child = new_child(parent_config, choices, dtype).eval()
+    child = _skeleton(parent_config, choices, dtype).eval()
     state = child.state_dict()
     wanted = {name: value for name, value in state.items() if not _replaced(name, choices, descriptor)}
     checkpoint = Checkpoint(parent)
@@ -153,3 +172,22 @@ def choices_of(config: Any) -> tuple[LayerChoice, ...]:
     """What a model is made of; all `parent` for a model that is no child."""
     layers = getattr(config, "puzzle_layers", None) or [{}] * config.num_hidden_layers
     return tuple(LayerChoice(**layer) for layer in layers)
+
+
+def realize(parent: str, choices: Sequence[LayerChoice], library: Step, step: Step) -> None:
+    """Assembles the child in the parent's dtype, checks that it loads back with bit-equal logits, and publishes it as `child`."""
+    from puzzle_ray.checkpoint import quiet_transformers, read_config
+    from puzzle_ray.distill.library import Library
+
+    folder = locate(parent)
+    config = read_config(folder)
+    trained = {(i, kind): state for i, c in enumerate(choices) for kind, state in Library(library).states(i, c).items()}
+    dtype = getattr(config, "dtype", None) or torch.float32
+    with quiet_transformers(), step.folder_to_publish("child") as target:
+        child = assemble(folder, config, choices, trained, dtype)
+        save_child(child, folder, target)
+        ids = torch.arange(32).remainder(config.vocab_size).unsqueeze(0)
+        with torch.inference_mode():
+            if not torch.equal(child(ids).logits, load_model(target).eval()(ids).logits):
+                raise ParentError("child", "the saved child does not give the logits it was saved with", "report this as a bug")
+    step.finish({"num_params": child.num_parameters(), "dtype": str(dtype).removeprefix("torch.")})

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from puzzle_ray.report.markup import Html, number, tag
+from puzzle_ray.report.markup import Html, tag
 
 Point = tuple[float, float]
 
@@ -107,23 +107,16 @@ class Axes:
         path = f"M{_px(x - size)} {_px(y - size)}l{2 * size} {2 * size}m0 {-2 * size}l{-2 * size} {2 * size}"
         return tag("path", tag("title", title), d=path, class_="cross")
 
-    def caption(self, point: Point, content: str, dx: float = 0, dy: float = -12, anchor: str = "middle", class_: str = "") -> Html:
+    def caption(
+        self, point: Point, content: str, dx: float, dy: float, anchor: str = "start", class_: str = ""
+    ) -> Html:
+        """Text `dx`, `dy` pixels from a point."""
         x, y = self.place(*point)
         return text(x + dx, y + dy, content, anchor, class_)
 
 
 def text(x: float, y: float, content: str, anchor: str = "start", class_: str = "") -> Html:
     return tag("text", content, x=_px(x), y=_px(y), text_anchor=anchor, class_=class_ or None)
-
-
-def curves(lines: Sequence[tuple[str, str, Sequence[Point]]], x_label: str, y_label: str, label: str) -> Html:
-    """Lines (CSS class, name, points) over one x axis, y from 0; every line's last value stands in its tooltip."""
-    xs = [x for _, _, points in lines for x, _ in points]
-    top = max(max(y for _, _, points in lines for _, y in points), 1e-9)
-    bottom = min(0.0, min(y for _, _, points in lines for _, y in points))
-    axes = Axes((min(xs), max(max(xs), min(xs) + 1)), (bottom, top * 1.05), x_label, y_label, width=720, height=300)
-    drawn = [axes.line(p, class_, f"{name}: {number(p[0][1])} → {number(p[-1][1])}") for class_, name, p in lines]
-    return axes.draw(*drawn, label=label)
 
 
 def _px(value: float) -> str:

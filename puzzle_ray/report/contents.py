@@ -20,6 +20,7 @@ from puzzle_ray.artifacts import (
     SubblockKind,
 )
 
+KIND_NAMES: Mapping[str, str] = {"attention": "Attention", "ffn": "FFN", "fixed": "Embedding, head, overhead"}
 UNITS = {"kl": "KL to the parent, nats per token", "lm_loss": "rise of the loss, nats per token"}
 
 
@@ -59,9 +60,10 @@ class SweepPoint:
 class ReportData:
     """One run.
 
-    `evaluation` holds `models` (`parent`, `child_before_gkd`, `child` -> figures), `predicted_speedup`, `measured_speedup`,
-    `prompt` and `samples` (model -> text). `bld_curves`: (layer, kind, variant) -> loss per micro-batch. `gkd_curve`: rows with
-    `step` and any of `loss`, `kl`, `cosine`, `lm`. `num_key_value_heads` and `intermediate_size` are the parent's.
+    `evaluation` is what `puzzle_ray.evaluate` returns: `models` (`parent`, `child_before_gkd`, `child` ... -> figures),
+    `predicted_speedup`, `measured_speedup`, `prompt` and `samples` (model -> text). `bld_curves`: (layer, kind, variant) -> loss
+    per micro-batch. `gkd_curve`: rows with `step` and any of `loss`, `kl`, `cosine`, `lm`. `num_key_value_heads` and
+    `intermediate_size` are the parent's.
     """
 
     parent: str
@@ -102,6 +104,15 @@ class ReportData:
     def estimated(self) -> bool:
         """Whether costs were computed instead of measured."""
         return bool((self.profile and self.profile.estimated) or (self.architecture and self.architecture.estimated))
+
+    @property
+    def costs_are(self) -> str:
+        return "estimated" if self.estimated else "predicted"
+
+    @property
+    def serving(self) -> str:
+        s = self.scenario
+        return f"batch {s.batch_size}, {s.input_tokens} tokens in, {s.output_tokens} out" if s else ""
 
     def chosen(self, layer: int, kind: SubblockKind) -> str | None:
         return self.architecture.choices[layer].variant(kind) if self.architecture else None
@@ -150,6 +161,10 @@ def _alone(kind: SubblockKind, variant: str) -> LayerChoice:
     return LayerChoice(attention=variant) if kind == "attention" else LayerChoice(ffn=variant)
 
 
+def shown(variant: str) -> str:
+    return "no-op" if variant == "noop" else variant
+
+
 def runtime_ms(cost: ProfileRow) -> float:
-    """One subblock's part in serving a whole batch: the prompts, then a decoding step for every output token."""
-    return cost.prefill_ms + cost.output_tokens * cost.decode_ms
+    """One subblock's part in serving a whole batch: the prompts, which give the first token, then a step for every other."""
+    return cost.prefill_ms + (cost.output_tokens - 1) * cost.decode_ms

@@ -35,6 +35,7 @@ def number(value: float | None, digits: int = 3) -> str:
         return "0"
     if abs(value) < 1e-4:
         return f"{value:.{digits - 1}e}".replace("-", "−")
+    value = float(f"{value:.{digits - 1}e}")  # 0.0996 at two digits is 0.10
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
     return f"{value:,.{decimals}f}".replace(",", "\u202f").replace("-", "−")
 
@@ -51,11 +52,24 @@ def times(value: float | None) -> str:
     return "–" if value is None else f"{number(value)}\u00a0×"
 
 
-def percent(share: float | None, signed: bool = False) -> str:
+def percent(share: float | None, decimals: int | None = None, sign: bool = False) -> str:
+    """0.871 -> `87.1 %`: three significant digits, or a fixed number of decimals."""
     if share is None:
         return "–"
-    text = f"{100 * share:+.0f}" if signed else f"{100 * share:.3g}"
+    text = number(100 * share) if decimals is None else f"{100 * share:.{decimals}f}"
+    if sign and float(text.replace("−", "-")) == 0:
+        text = "0"
+    elif sign and share > 0:
+        text = f"+{text}"
     return text.replace("-", "−") + "\u00a0%"
+
+
+def signed(value: float) -> str:
+    return f"+{number(value, 2)}" if value > 0 else number(value, 2)
+
+
+def css_width(share: float) -> str:
+    return f"width:{min(100.0, max(0.0, 100 * share)):.1f}%"
 
 
 def duration(seconds: float) -> str:

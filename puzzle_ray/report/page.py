@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from puzzle_ray.report import sections, training
+from puzzle_ray.report import blocks, chosen, outcome, training
 from puzzle_ray.report.contents import ReportData, SweepPoint, TrainedVariant
-from puzzle_ray.report.markup import Html, join, tag
+from puzzle_ray.report.markup import Html, tag
 from puzzle_ray.report.style import SCRIPT, STYLE
 
 __all__ = ["ReportData", "SweepPoint", "TrainedVariant", "render"]
@@ -15,16 +15,16 @@ Section = Callable[[ReportData], Sequence[Html] | None]
 
 # id, title, what makes it, what has to be run to get it
 SECTIONS: tuple[tuple[str, str, Section, str], ...] = (
-    ("frontier", "How much speed costs how much", sections.frontier, "a search, or a sweep over budgets"),
-    ("architecture", "The child, layer by layer", sections.architecture, "a search"),
-    ("scores", "What each replacement damages", training.scores, "scoring"),
-    ("costs", "What each subblock costs", sections.costs, "a profile"),
-    ("outcome", "Kept and gained", sections.outcome, "an evaluation of parent and child"),
-    ("library", "Blockwise local distillation", training.distillation, "a block library"),
+    ("frontier", "How much speed costs how much", chosen.frontier, "a search, or a sweep over budgets"),
+    ("architecture", "The child, layer by layer", chosen.architecture, "a search"),
+    ("scores", "What each replacement damages", blocks.scores, "scoring"),
+    ("costs", "What each subblock costs", blocks.costs, "a profile"),
+    ("outcome", "Kept and gained", outcome.outcome, "an evaluation of parent and child"),
+    ("library", "Blockwise local distillation", blocks.distillation, "a block library"),
     ("gkd", "Global distillation", training.gkd, "GKD"),
-    ("samples", "What they write", training.samples, "an evaluation with a prompt"),
-    ("stages", "Where the time went", training.stages, ""),
-    ("settings", "Configuration and versions", training.settings, ""),
+    ("samples", "What they write", outcome.samples, "an evaluation with a prompt"),
+    ("stages", "Where the time went", outcome.stages, ""),
+    ("settings", "Configuration and versions", outcome.settings, ""),
 )
 
 
@@ -39,7 +39,7 @@ def render(data: ReportData) -> str:
             missing.append(tag("li", f"{title}: needs {needs}"))
     body = [
         _header(data),
-        sections.headline(data),
+        outcome.headline(data),
         tag("nav", *(tag("a", title, href=f"#{name}") for name, title, _ in shown)),
         *(tag("section", tag("h2", title), *content, id=name) for name, title, content in shown),
     ]
@@ -56,13 +56,8 @@ def render(data: ReportData) -> str:
 
 
 def _header(data: ReportData) -> Html:
-    facts = []
-    if data.scenario:
-        s = data.scenario
-        facts.append(f"batch {s.batch_size}, {s.input_tokens} tokens in, {s.output_tokens} out")
-    if data.profile:
-        facts.append(f"{data.profile.engine} on {data.profile.device}, {data.profile.dtype}")
-    if data.estimated:
-        facts.append("costs estimated, not measured")
-    arrow = join([data.parent, tag("span", " → child")])
-    return tag("header", tag("p", "puzzle_ray report", class_="eyebrow"), tag("h1", arrow), tag("p", " · ".join(facts), class_="note"))
+    profile = data.profile
+    facts = [data.serving, f"{profile.engine} on {profile.device}, {profile.dtype}" if profile else ""]
+    facts.append("costs estimated, not measured" if data.estimated else "")
+    above, name = tag("p", "puzzle_ray report", class_="eyebrow"), tag("h1", data.parent, tag("span", " → child"))
+    return tag("header", above, name, tag("p", " · ".join(fact for fact in facts if fact), class_="note"))

@@ -22,13 +22,14 @@ TOLERANCE = 1e-12  # of a cost's whole range: above the rounding of a sum, below
 
 @dataclass(frozen=True)
 class Limit:
-    """`sum of one cost <= bound`, and how to say it: a cost as it is, `over` / cost (a speed), or `minus` - cost (a count)."""
+    """`sum of one cost <= bound`, and how to say it: cost / `of`, `over` / cost (a speed), or `minus` - cost (a count)."""
 
     name: str
     cost: int
     bound: float
     asked: float
     unit: str = ""
+    of: float = 1.0
     over: float | None = None
     minus: float | None = None
 
@@ -40,7 +41,7 @@ class Limit:
         """The quantity that the user limited, at this cost."""
         if self.over is not None:
             return self.over / cost if cost > 0 else math.inf
-        return cost if self.minus is None else self.minus - cost
+        return cost / self.of if self.minus is None else self.minus - cost
 
     def __str__(self) -> str:
         return f"{self.name} {self.sense} {self.asked:g}{' ' + self.unit if self.unit else ''}"
@@ -50,7 +51,8 @@ class Limit:
 class Problem:
     """Minimise the sum of scores within the limits.
 
-    `score` [R, V], `costs` [C, R, V], `constants` [C] (what every architecture pays), `weights` [R] (layers a row stands for).
+    `score` [R, V], `costs` [C, R, V], `constants` [C] (what every architecture pays), `weights` [R] (layers a row stands for),
+    `labels`: the names of every row's choices.
     """
 
     score: Floats
@@ -58,6 +60,7 @@ class Problem:
     cost_names: tuple[str, ...]
     constants: Floats
     weights: NDArray[np.intp]
+    labels: tuple[tuple[str, ...], ...]
     limits: tuple[Limit, ...] = ()
     _scale: Floats = field(init=False, repr=False)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from puzzle_ray.search.problem import Choice, Floats
+from puzzle_ray.search.problem import Choice, Floats, Problem
 
 Bools = NDArray[np.bool_]
 
@@ -94,7 +94,7 @@ def repaired(score: Floats, rows: Floats, bounds: Floats, relaxation: Relaxation
         left = np.maximum(after - bounds[:, None, None], 0.0).sum(axis=0)
         if over.any():
             gain = over.sum() - left
-            rate = np.where((gain > 1e-15) & np.isfinite(score), (damage - damage.min()) / np.maximum(gain, 1e-15), np.inf)
+            rate = np.where((gain > 1e-15) & np.isfinite(score), damage / np.maximum(gain, 1e-15), np.inf)
         else:
             rate = np.where((left == 0) & (damage < 0), damage, np.inf)
         move = int(rate.argmin())
@@ -104,3 +104,10 @@ def repaired(score: Floats, rows: Floats, bounds: Floats, relaxation: Relaxation
         choice = choice.copy()
         choice[row] = variant
     return None
+
+
+def lower_bound(problem: Problem) -> float:
+    """No choice within the limits has a lower objective: the bound of the linear relaxation."""
+    rows, bounds = problem.rows()
+    score = problem.score
+    return best_multipliers(score, rows, bounds, float(np.where(np.isfinite(score), score, 0.0).max(axis=1).sum())).bound

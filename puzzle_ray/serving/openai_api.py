@@ -67,6 +67,8 @@ class GenerationRequest(BaseModel):
     ignore_eos: bool | None = None
     user: str | None = None
 
+    # These validators raise ConfigError, which pydantic lets through: it names the field, as an OpenAI error does.
+
     @model_validator(mode="before")
     @classmethod
     def _drop_neutral_fields(cls, fields: Any) -> Any:
@@ -74,13 +76,13 @@ class GenerationRequest(BaseModel):
             return fields
         for name in cls.neutral.keys() & fields.keys():
             if fields[name] is not None and fields[name] != cls.neutral[name]:
-                raise ValueError(f"{name}={fields[name]!r} is not supported; leave it out")
+                raise ConfigError(name, f"{fields[name]!r} is not supported", "leave it out")
         return {name: value for name, value in fields.items() if name not in cls.neutral}
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options goes with stream=true only")
+            raise ConfigError("stream_options", "is for streams", "send stream=true, or leave it out")
         return self
 
     def sampling_params(self) -> SamplingParams:
@@ -271,12 +273,12 @@ def error_body(message: str, kind: str = "invalid_request_error", param: str | N
 
 def validation_body(errors: Sequence[Json]) -> Json:
     """Body (for status 400) from pydantic's list of errors: the first field at fault, with all that was said about it."""
-    # A web framework puts "body" before the path; a model validator's message has no path of its own.
+    # A web framework puts "body" before the path; a body that is no object at all has no path.
     paths = [[str(part) for part in error["loc"] if part != "body"] for error in errors]
     param = paths[0][0] if paths[0] else None
     if errors[0]["type"] == "extra_forbidden":
         where = ".".join(paths[0])
         return error_body(f"{where}: unknown or unsupported field; leave it out", param=where, code="unknown_field")
     said = [error["msg"] for error, path in zip(errors, paths, strict=True) if path[:1] == paths[0][:1]]
-    message = " or ".join(dict.fromkeys(text.removeprefix("Value error, ") for text in said))
+    message = " or ".join(dict.fromkeys(said))
     return error_body(f"{param}: {message}" if param else message, param=param)

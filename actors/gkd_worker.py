@@ -1,0 +1,229 @@
+"""Global distillation on Ray Train: one process per worker, gradients added up over all of them, rank 0 alone writes.
+
+Ray Train restarts the whole group when a worker dies; every worker then continues from the checkpoint in our own store, which is
+the only state there is. So it does not matter whether a worker, the group, this driver or the cluster went away.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+
+from puzzle_ray.config import ClusterConfig
+from puzzle_ray.distill.gkd import GkdJob, distill, load_trainer, publish, total_steps
+from puzzle_ray.errors import ClusterError, PuzzleError
+from puzzle_ray.progress import Bar, Progress, Quiet
+
+PING_EVERY_S = 0.2
+POLL_EVERY_S = 0.3
+STOP_TIMEOUT_S = 20.0
+STORAGE = ".ray-train"  # Ray Train wants a folder; it holds a marker file
+
+
+class Stopped(PuzzleError):
+    """The driver asked the workers to stop."""
+
+    def __str__(self) -> str:
+        return "gkd: stopped; the same command continues from the last checkpoint"
+
+
+@dataclass(frozen=True)
+class Status:
+    """The last news from rank 0; `news` counts them."""
+
+    news: int = 0
+    step: int = 0
+    facts: Mapping[str, float] = field(default_factory=dict)
+
+
+class _Pings:
+    """Rank 0's progress: tells the run's actor now and then without waiting, and stops when its answer says so."""
+
+    def __init__(self, run: Any) -> None:
+        self.run, self.answer, self.sent, self.done = run, None, 0.0, 0
+
+    @contextmanager
+    def stage(self, name: str, total: int, unit: str) -> Iterator[Bar]:
+        self._send({})
+        yield self
+
+    def advance(self, count: int = 1, **facts: float) -> None:
+        self.done += count
+        if time.monotonic() - self.sent >= PING_EVERY_S:
+            self._send(facts)
+
+    def _send(self, facts: Mapping[str, float]) -> None:
+        if self.answer is not None:
+            if not ray.wait([self.answer], timeout=0)[0]:
+                return
+            if ray.get(self.answer, timeout=POLL_EVERY_S):
+                raise Stopped
+        self.answer = self.run.note.remote(self.done, dict(facts))
+        self.sent = time.monotonic()
+
+
+def train_loop_per_worker(config: dict[str, Any]) -> None:
+    """One worker of the group. `config`: `job`, `run` (actor handle), `cpus`, `step_timeout_s`."""
+    import torch
+    from ray import train
+    from ray.train.torch import get_device
+    from torch import distributed
+
+    job: GkdJob = config["job"]
+    context = train.get_context()
+    rank = context.get_world_rank()
+    torch.set_num_threads(config["cpus"])
+    trainer = load_trainer(job, ranks=[rank], all_reduce=distributed.all_reduce, device=str(get_device()))
+    distill(trainer, job.step, _Pings(config["run"]) if rank == 0 else Quiet(), writes=rank == 0)
+    if rank == 0:
+        publish(trainer, job)
+
+
+def _trainer(job: GkdJob, cpus: int, step_timeout_s: float, run: Any) -> Any:
+    """The TorchTrainer. Its name is new each time: Ray Train would take up a run of the same name where it ended."""
+    import fsspec
+    from ray import train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    class GiveUp(train.UserCallback):
+        """No retry for what would fail again."""
+
+        def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
+            for error in worker_exceptions.values():
+                if isinstance(error, PuzzleError):
+                    raise error
+
+    resources = {"CPU": cpus} | ({"GPU": 1} if job.config.use_gpu else {})
+    storage: dict[str, Any] = {"storage_path": job.step.path(STORAGE)}
+    if not job.step.store.is_local:
+        from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+        storage["storage_path"] = fsspec.core.url_to_fs(job.step.path(STORAGE))[1]
+        storage["storage_filesystem"] = PyFileSystem(FSSpecHandler(job.step.store.filesystem))
+    return TorchTrainer(
+        train_loop_per_worker,
+        train_loop_config={"job": job, "run": run, "cpus": cpus},
+        torch_config=TorchConfig(backend="nccl" if job.config.use_gpu else "gloo", timeout_s=math.ceil(step_timeout_s)),
+        scaling_config=train.ScalingConfig(
+            num_workers=job.config.num_workers, use_gpu=job.config.use_gpu, resources_per_worker=resources
+        ),
+        run_config=train.RunConfig(
+            name=f"gkd-{job.step.key}-{uuid.uuid4().hex[:8]}",
+            failure_config=train.FailureConfig(max_failures=job.config.max_failures),
+            callbacks=[GiveUp()],
+            **storage,
+        ),
+    )
+
+
+@ray.remote(num_cpus=0, max_restarts=0, max_concurrency=4)
+class GkdRun:
+    """Owns one `fit()`, which blocks, and passes news from rank 0 to the driver. The group dies with this actor."""
+
+    def __init__(self) -> None:
+        self.last = Status()
+        self.stopping = False
+
+    def fit(self, job: GkdJob, cpus: int, step_timeout_s: float) -> None:
+        """Raises the workers' PuzzleError, or Ray Train's TrainingFailedError."""
+        from ray.train import ControllerError
+
+        try:
+            _trainer(job, cpus, step_timeout_s, ray.get_runtime_context().current_actor).fit()
+        except ControllerError as error:
+            raise error.controller_failure if isinstance(error.controller_failure, PuzzleError) else error from None
+
+    def note(self, step: int, facts: Mapping[str, float]) -> bool:
+        """Rank 0 is at `step`; answers whether it should stop."""
+        self.last = Status(self.last.news + 1, step, facts)
+        return self.stopping
+
+    def status(self) -> Status:
+        return self.last
+
+    def stop(self) -> None:
+        self.stopping = True
+
+
+def _cpus_per_worker(num_workers: int) -> int:
+    """An equal share of the smallest node that has CPUs; workers spread evenly."""
+    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    nodes = [cpus for cpus in nodes if cpus] or [1]
+    return max(1, min(nodes) // math.ceil(num_workers / len(nodes)))
+
+
+def _environment() -> dict[str, str]:
+    """Of the run's actor, inherited by the controller and the workers. What the user has set stays."""
+    environment = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", "OMP_WAIT_POLICY": "PASSIVE"}
+    loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    # Gloo listens on the address the host's name resolves to, which a laptop or container need not have.
+    if loopback and sum(node["Alive"] for node in ray.nodes()) == 1:
+        environment["GLOO_SOCKET_IFNAME"] = loopback[0]
+    return {name: os.environ.get(name, value) for name, value in environment.items()}
+
+
+def run_gkd(job: GkdJob, *, cluster: ClusterConfig, progress: Progress, cpus_per_worker: int | None = None) -> None:
+    """Distils `job` with `job.config.num_workers` workers, from its checkpoint if any; does nothing when it is finished.
+
+    Without `cpus_per_worker` the workers share all CPUs. Raises the workers' own PuzzleError (such as Diverged), or
+    ClusterError when they cannot be placed, die more than `gkd.max_failures` times, or fall silent for
+    `cluster.step_timeout_s`.
+    """
+    if job.step.finished:
+        return
+    cpus = cpus_per_worker or _cpus_per_worker(job.config.num_workers)
+    run = GkdRun.options(runtime_env={"env_vars": _environment()}).remote()  # type: ignore[attr-defined]
+    ended = run.fit.remote(job, cpus, cluster.step_timeout_s)
+    try:
+        _follow(run, ended, job, cluster, progress, cpus)
+    except RayTaskError as error:
+        if isinstance(error.cause, PuzzleError):
+            raise error.cause from None
+        reason = str(error.cause).strip().splitlines()[-1]
+        raise ClusterError("gkd", f"the workers failed ({reason})", "see their logs; the same command continues") from None
+    except (RayActorError, GetTimeoutError) as error:
+        raise ClusterError("gkd", f"the run's actor is gone ({type(error).__name__})", "the same command continues") from None
+    finally:
+        _end(run, ended)
+        job.step.remove(STORAGE)
+
+
+def _follow(run: Any, ended: Any, job: GkdJob, cluster: ClusterConfig, progress: Progress, cpus: int) -> None:
+    """Shows progress until `ended` is ready. Raises ClusterError after too long a silence."""
+    config = job.config
+    shown, heard, last = 0, time.monotonic(), Status()
+    with progress.stage("distill", total_steps(config), "steps") as bar:
+        while not ray.wait([ended], timeout=POLL_EVERY_S)[0]:
+            now: Status = ray.get(run.status.remote(), timeout=cluster.step_timeout_s)
+            if now.news != last.news:
+                bar.advance(max(0, now.step - shown), **now.facts)  # steps done again after a restart are not counted
+                shown, heard, last = max(shown, now.step), time.monotonic(), now
+            silence = time.monotonic() - heard
+            if last.news and silence > cluster.step_timeout_s:
+                raise ClusterError("gkd", f"no step for {silence:.0f} s after step {last.step}", "raise cluster.step_timeout_s")
+            if not last.news and silence > cluster.placement_timeout_s:
+                wanted = f"{config.num_workers} workers with {cpus} CPUs" + (" and a GPU each" if config.use_gpu else " each")
+                raise ClusterError("gkd", f"{wanted} did not start within {silence:.0f} s", "lower gkd.num_workers")
+        ray.get(ended, timeout=cluster.step_timeout_s)
+        bar.advance(total_steps(config) - shown)
+
+
+def _end(run: Any, ended: Any) -> None:
+    """Lets started workers stop by themselves, so that Ray Train frees what they hold, before the actor is killed."""
+    try:
+        with suppress(RayError):  # it may be gone already
+            if ray.get(run.status.remote(), timeout=STOP_TIMEOUT_S).news:
+                run.stop.remote()
+                ray.wait([ended], timeout=STOP_TIMEOUT_S)
+    finally:
+        ray.kill(run)

@@ -1,0 +1,121 @@
+"""`puzzle-ray <verb>`: the same commands as `python -m jobs.<verb>`, and what all of them share."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from puzzle_ray.errors import PuzzleError
+
+if TYPE_CHECKING:
+    from jobs.stages import Run
+
+HELPERS = {"cli", "session", "stages"}
+ONE_LINE = {"help_option_names": ["-h", "--help"]}
+
+
+def verbs() -> list[str]:
+    import jobs
+
+    return sorted(info.name for info in pkgutil.iter_modules(jobs.__path__) if info.name not in HELPERS)
+
+
+def stage_command(work: Callable[[Run], None], about: str, needs_ray: bool = True) -> Callable[..., None]:
+    """A command line with the options every stage has; `work` does it on a checked run within a Ray session."""
+
+    def main(
+        recipe: Annotated[str | None, typer.Option(help="A recipe that comes with the package, such as tiny.")] = None,
+        config: Annotated[str | None, typer.Option(help="A YAML file of settings.")] = None,
+        set_: Annotated[list[str] | None, typer.Option("--set", help="One setting, section.key=value; may be repeated.")] = None,
+        parent: Annotated[str | None, typer.Option(help="tiny, a Hugging Face folder, or a hub id.")] = None,
+        data: Annotated[str | None, typer.Option(help="Training text: file, folder, glob, URL, or a datasets hub id.")] = None,
+        store: Annotated[str | None, typer.Option(help="Where artifacts are kept: a folder or any fsspec URL.")] = None,
+    ) -> None:
+        run = configured(recipe, config, set_, parent, data, store)
+        run.check()
+        if not needs_ray:
+            work(run)
+            return
+        from jobs.session import connected
+
+        with connected(run.config.cluster, window_bytes(run)):
+            work(run)
+
+    main.__doc__ = about
+    return main
+
+
+def configured(
+    recipe: str | None, config: str | None, overrides: list[str] | None, parent: str | None, data: str | None, store: str | None
+) -> Run:
+    """The run that a command line asks for. Raises ConfigError."""
+    from jobs.stages import Run
+    from puzzle_ray.config import load
+
+    words = list(overrides or [])
+    for name, value in (("parent", parent), ("data.train", data), ("store", store)):
+        if value is not None:
+            words.append(f"{name}={value!r}")
+    return Run(load(recipe, config, tuple(words)))
+
+
+def window_bytes(run: Run) -> int:
+    """What the library's micro-batches in flight take in the object store: window x (layers + 1) x tokens x hidden_size x bytes."""
+    config = run.config
+    if config.parent == "tiny":
+        return 0
+    model = run.model_config
+    bytes_each = 4 if config.library.activation_dtype == "float32" else 2
+    per_micro_batch = (model.num_hidden_layers + 1) * config.library.micro_batch_tokens * model.hidden_size * bytes_each
+    return int((config.library.window + 1) * per_micro_batch)
+
+
+def run_main(main: Callable[..., None]) -> None:
+    """Runs one command: what the user can mend is one line on stderr and exit code 2, an interrupt is 130."""
+    guarded(lambda: typer.run(main))
+
+
+def guarded(call: Callable[[], Any]) -> None:
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    try:
+        call()
+    except PuzzleError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from here", file=sys.stderr)
+        sys.exit(130)
+
+
+def main() -> None:
+    """The `puzzle-ray` script."""
+    arguments = sys.argv[1:]
+    names = {name.replace("_", "-"): name for name in verbs()}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: puzzle-ray VERB [OPTIONS]\n\nverbs: " + ", ".join(names) + "\n\npuzzle-ray VERB --help says more.")
+        sys.exit(0 if arguments else 2)
+    if arguments[0] == "--version":
+        from puzzle_ray import __version__
+
+        print(__version__)
+        return
+    verb = arguments[0].replace("_", "-")
+    if verb not in names:
+        from puzzle_ray.plugins import did_you_mean
+
+        print(f"error: unknown verb {arguments[0]!r}; {did_you_mean(verb, names)}", file=sys.stderr)
+        sys.exit(2)
+    sys.argv = [f"puzzle-ray {verb}", *arguments[1:]]
+    run_main(importlib.import_module(f"jobs.{names[verb]}").main)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""What was kept and what was gained: held-out predictions and measured speed of the parent and its children, in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoTokenizer
+
+from puzzle_ray.artifacts import Architecture, Scenario
+from puzzle_ray.checkpoint import locate, quiet_transformers
+from puzzle_ray.config import EvaluateConfig
+from puzzle_ray.export.hf import load_model
+from puzzle_ray.profiling.measure import Timing, measure_side_by_side
+from puzzle_ray.profiling.memory import model_memory_mib
+from puzzle_ray.progress import Progress
+from puzzle_ray.scoring.metrics import PredictionMetrics, compare, mean
+
+PARENT = "parent"
+
+
+@torch.inference_mode()
+def predictions(models: Mapping[str, Any], batches: Sequence[Tensor]) -> dict[str, dict[str, float]]:
+    """Held-out loss, KL from the parent and top-1 agreement of every model; `parent` must be among them."""
+    parts: dict[str, list[PredictionMetrics]] = {name: [] for name in models}
+    for ids in batches:
+        reference = F.log_softmax(models[PARENT](ids, use_cache=False).logits.float(), dim=-1)
+        for name, model in models.items():
+            logits = reference if name == PARENT else model(ids, use_cache=False).logits
+            parts[name].append(compare(reference, logits, ids))
+    out = {}
+    for name, found in parts.items():
+        joined = PredictionMetrics.joined(found)
+        out[name] = {
+            "heldout_loss": mean(joined.lm_loss), "kl": mean(joined.kl), "top1_agreement": mean(joined.top1_agreement),
+            "heldout_tokens": float(joined.tokens),
+        }
+    return out
+
+
+def speeds(timings: Mapping[str, Timing], scenario: Scenario) -> dict[str, dict[str, float]]:
+    """Rates from measured times: prefill counts prompt tokens, decode one token per sequence and step, throughput all tokens."""
+    out = {}
+    for name, timing in timings.items():
+        runtime_ms = timing.prefill_ms + (scenario.output_tokens - 1) * timing.decode_ms
+        out[name] = {
+            "prefill_ms": timing.prefill_ms,
+            "decode_ms": timing.decode_ms,
+            "runtime_ms": runtime_ms,
+            "prefill_tokens_per_s": 1e3 * scenario.batch_size * scenario.input_tokens / timing.prefill_ms,
+            "decode_tokens_per_s": 1e3 * scenario.batch_size / timing.decode_ms,
+            "throughput_tokens_per_s": 1e3 * scenario.batch_size * scenario.tokens_per_sequence / runtime_ms,
+        }
+    return out
+
+
+@torch.inference_mode()
+def greedy_sample(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
+    """The prompt and its greedy continuation. A tokenizer with a beginning-of-sequence token has it put in front."""
+    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    if tokenizer.bos_token_id is not None:
+        ids = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), ids], dim=1)
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
+    )
+    return str(tokenizer.decode(out[0], skip_special_tokens=True))
+
+
+def evaluate(
+    folders: Mapping[str, str], batches: Sequence[Tensor], architecture: Architecture | None, scenario: Scenario,
+    config: EvaluateConfig, dtype: str, progress: Progress,
+) -> dict[str, Any]:
+    """Everything about the named models (`parent`, `child_before_gkd`, `child` ...), measured in turn in the same run.
+
+    Returns JSON-able `models`, `samples`, `scenario`, and for children predicted beside measured speed-up.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(locate(folders[PARENT]))
+    with quiet_transformers(), progress.stage("evaluate", 3, "step") as bar:
+        models = {name: load_model(folder, torch.float32) for name, folder in folders.items()}
+        found = predictions(models, batches)
+        bar.advance()
+        samples = {name: greedy_sample(m, tokenizer, config.prompt, config.sample_tokens) for name, m in models.items()}
+        bar.advance()
+        if dtype != "float32":
+            models = {name: model.to(getattr(torch, dtype)) for name, model in models.items()}
+        timed = {name: model for name, model in models.items() if name != "child_before_gkd"}  # same shapes as the child
+        timings = measure_side_by_side(timed, scenario, config.repeats)
+        bar.advance()
+    rates = speeds(timings, scenario)
+    for name, model in models.items():
+        like = "child" if name == "child_before_gkd" and "child" in rates else name
+        found[name] |= rates[like]
+        found[name]["memory_mib"] = model_memory_mib(model, scenario)
+        found[name]["num_params"] = float(model.num_parameters())
+        found[name]["measured_speedup"] = rates[PARENT]["runtime_ms"] / rates[like]["runtime_ms"]
+    return {
+        "models": found,
+        "samples": samples,
+        "prompt": config.prompt,
+        "scenario": asdict(scenario),
+        "predicted": asdict(architecture.predicted) if architecture else None,
+        "parent_predicted": asdict(architecture.parent_predicted) if architecture else None,
+        "predicted_speedup": architecture.predicted_speedup if architecture else None,
+        "measured_speedup": found["child"]["measured_speedup"] if "child" in found else None,
+    }

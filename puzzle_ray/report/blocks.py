@@ -1,0 +1,140 @@
+"""What is known of every variant: the damage it does, what it costs, and how well it was distilled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from puzzle_ray.artifacts import KINDS, MIB, PARENT, ProfileRow, SubblockKind
+from puzzle_ray.report.contents import KIND_NAMES, ReportData, TrainedVariant, shown
+from puzzle_ray.report.markup import Html, count, join, legend, note, number, percent, small, table, tag
+from puzzle_ray.report.training import panels
+
+Subblock = tuple[int, SubblockKind, str]
+
+
+@dataclass(frozen=True)
+class Heat:
+    """One cell of a heat map."""
+
+    value: float
+    content: object
+    tip: str
+
+
+def heat_map(data: ReportData, cell: Callable[[int, SubblockKind, str], Heat | None], meaning: str) -> Html | None:
+    """Layers down, variants across, colour on a log scale; the chosen variants are framed. None where no cell has a value."""
+    found: dict[Subblock, Heat] = {s: heat for s in _subblocks(data) if (heat := cell(*s))}
+    if not found:
+        return None
+    positive = [heat.value for heat in found.values() if math.isfinite(heat.value) and heat.value > 0] or [1.0]
+    scale = (min(positive), max(positive))
+    columns = [(kind, list(dict.fromkeys(v for _, k, v in found if k == kind))) for kind in KINDS]
+    groups = [tag("th", KIND_NAMES[k], colspan=len(v), scope="colgroup", class_=k) for k, v in columns if v]
+    names = [tag("th", shown(variant), scope="col") for _, variants in columns for variant in variants]
+    head = tag("thead", tag("tr", tag("th", "layer", rowspan=2, scope="col"), *groups), tag("tr", *names))
+    rows = []
+    for layer in sorted({layer for layer, _, _ in found}):
+        cells = [
+            _heat_cell(found.get((layer, kind, v)), scale, framed=data.chosen(layer, kind) == v)
+            for kind, variants in columns for v in variants
+        ]  # fmt: skip
+        rows.append(tag("tr", tag("th", layer, scope="row"), *cells))
+    drawn = tag("div", tag("table", head, tag("tbody", *rows), class_="heat"), class_="scroll")
+    key = tag("p", number(scale[0], 2), tag("i", class_="ramp"), f"{number(scale[1], 2)} {meaning}", class_="legend")
+    return join([drawn, tag("div", key, legend(("frame", "chosen")) if data.architecture else None, class_="keys")])
+
+
+def _heat_cell(heat: Heat | None, scale: tuple[float, float], framed: bool) -> Html:
+    if heat is None:
+        return tag("td", "–", class_="none")
+    low, high = scale
+    share = 0.0
+    if math.isfinite(heat.value) and heat.value > 0 and high > low:
+        share = math.log(heat.value / low) / math.log(high / low)
+    return tag("td", heat.content, style=f"--heat:{100 * share:.0f}%", title=heat.tip, class_="framed" if framed else None)
+
+
+def _subblocks(data: ReportData) -> list[Subblock]:
+    """Every (layer, kind, variant) but the parent's, from the search space or, without one, from scores and library."""
+    if data.space:
+        return list(data.space.subblocks())
+    found: dict[Subblock, None] = {}
+    for row in data.scores.rows if data.scores else ():
+        found[row.layer, "attention", row.attention] = found[row.layer, "ffn", row.ffn] = None
+    for trained in data.library:
+        found[trained.layer, "attention" if trained.kind == "attention" else "ffn", trained.variant] = None
+    return [s for s in found if s[2] != PARENT]
+
+
+def scores(data: ReportData) -> list[Html] | None:
+    """Damage of every variant at every layer."""
+
+    def cell(layer: int, kind: SubblockKind, variant: str) -> Heat | None:
+        value, row = data.score(layer, kind, variant), data.score_row(layer, kind, variant)
+        if value is None:
+            return None
+        sure = f" ± {number(row.stderr, 2)} (standard error), {row.tokens} tokens" if row else ""
+        return Heat(value, number(value, 2), f"layer {layer}, {variant}: {number(value)}{sure}")
+
+    drawn = heat_map(data, cell, data.unit)
+    text = "Damage when this one subblock is replaced and everything else stays the parent's; 0 is none. Colours on a log scale."
+    return [note(text), drawn] if drawn else None
+
+
+def costs(data: ReportData) -> list[Html] | None:
+    """What every subblock shape costs."""
+    profile = data.profile
+    if profile is None or not profile.rows:
+        return None
+    many_types = len({row.layer_type for row in profile.rows if row.layer_type}) > 1
+    many_batches = len(profile.batch_sizes) > 1
+    parents = {(r.subblock, r.layer_type, r.batch_size): r for r in profile.rows if r.variant == PARENT}
+    rows: list[list[object]] = []
+    for row in profile.rows:
+        name = [KIND_NAMES.get(row.subblock, row.subblock), shown(row.variant) if row.variant != row.subblock else ""]
+        name += [row.layer_type if many_types else "", f"batch {row.batch_size}" if many_batches else ""]
+        parent = parents.get((row.subblock, row.layer_type, row.batch_size))
+        sizes = [number(row.weight_bytes / MIB), number(row.kv_bytes_per_token / 1024), count(row.num_params)]
+        rows.append([" · ".join(part for part in name if part), *_times(row, parent, profile.estimated), *sizes])
+    how = f"{profile.engine} {profile.engine_version}".strip() + f" on {profile.device}, {profile.dtype}"
+    text = f"Estimated, not measured: {how}." if profile.estimated else f"Measured: {how}; ± is half the inter-quartile range."
+    scenario = f" Scenario: {data.serving}." if data.serving else ""
+    header = ["subblock", "prefill, ms", "decode, ms a step", "weights, MiB", "KV cache, KiB a token", "params"]
+    return [note(f"{text} Percentages are of the parent's subblock.{scenario}"), table(header, rows)]
+
+
+def _times(row: ProfileRow, parent: ProfileRow | None, estimated: bool) -> list[Html]:
+    """Prefill and decode, each with its spread and its share of the parent's."""
+    cells = []
+    for phase in ("prefill_ms", "decode_ms"):
+        value, spread = getattr(row, phase), getattr(row, phase.replace("_ms", "_spread_ms"))
+        whole = getattr(parent, phase) if parent and parent is not row else 0
+        sure = "" if estimated or not spread else f" ± {number(spread, 2)}"
+        cells.append(tag("td", number(value), small(sure), small(tag("b", percent(value / whole, 0)) if whole else "")))
+    return cells
+
+
+def distillation(data: ReportData) -> list[Html] | None:
+    """Blockwise local distillation: loss before and after for every variant, and its course."""
+    rows = {(row.layer, row.kind, row.variant): row for row in data.library}
+
+    def cell(layer: int, kind: SubblockKind, variant: str) -> Heat | None:
+        row = rows.get((layer, kind, variant))
+        return _before_and_after(row) if row else None
+
+    drawn = heat_map(data, cell, "normalised MSE")
+    text = "Normalised MSE of the block's output on validation text, for the weights that were kept: 0 copies the parent, "
+    text += "1 is as far off as writing zeros. Below it, the loss before training. Colours on a log scale."
+    return [*([note(text), drawn] if drawn else []), *panels(data)] or None
+
+
+def _before_and_after(row: TrainedVariant) -> Heat:
+    loss = row.start_loss if row.kept == "start" else row.final_loss
+    below = f"from {number(row.start_loss, 2)}"
+    if row.kept == "start":
+        below = "failed" if row.failure else "start kept" if row.tokens else "untrained"
+    tip = f"layer {row.layer}, {row.variant}: {number(row.start_loss)} ({row.initialisation})"
+    tip += f", {number(row.final_loss)} after {row.tokens} tokens; kept: {row.kept}" if row.tokens else ", not trained"
+    return Heat(loss, join([number(loss, 2), small(below)]), tip + (f"; failed: {row.failure}" if row.failure else ""))

@@ -1,0 +1,180 @@
+"""What came of it: the big numbers, what was kept and gained, what the models write, and how to run it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from puzzle_ray.artifacts import Costs
+from puzzle_ray.report.contents import ReportData
+from puzzle_ray.report.markup import (
+    Html,
+    count,
+    css_width,
+    duration,
+    join,
+    note,
+    number,
+    percent,
+    signed,
+    small,
+    table,
+    tag,
+    times,
+)
+
+MODEL_NAMES = {"parent": "Parent", "child_before_gkd": "Child before GKD", "child": "Child"}
+FIGURES = {
+    "heldout_loss": "Held-out loss, nats per token",
+    "kl": "KL to the parent, nats per token",
+    "top1_agreement": "Top-1 agreement with the parent",
+    "prefill_tokens_per_s": "Prefill, tokens/s",
+    "decode_tokens_per_s": "Decode, tokens/s",
+    "throughput_tokens_per_s": "Throughput, tokens/s, in and out",
+    "runtime_ms": "Runtime of the scenario, ms",
+    "measured_speedup": "Speed-up, measured",
+    "memory_mib": "Memory: weights and KV cache, MiB",
+    "num_params": "Parameters",
+}
+
+
+def headline(data: ReportData) -> Html | None:
+    """The run in a few big numbers: (what, number, what to know about it)."""
+    cards = [*_speed(data), *_quality(data), *_size(data)]
+    shown = (tag("div", tag("h2", what), tag("p", big), small(more), class_="card") for what, big, more in cards)
+    return tag("div", *shown, class_="cards") if cards else None
+
+
+def _speed(data: ReportData) -> list[tuple[str, str, str]]:
+    evaluation, architecture = data.evaluation or {}, data.architecture
+    predicted = architecture.predicted_speedup if architecture else evaluation.get("predicted_speedup")
+    measured, asked = evaluation.get("measured_speedup"), architecture.limits.get("speedup") if architecture else None
+    more = [f"{data.costs_are} {times(predicted)}"] if measured and predicted else []
+    more += [f"asked {times(asked)}"] if asked else []
+    if measured:
+        return [("Speed-up, measured", times(measured), ", ".join(more))]
+    return [(f"Speed-up, {data.costs_are}", times(predicted), ", ".join([*more, "not measured yet"]))] if predicted else []
+
+
+def _quality(data: ReportData) -> list[tuple[str, str, str]]:
+    parent, (name, child) = data.models.get("parent", {}), _last_child(data)
+    before = data.models.get("child_before_gkd", {}).get("heldout_loss") if name == "child" else None
+    cards = []
+    if "heldout_loss" in parent and "heldout_loss" in child:
+        was, now = parent["heldout_loss"], child["heldout_loss"]
+        more = f"{signed(now - was)} nats per token" + (f"; {number(before)} before GKD" if before else "")
+        cards.append(("Held-out loss", _from_to(number(was), number(now)), more))
+    if "top1_agreement" in child:
+        more = f"KL {number(child['kl'])} nats per token" if "kl" in child else ""
+        cards.append(("Top-1 agreement", percent(child["top1_agreement"]), more))
+    return cards
+
+
+def _size(data: ReportData) -> list[tuple[str, str, str]]:
+    if data.architecture is None:
+        return []
+    was, now = data.architecture.parent_predicted, data.architecture.predicted
+    params = percent(now.num_params / was.num_params - 1, 0, sign=True)
+    memory = percent(now.memory_mib / was.memory_mib - 1, 0, sign=True)
+    return [
+        ("Parameters", _from_to(count(was.num_params), count(now.num_params)), params),
+        ("Memory, MiB, computed", _from_to(number(was.memory_mib), number(now.memory_mib)),
+         f"{memory}; weights and KV cache at batch {now.batch_size}"),
+    ]  # fmt: skip
+
+
+def _from_to(before: str, after: str) -> str:
+    """`3.93 M`, `2.73 M` -> `3.93 → 2.73 M`."""
+    value, _, unit = before.partition("\u00a0")
+    return f"{value if after.endswith(unit) else before} → {after}"
+
+
+def _last_child(data: ReportData) -> tuple[str, Mapping[str, float]]:
+    """The furthest child that was evaluated, and its figures."""
+    name = next((n for n in ("child", "child_before_gkd") if n in data.models), "")
+    return name, data.models.get(name, {})
+
+
+def outcome(data: ReportData) -> list[Html] | None:
+    """Every evaluated model's figures, and the prediction beside the measurement."""
+    parts = []
+    if data.models:
+        names = [MODEL_NAMES.get(name, name) for name in data.models]
+        present = [key for key in FIGURES if any(model.get(key) is not None for model in data.models.values())]
+        rows = [[FIGURES[key], *(_figure(key, model.get(key)) for model in data.models.values())] for key in present]
+        same = "GKD changes no shape: the child before it is as fast as the child."
+        known = note(same) if {"child", "child_before_gkd"} <= data.models.keys() else None
+        parts.append(tag("div", tag("h3", "Evaluated in one run"), table(["", *names], rows), known))
+    if data.architecture:
+        text = f"Difference: measured against {data.costs_are}."
+        text += "" if data.models else " An evaluation fills the second column."
+        title = tag("h3", f"{data.costs_are.capitalize()} beside measured")
+        parts.append(tag("div", title, _comparison(data), note(text)))
+    scenario = note(f"Serving scenario: {data.serving}.") if data.serving else None
+    return [join([scenario, tag("div", *parts, class_="columns")])] if parts else None
+
+
+def _figure(key: str, value: float | None) -> str:
+    written: dict[str, Callable[[float | None], str]] = {
+        "num_params": count, "top1_agreement": percent, "measured_speedup": times,
+    }
+    return written.get(key, number)(value)
+
+
+def _comparison(data: ReportData) -> Html:
+    a, (_, child) = data.architecture, _last_child(data)
+    assert a is not None
+    rows: list[list[object]] = []
+
+    def add(label: str, predicted: float, measured: float | None) -> None:
+        off = percent(measured / predicted - 1, 1, sign=True) if measured and predicted else "–"
+        rows.append([label, number(predicted), number(measured), off])
+
+    add("Speed-up", a.predicted_speedup, (data.evaluation or {}).get("measured_speedup"))
+    models: tuple[tuple[str, Costs, Mapping[str, float]], ...] = (
+        ("Parent", a.parent_predicted, data.models.get("parent", {})), ("Child", a.predicted, child),
+    )  # fmt: skip
+    for name, costs, measured in models:
+        add(f"{name}: prefill, ms", costs.prefill_ms, measured.get("prefill_ms"))
+        add(f"{name}: one decoding step, ms", costs.decode_ms, measured.get("decode_ms"))
+        add(f"{name}: runtime, ms", costs.runtime_ms, measured.get("runtime_ms"))
+        add(f"{name}: throughput, tokens/s", costs.throughput_tokens_per_s, measured.get("throughput_tokens_per_s"))
+    return table(["", data.costs_are, "measured", "difference"], rows)
+
+
+def samples(data: ReportData) -> list[Html] | None:
+    """Greedy continuations side by side, the prompt in bold."""
+    evaluation = data.evaluation or {}
+    prompt, cards = str(evaluation.get("prompt") or ""), []
+    for name, sample in (evaluation.get("samples") or {}).items():
+        begins = bool(prompt) and sample.startswith(prompt)
+        written = [tag("b", prompt), sample[len(prompt) :]] if begins else [sample]
+        title = tag("h3", MODEL_NAMES.get(name, name))
+        cards.append(tag("div", title, tag("p", *written, class_="sample"), class_="card"))
+    return [note("Greedy continuation of the same prompt."), tag("div", *cards, class_="samples")] if cards else None
+
+
+def stages(data: ReportData) -> list[Html] | None:
+    """Where the time went."""
+    if not data.stage_seconds:
+        return None
+    longest = max(data.stage_seconds.values()) or 1.0
+    rows: list[list[object]] = []
+    for name, seconds in data.stage_seconds.items():
+        bar = tag("i", tag("b", style=css_width(seconds / longest)), class_="bar")
+        rows.append([name, tag("td", bar), duration(seconds)])
+    rows.append([tag("b", "together"), "", tag("b", duration(sum(data.stage_seconds.values())))])
+    return [table(["stage", "", "time"], rows, class_="stages")]
+
+
+def settings(data: ReportData) -> list[Html] | None:
+    """What it takes to run it again."""
+    parts = [_details("Configuration", tag("pre", data.config_yaml))] if data.config_yaml else []
+    for title, facts in (("Versions", data.versions), ("Machine", data.machine)):
+        if facts:
+            rows = [[name, tag("td", value, class_="text")] for name, value in facts.items()]
+            parts.append(_details(title, table((), rows, class_="facts")))
+    return parts or None
+
+
+def _details(title: str, content: Html) -> Html:
+    return tag("details", tag("summary", title), content)

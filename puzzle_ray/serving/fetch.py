@@ -1,0 +1,48 @@
+"""Where a server finds its model: a local folder or hub id as they are, a folder behind a URL as a local copy."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from puzzle_ray.checkpoint import locate
+from puzzle_ray.errors import ParentError
+
+
+def check_model(model: str) -> str:
+    """The model's absolute path, or its hub id or URL. Raises ParentError when nothing is there; a URL is not fetched yet."""
+    if "://" not in model:
+        folder = locate(model)
+        return str(folder.absolute())
+    filesystem, path = _open(model)
+    try:
+        found = filesystem.isfile(f"{path}/config.json")
+    except Exception as error:  # every backend has errors of its own
+        reason = f"{type(error).__name__}: {error}"
+        raise ParentError("model", f"{model!r} cannot be read ({reason})", "check the URL and the credentials") from None
+    if not found:
+        raise ParentError("model", f"{model!r} has no config.json", "name a Hugging Face model folder")
+    return model
+
+
+def fetch_model(model: str) -> str:
+    """A local folder with the model's files; a URL is copied into a new temporary folder. Raises ParentError."""
+    if "://" not in model:
+        return model
+    check_model(model)
+    filesystem, path = _open(model)
+    folder = tempfile.mkdtemp(prefix="puzzle-ray-model-")
+    for file in filesystem.find(path, maxdepth=1):
+        filesystem.get_file(file, str(Path(folder) / file.rsplit("/", 1)[-1]))
+    return folder
+
+
+def _open(url: str) -> tuple[Any, str]:
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url.rstrip("/"))
+    except (ValueError, ImportError) as error:
+        raise ParentError("model", f"{url!r} cannot be opened ({error})", "name a folder or an fsspec URL") from None
+    return filesystem, path

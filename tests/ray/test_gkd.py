@@ -1,0 +1,140 @@
+"""Global distillation on Ray Train: whatever is killed, the child ends in the bits of an undisturbed serial run."""
+
+import dataclasses
+from contextlib import contextmanager
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from actors.gkd_worker import run_gkd
+from puzzle_ray.artifacts import LayerChoice
+from puzzle_ray.config import ClusterConfig, GkdConfig
+from puzzle_ray.distill.gkd import CHECKPOINT, CHILD, CURVE, TOKENS, Diverged, GkdJob, distill_child
+from puzzle_ray.errors import ClusterError
+from puzzle_ray.export.hf import load_model, new_child, save_child
+from puzzle_ray.progress import Quiet
+from puzzle_ray.store import Store
+
+VOCAB_SIZE, LENGTH, STEPS = 64, 16, 400
+CONFIG = GkdConfig(
+    tokens=STEPS * 64, micro_batch_tokens=32, num_workers=2, learning_rate=1e-2, checkpoint_every=20, max_failures=1
+)
+CLUSTER = ClusterConfig()
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """A tiny parent, a random child of it and random tokens."""
+    folder = tmp_path_factory.mktemp("gkd")
+    store = Store(str(folder / "store"))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=LENGTH, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "parent")
+    child = new_child(config, [LayerChoice("gqa:1", "ffn:24"), LayerChoice("linear", "noop")], torch.float32)
+    for parameter in child.parameters():
+        parameter.data = 0.05 * torch.randn(parameter.shape) + (parameter.ndim == 1)
+    realized, data = store.step("realize", {}, {}), store.step("data", {}, {})
+    with realized.folder_to_publish(CHILD) as target:
+        save_child(child, folder / "parent", target)
+    sequences = np.random.default_rng(0).integers(0, VOCAB_SIZE, (100, LENGTH)).astype(np.int32)
+    data.write_tensors(TOKENS, {"train": torch.from_numpy(sequences), "heldout": torch.from_numpy(sequences[:4].copy())})
+    return GkdJob(str(folder / "parent"), realized, data, store.step("gkd", {}, {}), CONFIG, seed=3)
+
+
+@pytest.fixture(scope="module")
+def serial(job):
+    """The files an undisturbed run in one process leaves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    distill_child(job, Quiet())
+    torch.set_num_threads(threads)
+    return published(job.step)
+
+
+def published(step):
+    assert step.finished and step.names() == ["artifact.json", CHILD, CURVE]
+    return load_model(step.local_folder(CHILD)).state_dict(), step.read(CURVE), step.facts()
+
+
+def assert_same(run, expected):
+    (weights, curve, facts), (expected_weights, expected_curve, expected_facts) = run, expected
+    assert weights.keys() == expected_weights.keys()
+    assert [name for name in weights if not torch.equal(weights[name], expected_weights[name])] == []
+    assert curve == expected_curve and facts == expected_facts
+
+
+def another(job, name, **changes):
+    return dataclasses.replace(
+        job, step=job.step.store.step("gkd", {"test": name}, {}), config=job.config.model_copy(update=changes)
+    )
+
+
+class Midway:
+    """Progress that does something once, as soon as there is a checkpoint."""
+
+    def __init__(self, step, action):
+        self.step, self.action, self.steps_shown, self.acted_at = step, action, 0, None
+
+    @contextmanager
+    def stage(self, name, total, unit):
+        assert total == STEPS
+        yield self
+
+    def advance(self, count=1, **facts):
+        self.steps_shown += count
+        if self.acted_at is None and self.step.exists(CHECKPOINT) and not self.step.finished:
+            self.acted_at = self.steps_shown
+            self.action()
+
+
+def kill_a_worker():
+    workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+    assert len(workers) == 2
+    workers[1].kill()
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def test_two_workers_do_what_one_process_does(local_ray, job, serial):
+    mine = another(job, "undisturbed")
+    run_gkd(mine, cluster=CLUSTER, progress=Quiet(), cpus_per_worker=1)
+    assert_same(published(mine.step), serial)
+
+
+def test_a_killed_worker_changes_nothing(local_ray, job, serial):
+    mine = another(job, "killed")
+    progress = Midway(mine.step, kill_a_worker)
+    run_gkd(mine, cluster=CLUSTER, progress=progress, cpus_per_worker=1)
+    assert 0 < progress.acted_at < STEPS and progress.steps_shown == STEPS
+    assert_same(published(mine.step), serial)
+
+
+def test_an_interrupted_driver_continues(local_ray, job, serial):
+    mine = another(job, "interrupted")
+    progress = Midway(mine.step, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_gkd(mine, cluster=CLUSTER, progress=progress, cpus_per_worker=1)
+    assert 0 < progress.acted_at < STEPS and not mine.step.finished
+    run_gkd(mine, cluster=CLUSTER, progress=Quiet(), cpus_per_worker=1)
+    assert_same(published(mine.step), serial)
+
+
+def test_a_diverging_run_is_not_tried_again(local_ray, job):
+    mine = another(job, "diverged", learning_rate=1e30, max_failures=-1)
+    with pytest.raises(Diverged, match="lower gkd.learning_rate"):
+        run_gkd(mine, cluster=CLUSTER, progress=Quiet(), cpus_per_worker=1)
+    assert not mine.step.finished
+
+
+def test_workers_that_cannot_be_placed_are_not_waited_for(local_ray, job):
+    mine = another(job, "unplaced")
+    with pytest.raises(ClusterError, match="2 workers with 1000 CPUs each did not start"):
+        run_gkd(mine, cluster=ClusterConfig(placement_timeout_s=2), progress=Quiet(), cpus_per_worker=1000)

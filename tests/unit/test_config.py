@@ -1,0 +1,52 @@
+"""Settings: recipe, file and overrides on top of each other; what is wrong is said with its place, value and remedy."""
+
+import pytest
+
+from puzzle_ray.config import load, recipes
+from puzzle_ray.errors import ConfigError
+
+
+def test_every_recipe_loads():
+    assert {load(name).parent for name in recipes()}
+    assert "tiny" in recipes()
+
+
+def test_overrides_win_over_the_file_and_the_file_over_the_recipe(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("seed: 5\nlibrary: {tokens: 4096}\n")
+    config = load("tiny", str(file), ("seed=7", "search.limits.memory_mib=10.5", "data.train='a.txt'"))
+    assert (config.seed, config.library.tokens, config.search.limits.memory_mib, config.data.train) == (7, 4096, 10.5, "a.txt")
+    assert config.library.learning_rate == load("tiny").library.learning_rate
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("librari.tokens=1", "did you mean 'library'"),
+        ("library.tokns=1", "did you mean 'tokens'"),
+        ("library.tokens=0", "library.tokens: .* greater than or equal to 1 .given: 0"),
+        ("library.tokens=many", "given: 'many'"),
+        ("library.micro_batch_tokens=1000", "1000 is no multiple of data.sequence_length=256"),
+        ("search.limits={}", "no limit is given"),
+        ("profile.scenario.batch=3", "profile.scenario"),
+        ("gkd={kl_weight: 0, cosine_weight: 0}", "all loss weights are 0"),
+        ("seed", "is no assignment"),
+    ],
+)
+def test_wrong_settings_are_explained(override, words):
+    with pytest.raises(ConfigError, match=words):
+        load(None, None, (override,))
+
+
+def test_missing_file_and_recipe():
+    with pytest.raises(ConfigError, match="no file"):
+        load(None, "nowhere.yaml")
+    with pytest.raises(ConfigError, match="did you mean 'tiny'"):
+        load("tinny")
+
+
+def test_a_file_that_is_not_a_mapping(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("- 1\n")
+    with pytest.raises(ConfigError, match="holds a list"):
+        load(None, str(file))

@@ -1,0 +1,268 @@
+"""Global distillation without Ray: the losses against their formulas, and training as a pure function of its inputs."""
+
+import dataclasses
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from puzzle_ray.artifacts import LayerChoice, rows_from_parquet
+from puzzle_ray.config import GkdConfig
+from puzzle_ray.data import Tokens
+from puzzle_ray.distill.gkd import (
+    CHECKPOINT,
+    CHILD,
+    CURVE,
+    TOKENS,
+    Diverged,
+    GkdJob,
+    GkdRow,
+    GkdTrainer,
+    cosine_distance,
+    distill,
+    distill_child,
+    layer_outputs,
+    learning_rate,
+    token_losses,
+    total_steps,
+)
+from puzzle_ray.errors import StoreError
+from puzzle_ray.export.hf import load_model, new_child, save_child
+from puzzle_ray.progress import Quiet
+from puzzle_ray.store import Store
+
+VOCAB_SIZE, LENGTH = 64, 16
+CHOICES = [LayerChoice("gqa:1", "ffn:24"), LayerChoice("noop", "linear"), LayerChoice("linear", "noop")]
+CONFIG = GkdConfig(tokens=6 * 64, micro_batch_tokens=64, learning_rate=1e-2, checkpoint_every=3)
+
+
+def new_parent(seed=0, tied=True):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=LENGTH, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def random_child(parent, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    child = new_child(parent.config, CHOICES, torch.float32)
+    for parameter in child.parameters():
+        parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator) + (parameter.ndim == 1)
+    return child
+
+
+def random_tokens():
+    return Tokens(np.random.default_rng(0).integers(0, VOCAB_SIZE, (40, LENGTH)).astype(np.int32))
+
+
+def new_trainer(config=CONFIG, tied=True, **kwargs):
+    parent = new_parent(tied=tied)
+    return GkdTrainer(random_child(parent), parent, random_tokens(), config, seed=3, **kwargs)
+
+
+def snapshot(trainer):
+    return {name: value.clone() for name, value in trainer.state_tensors().items()}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def reference_losses(child_logits, parent_logits, ids):
+    kl = functional.kl_div(
+        child_logits.log_softmax(-1).flatten(0, 1), parent_logits.log_softmax(-1).flatten(0, 1),
+        log_target=True, reduction="batchmean",
+    )  # fmt: skip
+    lm = functional.cross_entropy(child_logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    return kl, lm
+
+
+@pytest.mark.parametrize(("kl_weight", "lm_weight"), [(1.0, 0.0), (0.0, 1.0), (0.7, 0.3)])
+@pytest.mark.parametrize("chunk", [1, 1 << 22])
+def test_token_losses_and_their_gradient_are_those_of_the_formulas(kl_weight, lm_weight, chunk, monkeypatch):
+    monkeypatch.setattr("puzzle_ray.distill.gkd._CHUNK_ELEMENTS", chunk * 11)
+    generator = torch.Generator().manual_seed(0)
+    child = (3 * torch.randn(2, 5, 11, generator=generator)).requires_grad_()
+    parent = 3 * torch.randn(2, 5, 11, generator=generator)
+    ids = torch.randint(0, 11, (2, 5), generator=generator)
+    kl, lm = reference_losses(child, parent, ids)
+    (expected,) = torch.autograd.grad(2 * (kl_weight * kl + lm_weight * lm), child)
+
+    total, own_kl, own_lm = token_losses(child, parent, ids, kl_weight, lm_weight)
+    (gradient,) = torch.autograd.grad(2 * total, child)
+    torch.testing.assert_close(torch.stack([own_kl, own_lm]), torch.stack([kl, lm]))
+    torch.testing.assert_close(total, kl_weight * kl + lm_weight * lm)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_a_child_equal_to_its_parent_has_no_divergence():
+    parent = new_parent()
+    child = new_parent()
+    trainer = GkdTrainer(child, parent, random_tokens(), CONFIG, seed=0)
+    row = trainer.step()
+    assert row.kl == pytest.approx(0, abs=1e-6) and row.cosine == pytest.approx(0, abs=1e-6)
+    assert row.loss == pytest.approx(row.kl + row.cosine) and row.lm > 1
+
+
+def test_hidden_states_are_the_layers_own_outputs():
+    parent = new_parent().eval()
+    ids = random_tokens().batch(0, 0, 2)
+    with torch.no_grad(), layer_outputs(parent) as outputs:
+        hidden = parent(ids, output_hidden_states=True).hidden_states
+    assert len(outputs) == 3 and all(torch.equal(a, b) for a, b in zip(outputs[:2], hidden[1:3], strict=True))
+    assert torch.equal(parent.model.norm(outputs[2]), hidden[3])  # transformers gives the last one after the final norm
+
+
+def test_cosine_distance_ignores_length_and_counts_direction():
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    assert float(cosine_distance([x, x], [5 * x, 0.1 * x])) == pytest.approx(0, abs=1e-6)
+    assert float(cosine_distance([x, x], [x, -x])) == pytest.approx(1, abs=1e-6)
+    with pytest.raises(ValueError):
+        cosine_distance([x], [x, x])
+
+
+def test_gradients_reach_every_weight_of_the_child_and_none_of_the_parent():
+    trainer = new_trainer()
+    before = {name: value.clone() for name, value in trainer.parent.state_dict().items()}
+    trainer.step()
+    assert all(p.grad is None for p in trainer.parent.parameters())
+    assert all(float(p.grad.abs().max()) > 0 for p in trainer.child.parameters())
+    assert_same(before, trainer.parent.state_dict())
+
+
+@pytest.mark.parametrize("name", ["kl", "cosine", "lm"])
+def test_a_weight_of_zero_leaves_the_other_terms_alone(name):
+    weights = {"kl_weight": 0.0, "cosine_weight": 0.0, "lm_weight": 0.0} | {f"{name}_weight": 2.0}
+    row = new_trainer(CONFIG.model_copy(update=weights)).step()
+    full = new_trainer().step()
+    assert (row.kl, row.cosine, row.lm) == (full.kl, full.cosine, full.lm)
+    assert row.loss == pytest.approx(2 * getattr(full, name))
+
+
+def test_steps_and_learning_rate():
+    assert total_steps(CONFIG) == 6 and total_steps(CONFIG.model_copy(update={"num_workers": 4})) == 2
+    assert total_steps(CONFIG.model_copy(update={"tokens": 0})) == 0 and total_steps(CONFIG.model_copy(update={"tokens": 1})) == 1
+    config = CONFIG.model_copy(update={"tokens": 100 * 64, "warmup_fraction": 0.2})
+    rates = [learning_rate(config, step) for step in range(100)]
+    assert max(rates) == rates[20] == config.learning_rate
+    assert rates[:21] == sorted(rates[:21]) and rates[20:] == sorted(rates[20:], reverse=True)
+    assert rates[0] > 0 and 0 < rates[-1] < 0.01 * config.learning_rate
+
+
+def test_the_clipped_gradient_has_the_length_asked_for():
+    trainer = new_trainer(CONFIG.model_copy(update={"gradient_clip": 0.01}))
+    assert trainer.step().gradient_norm > 0.01
+    assert float(torch.linalg.vector_norm(trainer.gradients)) == pytest.approx(0.01, rel=1e-4)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_resuming_ends_in_the_same_bits(tmp_path, tied):
+    whole = new_trainer(tied=tied)
+    for _ in range(6):
+        whole.step()
+
+    step = Store(str(tmp_path)).step("gkd", {}, {})
+    first = new_trainer(tied=tied)
+    for _ in range(3):
+        first.step()
+    step.write_tensors(CHECKPOINT, first.state_tensors())
+    second = new_trainer(tied=tied)
+    distill(second, step, Quiet())
+    assert_same(snapshot(second), snapshot(whole))
+    assert second.curve == whole.curve and [row.step for row in second.curve] == list(range(6))
+
+
+def summing_over_two(rank, tensors, barrier):
+    def all_reduce(tensor):
+        tensors[rank] = tensor.clone()
+        barrier.wait(timeout=60)
+        tensor.copy_(tensors[0] + tensors[1])
+        barrier.wait(timeout=60)
+
+    return all_reduce
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_one_process_does_what_two_do(tmp_path, tied):
+    config = CONFIG.model_copy(update={"num_workers": 2, "tokens": 3 * 128})
+    alone = new_trainer(config, tied)
+    tensors, barrier, step = {}, threading.Barrier(2), Store(str(tmp_path)).step("gkd", {}, {})
+    two = [new_trainer(config, tied, ranks=[r], all_reduce=summing_over_two(r, tensors, barrier)) for r in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda trainer: distill(trainer, step, Quiet(), writes=False), two))
+    distill(alone, step, Quiet())
+    assert_same(snapshot(two[0]), snapshot(alone))
+    assert_same(snapshot(two[1]), snapshot(alone))
+
+
+def test_a_checkpoint_of_another_child_is_refused():
+    trainer = new_trainer()
+    state = snapshot(trainer)
+    with pytest.raises(StoreError, match="exp_avg.model.norm.weight"):
+        trainer.load_state_tensors({name: v for name, v in state.items() if name != "exp_avg.model.norm.weight"})
+    with pytest.raises(StoreError, match="child.model.norm.weight"):
+        trainer.load_state_tensors(state | {"child.model.norm.weight": torch.ones(3)})
+
+
+def test_processes_that_see_different_checkpoints_are_refused(tmp_path):
+    trainer = new_trainer(CONFIG.model_copy(update={"num_workers": 2}), ranks=[0], all_reduce=lambda done: done.add_(3))
+    with pytest.raises(StoreError, match="not the same on every node"):
+        trainer.resume(Store(str(tmp_path)).step("gkd", {}, {}))
+
+
+def test_a_loss_that_is_not_finite_changes_no_weight():
+    trainer = new_trainer()
+    trainer.child.model.norm.weight.data.fill_(math.inf)
+    before = snapshot(trainer)
+    with pytest.raises(Diverged, match="step 0; lower gkd.learning_rate"):
+        trainer.step()
+    assert_same(snapshot(trainer), before)
+
+
+def test_the_loss_falls():
+    trainer = new_trainer(CONFIG.model_copy(update={"tokens": 60 * 64}))
+    rows = [trainer.step() for _ in range(60)]
+    for name in ("loss", "kl", "cosine"):
+        first, last = (sum(getattr(row, name) for row in part) / 5 for part in (rows[:5], rows[-5:]))
+        assert last < 0.7 * first
+
+
+@pytest.fixture
+def job(tmp_path):
+    store = Store(str(tmp_path / "store"))
+    parent = new_parent()
+    parent.save_pretrained(tmp_path / "parent")
+    (tmp_path / "parent" / "tokenizer.json").write_text("{}")
+    child, data = store.step("realize", {}, {}), store.step("data", {}, {})
+    with child.folder_to_publish(CHILD) as folder:
+        save_child(random_child(parent).to(torch.bfloat16), tmp_path / "parent", folder)
+    sequences = torch.from_numpy(random_tokens().sequences)
+    data.write_tensors(TOKENS, {"train": sequences, "heldout": sequences[:2].clone()})
+    return GkdJob(str(tmp_path / "parent"), child, data, store.step("gkd", {}, {}), CONFIG, seed=3)
+
+
+def test_the_whole_stage(job):
+    distill_child(job, Quiet())
+    assert job.step.finished and not job.step.exists(CHECKPOINT)
+    before, after = load_model(job.child.local_folder(CHILD)), load_model(job.step.local_folder(CHILD))
+    assert after.dtype == torch.bfloat16 and after.config.puzzle_layers == before.config.puzzle_layers
+    changed = [not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
+    assert sum(changed) > len(changed) / 2
+    assert (job.step.local_folder(CHILD) / "tokenizer.json").is_file()
+    rows, _ = rows_from_parquet(job.step.read(CURVE), GkdRow)
+    assert len(rows) == 6 and job.step.facts()["last_kl"] == rows[-1].kl and job.step.facts()["tokens"] == CONFIG.tokens
+
+
+def test_without_tokens_the_child_stays_as_it_is(job):
+    job = dataclasses.replace(job, config=CONFIG.model_copy(update={"tokens": 0}))
+    distill_child(job, Quiet())
+    before, after = load_model(job.child.local_folder(CHILD)), load_model(job.step.local_folder(CHILD))
+    assert_same(before.state_dict(), after.state_dict())

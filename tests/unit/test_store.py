@@ -1,0 +1,109 @@
+"""What exists in a store is complete; keys depend on everything a stage depends on."""
+
+import errno
+import os
+
+import pytest
+import torch
+
+from puzzle_ray.errors import StoreError
+from puzzle_ray.store import Store, content_key
+
+
+def test_key_changes_with_stage_settings_and_inputs():
+    base = ("library", {"tokens": 1, "lr": 0.1}, {"parent": "a"})
+    keys = {content_key(*base), content_key("scores", *base[1:]), content_key("library", {"tokens": 2, "lr": 0.1}, {"parent": "a"}),
+            content_key("library", base[1], {"parent": "b"})}
+    assert len(keys) == 4
+    assert content_key("library", {"lr": 0.1, "tokens": 1}, {"parent": "a"}) == content_key(*base)
+
+
+def test_key_refuses_what_has_no_stable_form():
+    with pytest.raises(TypeError):
+        content_key("x", {"f": object()}, {})
+
+
+def test_a_step_is_finished_only_by_its_record(tmp_path):
+    step = Store(str(tmp_path)).step("s", {}, {})
+    step.write("a.bin", b"1")
+    assert not step.finished
+    step.finish({"n": 3})
+    assert step.finished and step.facts() == {"n": 3} and step.names() == ["a.bin", "artifact.json"]
+
+
+def test_tensors_and_metadata_round_trip(tmp_path):
+    step = Store(str(tmp_path)).step("s", {}, {})
+    tensors = {"a": torch.randn(3, 4), "b": torch.arange(5, dtype=torch.int32), "c": torch.randn(2).bfloat16()}
+    step.write_tensors("t.safetensors", tensors, {"k": "v"})
+    back, about = step.read_tensors("t.safetensors")
+    assert about == {"k": "v"} and all(torch.equal(back[k], v) and back[k].dtype == v.dtype for k, v in tensors.items())
+
+
+def test_full_disk_leaves_the_old_file_and_no_scraps(tmp_path, monkeypatch):
+    step = Store(str(tmp_path)).step("s", {}, {})
+    step.write("a.bin", b"old")
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match="No space left"):
+        step.write("a.bin", b"new")
+    assert step.read("a.bin") == b"old" and os.listdir(step.url) == ["a.bin"]
+
+
+def test_a_published_folder_appears_whole_or_not_at_all(tmp_path):
+    step = Store(str(tmp_path)).step("s", {}, {})
+    with pytest.raises(ValueError), step.folder_to_publish("child") as folder:
+        (folder / "half").write_text("x")
+        raise ValueError
+    assert step.names() == []
+    with step.folder_to_publish("child") as folder:
+        (folder / "whole").write_text("x")
+    assert os.listdir(step.local_folder("child")) == ["whole"]
+
+
+def test_unwritable_store_is_refused_with_its_name(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(StoreError, match="cannot be written"):
+        Store(str(file / "below")).check()
+
+
+def test_missing_file_says_which(tmp_path):
+    with pytest.raises(StoreError, match="nothing.bin is missing"):
+        Store(str(tmp_path)).step("s", {}, {}).read("nothing.bin")
+
+
+@pytest.fixture(scope="module")
+def s3_url():
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+                "AWS_DEFAULT_REGION": "us-east-1"}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    import s3fs
+
+    s3fs.S3FileSystem(skip_instance_cache=True).mkdir("bucket")
+    yield "s3://bucket/runs"
+    server.stop()
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def test_an_s3_store_behaves_like_a_folder(s3_url):
+    store = Store(s3_url)
+    store.check()
+    step = store.step("s", {"a": 1}, {})
+    assert not step.finished and step.names() == []
+    step.write_json("items/one.json", [1, 2])
+    with step.folder_to_publish("child") as folder:
+        (folder / "config.json").write_text("{}")
+    step.finish({"n": 1})
+    again = Store(s3_url).step("s", {"a": 1}, {})
+    assert again.finished and again.names("items") == ["one.json"] and again.read_json("items/one.json") == [1, 2]
+    assert (again.local_folder("child") / "config.json").read_text() == "{}"
