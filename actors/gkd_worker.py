@@ -164,12 +164,18 @@ def _cpus_per_worker(num_workers: int) -> int:
 
 def _environment() -> dict[str, str]:
     """Of the run's actor, inherited by the controller and the workers. What the user has set stays."""
-    environment = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", "OMP_WAIT_POLICY": "PASSIVE"}
-    loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    environment = {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "RAY_ADDRESS": ray.get_runtime_context().gcs_address,  # Ray Train's clean-up would look for any cluster here
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less; a preempted worker is one that died
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    }
     # Gloo listens on the address the host's name resolves to, which a laptop or container need not have.
+    loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
     if loopback and sum(node["Alive"] for node in ray.nodes()) == 1:
         environment["GLOO_SOCKET_IFNAME"] = loopback[0]
-    return {name: os.environ.get(name, value) for name, value in environment.items()}
+    kept = environment.keys() - {"RAY_ADDRESS"}
+    return environment | {name: os.environ[name] for name in kept if name in os.environ}
 
 
 def run_gkd(job: GkdJob, *, cluster: ClusterConfig, progress: Progress, cpus_per_worker: int | None = None) -> None:

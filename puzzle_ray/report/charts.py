@@ -89,9 +89,7 @@ class Axes:
             grid.append(text((self.left + self.right) / 2, self.height - 4, self.x_label, anchor="middle"))
         if self.y_label:
             grid.append(text(2, 14, self.y_label))
-        return tag(
-            "svg", *grid, *marks, viewBox=f"0 0 {self.width} {self.height}", role="img", aria_label=label, class_="chart"
-        )
+        return tag("svg", *grid, *marks, viewBox=f"0 0 {self.width} {self.height}", role="img", aria_label=label, class_="chart")
 
     def line(self, points: Sequence[Point], class_: str, title: str = "", style: str | None = None) -> Html:
         placed = (self.place(*point) for point in points)
@@ -107,9 +105,7 @@ class Axes:
         path = f"M{_px(x - size)} {_px(y - size)}l{2 * size} {2 * size}m0 {-2 * size}l{-2 * size} {2 * size}"
         return tag("path", tag("title", title), d=path, class_="cross")
 
-    def caption(
-        self, point: Point, content: str, dx: float, dy: float, anchor: str = "start", class_: str = ""
-    ) -> Html:
+    def caption(self, point: Point, content: str, dx: float, dy: float, anchor: str = "start", class_: str = "") -> Html:
         """Text `dx`, `dy` pixels from a point."""
         x, y = self.place(*point)
         return text(x + dx, y + dy, content, anchor, class_)

@@ -16,14 +16,15 @@ ORIGIN = (1.0, 0.0)  # the parent: its own speed, no damage
 def frontier(data: ReportData) -> list[Html] | None:
     """Speed-up against the sum of scores for every budget of the sweep, and the same as a table."""
     answers = [(p.speedup_asked, p.architecture) for p in data.sweep if p.architecture]
-    if not answers and data.architecture is None:
+    if not data.sweep and data.architecture is None:
         return None
     rows = [_sweep_row(asked, a) for asked, a in answers]
     for asked, reason in _refused(data):
-        rows.append([times(asked), tag("td", f"none: {reason}", colspan=5, class_="text")])
+        rows.append([f"{asked:g}\u00a0×", tag("td", f"none: {reason}", colspan=5, class_="text")])
     header = ["asked", data.costs_are, "sum of scores", "proven", "params", "MiB"]
     found = table(header, rows) if rows else None
-    return [tag("div", _frontier_chart(data), tag("div", found, _search_facts(data)), class_="columns")]
+    chart = _frontier_chart(data) if answers or data.architecture else None
+    return [tag("div", chart, tag("div", found, _search_facts(data)), class_="columns")]
 
 
 def _refused(data: ReportData) -> list[tuple[float, str]]:
@@ -42,12 +43,12 @@ def _frontier_chart(data: ReportData) -> Html:
     marks = [axes.line([ORIGIN, *(_place(a) for a, _ in answers)], "frontier-line")] if answers else []
     marks.append(axes.dot(ORIGIN, "parent-dot", "the parent"))
     for a, asked in answers:
-        marks.append(axes.dot(_place(a), "point", f"asked {number(asked)} ×: {_described(data, a)}"))
+        marks.append(axes.dot(_place(a), "point", f"asked {asked:g} ×: {_described(data, a)}"))
     if data.architecture:
         marks.append(axes.dot(_place(data.architecture), "chosen-dot", f"chosen: {_described(data, data.architecture)}", 8))
         marks.append(axes.caption(_place(data.architecture), "chosen", -14, -4, anchor="end", class_="strong"))
     for asked, reason in _refused(data):  # far ones stand at the right edge
-        marks.append(axes.cross((min(asked, axes.x[1]), axes.y[1]), f"asked {number(asked)} ×: {reason}"))
+        marks.append(axes.cross((min(asked, axes.x[1]), axes.y[1]), f"asked {asked:g} ×: {reason}"))
     key = [("origin", "parent"), *([("point", "answer to a budget")] if answers else [])]
     key += [("chosen", "chosen")] if data.architecture else []
     key += [("refused", "asked, but no architecture reaches it")] if _refused(data) else []
@@ -65,16 +66,21 @@ def _described(data: ReportData, a: Architecture) -> str:
 def _sweep_row(asked: float, a: Architecture) -> list[object]:
     proven = "optimal" if a.status == "optimal" else a.status if a.status == "heuristic" else f"gap {percent(a.gap)}"
     costs = [count(a.predicted.num_params), number(a.predicted.memory_mib)]
-    return [times(asked), times(a.predicted_speedup), number(a.objective), proven, *costs]
+    return [f"{asked:g}\u00a0×", times(a.predicted_speedup), number(a.objective), proven, *costs]
 
 
 def _search_facts(data: ReportData) -> Html | None:
     a = data.architecture
     if a is None:
         return None
-    asked = ", ".join(f"{name} {number(value)}" for name, value in a.limits.items())
-    exponent = math.floor(math.log10(data.space.size)) if data.space else 0
-    size = [f" among {data.space.size / 10**exponent:.1f} × 10", tag("sup", exponent), " architectures"] if data.space else []
+    asked = ", ".join(f"{name} {value:g}" for name, value in a.limits.items())
+    architectures = data.space.size if data.space else 0.0
+    exponent = math.floor(math.log10(architectures)) if 0 < architectures < math.inf else None
+    size = (
+        [f" among {architectures / 10**exponent:.1f} × 10", tag("sup", exponent), " architectures"]
+        if exponent is not None
+        else []
+    )
     proof = "proven optimal" if a.status == "optimal" else f"{a.status}, at least {number(a.bound, 4)} (gap {percent(a.gap)})"
     proof = "a heuristic's, nothing proven" if a.status == "heuristic" else proof
     took = f" in {duration(a.solve_s)}" + (f"; asked: {asked}" if asked else "")

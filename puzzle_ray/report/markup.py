@@ -26,7 +26,7 @@ def join(children: Iterable[object]) -> Html:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """`digits` significant digits, thousands apart; an exponent only below 0.0001; a dash for what is missing."""
+    """At least `digits` significant digits, thousands apart; an exponent only below 0.0001; a dash for what is missing."""
     if value is None:
         return "–"
     if not math.isfinite(value):
@@ -35,8 +35,8 @@ def number(value: float | None, digits: int = 3) -> str:
         return "0"
     if abs(value) < 1e-4:
         return f"{value:.{digits - 1}e}".replace("-", "−")
-    value = float(f"{value:.{digits - 1}e}")  # 0.0996 at two digits is 0.10
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    rounded = float(f"{value:.{digits - 1}e}")  # 0.0996 at two digits is 0.10
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(rounded))))
     return f"{value:,.{decimals}f}".replace(",", "\u202f").replace("-", "−")
 
 

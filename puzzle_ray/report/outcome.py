@@ -49,7 +49,7 @@ def _speed(data: ReportData) -> list[tuple[str, str, str]]:
     predicted = architecture.predicted_speedup if architecture else evaluation.get("predicted_speedup")
     measured, asked = evaluation.get("measured_speedup"), architecture.limits.get("speedup") if architecture else None
     more = [f"{data.costs_are} {times(predicted)}"] if measured and predicted else []
-    more += [f"asked {times(asked)}"] if asked else []
+    more += [f"asked {asked:g}\u00a0×"] if asked else []
     if measured:
         return [("Speed-up, measured", times(measured), ", ".join(more))]
     return [(f"Speed-up, {data.costs_are}", times(predicted), ", ".join([*more, "not measured yet"]))] if predicted else []
@@ -115,7 +115,9 @@ def outcome(data: ReportData) -> list[Html] | None:
 
 def _figure(key: str, value: float | None) -> str:
     written: dict[str, Callable[[float | None], str]] = {
-        "num_params": count, "top1_agreement": percent, "measured_speedup": times,
+        "num_params": count,
+        "top1_agreement": percent,
+        "measured_speedup": times,
     }
     return written.get(key, number)(value)
 

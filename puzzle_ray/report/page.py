@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Callable, Sequence
 
 from puzzle_ray.report import blocks, chosen, outcome, training
@@ -47,6 +49,7 @@ def render(data: ReportData) -> str:
         body.append(tag("section", tag("h2", "Not in this report"), tag("ul", *missing), id="missing"))
     head = [
         Html('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
+        Html(f'<meta http-equiv="Content-Security-Policy" content="{_policy()}">'),
         tag("title", f"{data.parent} → child · puzzle_ray"),
         Html('<link rel="icon" href="data:,">'),
         tag("style", Html(STYLE)),
@@ -61,3 +64,9 @@ def _header(data: ReportData) -> Html:
     facts.append("costs estimated, not measured" if data.estimated else "")
     above, name = tag("p", "puzzle_ray report", class_="eyebrow"), tag("h1", data.parent, tag("span", " → child"))
     return tag("header", above, name, tag("p", " · ".join(fact for fact in facts if fact), class_="note"))
+
+
+def _policy() -> str:
+    """No fetch, and no script but the page's own: a browser enforces what the page promises."""
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"

@@ -162,7 +162,7 @@ pre {
   padding: 7px 10px; font-size: 12.5px; white-space: pre-line; pointer-events: none;
 }
 
-@media (max-width: 640px) {
+@media screen and (max-width: 640px) {
   main { padding: 18px 14px 40px; }
   .cards { grid-template-columns: 1fr 1fr; }
   .cards .card:first-child { grid-column: 1 / -1; }
@@ -186,9 +186,12 @@ pre {
   main { max-width: none; padding: 0; }
   nav { display: none; }
   section { margin-top: 24px; }
+  .columns { grid-template-columns: 1fr 1fr; }
   figure, tr, .card { break-inside: avoid; }
   h2, h3 { break-after: avoid; }
   .scroll { overflow: visible; }
+  th, td { padding: 3px 5px; }
+  table { font-size: 10.5px; }
 }
 """
 

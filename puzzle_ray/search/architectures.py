@@ -1,4 +1,4 @@
-"""From a search space, scores and a profile to the numbers of a `Problem`, and from its answer back to an `Architecture`."""
+"""From a search space, scores and a profile to a `Problem`, and from its answer back to an `Architecture`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ def _row(profile: Profile, layer_type: str, choice: LayerChoice, batch_size: int
         return [profile.row(layer_type, kind, choice.variant(kind), batch_size) for kind in KINDS]
     except KeyError as error:
         raise ProfileError(
-            "profile", f"no cost of {error.args[0]} (layer type, subblock, variant, batch size)", "profile this search space again"
+            "profile",
+            f"no cost of {error.args[0]} (layer type, subblock, variant, batch size)",
+            "profile this space again",
         ) from None
 
 
@@ -66,7 +68,7 @@ def _fixed(profile: Profile, scenario: Scenario) -> ProfileRow:
     if (row.input_tokens, row.output_tokens) != (scenario.input_tokens, scenario.output_tokens):
         raise ProfileError(
             "profile.scenario",
-            f"asks for {scenario.input_tokens} tokens in and {scenario.output_tokens} out, but the profile was measured with "
+            f"asks for {scenario.input_tokens} tokens in and {scenario.output_tokens} out, but the profile has "
             f"{row.input_tokens} and {row.output_tokens}",
             "profile again",
         )
@@ -74,7 +76,7 @@ def _fixed(profile: Profile, scenario: Scenario) -> ProfileRow:
 
 
 def predicted_costs(space: SearchSpace, profile: Profile, scenario: Scenario, choices: Sequence[LayerChoice]) -> Costs:
-    """What a whole model costs at the scenario's batch size. Raises ProfileError where a part of it was not profiled."""
+    """What a whole model costs at the scenario's batch size. Raises ProfileError where a part was not profiled."""
     rows = [_fixed(profile, scenario)]
     for layer, choice in zip(space.layers, choices, strict=True):
         rows.extend(_row(profile, layer.layer_type, choice, scenario.batch_size))
@@ -127,7 +129,9 @@ def _allowed(space: SearchSpace, limits: Limits, layer: int) -> list[LayerChoice
         known = space.layers[layer].variants(kind)
         if wanted is not None and wanted not in known:
             raise ConfigError(
-                f"search.limits.fixed.{layer}.{kind}", f"layer {layer} has no variant {wanted!r}", did_you_mean(wanted, known)
+                f"search.limits.fixed.{layer}.{kind}",
+                f"layer {layer} has no variant {wanted!r}",
+                did_you_mean(wanted, known),
             )
         choices = [c for c in choices if wanted is None or c.variant(kind) == wanted]
     return choices
@@ -137,14 +141,18 @@ def _groups(space: SearchSpace, limits: Limits) -> list[tuple[tuple[int, ...], t
     """The problem's rows: layers that must agree, and the choices that all of them have."""
     named = {layer for group in limits.agree for layer in group} | set(limits.fixed)
     if named and max(named) >= len(space.layers):
-        raise ConfigError("search.limits", f"layer {max(named)} is named", f"layers go from 0 to {len(space.layers) - 1}")
+        raise ConfigError(
+            "search.limits", f"layer {max(named)} is named", f"layers go from 0 to {len(space.layers) - 1}"
+        )
     together = {layer for group in limits.agree for layer in group}
     groups = [*limits.agree, *((layer,) for layer in range(len(space.layers)) if layer not in together)]
     found = []
     for group in sorted(groups, key=min):
         shared = set.intersection(*(set(_allowed(space, limits, layer)) for layer in group))
         if not shared:
-            raise ConfigError("search.limits.agree", f"layers {list(group)} have no choice in common", "let fewer layers agree")
+            raise ConfigError(
+                "search.limits.agree", f"layers {list(group)} have no choice in common", "let fewer layers agree"
+            )
         found.append((tuple(sorted(group)), tuple(c for c in _allowed(space, limits, group[0]) if c in shared)))
     return found
 
@@ -157,7 +165,9 @@ def _score(scores: Scores, layer: int, choice: LayerChoice, metric: str) -> floa
             "scores", f"layer {layer} has no {metric} score of {choice.label}", "score this search space again"
         ) from None
     if not math.isfinite(value):
-        raise ConfigError("scores", f"the {metric} score of {choice.label} at layer {layer} is {value}", "drop this variant")
+        raise ConfigError(
+            "scores", f"the {metric} score of {choice.label} at layer {layer} is {value}", "drop this variant"
+        )
     return value
 
 
@@ -172,9 +182,7 @@ def table(
     for row, (layers, choices) in enumerate(groups):
         for v, choice in enumerate(choices):
             score[row, v] = math.fsum(_score(scores, layer, choice, metric) for layer in layers)
-            parts = [
-                r for x in layers for r in _row(profile, space.layers[x].layer_type, choice, scenario.batch_size)
-            ]
+            parts = [r for x in layers for r in _row(profile, space.layers[x].layer_type, choice, scenario.batch_size)]
             costs[:, row, v] = costs_of(parts, scenario)
     problem = Problem(
         score,
@@ -201,10 +209,11 @@ def search(
     min_different_layers: int = 1,
     options: Options | None = None,
 ) -> list[Architecture]:
-    """Up to `count` architectures within the limits, best first, over all batch sizes of the profile (ties: higher throughput).
+    """Up to `count` architectures within the limits, best first, over all batch sizes of the profile.
 
-    Each differs from all before it in at least `min_different_layers` layers; fewer come back where there are no more. Raises
-    Infeasible where there is none at all, ConfigError for settings that do not fit the space.
+    Of equally good ones the one of higher throughput. Each differs from all before it in at least
+    `min_different_layers` layers; fewer come back where there are no more. Raises Infeasible where there is none at
+    all, ConfigError for settings that do not fit the space.
     """
     options = options or Options()
     parent = predicted_costs(space, profile, scenario, [LayerChoice()] * len(space.layers))
@@ -223,22 +232,19 @@ def search(
             if found:
                 break
             raise min(errors, key=_shortfall)
-        ranked = [
-            (solution.objective, -predicted_costs(space, profile, t.scenario, t.named(solution.choice)).throughput_tokens_per_s, i)
-            for i, (t, solution) in enumerate(solved)
-        ]
-        best, solution = solved[min(ranked)[2]]
+        costs = [predicted_costs(space, profile, t.scenario, t.named(s.choice)) for t, s in solved]
+        best = min(range(len(solved)), key=lambda i: (solved[i][1].objective, -costs[i].throughput_tokens_per_s))
+        chosen, solution = solved[best]
         bound = min(s.bound for _, s in solved)
-        choices = best.named(solution.choice)
         found.append(
             Architecture(
-                choices=choices,
+                choices=chosen.named(solution.choice),
                 searcher=searcher,
                 objective=solution.objective,
                 bound=bound,
                 status="feasible" if solution.status == "optimal" and bound < solution.objective else solution.status,
                 solve_s=sum(s.solve_s for _, s in solved),
-                predicted=predicted_costs(space, profile, best.scenario, choices),
+                predicted=costs[best],
                 parent_predicted=parent,
                 limits=limits.asked,
                 metric=metric,

@@ -1,8 +1,9 @@
 """Exact search by enumeration: layer by layer, keeping only the partial choices that can still lead below a target.
 
-The bound is a Lagrangian relaxation that keeps its heaviest limit exact: with multipliers y on the other limits, the rest of
-the rows is a knapsack with one limit, solved once for every remaining budget (a frontier of cost against penalised score per
-suffix). The target rises from the relaxation's bound until an answer is found below it, so no good first answer is needed.
+The bound is a Lagrangian relaxation that keeps its heaviest limit exact: with multipliers y on the other limits, the
+rest of the rows is a knapsack with one limit, solved once for every remaining budget (a frontier of cost against
+penalised score per suffix). The target rises from the relaxation's bound until an answer is found below it, so no good
+first answer is needed.
 Shapes: M limits, R rows, V choices, K partial choices kept.
 """
 
@@ -21,12 +22,13 @@ from puzzle_ray.search.relaxation import Bools, Relaxation, best_multipliers, re
 FIRST_STATES = 8192  # partial choices kept at first, before the bound is sharpened and then the room widened
 WIDEST = 1000  # choices still open in all rows together; with more the bound is too weak for enumeration
 FRONTIER = 4096  # points of a frontier; a longer one is coarsened downwards, which keeps it a bound
+SAME_LOAD = 1e-14  # of a limit's range: a hundredth of the tolerance that a limit is checked with
 EPSILON = 1e-11  # of the score's span: an answer that is better by less is no better
 
 
 @dataclass(frozen=True, eq=False)
 class Frontier:
-    """Of the rows from one on: `cost` of the heavy limit, ascending, and the least penalised score within it, descending."""
+    """Of the rows from one on: `cost` of the heavy limit, ascending; the least penalised score within it, falling."""
 
     cost: Floats
     value: Floats
@@ -53,7 +55,9 @@ class Core:
         self.live = [np.flatnonzero(alive[row]) for row in self.order]
         self.gap = gap
         least = np.where(alive, rows, np.inf).min(axis=2)[:, self.order]
-        self.least_rest = np.zeros((len(bounds), len(score) + 1))  # [M, R + 1]: what the rows from one on spend at least
+        self.least_rest = np.zeros(
+            (len(bounds), len(score) + 1)
+        )  # [M, R + 1]: what the rows from one on spend at least
         self.least_rest[:, :-1] = np.cumsum(least[:, ::-1], axis=1)[:, ::-1]
         spread = np.where(alive, rows, -np.inf).max(axis=2).sum(axis=1) - least.sum(axis=1)
         self.heavy = int(np.argmax(relaxation.multipliers * spread))
@@ -70,7 +74,9 @@ class Core:
         cost, value, excess = np.zeros(1), np.zeros(1), np.zeros(1)
         frontiers, trail = [Frontier(cost, value)], []
         heavy, bound = self.rows[self.heavy], float(self.bounds[self.heavy])
-        most = bound - (self.least_rest[self.heavy, 0] - self.least_rest[self.heavy])  # less what earlier rows must spend
+        most = bound - (
+            self.least_rest[self.heavy, 0] - self.least_rest[self.heavy]
+        )  # less what earlier rows must spend
         for i in range(len(self.order) - 1, -1, -1):
             row, live = self.order[i], self.live[i]
             cost = (cost[:, None] + heavy[row, live]).ravel()
@@ -95,7 +101,7 @@ class Core:
         return frontiers[::-1], choice
 
     def walk(self, capacity: int, deadline: float) -> tuple[Choice | None, float]:
-        """The best choice at or below the target, or None; and a bound on all that were left out for lack of room or time."""
+        """The best choice at or below the target, or None; and a bound on all that lack of room or time left out."""
         loads, score, penalised = np.zeros((len(self.bounds), 1)), np.zeros(1), np.zeros(1)
         dropped = math.inf
         trail: list[tuple[NDArray[np.intp], NDArray[np.intp]]] = []
@@ -110,15 +116,16 @@ class Core:
             new_loads = loads[:, parents] + self.rows[:, row, variants]
             fits = (new_loads + self.least_rest[:, i + 1, None] <= self.bounds[:, None]).all(axis=0)
             kept, parents, variants, new_loads = kept[fits], parents[fits], variants[fits], new_loads[:, fits]
-            if len(kept) > capacity:
-                best = np.argpartition(bound[kept], capacity)
-                dropped = min(dropped, float(bound[kept[best[capacity:]]].min()))
-                best = best[:capacity]
-                kept, parents, variants, new_loads = kept[best], parents[best], variants[best], new_loads[:, best]
-            loads, penalised = new_loads, new_penalised[kept]
-            score = score[parents] + self.score[row, variants]
+            new_score = score[parents] + self.score[row, variants]
+            chosen = _merged(new_loads, new_score) if len(kept) > capacity else np.arange(len(kept))
+            if len(chosen) > capacity:
+                chosen = chosen[np.argpartition(bound[kept[chosen]], capacity)]
+                dropped = min(dropped, float(bound[kept[chosen[capacity:]]].min()))
+                chosen = chosen[:capacity]
+            parents, variants = parents[chosen], variants[chosen]
+            loads, penalised, score = new_loads[:, chosen], new_penalised[kept[chosen]], new_score[chosen]
             trail.append((parents, variants))
-            if not len(kept):
+            if not len(parents):
                 return None, dropped
         choice = np.zeros(len(self.order), dtype=np.intp)
         at = int(score.argmin())
@@ -128,17 +135,26 @@ class Core:
         return choice, dropped
 
 
+def _merged(loads: Floats, score: Floats) -> NDArray[np.intp]:
+    """Of the partial choices with the same loads (as layers of one shape bring about), the one of least score."""
+    grid = np.round(loads / SAME_LOAD).astype(np.int64)
+    key = np.random.default_rng(0).integers(1, 2**62, len(grid)) @ grid  # wraps around; equal keys are compared below
+    order = np.lexsort((score, key))
+    again = (grid[:, order[1:]] == grid[:, order[:-1]]).all(axis=0)
+    return order[np.append(True, ~again)]
+
+
 def _coarse(
     cost: Floats, value: Floats, excess: Floats, kept: NDArray[np.intp]
 ) -> tuple[Floats, Floats, Floats, NDArray[np.intp]]:
-    """Joins neighbours of a frontier: each group keeps its least cost, its least value and its least excess, so it stays a bound."""
+    """Joins neighbours of a frontier: each group keeps its least cost, value and excess, so it stays a bound."""
     starts = np.linspace(0, len(cost), FRONTIER // 2, endpoint=False).astype(np.intp)
     ends = np.append(starts[1:], len(cost)) - 1
     return cost[starts], value[ends], np.minimum.reduceat(excess, starts), kept[ends]
 
 
 def sharpened(core: Core, steps: int, deadline: float) -> Relaxation:
-    """Better multipliers for the bound that keeps its heavy limit exact: Polyak's subgradient steps towards the target."""
+    """Better multipliers for the bound with an exact heavy limit: Polyak's subgradient steps towards the target."""
     score, rows, bounds, target = core.score, core.rows, core.bounds, core.target
     best, share, stalled = core, 1.0, 0
     room = 1.5 * np.count_nonzero(core.relaxation.excess <= core.gap)
@@ -153,7 +169,7 @@ def sharpened(core: Core, steps: int, deadline: float) -> Relaxation:
             break
         multipliers = np.maximum(multipliers + share * (target - core.bound) / slope * direction, 0.0)
         relaxation = relaxed(score, rows, bounds, multipliers)
-        if np.count_nonzero(relaxation.excess <= target - relaxation.bound) > room:  # too long a step: all would be open again
+        if np.count_nonzero(relaxation.excess <= target - relaxation.bound) > room:  # so long a step reopens too much
             core, share, stalled = best, share * 0.5, 0
             continue
         core = Core(score, rows, bounds, relaxation, target)
@@ -167,8 +183,9 @@ def sharpened(core: Core, steps: int, deadline: float) -> Relaxation:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """The best choice found, or None; no choice has a lower objective than `bound`; `proven`: the choice is the best, or None
-    because there is none. `live` [R, V]: the choices that an answer better than the one found can contain.
+    """The best choice found, or None; no choice has a lower objective than `bound`.
+
+    `proven`: the choice is the best, or None because there is none. `live` [R, V]: what a better answer can contain.
     """
 
     choice: Choice | None
@@ -214,4 +231,5 @@ def minimise(score: Floats, rows: Floats, bounds: Floats, max_states: int, deadl
             break
     done = choice is not None and best - EPSILON * span <= proven
     gap = best - relaxation.bound + EPSILON * span
-    return Outcome(choice, min(proven, best), done, relaxation.excess <= gap)
+    live: Bools = (relaxation.excess <= gap) & np.isfinite(score)
+    return Outcome(choice, min(proven, best), done, live)

@@ -12,9 +12,10 @@ from puzzle_ray.search.relaxation import lower_bound
 
 
 def greedy_choice(problem: Problem) -> Choice:
-    """Every layer has an equal share of each budget. In ascending order of their variants' mean score, layers take the variant
-    of lowest score that fits their share; what they leave goes to the next. One whose share fits nothing takes what
-    overdraws it least, at the next one's expense.
+    """Every layer has an equal share of each budget; what it leaves of it goes to the next.
+
+    In ascending order of their variants' mean score, layers take the variant of lowest score that fits. One that
+    nothing fits takes what overdraws its share least, at the next one's expense.
     """
     score, (rows, bounds) = problem.score, problem.rows()
     share = bounds / problem.weights.sum()

@@ -20,17 +20,18 @@ class FixedChoice(BaseModel):
     @model_validator(mode="after")
     def _says_something(self) -> FixedChoice:
         if self.attention is None and self.ffn is None:
-            raise ValueError("fixes nothing; name an attention variant, an ffn variant or both, such as {attention: parent}")
+            raise ValueError("fixes nothing; name an attention variant, an ffn variant or both: {attention: parent}")
         return self
 
 
 class Limits(BaseModel):
     """Upper limits on cost and lower limits on speed, in the serving scenario; all of them hold at once.
 
-    `speedup` is the ratio of the child's predicted throughput to the parent's (at one batch size: of the parent's runtime to
-    the child's). `latency_ms` is the runtime of the whole scenario, `prefill_ms` the time to the first token, `decode_ms` one step
-    of the whole batch, `memory_mib` weights and KV cache of the whole batch, `params` counts embeddings and head too. A
-    `*_fraction` is relative to the parent at the scenario's batch size.
+    `speedup` is the ratio of the child's predicted throughput to the parent's (at one batch size: of the parent's
+    runtime to the child's). `latency_ms` is the runtime of the whole scenario, `prefill_ms` the time to the first
+    token, `decode_ms` one step of the whole batch, `memory_mib` weights and KV cache of the whole batch, `params`
+    counts embeddings and head too. A `*_fraction` is relative to the parent at the scenario's batch size. `fixed`
+    maps a layer to what it must be; every group of layers in `agree` takes one choice.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,9 +56,8 @@ class Limits(BaseModel):
             raise ValueError(f"no limit is given, so the parent itself is the answer; give at least one of {names}")
         grouped = [layer for group in self.agree for layer in group]
         if len(set(grouped)) != len(grouped) or any(len(group) < 2 for group in self.agree):
-            raise ValueError(
-                f"agree = {[list(group) for group in self.agree]}: every group needs two layers or more, and a layer may be in one only"
-            )
+            groups = [list(group) for group in self.agree]
+            raise ValueError(f"agree = {groups}: every group needs two layers or more, and a layer may be in only one")
         return self
 
     @property

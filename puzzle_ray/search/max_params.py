@@ -20,7 +20,7 @@ class _MaxParams:
     name = "max_params"
 
     def solve(self, problem: Problem, options: Options) -> Solution:
-        """Most parameters within the limits; of choices with equally many, the one of least score. Raises Infeasible."""
+        """Most parameters within the limits; of choices with as many, the one of least score. Raises Infeasible."""
         started = time.perf_counter()
         if PARAMS not in problem.cost_names:
             raise ConfigError("search.searcher", f"{self.name} needs the cost {PARAMS}", "use another searcher")
@@ -37,7 +37,9 @@ class _MaxParams:
             limits=(*problem.limits, Limit("removed_params", len(problem.costs), most.objective, most.objective)),
         )
         best = solve(tied, time_limit_s=options.time_limit_s)
-        return verified(problem, best.choice, lower_bound(problem), "heuristic", time.perf_counter() - started, self.name)
+        return verified(
+            problem, best.choice, lower_bound(problem), "heuristic", time.perf_counter() - started, self.name
+        )
 
 
 SEARCHER = _MaxParams()

@@ -1,14 +1,13 @@
 """Puzzle's own search (arXiv 2411.19146, section 4.3): the exact best choice, by mixed-integer programming.
 
-Presolve drops dominated choices, bounds by Lagrangian relaxation and enumerates what that leaves; what is too wide for it
-goes to HiGHS through python-mip, without the choices that reduced costs exclude.
+Presolve drops dominated choices, bounds by Lagrangian relaxation and enumerates what that leaves; what is too wide
+for it goes to HiGHS through python-mip, without the choices that reduced costs exclude.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,10 @@ from puzzle_ray.search.problem import Choice, Floats, Limit, Problem, Solution, 
 from puzzle_ray.search.relaxation import useful
 
 MAX_STATES = 400_000  # partial choices that presolve keeps before it leaves the rest to HiGHS
-ROW_SCALE, OBJECTIVE_SCALE = 1e4, 1e4  # HiGHS' tolerances are absolute (1e-6): of a limit's range and of the score's span
+ROW_SCALE, OBJECTIVE_SCALE = (
+    1e4,
+    1e4,
+)  # HiGHS' tolerances are absolute (1e-6): of a limit's range and of the score's span
 
 
 def solve(
@@ -37,7 +39,9 @@ def solve(
     if outcome.choice is None and outcome.proven:
         raise _infeasible_together(problem, max_states)
     if outcome.choice is None:
-        raise ConfigError("search.time_limit_s", f"no architecture was found within {time_limit_s:g} s", "allow more time")
+        raise ConfigError(
+            "search.time_limit_s", f"no architecture was found within {time_limit_s:g} s", "allow more time"
+        )
     bound = problem.objective(outcome.choice) if outcome.proven else outcome.bound
     status = "optimal" if outcome.proven else "feasible"
     return verified(problem, outcome.choice, bound, status, time.perf_counter() - started, method)
@@ -46,7 +50,7 @@ def solve(
 def solve_diverse(
     problem: Problem, count: int, min_different_layers: int, *, time_limit_s: float | None = None
 ) -> list[Solution]:
-    """Up to `count` choices, best first: each the best of those that differ from all before it in at least so many layers.
+    """Up to `count` choices: each the best of those that differ from all before it in at least so many layers.
 
     Fewer where there are no more; `time_limit_s` is for each. Raises Infeasible where there is not even one.
     """
@@ -99,12 +103,19 @@ def _highs(score: Floats, rows: Floats, bounds: Floats, known: Outcome, deadline
         model += mip.xsum(float(coefficients[row, v]) * x for row, v, x in terms) <= float(bound)
     if known.choice is not None:
         model.start = [(x, float(v == known.choice[row])) for row, v, x in terms]
-    return _optimised(model, taken, live, (score, rows, bounds), known, deadline, lambda z: z / scale + math.fsum(least))
+    return _optimised(
+        model, taken, live, (score, rows, bounds), known, deadline, lambda z: z / scale + math.fsum(least)
+    )
 
 
 def _optimised(
-    model: Any, taken: list[list[Any]], live: list[Any], numbers: tuple[Floats, Floats, Floats], known: Outcome,
-    deadline: float, unscaled: Any,
+    model: Any,
+    taken: list[list[Any]],
+    live: list[Any],
+    numbers: tuple[Floats, Floats, Floats],
+    known: Outcome,
+    deadline: float,
+    unscaled: Any,
 ) -> Outcome:
     """Runs the model until its answer meets the limits exactly: one that only meets HiGHS' tolerance is cut off."""
     import mip
@@ -143,7 +154,9 @@ def _infeasible_together(problem: Problem, max_states: int) -> Infeasible:
     if nearest is None:
         first = problem.limits[0]
         best = first.reached(problem.cheapest(first.cost))
-        return Infeasible(first.name, first.sense, first.asked, best, first.unit, f"each alone can be met, but not {names}")
+        return Infeasible(
+            first.name, first.sense, first.asked, best, first.unit, f"each alone can be met, but not {names}"
+        )
     _, limit, spent = nearest
     note = f"each limit alone can be met, but not {names}; this is the best while the others hold"
     return Infeasible(limit.name, limit.sense, limit.asked, limit.reached(spent), limit.unit, note)

@@ -1,8 +1,9 @@
 """Reads the block library that NVlabs published with Puzzle (github.com/NVlabs/puzzle, `block_library.json`).
 
-A JSON object `{layer: {variant: {"stats": {...}, "metrics": {...}}}}`: per block `memory_mib` (weights and KV cache of the whole batch),
-`runtime_ms` (of the whole scenario, at the batch size and sequence length of `measurement_info.json`) and `num_params`;
-metrics are `kl_div` and `lm_loss` of the parent with that one block replaced. Embedding and head are not in it.
+A JSON object `{layer: {variant: {"stats": {...}, "metrics": {...}}}}`. Stats of a block are `memory_mib` (weights and
+KV cache of the whole batch), `runtime_ms` (of the whole scenario, at the batch size and sequence length of
+`measurement_info.json`) and `num_params`; metrics are `kl_div` and `lm_loss` of the parent with that one block
+replaced. Embedding and head are not in it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class NvlabsLibrary:
     sequence_length: int
 
     def offset(self, metric: str) -> float:
-        """What the sum of the file's own scores has on top of the sum of differences: the parent's metric, once per layer."""
+        """What a sum of the file's own scores has on top of the objective: the parent's metric, once per layer."""
         return len(self.labels) * self.parent_metrics[metric]
 
     def problem(
@@ -54,35 +55,38 @@ class NvlabsLibrary:
         tokens = 1000.0 * self.batch_size * self.sequence_length
         memory, runtime, _ = self.parent_costs
         limits = []
-        if memory_mib is not None:
-            limits.append(Limit("memory_mib", 0, memory_mib, memory_mib, "MiB"))
-        if runtime_ms is not None:
-            limits.append(Limit("runtime_ms", 1, runtime_ms, runtime_ms, "ms"))
-        if memory_fraction is not None:
-            limits.append(Limit("memory_fraction", 0, memory_fraction * memory, memory_fraction, "of the parent", of=memory))
-        if runtime_fraction is not None:
-            limits.append(Limit("runtime_fraction", 1, runtime_fraction * runtime, runtime_fraction, "of the parent", of=runtime))
-        if throughput_tokens_per_s is not None:
-            asked = throughput_tokens_per_s
-            limits.append(Limit("throughput_tokens_per_s", 1, tokens / asked, asked, "tokens/s", over=tokens))
+        for name, cost, of, asked, unit in (
+            ("memory_mib", 0, 1.0, memory_mib, "MiB"),
+            ("runtime_ms", 1, 1.0, runtime_ms, "ms"),
+            ("memory_fraction", 0, memory, memory_fraction, "of the parent"),
+            ("runtime_fraction", 1, runtime, runtime_fraction, "of the parent"),
+        ):
+            if asked is not None:
+                limits.append(Limit(name, cost, asked * of, asked, unit, of=of))
+        if (speed := throughput_tokens_per_s) is not None:
+            limits.append(Limit("throughput_tokens_per_s", 1, tokens / speed, speed, "tokens/s", over=tokens))
         weights = np.ones(len(self.labels), dtype=np.intp)
         zeros = np.zeros(len(COST_NAMES))
         return Problem(self.scores[metric], self.costs, COST_NAMES, zeros, weights, self.labels, tuple(limits))
 
 
 def read_nvlabs(path: str | Path) -> NvlabsLibrary:
-    """Reads a folder with block_library.json, measurement_info.json and parent_block_stats.json. Raises ConfigError."""
+    """Reads a folder of block_library.json, measurement_info.json and parent_block_stats.json. Raises ConfigError."""
     folder = Path(path)
     library, measured, parent = (_json(folder / name) for name in ("block_library.json", MEASUREMENT, PARENT_STATS))
     blocks = [list(layer.values()) for layer in library.values()]
     if len({len(row) for row in blocks}) != 1:
-        raise ConfigError(str(folder), "its layers have differing numbers of variants", "give every layer the same ones")
+        raise ConfigError(
+            str(folder), "its layers have differing numbers of variants", "give every layer the same ones"
+        )
     parent_metrics = {name: float(value) for name, value in parent["metrics"].items()}
     scores = {
         name: np.array([[block["metrics"][name] for block in row] for row in blocks], dtype=np.float64) - value
         for name, value in parent_metrics.items()
     }
-    costs = np.array([[[block["stats"][name] for block in row] for row in blocks] for name in COST_NAMES], dtype=np.float64)
+    costs = np.array(
+        [[[block["stats"][name] for block in row] for row in blocks] for name in COST_NAMES], dtype=np.float64
+    )
     return NvlabsLibrary(
         labels=tuple(tuple(layer) for layer in library.values()),
         scores=scores,
@@ -98,6 +102,8 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise ConfigError(str(path), "there is no such file", "name the folder that holds NVlabs' block_library.json") from None
+        raise ConfigError(
+            str(path), "there is no such file", "name the folder that holds NVlabs' block_library.json"
+        ) from None
     except json.JSONDecodeError as error:
         raise ConfigError(str(path), f"is not JSON ({error})", "fetch it again") from None

@@ -1,7 +1,7 @@
 """The search as numbers: per row a list of choices, each with a score and costs; limits on the sums.
 
-A row is a layer, or a group of layers that must agree. Shapes: C costs, R rows, V choices of the row with the most; where a row has
-fewer, its score is +inf and its costs are 0.
+A row is a layer, or a group of layers that must agree. Shapes: C costs, R rows, V choices of the row with the most;
+where a row has fewer, its score is +inf and its costs are 0.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TOLERANCE = 1e-12  # of a cost's whole range: above the rounding of a sum, below
 
 @dataclass(frozen=True)
 class Limit:
-    """`sum of one cost <= bound`, and how to say it: cost / `of`, `over` / cost (a speed), or `minus` - cost (a count)."""
+    """`sum of one cost <= bound`, and how to say it: cost / `of`, `over` / cost (a speed), `minus` - cost (a count)."""
 
     name: str
     cost: int
@@ -51,8 +51,8 @@ class Limit:
 class Problem:
     """Minimise the sum of scores within the limits.
 
-    `score` [R, V], `costs` [C, R, V], `constants` [C] (what every architecture pays), `weights` [R] (layers a row stands for),
-    `labels`: the names of every row's choices.
+    `score` [R, V], `costs` [C, R, V], `constants` [C] (what every architecture pays), `weights` [R] (layers a row
+    stands for), `labels`: the names of every row's choices.
     """
 
     score: Floats
@@ -94,7 +94,9 @@ class Problem:
 
     def cheapest(self, cost: int) -> float:
         """The least that any architecture spends of one cost."""
-        return float(np.where(np.isfinite(self.score), self.costs[cost], np.inf).min(axis=1).sum() + self.constants[cost])
+        return float(
+            np.where(np.isfinite(self.score), self.costs[cost], np.inf).min(axis=1).sum() + self.constants[cost]
+        )
 
     def check_each_limit(self) -> None:
         """Raises Infeasible for the first limit that no architecture meets even if there were no other."""
@@ -132,7 +134,7 @@ class Problem:
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """A choice within the limits. `bound`: no choice within them has a lower objective; `status` as in `Architecture`."""
+    """A choice within the limits. `bound`: none within them has a lower objective; `status` as in `Architecture`."""
 
     choice: Choice
     objective: float

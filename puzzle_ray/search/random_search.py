@@ -12,7 +12,7 @@ from puzzle_ray.search.relaxation import lower_bound
 
 
 def random_choice(score: Floats, rows: Floats, bounds: Floats, random: np.random.Generator) -> Choice:
-    """Uniform at random; then, while a limit is broken, a random layer takes a random variant that breaks the limits less."""
+    """Uniform at random; then, while a limit is broken, a random one of all changes that break the limits less."""
     layers = np.arange(len(score))
     choice = np.array([random.choice(np.flatnonzero(np.isfinite(scores))) for scores in score], dtype=np.intp)
     while True:
@@ -33,7 +33,7 @@ class _Random:
     name = "random"
 
     def solve(self, problem: Problem, options: Options) -> Solution:
-        """The best of `options.samples` choices; the same for the same seed. Raises Infeasible where none meets the limits."""
+        """The best of `options.samples` choices, the same for the same seed. Raises Infeasible if none is within."""
         started = time.perf_counter()
         deadline = started + (options.time_limit_s or np.inf)
         problem.check_each_limit()

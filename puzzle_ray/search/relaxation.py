@@ -1,8 +1,8 @@
 """Bounds and first answers for `min sum score[r, x_r]` subject to `sum A[m, r, x_r] <= b[m]`.
 
-Shapes: M limits, R rows, V choices. For any multipliers y >= 0 the Lagrangian sum_r min_v (score + y.A) - y.b is a lower bound, and
-choice v of row r can be part of an answer below `target` only if its excess over its row's minimum is at most target - bound.
-The best multipliers give the bound of the linear relaxation, since every row is a simplex.
+Shapes: M limits, R rows, V choices. For any multipliers y >= 0 the Lagrangian sum_r min_v (score + y.A) - y.b is a
+lower bound, and choice v of row r can be part of an answer below `target` only if its excess over its row's minimum
+is at most target - bound. The best multipliers give the bound of the linear relaxation, since every row is a simplex.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def relaxed(score: Floats, rows: Floats, bounds: Floats, multipliers: Floats) ->
 
 
 def useful(score: Floats, rows: Floats) -> Bools:
-    """[R, V]: choices that no other choice of their row equals or beats in score and every cost; of equal ones the first."""
+    """[R, V]: choices that no other of their row equals or beats in score and every cost; of equal ones the first."""
     stacked = np.concatenate([score[None], rows])
     no_worse = np.ones((*score.shape, score.shape[1]), dtype=bool)
     better = np.zeros_like(no_worse)
@@ -54,9 +54,9 @@ def span_of(score: Floats) -> float:
 
 
 def best_multipliers(score: Floats, rows: Floats, bounds: Floats, ceiling: float) -> Relaxation:
-    """Maximises the Lagrangian bound by Newton steps on its smoothed form (softmin at temperature t, log barrier t.log y), t -> 0.
+    """Maximises the Lagrangian bound by Newton steps on its smoothed form (softmin at temperature t, barrier t.log y).
 
-    Stops early once the bound passes `ceiling`: then there is no answer below it.
+    t goes to 0. Stops early once the bound passes `ceiling`: then there is no answer below it.
     """
     span = span_of(score)
     y = np.full(len(bounds), 0.5 * span)
@@ -83,13 +83,15 @@ def best_multipliers(score: Floats, rows: Floats, bounds: Floats, ceiling: float
 
 
 def repaired(score: Floats, rows: Floats, bounds: Floats, relaxation: Relaxation) -> Choice | None:
-    """An answer near the relaxation's: least damage per unit of violation removed, then every swap that still helps; or None."""
+    """An answer near the relaxation's, or None: least damage per violation removed, then every change that helps."""
     layers = np.arange(len(score))
     choice = relaxation.excess.argmin(axis=1)
     for _ in range(20 * len(score)):
         loads = rows[:, layers, choice].sum(axis=1)
         over = np.maximum(loads - bounds, 0.0)
-        after = loads[:, None, None] + rows - rows[:, layers, choice][:, :, None]  # [M, R, V]: loads with one row changed
+        after = (
+            loads[:, None, None] + rows - rows[:, layers, choice][:, :, None]
+        )  # [M, R, V]: loads with one row changed
         damage = score - score[layers, choice][:, None]
         left = np.maximum(after - bounds[:, None, None], 0.0).sum(axis=0)
         if over.any():
@@ -110,4 +112,6 @@ def lower_bound(problem: Problem) -> float:
     """No choice within the limits has a lower objective: the bound of the linear relaxation."""
     rows, bounds = problem.rows()
     score = problem.score
-    return best_multipliers(score, rows, bounds, float(np.where(np.isfinite(score), score, 0.0).max(axis=1).sum())).bound
+    return best_multipliers(
+        score, rows, bounds, float(np.where(np.isfinite(score), score, 0.0).max(axis=1).sum())
+    ).bound

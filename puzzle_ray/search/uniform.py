@@ -43,9 +43,14 @@ class _Uniform:
 
 
 def uniform_architectures(
-    space: SearchSpace, scores: Scores, profile: Profile, scenario: Scenario, target_runtime_ms: float, metric: str = "kl"
+    space: SearchSpace,
+    scores: Scores,
+    profile: Profile,
+    scenario: Scenario,
+    target_runtime_ms: float,
+    metric: str = "kl",
 ) -> list[Architecture]:
-    """All architectures with the same choice in every layer, the one whose predicted runtime is nearest to the target first."""
+    """All architectures with one choice in every layer, the one of predicted runtime nearest to the target first."""
     from puzzle_ray.search.architectures import predicted_costs
 
     shared = [c for c in space.layers[0].choices if all(c in layer.choices for layer in space.layers)]

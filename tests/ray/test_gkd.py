@@ -88,7 +88,7 @@ class Midway:
 
     def advance(self, count=1, **facts):
         self.steps_shown += count
-        if self.acted_at is None and self.step.exists(CHECKPOINT) and not self.step.finished:
+        if self.steps_shown and self.acted_at is None and self.step.exists(CHECKPOINT) and not self.step.finished:
             self.acted_at = self.steps_shown
             self.action()
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import save_parent, tiny_config
+from small_models import save_parent, tiny_config
 
 from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice
 from puzzle_ray.blocks import load_stack, load_subblock, search_space, subblock_state, swapped

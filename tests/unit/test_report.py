@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import math
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -29,16 +29,19 @@ from puzzle_ray.artifacts import (
     Scores,
     SearchSpace,
 )
-from puzzle_ray.report.charts import binned, log_ticks, ticks
+from puzzle_ray.report.charts import Axes, binned, log_ticks, ticks
 from puzzle_ray.report.markup import Html, count, duration, number, percent, tag
-from puzzle_ray.report.page import ReportData, SweepPoint, render
+from puzzle_ray.report.page import SECTIONS, ReportData, SweepPoint, render
 
 LAYERS = 8
 ATTENTION = (PARENT, "gqa:2", "gqa:1", "linear", "noop")
 FFN = (PARENT, "ffn:384", "ffn:256", "ffn:128", "ffn:48", "linear", "noop")
 SPACE = SearchSpace((LayerSpace(ATTENTION, FFN),) * LAYERS)
 SCENARIO = Scenario(batch_size=16, input_tokens=256, output_tokens=32)
-SHARE = {PARENT: 1.0, "gqa:2": 0.72, "gqa:1": 0.61, "linear": 0.2, "noop": 0.0, "ffn:384": 0.75, "ffn:256": 0.5, "ffn:128": 0.25, "ffn:48": 0.1}
+SHARE = {
+    PARENT: 1.0, "gqa:2": 0.72, "gqa:1": 0.61, "linear": 0.2, "noop": 0.0,
+    "ffn:384": 0.75, "ffn:256": 0.5, "ffn:128": 0.25, "ffn:48": 0.1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class Trained:
 
 def _profile() -> Profile:
     rows = []
-    for kind, variants, prefill, decode, params in (("attention", ATTENTION, 11.3, 0.41, 98_304), ("ffn", FFN, 18.9, 0.33, 294_912)):
+    whole = (("attention", ATTENTION, 11.3, 0.41, 98_304), ("ffn", FFN, 18.9, 0.33, 294_912))
+    for kind, variants, prefill, decode, params in whole:
         for v in variants:
             s = SHARE[v]
             kv = {PARENT: 1024, "gqa:2": 512, "gqa:1": 256}.get(v, 0) if kind == "attention" else 0
@@ -96,8 +100,9 @@ def _architecture(*choices: LayerChoice, **limits: float) -> Architecture:
 
 
 CHOSEN = _architecture(
-    LayerChoice(PARENT, "ffn:384"), LayerChoice("gqa:2", "ffn:384"), LayerChoice("gqa:2", "ffn:256"), LayerChoice("linear", "ffn:128"),
-    LayerChoice("gqa:1", "linear"), LayerChoice("noop", "ffn:256"), LayerChoice("gqa:2", PARENT), LayerChoice(), speedup=1.5,
+    LayerChoice(PARENT, "ffn:384"), LayerChoice("gqa:2", "ffn:384"), LayerChoice("gqa:2", "ffn:256"),
+    LayerChoice("linear", "ffn:128"), LayerChoice("gqa:1", "linear"), LayerChoice("noop", "ffn:256"),
+    LayerChoice("gqa:2", PARENT), LayerChoice(), speedup=1.5,
 )  # fmt: skip
 SWEEP = (
     SweepPoint(1.1, _architecture(*[LayerChoice("gqa:2", "ffn:384")] * 3, *[LayerChoice()] * 5)),
@@ -152,7 +157,278 @@ def whole_run() -> ReportData:
     return ReportData(
         "tiny-llama-8x192", scenario=SCENARIO, num_key_value_heads=4, intermediate_size=512, space=SPACE, profile=PROFILE,
         scores=SCORES, architecture=CHOSEN, sweep=SWEEP, library=library, bld_curves=curves, evaluation=evaluation, gkd_curve=gkd,
-        stage_seconds={"parent": 101.2, "library": 142.0, "profile": 18.4, "score": 25.1, "search": 0.3, "gkd": 96.0, "evaluate": 12.7},
+        stage_seconds={"library": 142.0, "profile": 18.4, "score": 25.1, "search": 0.3, "gkd": 96.0, "evaluate": 12.7},
         config_yaml="parent: tiny\nsearch:\n  limits: {speedup: 1.5}  # <b>not bold</b>\n",
         versions={"puzzle_ray": "0.1.0", "torch": "2.13.0"}, machine={"cores": 2, "memory": "8 GiB"},
     )  # fmt: skip
+
+
+VOID = {"meta", "link"}
+
+
+class Page(HTMLParser):
+    """Elements with their attributes in order, the text, and every way in which the markup is not well-formed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.text = ""
+        self.faults: list[str] = []
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        self.faults += [f"<{name}> is never closed" for name in self._open]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        names = [name for name, _ in attrs]
+        if len(set(names)) != len(names):
+            self.faults.append(f"<{tag}> repeats an attribute: {names}")
+        self.elements.append((tag, {name: value or "" for name, value in attrs}))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self._open or self._open.pop() != tag:
+            self.faults.append(f"</{tag}> closes nothing")
+
+    def handle_data(self, data: str) -> None:
+        if not self._open or self._open[-1] not in ("style", "script"):
+            self.text += data + "\n"
+
+    def all(self, name: str, class_: str | None = None) -> list[dict[str, str]]:
+        found = [attributes for tag, attributes in self.elements if tag == name]
+        return [a for a in found if class_ is None or class_ in a.get("class", "").split()]
+
+
+WHOLE = render(whole_run())
+PAGE = Page(WHOLE)
+
+
+def test_whole_run_is_one_well_formed_document_with_every_section():
+    assert WHOLE.startswith("<!DOCTYPE html>\n<html")
+    assert PAGE.faults == []
+    assert [s["id"] for s in PAGE.all("section")] == [name for name, *_ in SECTIONS]
+    assert [a["href"] for a in PAGE.all("a")] == [f"#{name}" for name, *_ in SECTIONS]
+    assert len(WHOLE) < 300_000
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(ReportData) if f.name != "parent"])
+def test_any_part_of_a_run_may_be_missing(name):
+    field = next(f for f in dataclasses.fields(ReportData) if f.name == name)
+    empty = field.default_factory() if field.default is dataclasses.MISSING else field.default
+    assert Page(render(replace(whole_run(), **{name: empty}))).faults == []
+
+
+def test_a_run_that_did_nothing_yet_names_what_would_fill_the_page():
+    page = Page(render(ReportData("some-parent")))
+    assert page.faults == []
+    assert [s["id"] for s in page.all("section")] == ["missing"]
+    for _, title, _, needs in SECTIONS:
+        assert not needs or f"{title}: needs {needs}" in page.text
+
+
+def test_headline_has_measured_and_predicted_speedup_loss_params_and_memory():
+    cards = WHOLE[WHOLE.index('class="cards"') : WHOLE.index("<nav>")]
+    was, now = CHOSEN.parent_predicted, CHOSEN.predicted
+    for text in (
+        f"{1.031 / 1.037 * CHOSEN.predicted_speedup:.2f}", f"predicted {CHOSEN.predicted_speedup:.2f}", "asked 1.5",
+        "2.39 → 2.45", "+0.057", "2.91 before GKD", "87.1", f"{was.num_params / 1e6:.2f} → {now.num_params / 1e6:.2f}",
+        f"{was.memory_mib:.1f} → {now.memory_mib:.1f}",
+    ):  # fmt: skip
+        assert text in cards
+
+
+def test_nothing_is_called_measured_that_was_not():
+    estimated = replace(
+        whole_run(), profile=replace(PROFILE, estimated=True), architecture=replace(CHOSEN, estimated=True), evaluation=None
+    )
+    page = Page(render(estimated))
+    assert "Speed-up, estimated" in page.text
+    assert "costs estimated, not measured" in page.text
+    assert "not measured yet" in page.text
+    assert "Estimated, not measured: torch 2.13.0" in page.text
+    assert "Speed-up, measured" not in page.text
+    assert "predicted" not in page.text.lower()
+
+
+def test_boxes_are_as_wide_as_what_is_kept():
+    box = r'<div class="box[^"]*" title="layer (\d+), (\w+): ([^\n"]+)[^>]*>(?:<i class="(\w+)" style="width:([\d.]+)%">)?'
+    boxes = re.findall(box, WHOLE)
+    drawn = {(int(layer), kind): (variant, colour, width) for layer, kind, variant, colour, width in boxes}
+    assert len(drawn) == 2 * LAYERS
+    assert drawn[0, "Attention"] == (PARENT, "attention", "100.0")
+    assert drawn[1, "Attention"] == ("gqa:2", "attention", "50.0")  # 2 of 4 KV heads
+    assert drawn[3, "FFN"] == ("ffn:128", "ffn", "25.0")  # of 512 channels
+    assert drawn[4, "FFN"] == ("linear", "linear", "20.0")  # its parameters
+    assert drawn[5, "Attention"] == ("noop", "", "")
+
+
+def test_every_score_and_every_trained_variant_has_a_cell_and_the_chosen_are_framed():
+    heat = [cell for cell in PAGE.all("td") if cell.get("style", "").startswith("--heat")]
+    subblocks = list(SPACE.subblocks())
+    assert len(heat) == 2 * len(subblocks)
+    replaced = sum(choice.variant(kind) != PARENT for choice in CHOSEN.choices for kind in KINDS)
+    assert len([cell for cell in heat if cell.get("class") == "framed"]) == 2 * replaced
+    heats = [int(re.fullmatch(r"--heat:(\d+)%", cell["style"])[1]) for cell in heat[: len(subblocks)]]
+    assert (min(heats), max(heats)) == (0, 100)
+    values = [SCORES.value(i, LayerChoice(ffn="noop"), "kl") for i in range(LAYERS)]
+    assert number(max(values), 2) in PAGE.text
+
+
+def test_infeasible_budgets_are_said():
+    assert "none: no architecture in this search space meets speedup >= 9; the best reachable is 7.4" in PAGE.text
+    assert len(PAGE.all("path", "cross")) == 1
+    assert len(PAGE.all("circle", "point")) == 4
+    assert len(PAGE.all("circle", "chosen-dot")) == 1
+
+
+def test_a_sweep_without_any_answer_still_says_why():
+    page = Page(render(ReportData("p", sweep=(SweepPoint(9.0, None, "the best reachable is 7.4"),))))
+    assert page.faults == []
+    assert "none: the best reachable is 7.4" in page.text
+
+
+HOSTILE = """'"><script>alert(1)</script><img src=http://a.b/c onerror=alert(2)>&amp;"""
+
+
+def _with_texts(text: str) -> ReportData:
+    """A run in which every text that comes from outside is `text`."""
+    run = whole_run()
+    layer = LayerSpace((PARENT, text), (PARENT,))
+    choices = (LayerChoice(text),)
+    return replace(
+        run,
+        parent=text,
+        space=SearchSpace((layer,)),
+        profile=replace(PROFILE, engine=text, engine_version=text, device=text, dtype=text,
+                        rows=(*PROFILE.rows, replace(PROFILE.rows[0], variant=text))),
+        scores=Scores((ScoreRow(0, text, PARENT, text, 1.0, 0.1, 5),), "subblock"),
+        architecture=replace(CHOSEN, choices=choices, searcher=text, status=text, metric=text, limits={text: 1.0}),
+        sweep=(SweepPoint(2.0, None, text), SweepPoint(1.5, replace(CHOSEN, status=text))),
+        library=[Trained(0, "attention", text, text, 1.0, 0.5, text, 8, text)],
+        bld_curves={(0, "attention", text): [1.0, 0.5]},
+        evaluation={"models": {"parent": {}, text: {"kl": 1.0}}, "prompt": text, "samples": {text: text}},
+        stage_seconds={text: 1.0}, config_yaml=text, versions={text: text}, machine={text: text},
+    )  # fmt: skip
+
+
+def test_text_never_becomes_markup():
+    hostile, harmless = Page(render(_with_texts(HOSTILE))), Page(render(_with_texts("x")))
+    assert hostile.faults == []
+    assert [(name, list(a)) for name, a in hostile.elements] == [(name, list(a)) for name, a in harmless.elements]
+    assert HOSTILE in hostile.text
+    assert len(hostile.all("script")) == 1
+
+
+def test_samples_are_shown_as_written():
+    assert html.escape(SAMPLE.removeprefix("Once upon a time")) in WHOLE
+    assert "<b>Once upon a time</b>" in WHOLE
+
+
+def test_page_asks_for_nothing_from_elsewhere():
+    assert "http://" not in WHOLE and "https://" not in WHOLE
+    assert "url(" not in WHOLE and "@import" not in WHOLE
+    for _, attributes in PAGE.elements:
+        assert not attributes.keys() & {"src", "srcset", "xlink:href", "action"}
+        assert attributes.get("href", "#").startswith(("#", "data:,"))
+
+
+def test_pairs_scored_without_their_halves_and_failed_variants_leave_a_page():
+    run = whole_run()
+    pairs = Scores((ScoreRow(0, "gqa:2", "ffn:384", "kl", 0.1, 0.01, 64),), "block")
+    failed = [Trained(0, "ffn", "linear", "least squares", 0.4, math.nan, "start", 64, "loss is not finite")]
+    page = Page(render(replace(run, scores=pairs, library=failed, bld_curves={(0, "ffn", "linear"): [0.5, math.nan, math.nan]})))
+    assert page.faults == []
+    assert "failed" in page.text
+    assert "nan" not in re.findall(r"\w+", page.text.lower())
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"), (1.5107, "1.51"), (0.0996, "0.0996"), (9.999, "10.0"), (14191.2, "14\u202f191"), (3.2e-7, "3.20e−07"),
+        (-0.25, "−0.250"), (None, "–"), (math.nan, "not finite"),
+    ],
+)  # fmt: skip
+def test_numbers_keep_three_digits(value, text):
+    assert number(value) == text
+
+
+def test_other_figures():
+    assert [count(x) for x in (950, 3_421_000, 70.6e9)] == ["950", "3.42\u00a0M", "70.6\u00a0B"]
+    assert [percent(0.871), percent(-0.3049, 0, sign=True)] == ["87.1\u00a0%", "−30\u00a0%"]
+    assert percent(-0.0001, 0, sign=True) == percent(0.0001, 0, sign=True) == "0\u00a0%"
+    assert [duration(x) for x in (0.083, 12.71, 142, 7_380)] == ["0.083 s", "12.7 s", "2 min 22 s", "2 h 3 min"]
+    assert tag("td", "<", Html("<b>"), None, class_="a", title='"') == '<td class="a" title="&quot;">&lt;<b></td>'
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (1, 1.83), (0, 0.0031), (-4, 900)])
+def test_ticks_are_few_round_and_inside(low, high):
+    found = ticks(low, high)
+    assert 3 <= len(found) <= 11
+    assert low - 1e-9 <= found[0] and found[-1] <= high * (1 + 1e-9)
+    steps = {round(b - a, 9) for a, b in zip(found, found[1:], strict=False)}
+    assert len(steps) == 1 and f"{steps.pop():e}"[0] in "125"
+
+
+def test_log_ticks_hold_three_marks_even_within_a_decade():
+    assert log_ticks(0.01, 10) == pytest.approx([0.01, 0.1, 1, 10])
+    assert log_ticks(0.12, 0.9) == pytest.approx([0.2, 0.5])
+    assert log_ticks(0.1, 2) == pytest.approx([0.1, 0.2, 0.5, 1, 2])
+
+
+def test_binning_keeps_the_mean_and_skips_what_is_not_finite():
+    values = [float(i) for i in range(100)]
+    points = binned(values, 40)
+    assert len(points) <= 40
+    assert all(x == y for x, y in points)  # the mean of a run of positions is its centre
+    assert binned([1.0, math.nan, 3.0, 5.0], 2) == [(0.5, 1.0), (2.5, 4.0)]
+
+
+def test_axes_put_the_corners_where_they_belong():
+    axes = Axes((0, 10), (0.01, 1), "x", "y", log_y=True)
+    assert axes.place(0, 0.01) == (axes.left, axes.bottom)
+    assert axes.place(10, 1) == pytest.approx((axes.right, axes.top))
+    assert axes.place(5, 0.1)[1] == pytest.approx((axes.top + axes.bottom) / 2)
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--virtual-time-budget=2000",
+    "--window-size=500,900", "--dump-dom",
+]  # fmt: skip
+# Runs at the end of the page: what a person's eyes and finger would find.
+PROBE = """
+const sizes = [...document.querySelectorAll("svg path.line, svg circle")].map((e) => e.getBoundingClientRect());
+document.querySelector("td[title]").click();
+document.body.dataset.probe = [
+  sizes.length, sizes.filter((r) => r.width > 0 && r.height > 0).length,
+  document.documentElement.scrollWidth <= window.innerWidth, document.getElementById("tip").textContent,
+].join("|");
+"""
+
+
+def _opened(path: Path, folder: Path) -> tuple[str, list[str]]:
+    """The page as chromium has it after loading, and what it wrote to the console."""
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={folder}", path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_a_browser_draws_the_page_without_a_complaint(tmp_path):
+    page = tmp_path / "index.html"
+    page.write_text(WHOLE)
+    _, complaints = _opened(page, tmp_path / "profile")
+    assert complaints == []
+    open_to_probes = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", WHOLE)
+    page.write_text(open_to_probes.replace("</body>", f"<script>{PROBE}</script></body>"))
+    dom, complaints = _opened(page, tmp_path / "profile")
+    assert complaints == []
+    marks, drawn, fits, tip = re.search(r'data-probe="([^"]*)"', dom)[1].split("|")
+    trained = sum(len(losses) > 0 for losses in whole_run().bld_curves.values())
+    frontier, terms = 1 + 4 + 1 + 1, 3  # its line, the answers, the parent and the chosen; the loss and its two terms
+    assert int(marks) == int(drawn) == trained + frontier + terms
+    assert fits == "true"
+    assert tip.startswith("layer 0: ")
