@@ -1,7 +1,7 @@
 """Global distillation on Ray Train: one process per worker, gradients added up over all of them, rank 0 alone writes.
 
-Ray Train restarts the whole group when a worker dies; every worker then continues from the checkpoint in our own store, which is
-the only state there is. So it does not matter whether a worker, the group, this driver or the cluster went away.
+Ray Train restarts the whole group when a worker dies; every worker then continues from the checkpoint in our own store,
+which is the only state there is. So it does not matter whether a worker, the group, the driver or the cluster is lost.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -27,6 +28,7 @@ from puzzle_ray.progress import Bar, Progress, Quiet
 PING_EVERY_S = 0.2
 POLL_EVERY_S = 0.3
 STOP_TIMEOUT_S = 20.0
+CONTINUE = "the same command continues from the last checkpoint"
 STORAGE = ".ray-train"  # Ray Train wants a folder; it holds a marker file
 
 
@@ -34,7 +36,7 @@ class Stopped(PuzzleError):
     """The driver asked the workers to stop."""
 
     def __str__(self) -> str:
-        return "gkd: stopped; the same command continues from the last checkpoint"
+        return f"gkd: stopped; {CONTINUE}"
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,10 @@ class _Pings:
 
     def __init__(self, run: Any) -> None:
         self.run, self.answer, self.sent, self.done = run, None, 0.0, 0
+        self._send({})
 
     @contextmanager
     def stage(self, name: str, total: int, unit: str) -> Iterator[Bar]:
-        self._send({})
         yield self
 
     def advance(self, count: int = 1, **facts: float) -> None:
@@ -73,18 +75,18 @@ class _Pings:
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> None:
-    """One worker of the group. `config`: `job`, `run` (actor handle), `cpus`, `step_timeout_s`."""
+    """One worker of the group. `config`: `job`, `run` (the handle of GkdRun), `cpus`."""
     import torch
     from ray import train
     from ray.train.torch import get_device
     from torch import distributed
 
     job: GkdJob = config["job"]
-    context = train.get_context()
-    rank = context.get_world_rank()
+    rank = train.get_context().get_world_rank()
+    progress = _Pings(config["run"]) if rank == 0 else Quiet()
     torch.set_num_threads(config["cpus"])
     trainer = load_trainer(job, ranks=[rank], all_reduce=distributed.all_reduce, device=str(get_device()))
-    distill(trainer, job.step, _Pings(config["run"]) if rank == 0 else Quiet(), writes=rank == 0)
+    distill(trainer, job.step, progress, writes=rank == 0)
     if rank == 0:
         publish(trainer, job)
 
@@ -179,7 +181,7 @@ def _environment() -> dict[str, str]:
 
 
 def run_gkd(job: GkdJob, *, cluster: ClusterConfig, progress: Progress, cpus_per_worker: int | None = None) -> None:
-    """Distils `job` with `job.config.num_workers` workers, from its checkpoint if any; does nothing when it is finished.
+    """Distils with `gkd.num_workers` workers, from the job's checkpoint if any; does nothing when it is finished.
 
     Without `cpus_per_worker` the workers share all CPUs. Raises the workers' own PuzzleError (such as Diverged), or
     ClusterError when they cannot be placed, die more than `gkd.max_failures` times, or fall silent for
@@ -187,6 +189,9 @@ def run_gkd(job: GkdJob, *, cluster: ClusterConfig, progress: Progress, cpus_per
     """
     if job.step.finished:
         return
+    folder = Path(job.parent).expanduser()
+    if folder.is_dir():  # workers have a working directory of their own
+        job = replace(job, parent=str(folder.absolute()))
     cpus = cpus_per_worker or _cpus_per_worker(job.config.num_workers)
     run = GkdRun.options(runtime_env={"env_vars": _environment()}).remote()  # type: ignore[attr-defined]
     ended = run.fit.remote(job, cpus, cluster.step_timeout_s)
@@ -195,10 +200,10 @@ def run_gkd(job: GkdJob, *, cluster: ClusterConfig, progress: Progress, cpus_per
     except RayTaskError as error:
         if isinstance(error.cause, PuzzleError):
             raise error.cause from None
-        reason = str(error.cause).strip().splitlines()[-1]
-        raise ClusterError("gkd", f"the workers failed ({reason})", "see their logs; the same command continues") from None
+        reason = (str(error.cause).strip() or type(error.cause).__name__).splitlines()[-1]
+        raise ClusterError("gkd", f"the workers failed ({reason})", CONTINUE) from None
     except (RayActorError, GetTimeoutError) as error:
-        raise ClusterError("gkd", f"the run's actor is gone ({type(error).__name__})", "the same command continues") from None
+        raise ClusterError("gkd", f"the run's actor is gone ({type(error).__name__})", CONTINUE) from None
     finally:
         _end(run, ended)
         job.step.remove(STORAGE)
@@ -216,10 +221,12 @@ def _follow(run: Any, ended: Any, job: GkdJob, cluster: ClusterConfig, progress:
                 shown, heard, last = max(shown, now.step), time.monotonic(), now
             silence = time.monotonic() - heard
             if last.news and silence > cluster.step_timeout_s:
-                raise ClusterError("gkd", f"no step for {silence:.0f} s after step {last.step}", "raise cluster.step_timeout_s")
+                problem = f"no step for {silence:.0f} s after step {last.step}"
+                raise ClusterError("gkd", problem, "raise cluster.step_timeout_s")
             if not last.news and silence > cluster.placement_timeout_s:
-                wanted = f"{config.num_workers} workers with {cpus} CPUs" + (" and a GPU each" if config.use_gpu else " each")
-                raise ClusterError("gkd", f"{wanted} did not start within {silence:.0f} s", "lower gkd.num_workers")
+                each = f"{cpus} CPUs and a GPU" if config.use_gpu else f"{cpus} CPUs"
+                problem = f"{config.num_workers} workers with {each} each did not start within {silence:.0f} s"
+                raise ClusterError("gkd", problem, "lower gkd.num_workers, or raise cluster.placement_timeout_s")
         ray.get(ended, timeout=cluster.step_timeout_s)
         bar.advance(total_steps(config) - shown)
 

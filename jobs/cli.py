@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from jobs.stages import Run
 
 HELPERS = {"cli", "session", "stages"}
-ONE_LINE = {"help_option_names": ["-h", "--help"]}
 
 
 def verbs() -> list[str]:
@@ -78,7 +77,9 @@ def window_bytes(run: Run) -> int:
 
 def run_main(main: Callable[..., None]) -> None:
     """Runs one command: what the user can mend is one line on stderr and exit code 2, an interrupt is 130."""
-    guarded(lambda: typer.run(main))
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    guarded(app)
 
 
 def guarded(call: Callable[[], Any]) -> None:
@@ -88,7 +89,8 @@ def guarded(call: Callable[[], Any]) -> None:
     try:
         call()
     except PuzzleError as error:
-        print(f"error: {error}", file=sys.stderr)
+        cause = getattr(error, "cause", None)  # an error that came from a Ray worker is itself and a RayTaskError
+        print(f"error: {cause if isinstance(cause, PuzzleError) else error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; the same command continues from here", file=sys.stderr)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from puzzle_ray.artifacts import Architecture, Profile, Scores, SearchSpace, to_json
+from puzzle_ray.artifacts import Architecture, LayerChoice, Profile, Scores, SearchSpace, to_json
 from puzzle_ray.config import TINY, RunConfig
 from puzzle_ray.data import Tokens, check_source, source_fingerprint, tokenise
 from puzzle_ray.errors import ConfigError
@@ -255,30 +255,36 @@ class Run:
     @cached_property
     def child(self) -> Step:
         """The child as assembled from the library."""
-        architecture_step, library = self.architecture_step, self.library
+        self.architecture_step  # noqa: B018  (shown before the child)
+        return self.child_of(self.architecture.choices)
+
+    def child_of(self, choices: Sequence[LayerChoice]) -> Step:
+        """A child of any choices in the search space."""
+        library = self.library
 
         def work(step: Step) -> None:
             from actors.remote_work import realize, run_alone
 
-            choices = self.architecture.choices
             run_alone(realize, self.parent, choices, library, step, cluster=self.config.cluster, what="realize")
 
-        choices_key = ", ".join(choice.label for choice in self.architecture.choices)
-        inputs = {"library": library.key, "parent": self.parent_key, "choices": choices_key}
+        inputs = {"library": library.key, "parent": self.parent_key, "choices": ", ".join(choice.label for choice in choices)}
         return self._stage(self.store.step("child", {}, inputs), work)
 
     @cached_property
     def distilled(self) -> Step:
         """The child after global knowledge distillation."""
-        child, config = self.child, self.config.gkd
+        return self.distilled_of(self.child)
+
+    def distilled_of(self, child: Step) -> Step:
+        """Any child after global knowledge distillation."""
+        config = self.config.gkd
 
         def work(step: Step) -> None:
             from actors.gkd_worker import run_gkd
+            from puzzle_ray.distill.gkd import GkdJob
 
-            run_gkd(
-                parent=self.parent, child=child.path("child"), tokens_url=self.tokens_step.path(TOKENS), step=step, config=config,
-                seed=self.config.seed, progress=self.progress,
-            )
+            job = GkdJob(self.parent, child, self.tokens_step, step, config, self.config.seed)
+            run_gkd(job, cluster=self.config.cluster, progress=self.progress)
 
         settings = config.model_dump(mode="json", exclude={"checkpoint_every", "max_failures"}) | {"seed": self.config.seed}
         return self._stage(self.store.step("gkd", settings, {"child": child.key, "tokens": self.tokens_step.key}), work)
@@ -291,16 +297,8 @@ class Run:
         folders = {"parent": self.parent, "child_before_gkd": self.child.path("child"), "child": distilled.path("child")}
 
         def work(step: Step) -> None:
-            from actors.remote_work import evaluate, run_alone
-
-            profile = self.config.profile
-            batches = [b.numpy() for b in self.tokens[1].first(self.config.evaluate.tokens, 8)]
             with self.progress.stage("evaluate", 1, "comparison") as bar:
-                found = run_alone(
-                    evaluate, folders, batches, self.architecture, profile.scenario, self.config.evaluate, profile.dtype,
-                    cluster=self.config.cluster, what="evaluate", num_gpus=profile.num_gpus, resources=profile.resources,
-                    label_selector=profile.label_selector,
-                )
+                found = self.compare(folders)
                 bar.advance()
             step.write_json(EVALUATION, found)
             step.finish({"measured_speedup": found["measured_speedup"], "predicted_speedup": found["predicted_speedup"]})
@@ -308,6 +306,19 @@ class Run:
         settings = self._settings("evaluate") | {"profile": self.config.profile.model_dump(mode="json")}
         inputs = {"child": distilled.key, "tokens": self.tokens_step.key}
         return self._stage(self.store.step("evaluation", settings, inputs), work)
+
+    def compare(self, folders: Mapping[str, str]) -> dict[str, Any]:
+        """Held-out predictions and measured speed of models by name, `parent` and `child` among them, side by side."""
+        from actors.remote_work import evaluate, run_alone
+
+        profile = self.config.profile
+        batches = [batch.numpy() for batch in self.tokens[1].first(self.config.evaluate.tokens, 8)]
+        found: dict[str, Any] = run_alone(
+            evaluate, folders, batches, self.architecture, profile.scenario, self.config.evaluate, profile.dtype,
+            cluster=self.config.cluster, what="evaluate", num_gpus=profile.num_gpus, resources=profile.resources,
+            label_selector=profile.label_selector,
+        )
+        return found
 
     @cached_property
     def evaluation(self) -> Mapping[str, Any]:

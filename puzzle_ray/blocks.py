@@ -101,7 +101,9 @@ class LayerStack(nn.Module):
     ) -> None:
         super().__init__()
         self.descriptor, self.config, self.first, self.last = descriptor, config, first, last
-        self.layers = nn.ModuleList(list(model.get_submodule(descriptor.layers))[first:last])  # type: ignore[arg-type]
+        layers = model.get_submodule(descriptor.layers)
+        assert isinstance(layers, nn.ModuleList)
+        self.layers = layers[first:last]
         self.rotary = model.get_submodule(descriptor.rotary) if descriptor.rotary else None
         starts, stops = ends and first == 0, ends and last == config.num_hidden_layers
         self.embedding = model.get_submodule(descriptor.embedding) if starts else None

@@ -9,8 +9,8 @@ from typing import Any
 
 from puzzle_ray.artifacts import Architecture, Profile, Scenario, Scores, SearchSpace
 from puzzle_ray.errors import Infeasible
+from puzzle_ray.search.architectures import search
 from puzzle_ray.search.limits import Limits
-from puzzle_ray.search.searcher import find_searcher
 from puzzle_ray.store import Step
 
 TABLE = "sweep.json"
@@ -31,8 +31,9 @@ class SweepSetup:
 
 def solve(setup: SweepSetup, limits: Limits) -> Architecture:
     """The best architecture within the limits. Raises Infeasible."""
-    found = find_searcher(setup.searcher)(
-        setup.space, setup.scores, setup.profile, setup.scenario, limits, metric=setup.metric, time_limit_s=setup.time_limit_s
+    found = search(
+        setup.space, setup.scores, setup.profile, setup.scenario, limits, metric=setup.metric, searcher=setup.searcher,
+        time_limit_s=setup.time_limit_s,
     )
     return found[0]
 

@@ -154,7 +154,7 @@ class LayerTrainer:
         else:
             with torch.no_grad():
                 middle = self.stack.run_layer(self.attention_half, self.index, x, arguments)
-            inputs = {"attention": x, "ffn": middle}
+            inputs: dict[SubblockKind, Tensor] = {"attention": x, "ffn": middle}
             loss = self._train(number, position, inputs, y, arguments) if phase == "train" else None
             if phase != "train":
                 self._validate(phase, inputs, y, arguments)

@@ -1,7 +1,7 @@
 """Global knowledge distillation (GKD): the whole child learns from the whole parent (paper: L_GKD = L_cosine + L_KLD).
 
-A run is a function of (child, parent, tokens, config, seed): data are a function of (seed, step, rank), dropout is off, and
-a checkpoint holds all that training carries from step to step. A resumed run therefore ends in the same bits.
+A run is a function of (child, parent, tokens, config, seed): data are a function of (seed, step, rank), dropout is off,
+and a checkpoint holds all that training carries from step to step. A resumed run therefore ends in the same bits.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Diverged(PuzzleError):
 
     def __str__(self) -> str:
         step, loss, gradient_norm = self.args
-        return f"gkd: loss {loss}, gradient norm {gradient_norm} at step {step}; lower gkd.learning_rate or gkd.gradient_clip"
+        return f"gkd: loss {loss}, gradient norm {gradient_norm} at step {step}; lower gkd.learning_rate"
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class GkdRow:
 
 @dataclass(frozen=True)
 class GkdJob:
-    """What one distillation reads and writes: `child` holds the folder `child`, `data` the file `tokens.safetensors`."""
+    """What a distillation reads and writes: `child` holds the folder `child`, `data` the file `tokens.safetensors`."""
 
     parent: str
     child: Step
@@ -111,10 +111,10 @@ class _TokenLosses(torch.autograd.Function):
 def token_losses(
     child_logits: Tensor, parent_logits: Tensor, input_ids: Tensor, kl_weight: float, lm_weight: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(weighted sum, KL, next-token loss), nats, in fp32. Logits are `[batch, tokens, vocab_size]`, ids `[batch, tokens]`.
+    """(weighted sum, KL, next-token loss) in nats, fp32; logits `[batch, tokens, vocab_size]`, ids `[batch, tokens]`.
 
-    KL(parent || child) is a mean over all tokens, the next-token loss over those that have a next one. Only the sum has a
-    gradient, and only towards the child. Memory beside the logits: one tensor of their size and dtype, a chunk in fp32.
+    KL(parent || child) is a mean over all tokens, the next-token loss over those that have a next one. Only the sum has
+    a gradient, only towards the child. Memory beside the logits: one tensor of their size and dtype, a chunk in fp32.
     """
     labels = functional.pad(input_ids[:, 1:], (0, 1), value=NO_LABEL).flatten()
     flat = child_logits.flatten(0, 1), parent_logits.detach().flatten(0, 1)
@@ -123,7 +123,7 @@ def token_losses(
 
 
 def cosine_distance(child: Sequence[Tensor], parent: Sequence[Tensor]) -> Tensor:
-    """Mean over layers and tokens of 1 - cos(child, parent); an entry is a layer's output `[batch, tokens, hidden_size]`."""
+    """Mean over layers and tokens of 1 - cos(child, parent); entries are outputs `[batch, tokens, hidden_size]`."""
     pairs = zip(child, parent, strict=True)
     similarity = [functional.cosine_similarity(c.float(), p.detach().float(), dim=-1).mean() for c, p in pairs]
     return 1 - torch.stack(similarity).mean()
@@ -131,7 +131,7 @@ def cosine_distance(child: Sequence[Tensor], parent: Sequence[Tensor]) -> Tensor
 
 @contextmanager
 def layer_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
-    """The output of every layer, `[batch, tokens, hidden_size]` before the final norm, of a forward inside the block."""
+    """Collects each layer's output, `[batch, tokens, hidden_size]` before the final norm, of a forward in the block."""
     outputs: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -181,7 +181,8 @@ class GkdTrainer:
         length = tokens.sequences.shape[1]
         self.num_sequences = config.micro_batch_tokens // length
         if not self.num_sequences:
-            raise ConfigError("gkd.micro_batch_tokens", f"{config.micro_batch_tokens} is less than a sequence of {length}")
+            problem = f"{config.micro_batch_tokens} is less than one sequence of {length}"
+            raise ConfigError("gkd.micro_batch_tokens", problem)
         self.parameters: dict[str, nn.Parameter] = dict(child.named_parameters())
         self.device = next(child.parameters()).device
         # Gradients are views of one buffer whose last places are the losses: one all-reduce, one norm.
@@ -196,7 +197,8 @@ class GkdTrainer:
     def _new_optimizer(self) -> torch.optim.AdamW:
         matrices = [p for p in self.parameters.values() if p.ndim >= 2]
         others = [p for p in self.parameters.values() if p.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": self.config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        decay = self.config.weight_decay
+        groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate, betas=(0.9, 0.95), fused=True)
         for parameter in self.parameters.values():
             state = {name: torch.zeros_like(parameter) for name in _MOMENTS}
@@ -248,7 +250,7 @@ class GkdTrainer:
         return total + config.cosine_weight * cosine, kl, cosine, lm
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """All that training carries from step to step: weights, AdamW's moments, the loss curve. Not copied on the CPU."""
+        """What training carries from step to step: weights, AdamW's moments, the loss curve. Not copied on the CPU."""
         state = {f"child.{name}": p.detach().cpu() for name, p in self.parameters.items()}
         for name, parameter in self.parameters.items():
             for moment in _MOMENTS:
@@ -275,18 +277,19 @@ class GkdTrainer:
         self.curve = [GkdRow(int(row[0]), *row[1:]) for row in state["curve"].tolist()]
 
     def resume(self, step: Step) -> None:
-        """Continues from the step's checkpoint, if there is one. Raises StoreError when processes find different ones."""
+        """Continues from the step's checkpoint, if any. Raises StoreError when processes find different ones."""
         if step.exists(CHECKPOINT):
             self.load_state_tensors(step.read_tensors(CHECKPOINT)[0])
         if self.all_reduce is not None:
             done = torch.tensor([float(self.next_step)], device=self.device)
             self.all_reduce(done)
             if float(done) != self.next_step * self.config.num_workers:
-                raise StoreError("store", f"{step.url} is not the same on every node", "use a shared folder or an fsspec URL")
+                problem = f"{step.url} is not the same on every node"
+                raise StoreError("store", problem, "use a shared folder or an fsspec URL")
 
 
 def distill(trainer: GkdTrainer, step: Step, progress: Progress, *, writes: bool = True) -> None:
-    """Trains to the end, from the step's checkpoint where it has one. A process with `writes=False` saves none itself."""
+    """Trains to the end, from the step's checkpoint where it has one. With `writes=False` it saves none itself."""
     trainer.resume(step)
     with progress.stage("distill", trainer.total_steps, "steps") as bar:
         bar.advance(trainer.next_step)
@@ -304,8 +307,8 @@ def load_trainer(
     all_reduce: Callable[[Tensor], None] | None = None,
     device: str = "cpu",
 ) -> GkdTrainer:
-    """Reads models and tokens. On the CPU all is fp32; elsewhere the parent keeps its dtype, and a child of a half-precision
-    parent keeps its weights in fp32 and computes in bf16.
+    """Reads models and tokens. On the CPU all is fp32; elsewhere the parent keeps its dtype, and the child of a parent
+    in half precision has fp32 weights and computes in bf16.
     """
     with quiet_transformers():
         child = load_model(job.child.local_folder(CHILD), torch.float32).to(device)

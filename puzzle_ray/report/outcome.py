@@ -164,7 +164,7 @@ def stages(data: ReportData) -> list[Html] | None:
     for name, seconds in data.stage_seconds.items():
         bar = tag("i", tag("b", style=css_width(seconds / longest)), class_="bar")
         rows.append([name, tag("td", bar), duration(seconds)])
-    rows.append([tag("b", "together"), "", tag("b", duration(sum(data.stage_seconds.values())))])
+    rows.append([tag("b", "sum of stages"), "", tag("b", duration(sum(data.stage_seconds.values())))])
     return [table(["stage", "", "time"], rows, class_="stages")]
 
 

@@ -191,7 +191,11 @@ pre {
   h2, h3 { break-after: avoid; }
   .scroll { overflow: visible; }
   th, td { padding: 3px 5px; }
-  table { font-size: 10.5px; }
+  table, .note, .counts { font-size: 10.5px; }
+  tbody th { white-space: normal; }
+  .cards { grid-template-columns: repeat(5, 1fr); gap: 6px; }
+  .card { padding: 8px; }
+  .cards p, .cards .card:first-child p { font-size: 14px; line-height: 22px; }
 }
 """
 

@@ -10,7 +10,7 @@ from puzzle_ray.report.markup import Html, legend, note, number, tag
 
 PANEL_POINTS = 40  # per line: keeps the page of an 80-layer model small
 GKD_POINTS = 200
-GKD_TERMS = {"loss": "loss, the weighted sum", "kl": "KL", "cosine": "cosine distance", "lm": "language modelling"}
+GKD_TERMS = {"loss": "loss, the weighted sum", "kl": "KL", "cosine": "cosine distance", "lm": "next-token loss"}
 
 
 def panels(data: ReportData) -> list[Html]:
@@ -50,8 +50,10 @@ def gkd(data: ReportData) -> list[Html] | None:
     if not lines:
         return None
     xs, ys = zip(*(point for _, _, points in lines for point in points), strict=True)
-    low, high = min(0.0, *ys), max(1e-9, *ys)
-    axes = Axes((min(xs), max(*xs, min(xs) + 1)), (low, low + 1.05 * (high - low)), "step", "loss", width=720, height=300)
+    low, high, log_y = min(ys), max(ys), min(ys) > 0  # the terms differ by orders of magnitude
+    scale = (low / 1.1, high * 1.1) if log_y else (min(0.0, low), max(high, 1e-9))
+    label = "loss (log scale)" if log_y else "loss"
+    axes = Axes((min(xs), max(*xs, min(xs) + 1)), scale, "step", label, width=720, height=300, log_y=log_y)
     drawn = [axes.line(points, class_, f"{name}: {_ends(points)}") for class_, name, points in lines]
     key_entries = [(class_, f"{name}: {_ends(points)}") for class_, name, points in lines]
     return [tag("figure", axes.draw(*drawn, label="loss by step"), legend(*key_entries), class_="wide")]

@@ -207,7 +207,8 @@ def search(
     searcher: str = "mip",
     count: int = 1,
     min_different_layers: int = 1,
-    options: Options | None = None,
+    time_limit_s: float | None = 60.0,
+    seed: int = 0,
 ) -> list[Architecture]:
     """Up to `count` architectures within the limits, best first, over all batch sizes of the profile.
 
@@ -215,7 +216,7 @@ def search(
     `min_different_layers` layers; fewer come back where there are no more. Raises Infeasible where there is none at
     all, ConfigError for settings that do not fit the space.
     """
-    options = options or Options()
+    method, options = find(searcher), Options(time_limit_s=time_limit_s, seed=seed)
     parent = predicted_costs(space, profile, scenario, [LayerChoice()] * len(space.layers))
     scenarios = [replace(scenario, batch_size=size) for size in profile.batch_sizes]
     tables = [table(space, scores, metric, profile, s, limits, parent) for s in scenarios]
@@ -225,7 +226,7 @@ def search(
         errors: list[Infeasible] = []
         for candidate in tables:
             try:
-                solved.append((candidate, find(searcher).solve(candidate.problem, options)))
+                solved.append((candidate, method.solve(candidate.problem, options)))
             except Infeasible as error:
                 errors.append(error)
         if not solved:

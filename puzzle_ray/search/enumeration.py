@@ -20,6 +20,7 @@ from puzzle_ray.search.problem import Choice, Floats
 from puzzle_ray.search.relaxation import Bools, Relaxation, best_multipliers, relaxed, repaired, span_of
 
 FIRST_STATES = 8192  # partial choices kept at first, before the bound is sharpened and then the room widened
+SHARPENING_STEPS = 16  # a few milliseconds each
 WIDEST = 1000  # choices still open in all rows together; with more the bound is too weak for enumeration
 FRONTIER = 4096  # points of a frontier; a longer one is coarsened downwards, which keeps it a bound
 SAME_LOAD = 1e-14  # of a limit's range: a hundredth of the tolerance that a limit is checked with
@@ -35,6 +36,8 @@ class Frontier:
 
     def within(self, budget: Floats) -> Floats:
         """The least penalised score at every remaining budget, +inf where nothing fits."""
+        if not len(self.cost):
+            return np.full(len(budget), np.inf)
         index = np.searchsorted(self.cost, budget, side="right") - 1
         return np.where(index >= 0, self.value[np.maximum(index, 0)], np.inf)
 
@@ -223,8 +226,8 @@ def minimise(score: Floats, rows: Floats, bounds: Floats, max_states: int, deadl
                 return Outcome(None, math.inf, True, np.isfinite(score))
             target = min(best - EPSILON * span, ceiling, relaxation.bound + 2.0 * (target - relaxation.bound))
         elif sharpen:
-            target = min(target, best - EPSILON * span)
-            relaxation, sharpen = sharpened(Core(score, rows, bounds, relaxation, target), 30, deadline), False
+            target, sharpen = min(target, best - EPSILON * span), False
+            relaxation = sharpened(Core(score, rows, bounds, relaxation, target), SHARPENING_STEPS, deadline)
         elif capacity < max_states:
             capacity, target = min(8 * capacity, max_states), min(target, best - EPSILON * span)
         else:

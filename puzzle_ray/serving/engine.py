@@ -181,7 +181,8 @@ class Engine:
         except Exception as error:  # whatever it is, every request gets it, and so do those that come later
             _log.exception("the engine stopped")
             reason = f"{type(error).__name__}: {error}"
-        self._end_all(reason)
+        finally:
+            self._end_all(reason)
 
     def _wait_for_work(self) -> bool:
         with self._news:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 # Tokens of the prompt decoded in front of the first new one, so that word spacing at the seam comes out right.
 _CONTEXT_TOKENS = 5
 # A character is at most 4 bytes, so more undecodable tokens than this are broken for good and are shown as U+FFFD.
-_MAX_PENDING_TOKENS = 8
+_MAX_PENDING_TOKENS = 16
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 

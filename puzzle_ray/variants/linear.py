@@ -21,8 +21,8 @@ def _value_output_product(attention: nn.Module, descriptor: Descriptor) -> Tenso
     """What attention does when every token sees itself alone: O . V, `[hidden_size, hidden_size]`."""
     value: Tensor = getattr(attention, descriptor.value).weight
     output: Tensor = getattr(attention, descriptor.output).weight
-    heads = value.unflatten(0, (-1, attention.head_dim))  # type: ignore[arg-type]
-    repeated = heads.repeat_interleave(attention.num_key_value_groups, dim=0).flatten(0, 1)  # type: ignore[arg-type]
+    heads = value.unflatten(0, (-1, attention.head_dim))
+    repeated = heads.repeat_interleave(attention.num_key_value_groups, dim=0).flatten(0, 1)
     return output.double() @ repeated.double()
 
 

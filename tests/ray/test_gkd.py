@@ -2,6 +2,7 @@
 
 import dataclasses
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -42,8 +43,8 @@ def job(tmp_path_factory):
     realized, data = store.step("realize", {}, {}), store.step("data", {}, {})
     with realized.folder_to_publish(CHILD) as target:
         save_child(child, folder / "parent", target)
-    sequences = np.random.default_rng(0).integers(0, VOCAB_SIZE, (100, LENGTH)).astype(np.int32)
-    data.write_tensors(TOKENS, {"train": torch.from_numpy(sequences), "heldout": torch.from_numpy(sequences[:4].copy())})
+    sequences = torch.from_numpy(np.random.default_rng(0).integers(0, VOCAB_SIZE, (100, LENGTH)).astype(np.int32))
+    data.write_tensors(TOKENS, {"train": sequences, "heldout": sequences[:4].clone()})
     return GkdJob(str(folder / "parent"), realized, data, store.step("gkd", {}, {}), CONFIG, seed=3)
 
 
@@ -103,8 +104,9 @@ def interrupt():
     raise KeyboardInterrupt
 
 
-def test_two_workers_do_what_one_process_does(local_ray, job, serial):
-    mine = another(job, "undisturbed")
+def test_two_workers_do_what_one_process_does(local_ray, job, serial, monkeypatch):
+    mine = dataclasses.replace(another(job, "undisturbed"), parent="parent")
+    monkeypatch.chdir(Path(job.parent).parent)
     run_gkd(mine, cluster=CLUSTER, progress=Quiet(), cpus_per_worker=1)
     assert_same(published(mine.step), serial)
 

@@ -149,7 +149,8 @@ def test_a_weight_of_zero_leaves_the_other_terms_alone(name):
 
 def test_steps_and_learning_rate():
     assert total_steps(CONFIG) == 6 and total_steps(CONFIG.model_copy(update={"num_workers": 4})) == 2
-    assert total_steps(CONFIG.model_copy(update={"tokens": 0})) == 0 and total_steps(CONFIG.model_copy(update={"tokens": 1})) == 1
+    assert total_steps(CONFIG.model_copy(update={"tokens": 0})) == 0
+    assert total_steps(CONFIG.model_copy(update={"tokens": 1})) == 1
     config = CONFIG.model_copy(update={"tokens": 100 * 64, "warmup_fraction": 0.2})
     rates = [learning_rate(config, step) for step in range(100)]
     assert max(rates) == rates[20] == config.learning_rate

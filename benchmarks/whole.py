@@ -1,0 +1,130 @@
+"""The tiny recipe from nothing to a distilled child, beside a uniformly narrowed child of the same measured speed.
+
+The uniform child narrows the FFN of every layer alike. It gets what the searched child got: the same tokens of block distillation
+for its blocks, the same tokens of global distillation. Its width is the widest whose measured speed is not above the child's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.record import write
+from jobs.session import connected
+from jobs.stages import Run
+from puzzle_ray.artifacts import LayerChoice
+from puzzle_ray.config import load
+
+QUICK = ("library.tokens=20480", "gkd.tokens=40960", "scoring.tokens=4096", "evaluate.tokens=8192")
+
+
+@contextmanager
+def peak_memory_gib() -> Iterator[list[float]]:
+    """Sampled twice a second: the proportional set size of this process and all it started, shared memory counted once."""
+    peak, stop = [0.0], threading.Event()
+
+    def sample() -> None:
+        me = psutil.Process()
+        while not stop.wait(0.5):
+            total = 0
+            for process in [me, *me.children(recursive=True)]:
+                try:
+                    total += process.memory_full_info().pss
+                except (psutil.NoSuchProcess, psutil.AccessDenied):
+                    continue
+            peak[0] = max(peak[0], total / 2**30)
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
+
+
+def first_width(run: Run) -> int:
+    """The FFN width whose predicted runtime, between those profiled, is the child's."""
+    import numpy as np
+
+    steps = run.config.profile.scenario.output_tokens - 1
+    size = run.config.profile.scenario.batch_size
+    whole = run.model_config.intermediate_size
+    rows = [r for r in run.profile.rows if r.subblock == "ffn" and r.batch_size == size and r.variant.startswith(("ffn:", "parent"))]
+    widths = np.array([whole if r.variant == "parent" else int(r.variant[4:]) for r in rows])
+    costs = np.array([r.prefill_ms + steps * r.decode_ms for r in rows])
+    order = np.argsort(widths)
+    parent, child = run.architecture.parent_predicted.runtime_ms, run.architecture.predicted.runtime_ms
+    target = costs[order][-1] - (parent - child) / run.model_config.num_hidden_layers
+    width = float(np.interp(target, np.maximum.accumulate(costs[order]), widths[order]))
+    return max(8, int(width) // 8 * 8)
+
+
+def uniform_run(config: Any, width: int) -> Run:
+    space = config.space.model_copy(update={"attention": ("parent",), "ffn": ("parent", f"ffn:{width}")})
+    return Run(config.model_copy(update={"space": space}))
+
+
+def uniform_child(run: Run) -> tuple[Run, int, dict[str, Any]]:
+    """The uniform child before distillation whose measured speed comes nearest to the child's from below."""
+    width = first_width(run)
+    layers = run.model_config.num_hidden_layers
+    while True:
+        other = uniform_run(run.config, width)
+        step = other.child_of([LayerChoice(ffn=f"ffn:{width}")] * layers)
+        folders = {"parent": run.parent, "child": run.distilled.path("child"), "uniform": step.path("child")}
+        found = run.compare(folders)
+        child, uniform = (found["models"][name]["measured_speedup"] for name in ("child", "uniform"))
+        print(f"uniform ffn:{width}: {uniform:.3f} x, child {child:.3f} x", file=sys.stderr, flush=True)
+        if uniform <= 1.02 * child or width + 16 >= run.model_config.intermediate_size:
+            return other, width, found
+        width += 16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--store", help="a folder to keep (default: a temporary one, so that nothing is reused)")
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        words = (*(QUICK if arguments.quick else ()), *arguments.overrides, f"store={arguments.store or scratch!r}")
+        run = Run(load("tiny", None, words))
+        run.check()
+        started = time.monotonic()
+        with peak_memory_gib() as peak, connected(run.config.cluster):
+            _ = run.report
+            seconds = time.monotonic() - started
+            other, width, found = uniform_child(run)
+            uniform = other.distilled_of(other.child_of([LayerChoice(ffn=f"ffn:{width}")] * run.model_config.num_hidden_layers))
+            folders = {"parent": run.parent, "child": run.distilled.path("child"), "uniform": uniform.path("child")}
+            final = run.compare(folders)
+    models = final["models"]
+    rows = [{"model": name, **figures} for name, figures in models.items()]
+    rows += [{"stage": stage, "seconds": taken} for stage, taken in run.seconds.items()]
+    summary = {
+        "seconds": seconds, "peak_memory_gib": peak[0], "measured_speedup": models["child"]["measured_speedup"],
+        "predicted_speedup": run.architecture.predicted_speedup, "uniform_speedup": models["uniform"]["measured_speedup"],
+        "uniform_width": width, "child_loss": models["child"]["heldout_loss"], "uniform_loss": models["uniform"]["heldout_loss"],
+        "parent_loss": models["parent"]["heldout_loss"], "child_kl": models["child"]["kl"], "uniform_kl": models["uniform"]["kl"],
+        "speedup_when_width_was_chosen": {name: found["models"][name]["measured_speedup"] for name in ("child", "uniform")},
+    }
+    for stage, taken in run.seconds.items():
+        print(f"{stage:<14}{taken:8.1f} s")
+    for name, figures in models.items():
+        print(f"{name:<8} loss {figures['heldout_loss']:.4f}  KL {figures['kl']:.4f}  {figures['measured_speedup']:.3f} x")
+    write(arguments.out, rows, summary)
+
+
+if __name__ == "__main__":
+    main()

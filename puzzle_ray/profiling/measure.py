@@ -1,0 +1,365 @@
+"""What every subblock shape costs, from stacks of n and 2n identical layers in real models of the family.
+
+A model of k layers (a, f) takes T(k) = fixed + k c(a, f), where `fixed` (embedding, head, what a step costs besides its layers)
+is the same for every stack. The cheapest stack, (noop, noop), tells it apart: fixed = 2 T(n) - T(2n). With it, both depths of
+every other stack give its c by least squares; on a noisy CPU that halves the error of (T(2n) - T(n)) / n, a small difference of
+large times. Attention a then costs c(a, noop) and FFN f costs c(noop, f) - c(noop, noop), so that the two add up to a layer: the
+no-op FFN is free, the no-op attention carries a layer's overhead.
+
+All stacks of an item are timed in turn, round after round, each round in another order. Costs are formed within a round, in
+which the machine is the same for all, and their median over rounds is kept. This module says what is independent (plan, measure,
+merge), not where it runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from statistics import fmean, median
+from typing import Any, Protocol
+
+import numpy as np
+
+from puzzle_ray import profiling
+from puzzle_ray.artifacts import FIXED, KINDS, LayerChoice, Profile, ProfileRow, Scenario, SearchSpace, SubblockKind, to_json
+from puzzle_ray.config import ProfileConfig
+from puzzle_ray.errors import ConfigError, ProfileError
+from puzzle_ray.families import describe
+from puzzle_ray.plugins import did_you_mean, modules_of
+from puzzle_ray.profiling.memory import Weights, fixed_weights, kv_bytes_per_token, subblock_weights
+from puzzle_ray.progress import Bar, Progress
+from puzzle_ray.store import Step
+
+TABLE = "profile.parquet"
+NOOP = "noop"
+Samples = tuple[float, ...]
+Series = np.ndarray[Any, np.dtype[np.float64]]  # one value per round
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One model in one scenario. A sample per repeat: a prefill of the whole batch's prompts; the mean of its decode steps."""
+
+    prefill_samples_ms: Samples
+    decode_samples_ms: Samples
+
+    @property
+    def prefill_ms(self) -> float:
+        return median(self.prefill_samples_ms)
+
+    @property
+    def decode_ms(self) -> float:
+        return median(self.decode_samples_ms)
+
+    @property
+    def prefill_spread_ms(self) -> float:
+        return spread(self.prefill_samples_ms)
+
+    @property
+    def decode_spread_ms(self) -> float:
+        return spread(self.decode_samples_ms)
+
+
+def spread(samples: Sequence[float] | Series) -> float:
+    """Half the inter-quartile range."""
+    low, high = np.quantile(samples, (0.25, 0.75))
+    return float(high - low) / 2
+
+
+class Engine(Protocol):
+    """What runs a model. `use_gpu` says on which device models are built and whose name is given."""
+
+    name: str
+
+    def version(self) -> str:
+        """Versions of all that decides how fast it is."""
+
+    def device_name(self, use_gpu: bool = False) -> str:
+        """The kind of device measured on; profiles of two kinds are never mixed."""
+
+    def build(self, config: Any, choices: Sequence[LayerChoice], dtype: str, use_gpu: bool = False, like: Any = None) -> Any:
+        """A model of random weights; it may share with `like` all that is in no layer. Raises ProfileError."""
+
+    def time_once(self, model: Any, scenario: Scenario) -> tuple[float, float]:
+        """(prefill_ms, decode_ms) of one batch."""
+
+
+@lru_cache(maxsize=1)
+def _engines() -> dict[str, Engine]:
+    found = (getattr(module, "ENGINE", None) for module in modules_of(profiling))
+    return {engine.name: engine for engine in found if engine is not None}
+
+
+def find_engine(name: str) -> Engine:
+    """The engine of that name, or behind a dotted path `package.module:ATTRIBUTE`. Raises ConfigError."""
+    if ":" in name:
+        module_name, _, attribute = name.partition(":")
+        try:
+            engine: Engine = getattr(importlib.import_module(module_name), attribute)
+        except (ImportError, AttributeError) as error:
+            problem = f"{name!r} cannot be imported ({error})"
+            raise ConfigError("profile.engine", problem, "write package.module:ATTRIBUTE") from None
+        return engine
+    if name not in _engines():
+        raise ConfigError("profile.engine", f"unknown engine {name!r}", did_you_mean(name, _engines()))
+    return _engines()[name]
+
+
+def measure_side_by_side(
+    models: Mapping[str, Any], scenario: Scenario, repeats: int, engine: Engine | None = None, bar: Bar | None = None
+) -> dict[str, Timing]:
+    """Times models where they are, in turn: one warm-up of each, then `repeats` rounds over all, every round in another order.
+
+    A machine that gets slower while this runs is slower for all of them. Sample i of every model is of round i.
+    """
+    engine = engine or find_engine("torch")
+    order = list(models)
+    shuffle = random.Random(0).shuffle
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    for round_ in range(repeats + 1):
+        shuffle(order)
+        for name in order:
+            sample = engine.time_once(models[name], scenario)
+            if round_ > 0:  # the first warms up: allocator, threads, kernels chosen at first use
+                samples[name].append(sample)
+            if bar is not None:
+                bar.advance()
+    return {name: Timing(tuple(s[0] for s in found), tuple(s[1] for s in found)) for name, found in samples.items()}
+
+
+@dataclass(frozen=True)
+class Item:
+    """All shapes of one layer type at one batch size: what must be timed in turn to be comparable."""
+
+    layer_type: str
+    batch_size: int
+    attention: tuple[str, ...]
+    ffn: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"items/{self.layer_type}.batch_{self.batch_size}.json"
+
+    @property
+    def choices(self) -> tuple[LayerChoice, ...]:
+        """The stacks: every variant beside a no-op, and both no-ops."""
+        pairs = [LayerChoice(a, NOOP) for a in self.attention] + [LayerChoice(NOOP, f) for f in self.ffn]
+        return tuple(dict.fromkeys([LayerChoice(NOOP, NOOP), *pairs]))
+
+
+def plan(space: SearchSpace, config: ProfileConfig) -> list[Item]:
+    """One item per layer type and batch size; every distinct shape is in one of them."""
+    items = []
+    for batch_size in sorted({config.scenario.batch_size, *config.batch_sizes}):
+        for layer_type in dict.fromkeys(layer.layer_type for layer in space.layers):
+            layers = [layer for layer in space.layers if layer.layer_type == layer_type]
+            a, f = (tuple(dict.fromkeys(v for x in layers for v in x.variants(kind))) for kind in KINDS)
+            items.append(Item(layer_type, batch_size, a, f))
+    return items
+
+
+def runs_of(item: Item, config: ProfileConfig) -> int:
+    """How many times `measure` runs a model, its warm-ups included."""
+    return 2 * len(item.choices) * (config.repeats + 1)
+
+
+@dataclass(frozen=True)
+class StackTiming:
+    """`num_layers` layers (attention, ffn) in a model."""
+
+    attention: str
+    ffn: str
+    num_layers: int
+    timing: Timing
+
+
+@dataclass(frozen=True)
+class Size:
+    """What one subblock (or, as `fixed`, all that is in none) takes."""
+
+    subblock: str
+    variant: str
+    weight_bytes: int
+    num_params: int
+    kv_bytes_per_token: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """All that was measured for an item, before anything is computed from it."""
+
+    item: Item
+    stacks: tuple[StackTiming, ...]
+    sizes: tuple[Size, ...]
+    engine_version: str
+    device: str
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Result:
+        raw = json.loads(data)
+        item = raw["item"]
+        item |= {"attention": tuple(item["attention"]), "ffn": tuple(item["ffn"])}
+        stacks = [s | {"timing": Timing(*(tuple(v) for v in s["timing"].values()))} for s in raw["stacks"]]
+        return cls(
+            Item(**item), tuple(StackTiming(**s) for s in stacks), tuple(Size(**s) for s in raw["sizes"]),
+            raw["engine_version"], raw["device"],
+        )
+
+
+def stack_config(model_config: Any, layer_type: str, num_layers: int) -> Any:
+    """The family's config with `num_layers` layers of one type."""
+    config = copy.deepcopy(model_config)
+    config.num_hidden_layers = num_layers
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = [layer_type] * num_layers
+    return config
+
+
+def measure(item: Item, model_config: Any, config: ProfileConfig, bar: Bar | None = None) -> Result:
+    """Builds the item's stacks and times them. Raises ProfileError where the device is missing or too small."""
+    import torch
+
+    engine, use_gpu = find_engine(config.engine), config.num_gpus > 0
+    scenario = Scenario(item.batch_size, config.scenario.input_tokens, config.scenario.output_tokens)
+    _check_length(model_config, scenario)
+    stacks: dict[tuple[LayerChoice, int], Any] = {}
+    try:
+        for choice in item.choices:
+            for depth in (config.stack, 2 * config.stack):
+                like = next(iter(stacks.values()), None)
+                shape = stack_config(model_config, item.layer_type, depth)
+                stacks[choice, depth] = engine.build(shape, [choice] * depth, config.dtype, use_gpu, like)
+        sizes = _sizes(item, model_config, {choice: stacks[choice, config.stack] for choice in item.choices})
+        named = {f"{choice.label} x {depth}": model for (choice, depth), model in stacks.items()}
+        timings = measure_side_by_side(named, scenario, config.repeats, engine, bar)
+    except torch.OutOfMemoryError as error:
+        raise ProfileError(
+            "profile", f"{len(item.choices)} shapes at batch size {item.batch_size} do not fit the GPU ({error})",
+            "lower profile.stack or the batch size",
+        ) from None
+    timed = [StackTiming(c.attention, c.ffn, d, timings[f"{c.label} x {d}"]) for c, d in stacks]
+    return Result(item, tuple(timed), sizes, engine.version(), engine.device_name(use_gpu))
+
+
+def _check_length(model_config: Any, scenario: Scenario) -> None:
+    positions = getattr(model_config, "max_position_embeddings", None)
+    if positions is not None and scenario.tokens_per_sequence > positions:
+        raise ProfileError(
+            "profile.scenario", f"{scenario.tokens_per_sequence} tokens in and out do not fit the parent's {positions} positions",
+            "lower input_tokens or output_tokens",
+        )
+
+
+def _sizes(item: Item, model_config: Any, stacks: Mapping[LayerChoice, Any]) -> tuple[Size, ...]:
+    descriptor = describe(model_config)
+
+    def size(kind: SubblockKind, variant: str, choice: LayerChoice) -> Size:
+        model = stacks[choice]
+        found = subblock_weights(model.get_submodule(descriptor.layers)[0], kind, descriptor)
+        kv_bytes = kv_bytes_per_token(model)[0] if kind == "attention" else 0
+        return Size(kind, variant, found.weight_bytes, found.num_params, kv_bytes)
+
+    fixed: Weights = fixed_weights(next(iter(stacks.values())), descriptor)
+    return (
+        *(size("attention", a, LayerChoice(a, NOOP)) for a in item.attention),
+        *(size("ffn", f, LayerChoice(NOOP, f)) for f in item.ffn),
+        Size(FIXED, FIXED, fixed.weight_bytes, fixed.num_params, 0),
+    )
+
+
+def subblock_series(result: Result, phase: str) -> dict[tuple[str, str], Series]:
+    """(subblock, variant), (`fixed`, `fixed`) among them -> its cost in ms in every round. `phase`: `prefill` or `decode`."""
+    times: dict[LayerChoice, dict[int, Series]] = {}
+    for s in result.stacks:
+        samples = s.timing.prefill_samples_ms if phase == "prefill" else s.timing.decode_samples_ms
+        times.setdefault(LayerChoice(s.attention, s.ffn), {})[s.num_layers] = np.asarray(samples)
+    noop = times[LayerChoice(NOOP, NOOP)]
+    n = min(noop)
+    fixed = 2 * noop[n] - noop[2 * n]
+
+    def per_layer(choice: LayerChoice) -> Series:
+        """The c that minimises the sum over depths k of (T(k) - fixed - k c)^2."""
+        found = times[choice]
+        weighted = [k * (t - fixed) for k, t in found.items()]
+        return np.sum(weighted, axis=0) / sum(k * k for k in found)
+
+    overhead = per_layer(LayerChoice(NOOP, NOOP))
+    series = {("attention", a): per_layer(LayerChoice(a, NOOP)) for a in result.item.attention}
+    series |= {("ffn", f): per_layer(LayerChoice(NOOP, f)) - overhead for f in result.item.ffn}
+    return series | {(FIXED, FIXED): fixed}
+
+
+def _rows(result: Result, scenario: Scenario) -> list[ProfileRow]:
+    """A cost below zero is noise around one that is nearly nothing; it is set to 0, lest a search earns time by adding layers."""
+    prefill, decode = (subblock_series(result, phase) for phase in ("prefill", "decode"))
+    rows = []
+    for size in result.sizes:
+        key = (size.subblock, size.variant)
+        rows.append(
+            ProfileRow(
+                "" if size.subblock == FIXED else result.item.layer_type, size.subblock, size.variant, result.item.batch_size,
+                scenario.input_tokens, scenario.output_tokens, max(0.0, float(np.median(prefill[key]))),
+                max(0.0, float(np.median(decode[key]))), spread(prefill[key]), spread(decode[key]), size.weight_bytes,
+                size.kv_bytes_per_token, size.num_params,
+            )
+        )
+    return rows
+
+
+def _one_fixed(rows: Sequence[ProfileRow]) -> ProfileRow:
+    """The layer types' own measurements of the same thing, averaged."""
+    times = ("prefill_ms", "decode_ms", "prefill_spread_ms", "decode_spread_ms")
+    return ProfileRow(**asdict(rows[0]) | {name: fmean(getattr(row, name) for row in rows) for name in times})
+
+
+def profile_of(results: Iterable[Result], config: ProfileConfig) -> Profile:
+    """The results, in any order, as one table. Raises ProfileError when they come from devices or versions of different kinds."""
+    results = sorted(results, key=lambda r: r.item.name)
+    sources = {(r.device, r.engine_version) for r in results}
+    if len(sources) != 1:
+        found = "; ".join(f"{version} on {device}" for device, version in sorted(sources))
+        remedy = "pin one kind with profile.label_selector"
+        raise ProfileError("profile", f"measurements of different kinds do not mix: {found}", remedy)
+    rows = [row for result in results for row in _rows(result, config.scenario)]
+    measured = [row for row in rows if row.subblock != FIXED]
+    fixed = [
+        _one_fixed([row for row in rows if row.subblock == FIXED and row.batch_size == batch_size])
+        for batch_size in sorted({row.batch_size for row in rows})
+    ]
+    device, version = sources.pop()
+    details = {"stack": config.stack, "repeats": config.repeats, "num_gpus": config.num_gpus}
+    return Profile((*measured, *fixed), config.engine, version, device, config.dtype, details=details)
+
+
+def unfinished(items: Sequence[Item], step: Step) -> list[Item]:
+    there = set(step.names("items"))
+    return [item for item in items if item.name.removeprefix("items/") not in there]
+
+
+def save_item(step: Step, result: Result) -> None:
+    step.write(result.item.name, to_json(result))
+
+
+def merge(items: Sequence[Item], config: ProfileConfig, step: Step) -> Profile:
+    """All item files as one profile; closes the step."""
+    profile = profile_of([Result.from_json(step.read(item.name)) for item in items], config)
+    step.write(TABLE, profile.to_parquet())
+    about = {"device": profile.device, "engine": profile.engine, "engine_version": profile.engine_version}
+    step.finish({"items": len(items), "rows": len(profile.rows)} | about)
+    return profile
+
+
+def profile_serially(model_config: Any, space: SearchSpace, config: ProfileConfig, step: Step, progress: Progress) -> Profile:
+    """The profile stage in this process, without Ray."""
+    items = plan(space, config)
+    with progress.stage("profile", sum(runs_of(item, config) for item in items), "run") as bar:
+        todo = unfinished(items, step)
+        bar.advance(sum(runs_of(item, config) for item in items if item not in todo))
+        for item in todo:
+            save_item(step, measure(item, model_config, config, bar))
+    return merge(items, config, step)

@@ -1,0 +1,359 @@
+"""The serving engine says what `generate` says, whoever else is being served, and never leaves a caller waiting."""
+
+import asyncio
+import pickle
+import random
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import tiny_config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from puzzle_ray.artifacts import LayerChoice
+from puzzle_ray.errors import ConfigError
+from puzzle_ray.export.hf import load_model, new_child
+from puzzle_ray.serving.engine import Engine
+from puzzle_ray.serving.generation import EngineBusy, EngineFailed
+from puzzle_ray.serving.sampling import SamplingParams, choose_tokens
+from puzzle_ray.serving.text import TextStream
+
+TOKENIZER = byte_tokenizer()
+CHILD = [LayerChoice("noop", "parent"), LayerChoice("gqa:1", "ffn:24"), LayerChoice("linear", "noop")]
+GREEDY = SamplingParams(max_tokens=20, temperature=0)
+ENDLESS = SamplingParams(max_tokens=None, temperature=0, ignore_eos=True)
+WAIT_S = 60.0
+
+
+def random_weights(model):
+    """Large enough that the next token depends on the whole text."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.25)
+    return model.eval()
+
+
+def tiny_model(kind: str):
+    common = {"vocab_size": VOCAB_SIZE, "eos_token_id": 0}
+    if kind == "child":
+        return random_weights(new_child(tiny_config(**common), CHILD, torch.float32))
+    if kind == "gpt2":
+        config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=0, **common)
+    else:
+        config = tiny_config(kind, sliding_window=8, **common)
+    return random_weights(AutoModelForCausalLM.from_config(config))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama")
+
+
+@pytest.fixture
+def engine(model):
+    with Engine(model, TOKENIZER, max_batch_size=3) as engine:
+        yield engine
+
+
+def gated(model):
+    """A semaphore that every forward pass from now on takes one permit of."""
+    gate = threading.Semaphore(0)
+
+    def wait(*_):
+        if not gate.acquire(timeout=WAIT_S):
+            raise TimeoutError("the gate was never opened")
+
+    model.register_forward_pre_hook(wait)
+    return gate
+
+
+def generated(model, prompt, max_tokens):
+    """The reference: this prompt alone."""
+    ids = torch.tensor([prompt])
+    tokens = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_tokens, pad_token_id=0)
+    return tokens[0, len(prompt) :].tolist()
+
+
+def some_prompts(count, seed=0):
+    draw = random.Random(seed)
+    return [[draw.randrange(1, VOCAB_SIZE) for _ in range(draw.choice([1, 4, 13, 30, 31]))] for _ in range(count)]
+
+
+# `gemma3_text` mixes full and sliding-window layers, `mistral` has windows only; the child lacks attention in layer 0.
+@pytest.mark.parametrize("kind", ["llama", "child", "gpt2", "mistral", "gemma3_text"])
+def test_greedy_tokens_are_those_of_each_prompt_alone(kind):
+    model = tiny_model(kind)
+    requests = list(zip(some_prompts(9), [1, 30, 7, 40, 25, 2, 33, 3, 12], strict=True))
+    engine = Engine(model, TOKENIZER, max_batch_size=3)
+
+    def submit(prompt, max_tokens):
+        return engine.submit(prompt, SamplingParams(max_tokens=max_tokens, temperature=0))
+
+    generations = [submit(*request) for request in requests[:5]]
+    with engine:
+        reader = iter(generations[4])
+        next(reader)  # the others join while the fifth is being decoded
+        generations += [submit(*request) for request in requests[5:]]
+        results = [generation.result(WAIT_S) for generation in generations]
+    for (prompt, max_tokens), result in zip(requests, results, strict=True):
+        assert result.token_ids == generated(model, prompt, max_tokens)
+
+
+def test_a_trained_model_tells_its_story(shared_data):
+    model, tokenizer = load_model(shared_data / "stories260K"), AutoTokenizer.from_pretrained(shared_data / "stories260K")
+    asked = SamplingParams(max_tokens=28, temperature=0)
+    with Engine(model, tokenizer) as engine:
+        result = engine.submit(tokenizer("Once upon a time").input_ids, asked).result(WAIT_S)
+    assert result.text.startswith(", there was a little girl named Lily. She loved to play outside in the park.")
+
+
+def test_layers_keep_only_the_heads_they_have():
+    """Layers 0 and 2 have no attention: a stub of one number per token; layer 1 has one KV head of 8."""
+    engine = Engine(tiny_model("child"), TOKENIZER, max_batch_size=5, max_length=64)
+    assert engine.stats().kv_cache_mib == 2 * 4 * 5 * 64 * (1 + 8 + 1) / 2**20
+    engine.close()
+
+
+def test_requests_waiting_together_are_prefilled_and_decoded_together(model):
+    engine = Engine(model, TOKENIZER, max_batch_size=4)
+    generations = [engine.submit([5] * 10, SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)) for _ in range(4)]
+    with engine:
+        for generation in generations:
+            generation.result(WAIT_S)
+    stats = engine.stats()
+    assert (stats.forward_passes, stats.finished, stats.prompt_tokens, stats.generated_tokens) == (6, 4, 40, 24)
+    assert (stats.running, stats.waiting) == (0, 0)
+
+
+def test_a_seed_draws_the_same_tokens_in_any_company(model):
+    asked = SamplingParams(max_tokens=20, temperature=0.8, top_p=0.9, seed=7)
+    prompt, *others = some_prompts(6, seed=3)
+    with Engine(model, TOKENIZER, max_batch_size=4) as engine:
+        alone = engine.submit(prompt, asked).result(WAIT_S).token_ids
+        company = [engine.submit(other, SamplingParams(max_tokens=30)) for other in others]
+        again = engine.submit(prompt, asked).result(WAIT_S).token_ids
+        other_seed = engine.submit(prompt, replace(asked, seed=8)).result(WAIT_S).token_ids
+        for generation in company:
+            generation.result(WAIT_S)
+    assert alone == again != other_seed
+
+
+def test_the_answer_ends_where_asked(engine, model):
+    prompt = some_prompts(1)[0]
+    whole = engine.submit(prompt, ENDLESS).result(WAIT_S)
+    assert (whole.finish_reason, len(whole.token_ids)) == ("length", 128 - len(prompt))
+    text = engine.submit(prompt, GREEDY).result(WAIT_S).text
+    stop = text[5:7]
+    stopped = engine.submit(prompt, SamplingParams(max_tokens=20, temperature=0, stop=("never this", stop))).result(WAIT_S)
+    assert (stopped.text, stopped.finish_reason) == (text.split(stop)[0], "stop")
+
+
+def test_it_stops_after_the_end_of_text_token():
+    model = tiny_model("llama")
+    prompt = some_prompts(1)[0]
+    tokens = generated(model, prompt, 20)
+    model.generation_config.eos_token_id = [255, tokens[6]]
+    with Engine(model, TOKENIZER) as engine:
+        result = engine.submit(prompt, GREEDY).result(WAIT_S)
+        on = engine.submit(prompt, SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)).result(WAIT_S)
+    assert (result.token_ids, result.finish_reason) == (tokens[: tokens.index(tokens[6]) + 1], "stop")
+    assert (len(on.token_ids), on.finish_reason) == (20, "length")
+
+
+def test_cancelling_frees_the_slot():
+    model = tiny_model("llama")
+    expected = generated(model, [4, 5], 20)
+    with Engine(model, TOKENIZER, max_batch_size=1) as engine:
+        gate = gated(model)
+        long, queued, after = engine.submit([1, 2], ENDLESS), engine.submit([3], ENDLESS), engine.submit([4, 5], GREEDY)
+        gate.release(2)  # prefill and one decode step
+        for _ in long:
+            break
+        queued.cancel()
+        gate.release(1000)
+        assert after.result(WAIT_S).token_ids == expected
+        assert long.result(WAIT_S).finish_reason == queued.result(WAIT_S).finish_reason == "cancelled"
+        assert queued.token_ids == [] and 1 <= len(long.token_ids) <= 3
+
+
+def test_what_cannot_be_served_is_refused(engine):
+    for prompt, params, said in [
+        ([], GREEDY, "prompt: is empty"),
+        ([VOCAB_SIZE], GREEDY, "ids go from 0 to 256"),
+        ([1] * 128, GREEDY, "prompt: has 128 tokens"),
+        ([1] * 120, GREEDY, "give at most 8"),
+    ]:
+        with pytest.raises(ConfigError, match=said):
+            engine.submit(prompt, params)
+    wrong = {"max_tokens": [0], "temperature": [-1, float("nan")], "top_p": [0, 1.1], "top_k": [-1], "stop": [("",)]}
+    for name, value in [(name, value) for name, values in wrong.items() for value in values]:
+        with pytest.raises(ConfigError, match=name):
+            replace(GREEDY, **{name: value})
+
+
+def test_models_it_would_serve_wrongly_are_refused(model):
+    neo = AutoConfig.for_model(
+        "gpt_neo", hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], vocab_size=VOCAB_SIZE
+    )
+    mamba = AutoConfig.for_model("mamba", hidden_size=32, num_hidden_layers=2, vocab_size=VOCAB_SIZE)
+    for config, said in [(neo, "layers of type local"), (mamba, "no max_position_embeddings")]:
+        with pytest.raises(ConfigError, match=said):
+            Engine(AutoModelForCausalLM.from_config(config), TOKENIZER)
+    with pytest.raises(ConfigError, match="give 2 to 128"):
+        Engine(model, TOKENIZER, max_length=129)
+
+
+def test_a_full_queue_is_said_at_once(model):
+    engine = Engine(model, TOKENIZER, max_waiting=2)
+    waiting = [engine.submit([1], GREEDY) for _ in range(2)]
+    with pytest.raises(EngineBusy, match="2 requests wait"):
+        engine.submit([1], GREEDY)
+    with engine:
+        assert all(generation.result(WAIT_S).finish_reason for generation in waiting)
+
+
+def test_a_failing_forward_pass_reaches_every_request():
+    model = tiny_model("llama")
+    engine = Engine(model, TOKENIZER, max_batch_size=2)
+    passes = iter(range(5))
+
+    def fail_at_last(*_):
+        if next(passes) == 4:
+            raise RuntimeError("the device fell off")
+
+    model.register_forward_pre_hook(fail_at_last)
+    generations = [engine.submit([1, 2], ENDLESS) for _ in range(4)]
+    with engine:
+        for generation in generations:
+            with pytest.raises(EngineFailed, match="the device fell off"):
+                generation.result(WAIT_S)
+        with pytest.raises(EngineFailed, match="the device fell off"):
+            list(generations[0])
+        with pytest.raises(EngineFailed, match="the device fell off"):
+            engine.submit([1], GREEDY)
+
+
+def test_a_request_whose_logits_are_nan_fails_alone():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[9] = float("nan")
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(VOCAB_SIZE, 32))
+    with Engine(model, TOKENIZER) as engine:
+        broken, sound = engine.submit([3, 9], GREEDY), engine.submit([3, 4], SamplingParams(max_tokens=1, temperature=0))
+        with pytest.raises(EngineFailed, match="not a number"):
+            broken.result(WAIT_S)
+        assert len(sound.result(WAIT_S).token_ids) == 1
+
+
+def test_closing_ends_every_wait():
+    model = tiny_model("llama")
+    engine = Engine(model, TOKENIZER, max_batch_size=1).start()
+    gate = gated(model)
+    generations = [engine.submit([1], ENDLESS) for _ in range(3)]
+    closer = threading.Thread(target=engine.close)
+    closer.start()
+    with pytest.raises(EngineFailed, match="closed"):
+        while True:  # until the close is under way
+            engine.check()
+    gate.release(1000)
+    closer.join(WAIT_S)
+    for generation in generations:
+        with pytest.raises(EngineFailed, match="closed"):
+            generation.result(WAIT_S)
+
+
+def test_closing_an_engine_that_never_started_ends_waits_too(model):
+    engine = Engine(model, TOKENIZER)
+    generation = engine.submit([1], GREEDY)
+    engine.close()
+    with pytest.raises(EngineFailed, match="closed"):
+        generation.result(WAIT_S)
+
+
+def test_async_readers_get_the_same_and_free_their_slot_when_cancelled():
+    model, prompts = tiny_model("llama"), some_prompts(5)
+    expected = [generated(model, prompt, 20) for prompt in prompts]
+
+    async def read(generation):
+        return [delta.token_id async for delta in generation]
+
+    async def run(engine, gate):
+        abandoned = engine.submit([1, 2], ENDLESS)
+        reader = asyncio.create_task(read(abandoned))
+        gate.release(2)
+        while len(abandoned.token_ids) < 2:
+            await asyncio.sleep(0.001)
+        reader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reader
+        gate.release(1000)
+        tokens = await asyncio.gather(*(read(engine.submit(prompt, GREEDY)) for prompt in prompts))
+        return abandoned.result(WAIT_S).finish_reason, tokens
+
+    with Engine(model, TOKENIZER, max_batch_size=2) as engine:
+        assert asyncio.run(asyncio.wait_for(run(engine, gated(model)), WAIT_S)) == ("cancelled", expected)
+
+
+def test_a_draw_is_the_inverse_of_the_distribution():
+    """Evenly spaced draws hit every token in proportion to its probability."""
+    logits = torch.tensor([0.1, 2.0, -1.0, 0.7, 1.1])
+    draws = [(i + 0.5) / 1000 for i in range(1000)]
+
+    def shares(**asked):
+        chosen = choose_tokens(logits.expand(1000, -1), [SamplingParams(**asked)] * 1000, draws)
+        return torch.tensor(chosen).bincount(minlength=5) / 1000
+
+    assert torch.allclose(shares(temperature=0.7), (logits / 0.7).softmax(0), atol=1e-3)
+    assert torch.allclose(shares(top_k=2), logits.masked_fill(logits < 1, float("-inf")).softmax(0), atol=1e-3)
+    assert shares(top_p=0.5).tolist() == shares(top_k=1).tolist() == shares(temperature=0).tolist() == [0, 1, 0, 0, 0]
+    both = shares(top_k=3, top_p=0.8)  # of the three likeliest: 0.55, 0.22, 0.15, that is 0.60, 0.24, 0.16 among themselves
+    assert torch.allclose(both, logits.masked_fill(logits < 1, float("-inf")).softmax(0), atol=1e-3)
+
+
+@given(
+    text=st.text(st.characters(exclude_characters="\N{REPLACEMENT CHARACTER}", exclude_categories=["Cs"]), max_size=40),
+    stop=st.text("aé€😀 ", min_size=1, max_size=3),
+    filler=st.text("aé€😀 ", max_size=12),
+)
+@settings(max_examples=200, deadline=None)
+def test_text_comes_in_whole_characters_and_ends_before_the_stop_string(text, stop, filler):
+    text = text[:20] + filler + text[20:]
+    stream = TextStream(TOKENIZER, [0], [stop])
+    pieces = []
+    for token_id in TOKENIZER(text, add_special_tokens=False).input_ids:
+        pieces.append(stream.push(token_id))
+        if stream.stopped:
+            break
+    else:
+        pieces.append(stream.finish())
+    assert "".join(pieces) == text.split(stop)[0]
+    assert stream.stopped == (stop in text)
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+def test_an_unfinished_character_is_shown_only_at_the_end():
+    *ids, _ = TOKENIZER("ab€", add_special_tokens=False).input_ids
+    stream = TextStream(TOKENIZER, [0])
+    assert [stream.push(token_id) for token_id in ids] == ["a", "b", "", ""]
+    assert set(stream.finish()) == {"\N{REPLACEMENT CHARACTER}"}
+
+
+def test_spacing_is_that_of_prompt_and_answer_in_one(shared_data):
+    """A tokenizer whose decoder drops the first space, and spells rare characters in bytes."""
+    tokenizer = AutoTokenizer.from_pretrained(shared_data / "stories260K")
+    ids = tokenizer("Once upon a time naïve 😀 dogs ran. é€😀!").input_ids
+    stream = TextStream(tokenizer, ids[:5])
+    pieces = [stream.push(token_id) for token_id in ids[5:]]
+    assert "".join([*pieces, stream.finish()]) == " naïve 😀 dogs ran. é€😀!"
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("error", [EngineBusy(3), EngineFailed("why")])
+def test_errors_survive_the_trip(error):
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)

@@ -1,0 +1,259 @@
+"""From a space, scores and a profile to architectures: costs by hand, every limit, brute force, what the user fixes."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from puzzle_ray.artifacts import (
+    FIXED,
+    LayerChoice,
+    LayerSpace,
+    Profile,
+    ProfileRow,
+    Scenario,
+    ScoreRow,
+    Scores,
+    SearchSpace,
+)
+from puzzle_ray.errors import ConfigError, Infeasible, ProfileError
+from puzzle_ray.search.architectures import predicted_costs, search
+from puzzle_ray.search.limits import FixedChoice, Limits
+from puzzle_ray.search.uniform import uniform_architectures
+
+SCENARIO = Scenario(batch_size=4, input_tokens=30, output_tokens=11)
+ATTENTION = {"parent": 1.0, "gqa:2": 0.7, "noop": 0.0}
+FFN = {"parent": 1.0, "ffn:64": 0.5}
+LAYERS = 4
+SPACE = SearchSpace((LayerSpace(tuple(ATTENTION), tuple(FFN)),) * LAYERS)
+
+
+def profile_row(subblock, variant, size, batch_size):
+    """Costs proportional to a size; a batch of 8 is a little less than twice as slow as one of 4."""
+    slower = {4: 1.0, 8: 1.8}[batch_size]
+    kv = int(64 * size) if subblock == "attention" else 0
+    return ProfileRow(
+        layer_type="" if subblock == FIXED else "full_attention",
+        subblock=subblock,
+        variant=variant,
+        batch_size=batch_size,
+        input_tokens=SCENARIO.input_tokens,
+        output_tokens=SCENARIO.output_tokens,
+        prefill_ms=8.0 * size * slower,
+        decode_ms=0.5 * size * slower,
+        prefill_spread_ms=0.0,
+        decode_spread_ms=0.0,
+        weight_bytes=int(2**20 * size),
+        kv_bytes_per_token=kv,
+        num_params=int(500 * size),
+    )
+
+
+def make_profile(*batch_sizes) -> Profile:
+    rows = []
+    for batch_size in batch_sizes:
+        rows += [profile_row("attention", name, size, batch_size) for name, size in ATTENTION.items()]
+        rows += [profile_row("ffn", name, 2 * size, batch_size) for name, size in FFN.items()]
+        rows.append(profile_row(FIXED, FIXED, 0.5, batch_size))
+    return Profile(tuple(rows), "torch", "1", "cpu", "float32")
+
+
+PROFILE = make_profile(4)
+
+
+def make_scores(seed: int = 0) -> Scores:
+    rng = np.random.default_rng(seed)
+    rows = []
+    for layer in range(LAYERS):
+        for choice in SPACE.layers[layer].choices[1:]:
+            saved = 3 - ATTENTION[choice.attention] - 2 * FFN[choice.ffn]
+            value = float(saved * rng.lognormal(0, 0.7))
+            rows.append(ScoreRow(layer, choice.attention, choice.ffn, "kl", value, 0.0, 100))
+    return Scores(tuple(rows), "block")
+
+
+SCORES = make_scores()
+PARENT = predicted_costs(SPACE, PROFILE, SCENARIO, [LayerChoice()] * LAYERS)
+
+
+def find(limits, **more):
+    return search(SPACE, SCORES, PROFILE, SCENARIO, limits, **more)
+
+
+def objective(choices):
+    return sum(SCORES.value(layer, choice, "kl") for layer, choice in enumerate(choices))
+
+
+def within(limits, costs) -> bool:
+    """Every limit by its definition, from predicted costs."""
+    checks = {
+        "speedup": lambda x: PARENT.runtime_ms / costs.runtime_ms >= x,
+        "throughput_tokens_per_s": lambda x: 4 * 41 / (costs.runtime_ms / 1000) >= x,
+        "latency_ms": lambda x: costs.runtime_ms <= x,
+        "latency_fraction": lambda x: costs.runtime_ms <= x * PARENT.runtime_ms,
+        "prefill_ms": lambda x: costs.prefill_ms <= x,
+        "decode_ms": lambda x: costs.decode_ms <= x,
+        "memory_mib": lambda x: costs.memory_mib <= x,
+        "memory_fraction": lambda x: costs.memory_mib <= x * PARENT.memory_mib,
+        "params": lambda x: costs.num_params <= x,
+        "params_fraction": lambda x: costs.num_params <= x * PARENT.num_params,
+    }
+    return all(checks[name](asked) for name, asked in limits.asked.items())
+
+
+def test_predicted_costs_are_the_sum_of_the_parts():
+    """4 layers of size 3 and a fixed part of 0.5: 12.5 units. The prefill yields the first of 11 tokens."""
+    assert PARENT.prefill_ms == pytest.approx(8.0 * 12.5)
+    assert PARENT.decode_ms == pytest.approx(0.5 * 12.5)
+    assert PARENT.runtime_ms == pytest.approx(100.0 + 10 * 6.25)
+    assert PARENT.throughput_tokens_per_s == pytest.approx(4 * (30 + 11) / 0.1625)
+    assert PARENT.num_params == 6250
+    assert PARENT.memory_mib == pytest.approx(12.5 + 4 * 41 * 4 * 64 / 2**20)
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"speedup": 1.5},
+        {"throughput_tokens_per_s": 1500.0},
+        {"latency_ms": 110.0},
+        {"latency_fraction": 0.7},
+        {"prefill_ms": 60.0},
+        {"decode_ms": 4.0},
+        {"memory_mib": 9.0},
+        {"memory_fraction": 0.6},
+        {"params": 4000},
+        {"params_fraction": 0.5},
+        {"speedup": 1.3, "memory_fraction": 0.65, "params": 4500},
+        {"speedup": 0.5},
+    ],
+    ids=str,
+)
+def test_the_answer_is_the_best_that_meets_the_limits(limits):
+    limits = Limits(**limits)
+    (found,) = find(limits)
+    every = itertools.product(SPACE.layers[0].choices, repeat=LAYERS)
+    best = min(objective(c) for c in every if within(limits, predicted_costs(SPACE, PROFILE, SCENARIO, c)))
+    assert found.objective == pytest.approx(best) == pytest.approx(objective(found.choices))
+    assert found.status == "optimal" and found.gap < 1e-9
+    assert within(limits, found.predicted)
+    assert found.predicted == predicted_costs(SPACE, PROFILE, SCENARIO, found.choices)
+    assert found.limits == limits.asked and found.parent_predicted == PARENT
+
+
+def test_what_the_user_fixed_stays():
+    fixed = {0: FixedChoice(attention="parent", ffn="parent"), 2: FixedChoice(ffn="ffn:64")}
+    (found,) = find(Limits(speedup=1.5, fixed=fixed))
+    assert found.choices[0] == LayerChoice() and found.choices[2].ffn == "ffn:64"
+    assert found.objective >= find(Limits(speedup=1.5))[0].objective
+
+
+def test_layers_that_must_agree_take_the_best_common_choice():
+    limits = Limits(speedup=1.5, agree=((0, 2), (1, 3)))
+    (found,) = find(limits)
+    every = [(a, b, a, b) for a, b in itertools.product(SPACE.layers[0].choices, repeat=2)]
+    best = min(objective(c) for c in every if within(limits, predicted_costs(SPACE, PROFILE, SCENARIO, c)))
+    assert found.choices[0] == found.choices[2] and found.choices[1] == found.choices[3]
+    assert found.objective == pytest.approx(best)
+
+
+def test_several_answers_differ_and_get_no_better():
+    found = find(Limits(speedup=1.4), count=4, min_different_layers=2)
+    assert [a.objective for a in found] == sorted(a.objective for a in found)
+    for a, b in itertools.combinations(found, 2):
+        assert sum(x != y for x, y in zip(a.choices, b.choices, strict=True)) >= 2
+
+
+def test_where_there_are_no_more_answers_fewer_come_back():
+    fixed = {layer: FixedChoice(attention="parent", ffn="parent") for layer in range(3)}
+    found = find(Limits(speedup=0.9, fixed=fixed), count=10, min_different_layers=1)
+    assert len(found) == len(SPACE.layers[3].choices)
+
+
+def test_the_batch_size_with_the_least_damage_is_chosen():
+    """At batch 8 the parent already serves 2 / 1.8 times as many tokens a second: a throughput limit costs less there."""
+    profile = make_profile(4, 8)
+    (found,) = search(SPACE, SCORES, profile, SCENARIO, Limits(speedup=1.1))
+    assert found.choices == (LayerChoice(),) * LAYERS and found.predicted.batch_size == 8
+    gained = found.predicted.throughput_tokens_per_s / found.parent_predicted.throughput_tokens_per_s
+    assert gained == pytest.approx(2 / 1.8)
+    (both,) = search(SPACE, SCORES, profile, SCENARIO, Limits(speedup=1.1, latency_ms=170.0))
+    assert both.predicted.batch_size == 4 and both.predicted.runtime_ms <= 170.0
+
+
+def test_a_budget_below_the_cheapest_names_the_best_reachable():
+    """All no-op attention and narrow FFN: 4 x 1 + 0.5 of 12.5 units, 2.78 x faster."""
+    with pytest.raises(Infeasible) as caught:
+        find(Limits(speedup=3.0))
+    assert caught.value.args[:3] == ("speedup", ">=", 3.0)
+    assert caught.value.args[3] == pytest.approx(12.5 / 4.5)
+    assert "best reachable is 2.77778" in str(caught.value)
+
+
+def test_uniform_architectures_come_by_closeness_to_a_runtime():
+    target = 0.6 * PARENT.runtime_ms
+    found = uniform_architectures(SPACE, SCORES, PROFILE, SCENARIO, target)
+    distances = [abs(a.predicted.runtime_ms - target) for a in found]
+    assert distances == sorted(distances) and len(found) == len(SPACE.layers[0].choices)
+    assert all(len(set(a.choices)) == 1 and a.objective == pytest.approx(objective(a.choices)) for a in found)
+
+
+@pytest.mark.parametrize("name", ["greedy", "max_params", "random", "uniform"])
+def test_other_searchers_answer_through_the_same_door(name):
+    (found,) = find(Limits(speedup=1.4), searcher=name)
+    assert within(Limits(speedup=1.4), found.predicted) and found.status == "heuristic"
+    assert found.objective >= find(Limits(speedup=1.4))[0].objective - 1e-12 >= found.bound - 1e-9
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        (
+            Limits(speedup=1.5, fixed={0: FixedChoice(attention="gqa:3")}),
+            "has no variant 'gqa:3'; did you mean 'gqa:2'",
+        ),
+        (Limits(speedup=1.5, fixed={4: FixedChoice(ffn="parent")}), "layers go from 0 to 3"),
+        (Limits(speedup=1.5, agree=((0, 9),)), "layers go from 0 to 3"),
+        (
+            Limits(speedup=1.5, agree=((0, 1),), fixed={0: FixedChoice(ffn="parent"), 1: FixedChoice(ffn="ffn:64")}),
+            r"layers \[0, 1\] have no choice in common",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_the_space_are_refused(limits, message):
+    with pytest.raises(ConfigError, match=message):
+        find(limits)
+
+
+def test_missing_numbers_are_refused():
+    with pytest.raises(ConfigError, match=r"layer \d has no lm_loss score"):
+        find(Limits(speedup=1.5), metric="lm_loss")
+    with pytest.raises(ProfileError, match="16 was not profiled; profiled: 4"):
+        search(SPACE, SCORES, PROFILE, replace(SCENARIO, batch_size=16), Limits(speedup=1.5))
+    with pytest.raises(ProfileError, match="99 tokens in"):
+        search(SPACE, SCORES, PROFILE, replace(SCENARIO, input_tokens=99), Limits(speedup=1.5))
+    fewer = replace(PROFILE, rows=tuple(row for row in PROFILE.rows if row.variant != "noop"))
+    with pytest.raises(ProfileError, match="'noop'"):
+        search(SPACE, SCORES, fewer, SCENARIO, Limits(speedup=1.5))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "give at least one of speedup, "),
+        ({"fixed": {0: {"ffn": "parent"}}}, "give at least one of"),
+        ({"speedup": 0.0}, "greater than 0"),
+        ({"memory_fraction": 1.2}, "less than or equal to 1"),
+        ({"speedup": 2.0, "fixed": {0: {}}}, "fixes nothing"),
+        ({"speedup": 2.0, "agree": [[1]]}, "two layers or more"),
+        ({"speedup": 2.0, "agree": [[1, 2], [2, 3]]}, "only one"),
+        ({"sped": 2.0}, "Extra inputs"),
+    ],
+)
+def test_limits_that_make_no_sense_are_refused(values, message):
+    with pytest.raises(ValidationError, match=message):
+        Limits.model_validate(values)
