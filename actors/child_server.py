@@ -81,7 +81,7 @@ class ChildServer:
 
     @app.get("/health")
     async def health(self) -> dict[str, Any]:
-        """Whether requests are served, and how many are in work."""
+        """Whether requests are served, and the engine's counters."""
         return self.service.health()
 
     @app.get("/v1/models")

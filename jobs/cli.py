@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from puzzle_ray.errors import PuzzleError
+from puzzle_ray.errors import ConfigError, PuzzleError
 
 if TYPE_CHECKING:
     from jobs.stages import Run
@@ -61,7 +61,11 @@ def configured(
     for name, value in (("parent", parent), ("data.train", data), ("store", store)):
         if value is not None:
             words.append(f"{name}={value!r}")
-    return Run(load(recipe, config, tuple(words)))
+    loaded = load(recipe, config, tuple(words))
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and "://" not in loaded.store and not os.path.isabs(os.path.expanduser(loaded.store)):
+        problem = f"{loaded.store!r} is relative, and a submitted job's working folder is thrown away"
+        raise ConfigError("store", problem, "give --store an absolute path that all nodes share, or a URL")
+    return Run(loaded)
 
 
 def window_bytes(run: Run) -> int:

@@ -269,7 +269,8 @@ class Architecture:
 
     @property
     def predicted_speedup(self) -> float:
-        return self.parent_predicted.runtime_ms / self.predicted.runtime_ms
+        """Ratio of throughputs; at the parent's batch size, of runtimes."""
+        return self.predicted.throughput_tokens_per_s / self.parent_predicted.throughput_tokens_per_s
 
     @classmethod
     def from_json(cls, data: bytes) -> Architecture:

@@ -54,7 +54,11 @@ class ClusterError(ConfigError):
 
 
 class Infeasible(PuzzleError):
-    """No architecture meets `limit` (`sense` is `<=` or `>=`); `best` is what the best architecture for that limit alone reaches."""
+    """No architecture meets `limit` (`sense` is `<=` or `>=`).
+
+    `best` is what the best architecture for that limit alone reaches; where limits clash only together, the best while the others
+    hold (`note` says so); for a searcher that proves nothing, what its own best try reached.
+    """
 
     def __init__(self, limit: str, sense: str, asked: float, best: float, unit: str = "", note: str = "") -> None:
         super().__init__(limit, sense, asked, best, unit, note)

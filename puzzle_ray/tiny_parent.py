@@ -33,7 +33,8 @@ BOS_ID, EOS_ID = 0, 1
 # Tests and bundled third-party code are not the library's own prose; encodings and pydoc_data are generated tables; config-*
 # and _sysconfigdata* hold the paths and flags of one machine.
 SKIPPED_FOLDERS = frozenset(
-    "test tests idlelib lib2to3 turtledemo encodings pydoc_data site-packages dist-packages __pycache__".split()
+    {"test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data"}
+    | {"site-packages", "dist-packages", "__pycache__"}
 )
 SKIPPED_PREFIXES = ("config-", "_sysconfigdata")
 
@@ -57,14 +58,15 @@ class TinyParentSpec:
     num_key_value_heads: int = 4
     intermediate_size: int = 512
     max_position_embeddings: int = 1024
+    initializer_range: float = 0.06  # near 1 / sqrt(hidden_size): a short training does not outgrow Llama's 0.02
     sequence_length: int = 256  # tokens per training window
-    batch_size: int = 8  # windows per step
-    steps: int = 280
-    warmup_steps: int = 20
+    batch_size: int = 2  # windows per step: with few tokens, many small steps learn more than few large ones
+    steps: int = 1200
+    warmup_steps: int = 50
     learning_rate: float = 3e-3  # the peak; falls to zero along a cosine
     weight_decay: float = 0.1  # on matrices only
     max_grad_norm: float = 1.0
-    heldout_windows: int = 192  # at most, evenly spread over the held-out text
+    heldout_windows: int = 256  # at most, evenly spread over the held-out text
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -219,6 +221,7 @@ def _new_model(spec: TinyParentSpec) -> LlamaForCausalLM:
         num_attention_heads=spec.num_attention_heads,
         num_key_value_heads=spec.num_key_value_heads,
         max_position_embeddings=spec.max_position_embeddings,
+        initializer_range=spec.initializer_range,
         bos_token_id=BOS_ID,
         eos_token_id=EOS_ID,
         tie_word_embeddings=True,
@@ -256,7 +259,7 @@ def _train(
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": spec.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=spec.learning_rate, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=spec.learning_rate, betas=(0.9, 0.99), fused=True)
     curve: list[tuple[int, float]] = []
     recent: list[float] = []
     model.train()

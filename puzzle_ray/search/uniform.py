@@ -10,6 +10,7 @@ import numpy as np
 from puzzle_ray.artifacts import Architecture, LayerChoice, Profile, Scenario, Scores, SearchSpace
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.search import Options
+from puzzle_ray.search.architectures import predicted_costs
 from puzzle_ray.search.problem import Choice, Problem, Solution, unmet, verified
 from puzzle_ray.search.relaxation import lower_bound
 
@@ -51,8 +52,6 @@ def uniform_architectures(
     metric: str = "kl",
 ) -> list[Architecture]:
     """All architectures with one choice in every layer, the one of predicted runtime nearest to the target first."""
-    from puzzle_ray.search.architectures import predicted_costs
-
     shared = [c for c in space.layers[0].choices if all(c in layer.choices for layer in space.layers)]
     if not shared:
         raise ConfigError("space", "no choice is offered to every layer", "give the layers a variant in common")

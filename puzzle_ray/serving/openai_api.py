@@ -11,6 +11,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import jinja2
@@ -158,10 +159,9 @@ class OpenAIService:
         self.created = int(time.time())
 
     def health(self) -> Json:
-        """Raises EngineFailed if the engine has stopped."""
+        """Body of GET /health, the engine's counters included. Raises EngineFailed if the engine has stopped."""
         self.engine.check()
-        stats = self.engine.stats()
-        return {"status": "ok", "running": stats.running, "waiting": stats.waiting}
+        return {"status": "ok", **asdict(self.engine.stats())}
 
     def models(self) -> Json:
         """Body of GET /v1/models."""

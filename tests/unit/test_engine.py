@@ -46,7 +46,8 @@ def tiny_model(kind: str):
     if kind == "gpt2":
         config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=0, **common)
     else:
-        config = tiny_config(kind, sliding_window=8, **common)
+        windows = {} if kind == "llama" else {"sliding_window": 8}
+        config = tiny_config(kind, **windows, **common)
     return random_weights(AutoModelForCausalLM.from_config(config))
 
 
@@ -121,13 +122,14 @@ def test_layers_keep_only_the_heads_they_have():
 
 
 def test_requests_waiting_together_are_prefilled_and_decoded_together(model):
+    prompts = [[200 + length] + [7] * length for length in (9, 7, 8, 9)]  # little padding: one pass for all
     engine = Engine(model, TOKENIZER, max_batch_size=4)
-    generations = [engine.submit([5] * 10, SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)) for _ in range(4)]
+    generations = [engine.submit(prompt, SamplingParams(max_tokens=6, temperature=0)) for prompt in prompts]
     with engine:
-        for generation in generations:
-            generation.result(WAIT_S)
+        tokens = [generation.result(WAIT_S).token_ids for generation in generations]
+    assert tokens == [generated(model, prompt, 6) for prompt in prompts]
     stats = engine.stats()
-    assert (stats.forward_passes, stats.finished, stats.prompt_tokens, stats.generated_tokens) == (6, 4, 40, 24)
+    assert (stats.forward_passes, stats.finished, stats.prompt_tokens, stats.generated_tokens) == (6, 4, 37, 24)
     assert (stats.running, stats.waiting) == (0, 0)
 
 

@@ -175,7 +175,7 @@ def test_where_there_are_no_more_answers_fewer_come_back():
 
 
 def test_the_batch_size_with_the_least_damage_is_chosen():
-    """At batch 8 the parent already serves 2 / 1.8 times as many tokens a second: a throughput limit costs less there."""
+    """At batch 8 the parent already serves 2 / 1.8 times as many tokens a second: such a limit costs less there."""
     profile = make_profile(4, 8)
     (found,) = search(SPACE, SCORES, profile, SCENARIO, Limits(speedup=1.1))
     assert found.choices == (LayerChoice(),) * LAYERS and found.predicted.batch_size == 8
