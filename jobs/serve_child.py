@@ -18,9 +18,10 @@ from typing import Annotated, Any
 
 import typer
 
+from jobs.cli import run_main
 from jobs.session import connected
 from puzzle_ray.config import ClusterConfig
-from puzzle_ray.errors import ClusterError, ConfigError, PuzzleError
+from puzzle_ray.errors import ClusterError, ConfigError
 
 _APPLICATION = "puzzle-ray-child"
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -43,32 +44,28 @@ def main(
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(_DTYPES)}; auto is the model's own.")] = "auto",
     start_timeout_s: Annotated[float, typer.Option(help="Give up when the replicas are not ready by then.")] = 300.0,
 ) -> None:
-    """Serve a model until Ctrl-C."""
+    """Serve a model until SIGINT (Ctrl-C) or SIGTERM."""
     own_cluster = address == "local" and not os.environ.get("RAY_ADDRESS")
-    try:
-        if dtype not in _DTYPES:
-            raise ConfigError("dtype", f"is {dtype!r}", f"give one of {', '.join(_DTYPES)}")
-        if own_cluster:
-            check_port(host, port)
-        server = {
-            "child": check_child(child),
-            "model_name": served_model_name or child.rstrip("/").rsplit("/", 1)[-1],
-            "device": "cuda" if num_gpus else "cpu",
-            "dtype": dtype,
-            "max_batch_size": max_batch_size,
-            "max_length": max_length or None,
-            "max_waiting": max_waiting,
-        }
-        options = {"num_replicas": num_replicas, "ray_actor_options": {"num_cpus": num_cpus, "num_gpus": num_gpus}}
-        with connected(ClusterConfig(address=address)), stop_signals() as stopped:
-            check_resources(num_replicas, num_cpus, num_gpus)
-            with deployed(server, options, host, port, own_cluster):
-                if wait_until_running(start_timeout_s, stopped):
-                    announce(host, port, str(server["model_name"]))
-                    watch(stopped)
-    except PuzzleError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
+    if dtype not in _DTYPES:
+        raise ConfigError("dtype", f"is {dtype!r}", f"give one of {', '.join(_DTYPES)}")
+    if own_cluster:
+        check_port(host, port)
+    server = {
+        "child": check_child(child),
+        "model_name": served_model_name or child.rstrip("/").rsplit("/", 1)[-1],
+        "device": "cuda" if num_gpus else "cpu",
+        "dtype": dtype,
+        "max_batch_size": max_batch_size,
+        "max_length": max_length or None,
+        "max_waiting": max_waiting,
+    }
+    options = {"num_replicas": num_replicas, "ray_actor_options": {"num_cpus": num_cpus, "num_gpus": num_gpus}}
+    with connected(ClusterConfig(address=address)), stop_signals() as stopped:
+        check_resources(num_replicas, num_cpus, num_gpus)
+        with deployed(server, options, host, port, own_cluster):
+            if wait_until_running(start_timeout_s, stopped):
+                announce(host, port, str(server["model_name"]))
+                watch(stopped)
 
 
 def check_port(host: str, port: int) -> None:
@@ -195,4 +192,4 @@ def watch(stopped: threading.Event) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_main(main)
