@@ -131,7 +131,13 @@ def _flow(stream: _Stream, start: int, schedule: Schedule, tokens: Tokens, seed:
 
 
 def build_library(
-    parent: str, space: SearchSpace, config: LibraryConfig, cluster: ClusterConfig, tokens: Tokens, seed: int, step: Step,
+    parent: str,
+    space: SearchSpace,
+    config: LibraryConfig,
+    cluster: ClusterConfig,
+    tokens: Tokens,
+    seed: int,
+    step: Step,
     progress: Progress,
 ) -> Library:
     """Trains every variant that is not in the step yet. Survives the death of any shard or trainer.

@@ -45,7 +45,8 @@ def wait_ready(actors: Sequence[ActorHandle[Any]], what: str, timeout_s: float) 
     except GetTimeoutError:
         have = {k: v for k, v in sorted(ray.cluster_resources().items()) if not k.startswith(("node:", "object_store"))}
         raise ClusterError(
-            "cluster", f"{len(actors)} {what} did not start within {timeout_s:g} s; the cluster has {have}",
+            "cluster",
+            f"{len(actors)} {what} did not start within {timeout_s:g} s; the cluster has {have}",
             "ask for less, add nodes, or raise cluster.placement_timeout_s",
         ) from None
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError
 
 from actors.parent_shard import environment
-from puzzle_ray.artifacts import Architecture, LayerChoice
+from puzzle_ray.artifacts import Architecture, LayerChoice, Scenario
 from puzzle_ray.config import ClusterConfig, EvaluateConfig
-from puzzle_ray.artifacts import Scenario
 from puzzle_ray.errors import ClusterError
 from puzzle_ray.progress import Quiet
 from puzzle_ray.store import Step
@@ -30,8 +30,13 @@ def realize(num_threads: int, parent: str, choices: Sequence[LayerChoice], libra
 
 
 def evaluate(
-    num_threads: int, folders: Mapping[str, str], batches: Sequence[Container], architecture: Architecture | None,
-    scenario: Scenario, config: EvaluateConfig, dtype: str,
+    num_threads: int,
+    folders: Mapping[str, str],
+    batches: Sequence[Container],
+    architecture: Architecture | None,
+    scenario: Scenario,
+    config: EvaluateConfig,
+    dtype: str,
 ) -> dict[str, Any]:
     """Measures the parent and its children side by side."""
     import torch
@@ -49,8 +54,14 @@ def largest_node_cpus() -> int:
 
 
 def run_alone(
-    function: Callable[..., Any], *args: Any, cluster: ClusterConfig, what: str, timeout_s: float = 24 * 3600.0, num_gpus: float = 0,
-    resources: Mapping[str, float] | None = None, label_selector: Mapping[str, str] | None = None,
+    function: Callable[..., Any],
+    *args: Any,
+    cluster: ClusterConfig,
+    what: str,
+    timeout_s: float = 24 * 3600.0,
+    num_gpus: float = 0,
+    resources: Mapping[str, float] | None = None,
+    label_selector: Mapping[str, str] | None = None,
 ) -> Any:
     """Runs `function(num_threads, *args)` on one node with all its cores, so that nothing else of ours disturbs it there.
 
@@ -69,8 +80,6 @@ def run_alone(
         if done:
             return ray.get(work, timeout=60)
     ray.cancel(work, force=True)
-    try:
+    with suppress(GetTimeoutError, ray.exceptions.RayError):
         ray.get(work, timeout=5)
-    except (GetTimeoutError, ray.exceptions.RayError):
-        pass
     raise ClusterError(what, f"not done within {timeout_s:g} s", "check the cluster with `ray status`")

@@ -53,7 +53,13 @@ class _Pipeline:
 
 
 def score_blocks(
-    parent: str, space: SearchSpace, library: Step, config: ScoringConfig, cluster: ClusterConfig, tokens: Tokens, step: Step,
+    parent: str,
+    space: SearchSpace,
+    library: Step,
+    config: ScoringConfig,
+    cluster: ClusterConfig,
+    tokens: Tokens,
+    step: Step,
     progress: Progress,
 ) -> Scores:
     """Scores every item that is not in the step yet. Raises ClusterError when shards cannot be placed or stop answering."""
@@ -89,7 +95,9 @@ def _score_all(
     while running:
         done, _ = ray.wait(list(running), num_returns=1, timeout=cluster.step_timeout_s)
         if not done:
-            raise ClusterError("score", f"no block was scored within {cluster.step_timeout_s:g} s", "raise cluster.step_timeout_s")
+            raise ClusterError(
+                "score", f"no block was scored within {cluster.step_timeout_s:g} s", "raise cluster.step_timeout_s"
+            )
         item, pipeline = running.pop(done[0])
         save_item(step, item, ray.get(done[0], timeout=cluster.step_timeout_s))
         bar.advance()

@@ -59,7 +59,9 @@ def first_width(run: Run) -> int:
     steps = run.config.profile.scenario.output_tokens - 1
     size = run.config.profile.scenario.batch_size
     whole = run.model_config.intermediate_size
-    rows = [r for r in run.profile.rows if r.subblock == "ffn" and r.batch_size == size and r.variant.startswith(("ffn:", "parent"))]
+    rows = [
+        r for r in run.profile.rows if r.subblock == "ffn" and r.batch_size == size and r.variant.startswith(("ffn:", "parent"))
+    ]
     widths = np.array([whole if r.variant == "parent" else int(r.variant[4:]) for r in rows])
     costs = np.array([r.prefill_ms + steps * r.decode_ms for r in rows])
     order = np.argsort(widths)
@@ -113,10 +115,17 @@ def main() -> None:
     rows = [{"model": name, **figures} for name, figures in models.items()]
     rows += [{"stage": stage, "seconds": taken} for stage, taken in run.seconds.items()]
     summary = {
-        "seconds": seconds, "peak_memory_gib": peak[0], "measured_speedup": models["child"]["measured_speedup"],
-        "predicted_speedup": run.architecture.predicted_speedup, "uniform_speedup": models["uniform"]["measured_speedup"],
-        "uniform_width": width, "child_loss": models["child"]["heldout_loss"], "uniform_loss": models["uniform"]["heldout_loss"],
-        "parent_loss": models["parent"]["heldout_loss"], "child_kl": models["child"]["kl"], "uniform_kl": models["uniform"]["kl"],
+        "seconds": seconds,
+        "peak_memory_gib": peak[0],
+        "measured_speedup": models["child"]["measured_speedup"],
+        "predicted_speedup": run.architecture.predicted_speedup,
+        "uniform_speedup": models["uniform"]["measured_speedup"],
+        "uniform_width": width,
+        "child_loss": models["child"]["heldout_loss"],
+        "uniform_loss": models["uniform"]["heldout_loss"],
+        "parent_loss": models["parent"]["heldout_loss"],
+        "child_kl": models["child"]["kl"],
+        "uniform_kl": models["uniform"]["kl"],
         "speedup_when_width_was_chosen": {name: found["models"][name]["measured_speedup"] for name in ("child", "uniform")},
     }
     for stage, taken in run.seconds.items():

@@ -62,7 +62,11 @@ def configured(
         if value is not None:
             words.append(f"{name}={value!r}")
     loaded = load(recipe, config, tuple(words))
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and "://" not in loaded.store and not os.path.isabs(os.path.expanduser(loaded.store)):
+    if (
+        "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+        and "://" not in loaded.store
+        and not os.path.isabs(os.path.expanduser(loaded.store))
+    ):
         problem = f"{loaded.store!r} is relative, and a submitted job's working folder is thrown away"
         raise ConfigError("store", problem, "give --store an absolute path that all nodes share, or a URL")
     return Run(loaded)

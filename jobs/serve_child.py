@@ -1,6 +1,6 @@
 """Serve a child (or any Hugging Face causal LM) with OpenAI's API, on Ray Serve; loopback unless told otherwise.
 
-    python -m jobs.serve_child --child runs/child
+python -m jobs.serve_child --child runs/child
 """
 
 from __future__ import annotations

@@ -21,7 +21,9 @@ def _probe(address: str, timeout_s: float) -> None:
         socket.create_connection((host, int(port)), timeout=timeout_s).close()
     except OSError as error:
         raise ClusterError(
-            "cluster.address", f"no Ray answers at {address!r} ({error})", "start it with `ray start --head`, or use address local"
+            "cluster.address",
+            f"no Ray answers at {address!r} ({error})",
+            "start it with `ray start --head`, or use address local",
         ) from None
 
 
@@ -52,8 +54,12 @@ def connected(cluster: ClusterConfig, window_bytes: int = 0) -> Iterator[None]:
         if address == "local":
             cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
             ray.init(
-                address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=object_store_bytes(window_bytes),
-                _node_ip_address="127.0.0.1", **common,
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                object_store_memory=object_store_bytes(window_bytes),
+                _node_ip_address="127.0.0.1",
+                **common,
             )
         else:
             ray.init(address=address, **common)

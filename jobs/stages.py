@@ -50,7 +50,8 @@ class Run:
             positions = getattr(config, "max_position_embeddings", None)
             if positions is not None and needed > positions:
                 raise ConfigError(
-                    "parent", f"sequences of {needed} tokens do not fit its {positions} positions",
+                    "parent",
+                    f"sequences of {needed} tokens do not fit its {positions} positions",
                     "shorten data.sequence_length or profile.scenario",
                 )
 
@@ -88,7 +89,9 @@ class Run:
         facts = step.facts()
         print(
             f"  tiny parent: {facts['num_parameters'] / 1e6:.2f}M parameters, held-out loss {facts['heldout_loss']:.3f} nats a token "
-            f"(unigram entropy {facts['unigram_entropy']:.3f})", file=sys.stderr, flush=True,
+            f"(unigram entropy {facts['unigram_entropy']:.3f})",
+            file=sys.stderr,
+            flush=True,
         )
         return step.local_folder("parent")
 
@@ -127,7 +130,9 @@ class Run:
 
             tokenizer = AutoTokenizer.from_pretrained(self.parent)
             train, heldout = tokenise(data, tokenizer, getattr(self.model_config, "max_position_embeddings", None))
-            step.write_tensors(TOKENS, {"train": torch.from_numpy(train.sequences), "heldout": torch.from_numpy(heldout.sequences)})
+            step.write_tensors(
+                TOKENS, {"train": torch.from_numpy(train.sequences), "heldout": torch.from_numpy(heldout.sequences)}
+            )
             step.finish({"train_tokens": train.num_tokens, "heldout_tokens": heldout.num_tokens})
 
         settings = data.model_dump(mode="json", exclude={"train", "heldout"})
@@ -161,7 +166,14 @@ class Run:
             from actors.library_stream import build_library
 
             build_library(
-                self.parent, self.space, self.config.library, self.config.cluster, self.tokens[0], self.config.seed, step, self.progress
+                self.parent,
+                self.space,
+                self.config.library,
+                self.config.cluster,
+                self.tokens[0],
+                self.config.seed,
+                step,
+                self.progress,
             )
 
         settings = self.config.library.model_dump(mode="json", exclude={"window", "checkpoint_every"})
@@ -228,7 +240,12 @@ class Run:
 
         search = self.config.search
         return SweepSetup(
-            self.space, self.scores, self.profile, self.config.profile.scenario, self.config.scoring.metric, search.searcher,
+            self.space,
+            self.scores,
+            self.profile,
+            self.config.profile.scenario,
+            self.config.scoring.metric,
+            search.searcher,
             search.time_limit_s,
         )
 
@@ -314,8 +331,17 @@ class Run:
         profile = self.config.profile
         batches = [batch.numpy() for batch in self.tokens[1].first(self.config.evaluate.tokens, 8)]
         found: dict[str, Any] = run_alone(
-            evaluate, folders, batches, self.architecture, profile.scenario, self.config.evaluate, profile.dtype,
-            cluster=self.config.cluster, what="evaluate", num_gpus=profile.num_gpus, resources=profile.resources,
+            evaluate,
+            folders,
+            batches,
+            self.architecture,
+            profile.scenario,
+            self.config.evaluate,
+            profile.dtype,
+            cluster=self.config.cluster,
+            what="evaluate",
+            num_gpus=profile.num_gpus,
+            resources=profile.resources,
             label_selector=profile.label_selector,
         )
         return found

@@ -96,9 +96,13 @@ def check_source(source: str, where: str) -> None:
         if "://" not in source and all(Path(name).stat().st_size == 0 for name in files):
             raise DataError(where, f"{source!r} is empty", "name a file with text in it")
         return
-    looks_like_path = source.startswith((".", "/", "~")) or "://" in source or Path(source).suffix in _FORMATS or source.count("/") > 1
+    looks_like_path = (
+        source.startswith((".", "/", "~")) or "://" in source or Path(source).suffix in _FORMATS or source.count("/") > 1
+    )
     if looks_like_path or Path(source).exists():
-        raise DataError(where, f"no .txt, .jsonl or .parquet file at {source!r}", "name a file, a folder, a glob, a URL or a hub id")
+        raise DataError(
+            where, f"no .txt, .jsonl or .parquet file at {source!r}", "name a file, a folder, a glob, a URL or a hub id"
+        )
 
 
 def documents(source: str, config: DataConfig, where: str) -> Iterator[str]:
@@ -122,7 +126,9 @@ def documents(source: str, config: DataConfig, where: str) -> Iterator[str]:
             rows = datasets.load_dataset(source, split=config.split, streaming=True)
         for row in rows:
             if config.text_column not in row:
-                raise DataError(f"{where}: {source!r}", f"no column {config.text_column!r}", f"data.text_column is one of {sorted(row)}")
+                raise DataError(
+                    f"{where}: {source!r}", f"no column {config.text_column!r}", f"data.text_column is one of {sorted(row)}"
+                )
             if row[config.text_column]:
                 yield row[config.text_column]
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -171,7 +177,9 @@ def tokenise(config: DataConfig, tokenizer: Any, max_positions: int | None) -> t
         train, heldout = _split(config, tokenizer)
     for name, packed in (("train", train), ("heldout", heldout)):
         if not len(packed):
-            raise DataError(f"data.{name}", f"not even one sequence of {length} tokens", "give more text or shorten data.sequence_length")
+            raise DataError(
+                f"data.{name}", f"not even one sequence of {length} tokens", "give more text or shorten data.sequence_length"
+            )
     return Tokens(train), Tokens(heldout)
 
 

@@ -36,7 +36,9 @@ def predictions(models: Mapping[str, Any], batches: Sequence[Tensor]) -> dict[st
     for name, found in parts.items():
         joined = PredictionMetrics.joined(found)
         out[name] = {
-            "heldout_loss": mean(joined.lm_loss), "kl": mean(joined.kl), "top1_agreement": mean(joined.top1_agreement),
+            "heldout_loss": mean(joined.lm_loss),
+            "kl": mean(joined.kl),
+            "top1_agreement": mean(joined.top1_agreement),
             "heldout_tokens": float(joined.tokens),
         }
     return out
@@ -71,8 +73,13 @@ def greedy_sample(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> s
 
 
 def evaluate(
-    folders: Mapping[str, str], batches: Sequence[Tensor], architecture: Architecture | None, scenario: Scenario,
-    config: EvaluateConfig, dtype: str, progress: Progress,
+    folders: Mapping[str, str],
+    batches: Sequence[Tensor],
+    architecture: Architecture | None,
+    scenario: Scenario,
+    config: EvaluateConfig,
+    dtype: str,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Everything about the named models (`parent`, `child_before_gkd`, `child` ...), measured in turn in the same run.
 

@@ -108,7 +108,9 @@ class Step:
             else:  # an object appears when its upload is complete
                 self.store.filesystem.pipe_file(target, data)
         except OSError as error:
-            raise StoreError("store", f"{target} cannot be written ({error})", "free some space, then run the same command") from None
+            raise StoreError(
+                "store", f"{target} cannot be written ({error})", "free some space, then run the same command"
+            ) from None
 
     def read(self, name: str) -> bytes:
         """Raises StoreError when there is no such file."""
@@ -144,7 +146,13 @@ class Step:
 
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Writes the record: from now on the step is complete."""
-        record = {"stage": self.stage, "key": self.key, "schema": SCHEMA_VERSION, "settings": self.settings, "inputs": self.inputs}
+        record = {
+            "stage": self.stage,
+            "key": self.key,
+            "schema": SCHEMA_VERSION,
+            "settings": self.settings,
+            "inputs": self.inputs,
+        }
         self.write_json(RECORD, record | {"facts": dict(facts)})
 
     def facts(self) -> dict[str, Any]:

@@ -32,7 +32,13 @@ class SweepSetup:
 def solve(setup: SweepSetup, limits: Limits) -> Architecture:
     """The best architecture within the limits. Raises Infeasible."""
     found = search(
-        setup.space, setup.scores, setup.profile, setup.scenario, limits, metric=setup.metric, searcher=setup.searcher,
+        setup.space,
+        setup.scores,
+        setup.profile,
+        setup.scenario,
+        limits,
+        metric=setup.metric,
+        searcher=setup.searcher,
         time_limit_s=setup.time_limit_s,
     )
     return found[0]

@@ -11,9 +11,18 @@ def tiny_config(model_type: str = "llama", **changes):
     from transformers import AutoConfig
 
     settings = {
-        "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "tie_word_embeddings": True,
-        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None,
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": None,
     }
     return AutoConfig.for_model(model_type, **(settings | changes))
 

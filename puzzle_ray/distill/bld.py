@@ -63,7 +63,10 @@ class Schedule:
     def phase(self, position: int) -> tuple[Phase, int]:
         """The phase of a position, and its number within the phase."""
         ends: tuple[tuple[Phase, int], ...] = (
-            ("calibrate", self.calibrate), ("validate_start", self.validate), ("train", self.train), ("validate_end", self.validate)
+            ("calibrate", self.calibrate),
+            ("validate_start", self.validate),
+            ("train", self.train),
+            ("validate_end", self.validate),
         )
         for name, length in ends:
             if position < length:
@@ -229,10 +232,23 @@ class LayerTrainer:
         out = []
         for c in self.candidates:
             better = c.optimizer is not None and not c.failure and c.final_loss < c.start_loss
-            state = {k: v.detach().clone() for k, v in subblock_state(c.module, c.kind, self.descriptor).items()} if better else c.start
+            state = (
+                {k: v.detach().clone() for k, v in subblock_state(c.module, c.kind, self.descriptor).items()}
+                if better
+                else c.start
+            )
             tokens = len(c.curve) * self.config.micro_batch_tokens
-            row = LibraryRow(self.index, c.kind, c.variant, c.initialisation, c.start_loss, c.final_loss,
-                             "trained" if better else "start", tokens, c.failure)
+            row = LibraryRow(
+                self.index,
+                c.kind,
+                c.variant,
+                c.initialisation,
+                c.start_loss,
+                c.final_loss,
+                "trained" if better else "start",
+                tokens,
+                c.failure,
+            )
             out.append((row, state, c.curve))
         return out
 

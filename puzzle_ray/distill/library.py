@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -126,9 +125,13 @@ def finish(space: SearchSpace, step: Step) -> Library:
     step.write(TABLE, rows_to_parquet(rows, LibraryRow, {}))
     step.write_json("curves.json", curves)
     trained = [row for row in rows if row.kept == "trained"]
-    step.finish({
-        "variants": len(rows), "trained": len(trained), "failures": [asdict(row) for row in rows if row.failure],
-    })
+    step.finish(
+        {
+            "variants": len(rows),
+            "trained": len(trained),
+            "failures": [asdict(row) for row in rows if row.failure],
+        }
+    )
     return Library(step)
 
 
@@ -141,7 +144,13 @@ def _metadata(step: Step, name: str) -> dict[str, str]:
 
 
 def build_serially(
-    parent: str, space: SearchSpace, config: LibraryConfig, tokens: Tokens, seed: int, step: Step, progress: Progress,
+    parent: str,
+    space: SearchSpace,
+    config: LibraryConfig,
+    tokens: Tokens,
+    seed: int,
+    step: Step,
+    progress: Progress,
     num_threads: int = 1,
 ) -> Library:
     """The library stage in this process, without Ray: the same numbers as on a cluster with the same threads per trainer."""

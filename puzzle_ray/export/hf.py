@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,20 @@ from puzzle_ray.errors import ParentError
 from puzzle_ray.families import Descriptor, describe, families
 from puzzle_ray.store import Step
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json",
-                   "merges.txt", "added_tokens.json", "chat_template.jinja", "generation_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 
-@lru_cache(maxsize=None)
+@cache
 def child_classes(model_type: str) -> tuple[type, type]:
     """The config class and the model class of children of one family."""
     import transformers
@@ -47,10 +56,14 @@ def child_classes(model_type: str) -> tuple[type, type]:
             reshape(layer, choice, descriptor, config)
 
     name = descriptor.model_class
-    config_class = type(f"Puzzle{descriptor.config_class}", (config_base,),
-                        {"model_type": f"puzzle_{model_type}", "__init__": init_config, "__module__": __name__})
-    model_class = type(f"Puzzle{name}", (model_base,),
-                       {"config_class": config_class, "__init__": init_model, "__module__": __name__})
+    config_class = type(
+        f"Puzzle{descriptor.config_class}",
+        (config_base,),
+        {"model_type": f"puzzle_{model_type}", "__init__": init_config, "__module__": __name__},
+    )
+    model_class = type(
+        f"Puzzle{name}", (model_base,), {"config_class": config_class, "__init__": init_model, "__module__": __name__}
+    )
     return config_class, model_class
 
 
@@ -102,8 +115,11 @@ def new_child(parent_config: Any, choices: Sequence[LayerChoice], dtype: torch.d
 
 
 def assemble(
-    parent: Path, parent_config: Any, choices: Sequence[LayerChoice],
-    trained: Mapping[tuple[int, SubblockKind], Mapping[str, Tensor]], dtype: torch.dtype,
+    parent: Path,
+    parent_config: Any,
+    choices: Sequence[LayerChoice],
+    trained: Mapping[tuple[int, SubblockKind], Mapping[str, Tensor]],
+    dtype: torch.dtype,
 ) -> Any:
     """A child whose replaced subblocks come from `trained` and whose every other weight is the parent's.
 

@@ -52,6 +52,4 @@ def compare(parent_log_probs_BTV: Tensor, logits_BTV: Tensor, input_ids_BT: Tens
     targets = input_ids_BT[:, 1:].unsqueeze(-1)
     loss = -child_log_probs[:, :-1].gather(-1, targets).squeeze(-1).mean(-1)
     agreement = (parent_log_probs_BTV.argmax(-1) == child_log_probs.argmax(-1)).float().mean(-1)
-    return PredictionMetrics(
-        tuple(kl.tolist()), tuple(loss.tolist()), tuple(agreement.tolist()), int(input_ids_BT.numel())
-    )
+    return PredictionMetrics(tuple(kl.tolist()), tuple(loss.tolist()), tuple(agreement.tolist()), int(input_ids_BT.numel()))

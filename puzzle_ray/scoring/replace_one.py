@@ -141,8 +141,13 @@ def merge(items: Sequence[Item], config: ScoringConfig, step: Step) -> Scores:
 
 
 def score_serially(
-    stack: LayerStack, batches: Sequence[Tensor], space: SearchSpace, config: ScoringConfig, step: Step,
-    states_of: Callable[[int, LayerChoice], States], progress: Progress,
+    stack: LayerStack,
+    batches: Sequence[Tensor],
+    space: SearchSpace,
+    config: ScoringConfig,
+    step: Step,
+    states_of: Callable[[int, LayerChoice], States],
+    progress: Progress,
 ) -> Scores:
     """The scoring stage in this process, without Ray. `stack` holds the whole parent."""
     items = plan(space, config.granularity)

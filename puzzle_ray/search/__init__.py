@@ -52,7 +52,5 @@ def find(name: str) -> Searcher:
     try:
         found: Searcher = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            "search.searcher", f"{name!r} cannot be imported ({error})", "write package.module:ATTRIBUTE"
-        ) from None
+        raise ConfigError("search.searcher", f"{name!r} cannot be imported ({error})", "write package.module:ATTRIBUTE") from None
     return found

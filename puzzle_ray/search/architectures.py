@@ -141,18 +141,14 @@ def _groups(space: SearchSpace, limits: Limits) -> list[tuple[tuple[int, ...], t
     """The problem's rows: layers that must agree, and the choices that all of them have."""
     named = {layer for group in limits.agree for layer in group} | set(limits.fixed)
     if named and max(named) >= len(space.layers):
-        raise ConfigError(
-            "search.limits", f"layer {max(named)} is named", f"layers go from 0 to {len(space.layers) - 1}"
-        )
+        raise ConfigError("search.limits", f"layer {max(named)} is named", f"layers go from 0 to {len(space.layers) - 1}")
     together = {layer for group in limits.agree for layer in group}
     groups = [*limits.agree, *((layer,) for layer in range(len(space.layers)) if layer not in together)]
     found = []
     for group in sorted(groups, key=min):
         shared = set.intersection(*(set(_allowed(space, limits, layer)) for layer in group))
         if not shared:
-            raise ConfigError(
-                "search.limits.agree", f"layers {list(group)} have no choice in common", "let fewer layers agree"
-            )
+            raise ConfigError("search.limits.agree", f"layers {list(group)} have no choice in common", "let fewer layers agree")
         found.append((tuple(sorted(group)), tuple(c for c in _allowed(space, limits, group[0]) if c in shared)))
     return found
 
@@ -165,9 +161,7 @@ def _score(scores: Scores, layer: int, choice: LayerChoice, metric: str) -> floa
             "scores", f"layer {layer} has no {metric} score of {choice.label}", "score this search space again"
         ) from None
     if not math.isfinite(value):
-        raise ConfigError(
-            "scores", f"the {metric} score of {choice.label} at layer {layer} is {value}", "drop this variant"
-        )
+        raise ConfigError("scores", f"the {metric} score of {choice.label} at layer {layer} is {value}", "drop this variant")
     return value
 
 

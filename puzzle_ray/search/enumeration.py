@@ -58,9 +58,7 @@ class Core:
         self.live = [np.flatnonzero(alive[row]) for row in self.order]
         self.gap = gap
         least = np.where(alive, rows, np.inf).min(axis=2)[:, self.order]
-        self.least_rest = np.zeros(
-            (len(bounds), len(score) + 1)
-        )  # [M, R + 1]: what the rows from one on spend at least
+        self.least_rest = np.zeros((len(bounds), len(score) + 1))  # [M, R + 1]: what the rows from one on spend at least
         self.least_rest[:, :-1] = np.cumsum(least[:, ::-1], axis=1)[:, ::-1]
         spread = np.where(alive, rows, -np.inf).max(axis=2).sum(axis=1) - least.sum(axis=1)
         self.heavy = int(np.argmax(relaxation.multipliers * spread))
@@ -77,9 +75,7 @@ class Core:
         cost, value, excess = np.zeros(1), np.zeros(1), np.zeros(1)
         frontiers, trail = [Frontier(cost, value)], []
         heavy, bound = self.rows[self.heavy], float(self.bounds[self.heavy])
-        most = bound - (
-            self.least_rest[self.heavy, 0] - self.least_rest[self.heavy]
-        )  # less what earlier rows must spend
+        most = bound - (self.least_rest[self.heavy, 0] - self.least_rest[self.heavy])  # less what earlier rows must spend
         for i in range(len(self.order) - 1, -1, -1):
             row, live = self.order[i], self.live[i]
             cost = (cost[:, None] + heavy[row, live]).ravel()

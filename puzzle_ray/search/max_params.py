@@ -37,9 +37,7 @@ class _MaxParams:
             limits=(*problem.limits, Limit("removed_params", len(problem.costs), most.objective, most.objective)),
         )
         best = solve(tied, time_limit_s=options.time_limit_s)
-        return verified(
-            problem, best.choice, lower_bound(problem), "heuristic", time.perf_counter() - started, self.name
-        )
+        return verified(problem, best.choice, lower_bound(problem), "heuristic", time.perf_counter() - started, self.name)
 
 
 SEARCHER = _MaxParams()

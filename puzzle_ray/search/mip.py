@@ -39,9 +39,7 @@ def solve(
     if outcome.choice is None and outcome.proven:
         raise _infeasible_together(problem, max_states)
     if outcome.choice is None:
-        raise ConfigError(
-            "search.time_limit_s", f"no architecture was found within {time_limit_s:g} s", "allow more time"
-        )
+        raise ConfigError("search.time_limit_s", f"no architecture was found within {time_limit_s:g} s", "allow more time")
     bound = problem.objective(outcome.choice) if outcome.proven else outcome.bound
     status = "optimal" if outcome.proven else "feasible"
     return verified(problem, outcome.choice, bound, status, time.perf_counter() - started, method)
@@ -103,9 +101,7 @@ def _highs(score: Floats, rows: Floats, bounds: Floats, known: Outcome, deadline
         model += mip.xsum(float(coefficients[row, v]) * x for row, v, x in terms) <= float(bound)
     if known.choice is not None:
         model.start = [(x, float(v == known.choice[row])) for row, v, x in terms]
-    return _optimised(
-        model, taken, live, (score, rows, bounds), known, deadline, lambda z: z / scale + math.fsum(least)
-    )
+    return _optimised(model, taken, live, (score, rows, bounds), known, deadline, lambda z: z / scale + math.fsum(least))
 
 
 def _optimised(
@@ -154,9 +150,7 @@ def _infeasible_together(problem: Problem, max_states: int) -> Infeasible:
     if nearest is None:
         first = problem.limits[0]
         best = first.reached(problem.cheapest(first.cost))
-        return Infeasible(
-            first.name, first.sense, first.asked, best, first.unit, f"each alone can be met, but not {names}"
-        )
+        return Infeasible(first.name, first.sense, first.asked, best, first.unit, f"each alone can be met, but not {names}")
     _, limit, spent = nearest
     note = f"each limit alone can be met, but not {names}; this is the best while the others hold"
     return Infeasible(limit.name, limit.sense, limit.asked, limit.reached(spent), limit.unit, note)

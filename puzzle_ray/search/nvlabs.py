@@ -76,17 +76,13 @@ def read_nvlabs(path: str | Path) -> NvlabsLibrary:
     library, measured, parent = (_json(folder / name) for name in ("block_library.json", MEASUREMENT, PARENT_STATS))
     blocks = [list(layer.values()) for layer in library.values()]
     if len({len(row) for row in blocks}) != 1:
-        raise ConfigError(
-            str(folder), "its layers have differing numbers of variants", "give every layer the same ones"
-        )
+        raise ConfigError(str(folder), "its layers have differing numbers of variants", "give every layer the same ones")
     parent_metrics = {name: float(value) for name, value in parent["metrics"].items()}
     scores = {
         name: np.array([[block["metrics"][name] for block in row] for row in blocks], dtype=np.float64) - value
         for name, value in parent_metrics.items()
     }
-    costs = np.array(
-        [[[block["stats"][name] for block in row] for row in blocks] for name in COST_NAMES], dtype=np.float64
-    )
+    costs = np.array([[[block["stats"][name] for block in row] for row in blocks] for name in COST_NAMES], dtype=np.float64)
     return NvlabsLibrary(
         labels=tuple(tuple(layer) for layer in library.values()),
         scores=scores,
@@ -102,8 +98,6 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise ConfigError(
-            str(path), "there is no such file", "name the folder that holds NVlabs' block_library.json"
-        ) from None
+        raise ConfigError(str(path), "there is no such file", "name the folder that holds NVlabs' block_library.json") from None
     except json.JSONDecodeError as error:
         raise ConfigError(str(path), f"is not JSON ({error})", "fetch it again") from None

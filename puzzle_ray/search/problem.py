@@ -94,9 +94,7 @@ class Problem:
 
     def cheapest(self, cost: int) -> float:
         """The least that any architecture spends of one cost."""
-        return float(
-            np.where(np.isfinite(self.score), self.costs[cost], np.inf).min(axis=1).sum() + self.constants[cost]
-        )
+        return float(np.where(np.isfinite(self.score), self.costs[cost], np.inf).min(axis=1).sum() + self.constants[cost])
 
     def check_each_limit(self) -> None:
         """Raises Infeasible for the first limit that no architecture meets even if there were no other."""

@@ -89,9 +89,7 @@ def repaired(score: Floats, rows: Floats, bounds: Floats, relaxation: Relaxation
     for _ in range(20 * len(score)):
         loads = rows[:, layers, choice].sum(axis=1)
         over = np.maximum(loads - bounds, 0.0)
-        after = (
-            loads[:, None, None] + rows - rows[:, layers, choice][:, :, None]
-        )  # [M, R, V]: loads with one row changed
+        after = loads[:, None, None] + rows - rows[:, layers, choice][:, :, None]  # [M, R, V]: loads with one row changed
         damage = score - score[layers, choice][:, None]
         left = np.maximum(after - bounds[:, None, None], 0.0).sum(axis=0)
         if over.any():
@@ -112,6 +110,4 @@ def lower_bound(problem: Problem) -> float:
     """No choice within the limits has a lower objective: the bound of the linear relaxation."""
     rows, bounds = problem.rows()
     score = problem.score
-    return best_multipliers(
-        score, rows, bounds, float(np.where(np.isfinite(score), score, 0.0).max(axis=1).sum())
-    ).bound
+    return best_multipliers(score, rows, bounds, float(np.where(np.isfinite(score), score, 0.0).max(axis=1).sum())).bound

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 from puzzle_ray.artifacts import SubblockKind
@@ -37,13 +37,18 @@ class Variant(Protocol):
         """Gives `layer` this variant's modules, in place; their weights are still undefined."""
 
     def initialise(
-        self, layer: nn.Module, parent: nn.Module, argument: str, kind: SubblockKind, descriptor: Descriptor,
+        self,
+        layer: nn.Module,
+        parent: nn.Module,
+        argument: str,
+        kind: SubblockKind,
+        descriptor: Descriptor,
         statistics: Statistics,
     ) -> str:
         """Fills the weights from the parent's, without training; returns how, in a word."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def _variants() -> dict[str, Variant]:
     return {module.VARIANT.name: module.VARIANT for module in modules_of(sys.modules[__name__])}
 

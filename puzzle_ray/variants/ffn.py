@@ -36,7 +36,12 @@ class NarrowFFN:
         ffn.intermediate_size = width
 
     def initialise(
-        self, layer: nn.Module, parent: nn.Module, argument: str, kind: SubblockKind, descriptor: Descriptor,
+        self,
+        layer: nn.Module,
+        parent: nn.Module,
+        argument: str,
+        kind: SubblockKind,
+        descriptor: Descriptor,
         statistics: Statistics,
     ) -> str:
         old, new = getattr(parent, descriptor.ffn), getattr(layer, descriptor.ffn)

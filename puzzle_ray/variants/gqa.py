@@ -24,7 +24,9 @@ class GroupedQueryAttention:
         heads = max(1, round(fraction_or_count(argument, whole, "space.attention")))
         if whole % heads:
             divisors = ", ".join(str(n) for n in range(1, whole) if whole % n == 0)
-            raise ConfigError("space.attention", f"gqa:{argument}: {heads} does not divide {whole} KV heads", f"use one of {divisors}")
+            raise ConfigError(
+                "space.attention", f"gqa:{argument}: {heads} does not divide {whole} KV heads", f"use one of {divisors}"
+            )
         return None if heads == whole else str(heads)
 
     def reshape(self, layer: nn.Module, argument: str, kind: SubblockKind, descriptor: Descriptor, config: Any) -> None:
@@ -36,7 +38,12 @@ class GroupedQueryAttention:
         attention.num_key_value_groups = config.num_attention_heads // heads
 
     def initialise(
-        self, layer: nn.Module, parent: nn.Module, argument: str, kind: SubblockKind, descriptor: Descriptor,
+        self,
+        layer: nn.Module,
+        parent: nn.Module,
+        argument: str,
+        kind: SubblockKind,
+        descriptor: Descriptor,
         statistics: Statistics,
     ) -> str:
         old, new = getattr(parent, descriptor.attention), getattr(layer, descriptor.attention)

@@ -46,7 +46,12 @@ class Linear:
 
     @torch.no_grad()
     def initialise(
-        self, layer: nn.Module, parent: nn.Module, argument: str, kind: SubblockKind, descriptor: Descriptor,
+        self,
+        layer: nn.Module,
+        parent: nn.Module,
+        argument: str,
+        kind: SubblockKind,
+        descriptor: Descriptor,
         statistics: Statistics,
     ) -> str:
         old = getattr(parent, descriptor.module(kind))

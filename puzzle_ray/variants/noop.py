@@ -29,7 +29,12 @@ class Noop:
             setattr(layer, norm, nn.Identity())
 
     def initialise(
-        self, layer: nn.Module, parent: nn.Module, argument: str, kind: SubblockKind, descriptor: Descriptor,
+        self,
+        layer: nn.Module,
+        parent: nn.Module,
+        argument: str,
+        kind: SubblockKind,
+        descriptor: Descriptor,
         statistics: Statistics,
     ) -> str:
         return "nothing to fill"

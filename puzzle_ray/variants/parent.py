@@ -23,7 +23,12 @@ class Parent:
         return None
 
     def initialise(
-        self, layer: nn.Module, parent: nn.Module, argument: str, kind: SubblockKind, descriptor: Descriptor,
+        self,
+        layer: nn.Module,
+        parent: nn.Module,
+        argument: str,
+        kind: SubblockKind,
+        descriptor: Descriptor,
         statistics: Statistics,
     ) -> str:
         return "parent"

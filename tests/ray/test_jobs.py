@@ -18,13 +18,32 @@ from puzzle_ray.export.hf import load_model
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
-    "data.sequence_length=16", "library.tokens=512", "library.calibration_tokens=64", "library.validation_tokens=64",
-    "library.micro_batch_tokens=64", "library.checkpoint_every=2", "scoring.tokens=64", "scoring.micro_batch_tokens=64",
-    "gkd.tokens=512", "gkd.micro_batch_tokens=64", "gkd.num_workers=1", "gkd.checkpoint_every=2", "evaluate.tokens=64",
-    "evaluate.repeats=1", "evaluate.sample_tokens=8", "evaluate.prompt=abc", "profile.repeats=2", "profile.stack=1",
-    "profile.scenario.batch_size=2", "profile.scenario.input_tokens=16", "profile.scenario.output_tokens=4",
-    "space.attention=[parent,noop]", "space.ffn=[parent,'ffn:50%',noop]", "search.sweep_speedups=[1.05,1.2,50]",
-    "search.limits.speedup=null", "search.limits.params_fraction=0.9",
+    "data.sequence_length=16",
+    "library.tokens=512",
+    "library.calibration_tokens=64",
+    "library.validation_tokens=64",
+    "library.micro_batch_tokens=64",
+    "library.checkpoint_every=2",
+    "scoring.tokens=64",
+    "scoring.micro_batch_tokens=64",
+    "gkd.tokens=512",
+    "gkd.micro_batch_tokens=64",
+    "gkd.num_workers=1",
+    "gkd.checkpoint_every=2",
+    "evaluate.tokens=64",
+    "evaluate.repeats=1",
+    "evaluate.sample_tokens=8",
+    "evaluate.prompt=abc",
+    "profile.repeats=2",
+    "profile.stack=1",
+    "profile.scenario.batch_size=2",
+    "profile.scenario.input_tokens=16",
+    "profile.scenario.output_tokens=4",
+    "space.attention=[parent,noop]",
+    "space.ffn=[parent,'ffn:50%',noop]",
+    "search.sweep_speedups=[1.05,1.2,50]",
+    "search.limits.speedup=null",
+    "search.limits.params_fraction=0.9",
 )
 
 
@@ -44,11 +63,24 @@ def inputs(tmp_path_factory):
 def command(verb, inputs, *settings, store, parent=None, data=None):
     folder, text = inputs
     words = [w for s in (*SMALL, *settings) for w in ("--set", s)]
-    return [sys.executable, "-m", f"jobs.{verb}", "--parent", str(parent or folder), "--data", str(data or text), "--store", str(store), *words]
+    return [
+        sys.executable,
+        "-m",
+        f"jobs.{verb}",
+        "--parent",
+        str(parent or folder),
+        "--data",
+        str(data or text),
+        "--store",
+        str(store),
+        *words,
+    ]
 
 
 def run(words, timeout=240):
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        words, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +175,9 @@ def test_empty_data_and_an_unsupported_family(inputs, tmp_path):
 def test_a_budget_below_the_cheapest_architecture_names_what_is_reachable(whole, inputs):
     store, *_ = whole
     done = run(command("search_architecture", inputs, "search.limits.params_fraction=0.01", store=store))
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: no architecture in this search space meets params")
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(
+        "error: no architecture in this search space meets params"
+    )
     assert "the best reachable is" in done.stderr
 
 

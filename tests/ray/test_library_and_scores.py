@@ -123,7 +123,9 @@ def test_scores_equal_one_processes(local_ray, setting):
     config = ScoringConfig(granularity="block", tokens=64, micro_batch_tokens=32)
     model_config = read_config(folder)
     stack = load_stack(folder, describe(model_config), model_config, 0, 4, torch.float32)
-    serial = score_serially(stack, tokens.first(64, 2), space, config, store.step("scores", {"by": "serial"}, {}), library.states, Quiet())
+    serial = score_serially(
+        stack, tokens.first(64, 2), space, config, store.step("scores", {"by": "serial"}, {}), library.states, Quiet()
+    )
     step = store.step("scores", {"by": "ray"}, {})
     on_ray = scoring_pool.score_blocks(str(folder), space, library.step, config, CLUSTER, tokens, step, Quiet())
     assert on_ray == serial

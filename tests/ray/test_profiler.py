@@ -99,7 +99,7 @@ def test_a_driver_that_is_stopped_measures_only_the_rest(local_ray, setting, tmp
 def test_killing_a_profiler_loses_at_most_the_item_it_was_at(local_ray, setting, tmp_path, pool):
     folder, space = setting
     step = Store(str(tmp_path)).step("profile", {}, {})
-    long = CONFIG.model_copy(update={"batch_sizes": (1,), "repeats": 60})  # so that it dies in the middle of an item
+    long = CONFIG.model_copy(update={"batch_sizes": (1,), "repeats": 200})  # so that it dies in the middle of an item
     kept = {}
 
     def kill():

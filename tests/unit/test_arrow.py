@@ -8,7 +8,11 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-ALLOWED = {"puzzle_ray": {"puzzle_ray"}, "actors": {"puzzle_ray", "actors", "ray"}, "jobs": {"puzzle_ray", "actors", "jobs", "ray"}}
+ALLOWED = {
+    "puzzle_ray": {"puzzle_ray"},
+    "actors": {"puzzle_ray", "actors", "ray"},
+    "jobs": {"puzzle_ray", "actors", "jobs", "ray"},
+}
 GUARDED = {"puzzle_ray", "actors", "jobs", "tests", "benchmarks", "ray"}
 SOURCES = sorted(path.relative_to(ROOT) for top in ALLOWED for path in (ROOT / top).rglob("*.py"))
 

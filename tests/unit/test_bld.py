@@ -13,7 +13,9 @@ from puzzle_ray.families import describe
 from puzzle_ray.progress import Quiet
 from puzzle_ray.store import Store
 
-CONFIG = LibraryConfig(tokens=256, calibration_tokens=64, validation_tokens=64, micro_batch_tokens=32, learning_rate=3e-3, checkpoint_every=3)
+CONFIG = LibraryConfig(
+    tokens=256, calibration_tokens=64, validation_tokens=64, micro_batch_tokens=32, learning_rate=3e-3, checkpoint_every=3
+)
 SPACE = (("gqa:1", "linear", "noop"), ("ffn:24", "linear", "noop"))
 
 
@@ -39,7 +41,12 @@ def test_normalised_mse_is_zero_for_a_copy_and_one_for_zeros():
 
 def test_learning_rate_warms_up_then_falls_to_a_tenth():
     rates = [learning_rate(1.0, step, 100, 0.1) for step in range(100)]
-    assert rates[0] == 0.1 and max(rates) == rates[9] == 1.0 and rates[9:] == sorted(rates[9:], reverse=True) and 0.1 <= rates[-1] < 0.11
+    assert (
+        rates[0] == 0.1
+        and max(rates) == rates[9] == 1.0
+        and rates[9:] == sorted(rates[9:], reverse=True)
+        and 0.1 <= rates[-1] < 0.11
+    )
 
 
 def test_both_validations_read_the_same_micro_batches_and_training_reads_others():

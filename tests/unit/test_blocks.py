@@ -81,7 +81,11 @@ def test_every_variant_runs_forward_and_backward_and_its_weights_round_trip(fami
 def test_a_mixed_child_saves_loads_and_generates_with_a_cache_as_without(family, tmp_path):
     folder, config, descriptor, space = family
     stack = whole_stack(folder, config, descriptor)
-    choices = [LayerChoice("noop", "parent"), LayerChoice(space.layers[1].attention[1], space.layers[1].ffn[1]), LayerChoice("linear", "linear")]
+    choices = [
+        LayerChoice("noop", "parent"),
+        LayerChoice(space.layers[1].attention[1], space.layers[1].ffn[1]),
+        LayerChoice("linear", "linear"),
+    ]
     trained, hidden = {}, stack.embed(IDS)
     for index, choice in enumerate(choices):
         layer = initialised(stack, index, choice, hidden)
@@ -90,8 +94,14 @@ def test_a_mixed_child_saves_loads_and_generates_with_a_cache_as_without(family,
     save_child(child, folder, tmp_path)
     loaded = load_model(tmp_path)
     assert torch.equal(loaded(IDS).logits, child(IDS).logits)
-    cached = loaded.generate(IDS[:, :7], attention_mask=torch.ones_like(IDS[:, :7]), max_new_tokens=9, do_sample=False,
-                             pad_token_id=1, eos_token_id=None)
+    cached = loaded.generate(
+        IDS[:, :7],
+        attention_mask=torch.ones_like(IDS[:, :7]),
+        max_new_tokens=9,
+        do_sample=False,
+        pad_token_id=1,
+        eos_token_id=None,
+    )
     ids = IDS[:, :7]
     for _ in range(9):
         ids = torch.cat([ids, loaded(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)

@@ -51,7 +51,9 @@ def test_every_kind_of_source_gives_the_same_documents(tmp_path, kind):
 
 def test_batches_are_a_function_of_seed_and_number_and_every_epoch_sees_all():
     tokens = Tokens(np.arange(40, dtype=np.int32).reshape(10, 4))
-    assert torch.equal(tokens.batch(1, 3, 2), tokens.batch(1, 3, 2)) and not torch.equal(tokens.batch(1, 3, 2), tokens.batch(2, 3, 2))
+    assert torch.equal(tokens.batch(1, 3, 2), tokens.batch(1, 3, 2)) and not torch.equal(
+        tokens.batch(1, 3, 2), tokens.batch(2, 3, 2)
+    )
     epoch = torch.cat([tokens.batch(0, n, 2) for n in range(5)])
     assert sorted(epoch[:, 0].tolist()) == list(range(0, 40, 4))
     assert not torch.equal(epoch, torch.cat([tokens.batch(0, n, 2) for n in range(5, 10)]))

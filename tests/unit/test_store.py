@@ -12,8 +12,12 @@ from puzzle_ray.store import Store, content_key
 
 def test_key_changes_with_stage_settings_and_inputs():
     base = ("library", {"tokens": 1, "lr": 0.1}, {"parent": "a"})
-    keys = {content_key(*base), content_key("scores", *base[1:]), content_key("library", {"tokens": 2, "lr": 0.1}, {"parent": "a"}),
-            content_key("library", base[1], {"parent": "b"})}
+    keys = {
+        content_key(*base),
+        content_key("scores", *base[1:]),
+        content_key("library", {"tokens": 2, "lr": 0.1}, {"parent": "a"}),
+        content_key("library", base[1], {"parent": "b"}),
+    }
     assert len(keys) == 4
     assert content_key("library", {"lr": 0.1, "tokens": 1}, {"parent": "a"}) == content_key(*base)
 
@@ -82,8 +86,12 @@ def s3_url():
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     host, port = server.get_host_and_port()
-    settings = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-                "AWS_DEFAULT_REGION": "us-east-1"}
+    settings = {
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     import s3fs
