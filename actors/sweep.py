@@ -34,6 +34,7 @@ def sweep(setup: Any, speedups: Sequence[float], step: Step, num_trials: int) ->
         tune.report({"solved": solve_points(setup, config["speedups"], step)})
 
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the old output is silent when told so
     storage = step.path("tune") if step.store.is_local else None
     tuner = tune.Tuner(
         tune.with_resources(trial, {"cpu": 1}),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import sysconfig
 import time
 import tokenize
@@ -60,10 +61,11 @@ class TinyParentSpec:
     max_position_embeddings: int = 1024
     initializer_range: float = 0.06  # near 1 / sqrt(hidden_size): a short training does not outgrow Llama's 0.02
     sequence_length: int = 256  # tokens per training window
-    batch_size: int = 2  # windows per step: with few tokens, many small steps learn more than few large ones
-    steps: int = 1200
-    warmup_steps: int = 50
-    learning_rate: float = 3e-3  # the peak; falls to zero along a cosine
+    batch_size: int = 4  # windows per step
+    steps: int = 500
+    warmup_steps: int = 20
+    learning_rate: float = 3e-3  # of embeddings and norms (AdamW): the peak; falls to zero along a cosine
+    matrix_learning_rate: float = 0.02  # of the layers' matrices (Muon)
     weight_decay: float = 0.1  # on matrices only
     max_grad_norm: float = 1.0
     heldout_windows: int = 256  # at most, evenly spread over the held-out text
@@ -127,10 +129,7 @@ def standard_library_files(max_text_bytes: int) -> list[tuple[str, Path]]:
     root = Path(sysconfig.get_path("stdlib"))
     chosen: list[tuple[str, Path]] = []
     total_bytes = 0
-    for relative, file in sorted((file.relative_to(root).as_posix(), file) for file in root.rglob("*.py")):
-        parts = relative.split("/")
-        if SKIPPED_FOLDERS.intersection(parts) or any(part.startswith(SKIPPED_PREFIXES) for part in parts):
-            continue
+    for relative, file in sorted((file.relative_to(root).as_posix(), file) for file in _python_files(root)):
         size_bytes = file.stat().st_size
         if total_bytes + size_bytes > max_text_bytes:
             break
@@ -144,6 +143,17 @@ def standard_library_files(max_text_bytes: int) -> list[tuple[str, Path]]:
             "use a Python that has its .py files, raise max_text_bytes, or give a parent of your own",
         )
     return chosen
+
+
+def _python_files(root: Path) -> Iterator[Path]:
+    for folder, subfolders, names in os.walk(root):
+        # cut here, not filtered later: site-packages alone holds more files than all the rest
+        subfolders[:] = [
+            name for name in subfolders if name not in SKIPPED_FOLDERS and not name.startswith(SKIPPED_PREFIXES)
+        ]
+        for name in names:
+            if name.endswith(".py") and not name.startswith(SKIPPED_PREFIXES):
+                yield Path(folder, name)
 
 
 def source_fingerprint(spec: TinyParentSpec) -> str:
@@ -239,12 +249,41 @@ def _loss(model: LlamaForCausalLM, windows: Tensor) -> Tensor:
     return cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
 
-def _learning_rate(spec: TinyParentSpec, step: int) -> float:
-    """Linear warm-up, then a cosine down to zero."""
+class Muon:
+    """Momentum whose every update is made nearly orthogonal by five Newton-Schulz steps (Jordan et al. 2024), in fp32."""
+
+    def __init__(self, matrices: Sequence[Tensor], weight_decay: float, momentum: float = 0.95) -> None:
+        by_shape: dict[torch.Size, list[Tensor]] = {}
+        for matrix in matrices:
+            by_shape.setdefault(matrix.shape, []).append(matrix)
+        self.groups = [(group, torch.zeros(len(group), *shape)) for shape, group in by_shape.items()]
+        self.weight_decay, self.momentum = weight_decay, momentum
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> None:
+        """Moves the matrices by their gradients, which it clears."""
+        for matrices, average in self.groups:  # average [N, rows, columns]
+            gradient = torch.stack([matrix.grad for matrix in matrices if matrix.grad is not None])
+            average.lerp_(gradient, 1 - self.momentum)
+            update = gradient.lerp(average, self.momentum)
+            tall = update.shape[1] > update.shape[2]
+            x = update.mT if tall else update
+            x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+            for _ in range(5):
+                gram = x @ x.mT
+                x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+            size = learning_rate * max(1.0, update.shape[1] / update.shape[2]) ** 0.5
+            for matrix, direction in zip(matrices, x.mT if tall else x, strict=True):
+                matrix.mul_(1 - learning_rate * self.weight_decay).add_(direction, alpha=-size)
+                matrix.grad = None
+
+
+def _learning_rate_factor(spec: TinyParentSpec, step: int) -> float:
+    """Linear warm-up to 1, then a cosine down to zero."""
     if step < spec.warmup_steps:
-        return spec.learning_rate * (step + 1) / (spec.warmup_steps + 1)
+        return (step + 1) / (spec.warmup_steps + 1)
     done = (step - spec.warmup_steps) / (spec.steps - spec.warmup_steps)
-    return spec.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+    return 0.5 * (1 + math.cos(math.pi * done))
 
 
 def _train(
@@ -255,23 +294,23 @@ def _train(
     epochs = math.ceil(spec.steps * spec.batch_size / len(windows))
     order = torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(epochs)])
     parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": spec.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=spec.learning_rate, betas=(0.9, 0.99), fused=True)
+    layer_matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [p for p in parameters if all(p is not matrix for matrix in layer_matrices)]
+    muon = Muon(layer_matrices, spec.weight_decay)
+    adamw = torch.optim.AdamW(others, lr=spec.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     curve: list[tuple[int, float]] = []
     recent: list[float] = []
     model.train()
     with progress.stage("train the tiny parent", spec.steps, "steps") as bar:
         for step in range(spec.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = _learning_rate(spec, step)
+            factor = _learning_rate_factor(spec, step)
+            adamw.param_groups[0]["lr"] = factor * spec.learning_rate
             loss = _loss(model, windows[order[step * spec.batch_size : (step + 1) * spec.batch_size]])
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, spec.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+            muon.step(factor * spec.matrix_learning_rate)
+            adamw.step()
+            adamw.zero_grad()
             recent.append(loss.item())
             if not math.isfinite(recent[-1]):
                 raise ConfigError(

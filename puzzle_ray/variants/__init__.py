@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from functools import cache, lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 from puzzle_ray.artifacts import SubblockKind

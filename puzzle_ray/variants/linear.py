@@ -36,11 +36,8 @@ class Linear:
 
     def reshape(self, layer: nn.Module, argument: str, kind: SubblockKind, descriptor: Descriptor, config: Any) -> None:
         old = getattr(layer, descriptor.module(kind))
-        new: nn.Module
-        if kind == "attention":
-            new = LinearAttention(config.hidden_size, old.layer_idx)
-        else:
-            new = LinearFFN(config.hidden_size)
+        attention = kind == "attention"
+        new: nn.Module = LinearAttention(config.hidden_size, old.layer_idx) if attention else LinearFFN(config.hidden_size)
         like = next(old.parameters())
         setattr(layer, descriptor.module(kind), new.to(dtype=like.dtype, device=like.device))
 

@@ -1,0 +1,118 @@
+"""Predicted against measured cost of random architectures on this CPU: python -m benchmarks.fidelity --out FILE.json [--quick]
+
+Profiles the parent's shapes (by default those of the tiny parent, with random weights: only shapes cost), then measures the parent
+and architectures drawn at random from the search space, side by side. Runtime is a prefill and the decode steps after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig
+
+from benchmarks.record import write
+from puzzle_ray.artifacts import LayerChoice, Profile, Scenario, SearchSpace
+from puzzle_ray.blocks import search_space
+from puzzle_ray.checkpoint import locate, read_config
+from puzzle_ray.config import ProfileConfig, SpaceConfig
+from puzzle_ray.evaluate import speeds
+from puzzle_ray.export.hf import new_child
+from puzzle_ray.profiling.measure import measure_side_by_side, profile_serially
+from puzzle_ray.profiling.memory import model_memory_mib
+from puzzle_ray.progress import Lines
+from puzzle_ray.search.architectures import predicted_costs
+from puzzle_ray.store import Store
+from puzzle_ray.tiny_parent import TinyParentSpec
+
+PARENT = "parent"
+
+
+def tiny_config() -> LlamaConfig:
+    """The tiny parent's shapes."""
+    spec = TinyParentSpec()
+    return LlamaConfig(
+        vocab_size=spec.vocab_size, hidden_size=spec.hidden_size, intermediate_size=spec.intermediate_size,
+        num_hidden_layers=spec.num_hidden_layers, num_attention_heads=spec.num_attention_heads,
+        num_key_value_heads=spec.num_key_value_heads, max_position_embeddings=spec.max_position_embeddings,
+        tie_word_embeddings=True,
+    )
+
+
+def drawn(space: SearchSpace, count: int, seed: int) -> dict[str, tuple[LayerChoice, ...]]:
+    """The parent, and architectures with every layer drawn at random, from hardly to strongly compressed."""
+    rng = random.Random(seed)
+    found = {PARENT: (LayerChoice(),) * len(space.layers)}
+    for number in range(count):
+        kept = number / count  # the share of subblocks that stay the parent's by design; the others may by chance
+        found[f"random {number + 1}"] = tuple(
+            LayerChoice(
+                PARENT if rng.random() < kept else rng.choice(layer.attention), PARENT if rng.random() < kept else rng.choice(layer.ffn)
+            )
+            for layer in space.layers
+        )
+    return found
+
+
+def compared(
+    config: Any, space: SearchSpace, profile: Profile, settings: ProfileConfig, architectures: dict[str, tuple[LayerChoice, ...]]
+) -> list[dict[str, Any]]:
+    """One row per architecture; errors are predicted / measured - 1."""
+    models = {name: new_child(config, choices, getattr(torch, settings.dtype)).eval() for name, choices in architectures.items()}
+    measured = speeds(measure_side_by_side(models, settings.scenario, settings.repeats), settings.scenario)
+    rows = []
+    for name, choices in architectures.items():
+        costs, found = predicted_costs(space, profile, settings.scenario, choices), measured[name]
+        row: dict[str, Any] = {"architecture": name, "choices": [choice.label for choice in choices]}
+        for cost in ("prefill_ms", "decode_ms", "runtime_ms", "throughput_tokens_per_s"):
+            row[f"predicted_{cost}"], row[f"measured_{cost}"] = getattr(costs, cost), found[cost]
+            row[f"{cost}_error"] = getattr(costs, cost) / found[cost] - 1
+        row["predicted_memory_mib"] = costs.memory_mib
+        row["measured_memory_mib"] = model_memory_mib(models[name], settings.scenario)
+        rows.append(row)
+    return rows
+
+
+def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    error = "throughput_tokens_per_s_error"
+    predicted, measured = ([row[f"{kind}_throughput_tokens_per_s"] for row in rows] for kind in ("predicted", "measured"))
+    ranks = [np.argsort(np.argsort(values)) for values in (predicted, measured)]
+    return {
+        "median_abs_error": float(np.median([abs(row[error]) for row in rows if row["architecture"] != PARENT])),
+        "max_abs_error": max(abs(row[error]) for row in rows),
+        "rank_correlation": float(np.corrcoef(*ranks)[0, 1]),
+        "parent_error": next(row[error] for row in rows if row["architecture"] == PARENT),
+        "memory_exact": all(row["predicted_memory_mib"] == row["measured_memory_mib"] for row in rows),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--parent", help="a model folder or hub id in place of the tiny parent's shapes")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--quick", action="store_true", help="4 architectures, 3 repeats")
+    arguments = parser.parse_args()
+    config = read_config(locate(arguments.parent)) if arguments.parent else tiny_config()
+    variants = SpaceConfig()
+    space = search_space(config, variants.attention, variants.ffn, variants.ffn_multiple_of)
+    settings = ProfileConfig(scenario=Scenario(16, 256, 32), repeats=3 if arguments.quick else arguments.repeats)
+    with tempfile.TemporaryDirectory() as folder:
+        profile = profile_serially(config, space, settings, Store(folder).step("profile", {}, {}), Lines())
+    rows = compared(config, space, profile, settings, drawn(space, 4 if arguments.quick else 12, seed=0))
+    print(f"{'architecture':>14} {'prefill ms':>17} {'decode ms':>17} {'runtime ms':>17} {'error':>7}   predicted / measured")
+    for row in rows:
+        times = (f"{row[f'predicted_{t}']:8.2f}/{row[f'measured_{t}']:8.2f}" for t in ("prefill_ms", "decode_ms", "runtime_ms"))
+        print(f"{row['architecture']:>14} {' '.join(times)} {row['runtime_ms_error']:+7.1%}")
+    summary = summary_of(rows)
+    print(", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in summary.items()))
+    write(arguments.out, rows, summary)
+
+
+if __name__ == "__main__":
+    main()
