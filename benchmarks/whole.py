@@ -1,7 +1,7 @@
 """The tiny recipe from nothing to a distilled child, beside a uniformly narrowed child of the same measured speed.
 
-The uniform child narrows the FFN of every layer alike. It gets what the searched child got: the same tokens of block distillation
-for its blocks, the same tokens of global distillation. Its width is the widest whose measured speed is not above the child's.
+The uniform child narrows every layer alike: the FFN, and the KV heads where the FFN alone does not reach the speed. It gets what the
+searched child got: the same tokens of block distillation for its blocks, the same tokens of global distillation.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
 from benchmarks.record import write
 from jobs.session import connected
 from jobs.stages import Run
-from puzzle_ray.artifacts import LayerChoice
+from puzzle_ray.artifacts import PARENT, LayerChoice
 from puzzle_ray.config import load
 
 QUICK = ("library.tokens=20480", "gkd.tokens=40960", "scoring.tokens=4096", "evaluate.tokens=8192")
@@ -52,44 +53,55 @@ def peak_memory_gib() -> Iterator[list[float]]:
         thread.join()
 
 
-def first_width(run: Run) -> int:
-    """The FFN width whose predicted runtime, between those profiled, is the child's."""
-    import numpy as np
-
+def first_choice(run: Run) -> LayerChoice:
+    """The mildest narrowing of every layer alike whose predicted runtime is the child's: fewer KV heads only where the FFN alone,
+    at a tenth of its width, would not do."""
     steps = run.config.profile.scenario.output_tokens - 1
     size = run.config.profile.scenario.batch_size
     whole = run.model_config.intermediate_size
-    rows = [
-        r for r in run.profile.rows if r.subblock == "ffn" and r.batch_size == size and r.variant.startswith(("ffn:", "parent"))
-    ]
-    widths = np.array([whole if r.variant == "parent" else int(r.variant[4:]) for r in rows])
-    costs = np.array([r.prefill_ms + steps * r.decode_ms for r in rows])
-    order = np.argsort(widths)
-    parent, child = run.architecture.parent_predicted.runtime_ms, run.architecture.predicted.runtime_ms
-    target = costs[order][-1] - (parent - child) / run.model_config.num_hidden_layers
-    width = float(np.interp(target, np.maximum.accumulate(costs[order]), widths[order]))
-    return max(8, int(width) // 8 * 8)
+    cost = {(r.subblock, r.variant): r.prefill_ms + steps * r.decode_ms for r in run.profile.rows if r.batch_size == size}
+    widths = sorted(
+        (whole if v == PARENT else int(v[4:]), ms) for (k, v), ms in cost.items() if k == "ffn" and v.startswith(("ffn:", PARENT))
+    )
+    saving = run.architecture.parent_predicted.runtime_ms - run.architecture.predicted.runtime_ms
+    heads = [PARENT, *(v for v in run.space.layers[0].attention if v.startswith("gqa:"))]
+    for attention in heads:
+        saved_by_heads = cost["attention", PARENT] - cost["attention", attention]
+        target = cost["ffn", PARENT] - saving / run.model_config.num_hidden_layers + saved_by_heads
+        width = float(np.interp(target, np.maximum.accumulate([ms for _, ms in widths]), [w for w, _ in widths]))
+        if target >= widths[0][1] and width >= whole / 10:
+            break
+    return LayerChoice(attention, f"ffn:{max(8, int(width) // 8 * 8)}")
 
 
-def uniform_run(config: Any, width: int) -> Run:
-    space = config.space.model_copy(update={"attention": ("parent",), "ffn": ("parent", f"ffn:{width}")})
+def uniform_run(config: Any, choice: LayerChoice) -> Run:
+    space = config.space.model_copy(update={"attention": (PARENT, choice.attention), "ffn": (PARENT, choice.ffn)})
     return Run(config.model_copy(update={"space": space}))
 
 
-def uniform_child(run: Run) -> tuple[Run, int, dict[str, Any]]:
-    """The uniform child before distillation whose measured speed comes nearest to the child's from below."""
-    width = first_width(run)
+def uniform_child(run: Run) -> tuple[Run, LayerChoice, dict[str, Any]]:
+    """The uniform child, not distilled yet, whose measured speed comes within 3 % of the child's (or nearest, after five tries)."""
+    choice, tried = first_choice(run), {}
     layers = run.model_config.num_hidden_layers
-    while True:
-        other = uniform_run(run.config, width)
-        step = other.child_of([LayerChoice(ffn=f"ffn:{width}")] * layers)
+    while len(tried) < 5:
+        other = uniform_run(run.config, choice)
+        step = other.child_of([choice] * layers)
         folders = {"parent": run.parent, "child": run.distilled.path("child"), "uniform": step.path("child")}
         found = run.compare(folders)
         child, uniform = (found["models"][name]["measured_speedup"] for name in ("child", "uniform"))
-        print(f"uniform ffn:{width}: {uniform:.3f} x, child {child:.3f} x", file=sys.stderr, flush=True)
-        if uniform <= 1.02 * child or width + 16 >= run.model_config.intermediate_size:
-            return other, width, found
-        width += 16
+        print(f"uniform {choice.label}: {uniform:.3f} x, child {child:.3f} x", file=sys.stderr, flush=True)
+        tried[choice] = (abs(uniform / child - 1), other, choice, found)
+        width = int(choice.ffn[4:])
+        following = width + (16 if uniform > child else -16)
+        choice = LayerChoice(choice.attention, f"ffn:{following}")
+        if (
+            tried[LayerChoice(choice.attention, f"ffn:{width}")][0] <= 0.03
+            or choice in tried
+            or not 8 <= following < run.model_config.intermediate_size
+        ):
+            break
+    _, other, choice, found = min(tried.values(), key=lambda entry: entry[0])
+    return other, choice, found
 
 
 def main() -> None:
@@ -107,8 +119,8 @@ def main() -> None:
         with peak_memory_gib() as peak, connected(run.config.cluster):
             _ = run.report
             seconds = time.monotonic() - started
-            other, width, found = uniform_child(run)
-            uniform = other.distilled_of(other.child_of([LayerChoice(ffn=f"ffn:{width}")] * run.model_config.num_hidden_layers))
+            other, choice, found = uniform_child(run)
+            uniform = other.distilled_of(other.child_of([choice] * run.model_config.num_hidden_layers))
             folders = {"parent": run.parent, "child": run.distilled.path("child"), "uniform": uniform.path("child")}
             final = run.compare(folders)
     models = final["models"]
@@ -120,7 +132,7 @@ def main() -> None:
         "measured_speedup": models["child"]["measured_speedup"],
         "predicted_speedup": run.architecture.predicted_speedup,
         "uniform_speedup": models["uniform"]["measured_speedup"],
-        "uniform_width": width,
+        "uniform_choice": choice.label,
         "child_loss": models["child"]["heldout_loss"],
         "uniform_loss": models["uniform"]["heldout_loss"],
         "parent_loss": models["parent"]["heldout_loss"],

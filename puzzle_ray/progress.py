@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, TextIO
@@ -53,6 +54,7 @@ class _LineBar:
         self.started = time.monotonic()
         self.shown = self.started
         self.facts: dict[str, float] = {}
+        self.recent: deque[tuple[float, int]] = deque([(self.started, 0)], maxlen=8)  # what rate and time left are taken from
 
     def advance(self, count: int = 1, **facts: float) -> None:
         self.done += count
@@ -63,8 +65,9 @@ class _LineBar:
             self._show(now)
 
     def _show(self, now: float) -> None:
-        elapsed = now - self.started
-        rate = self.done / elapsed if elapsed > 0 else 0.0
+        then, before = self.recent[0]
+        self.recent.append((now, self.done))
+        rate = max(0, self.done - before) / (now - then) if now > then else 0.0
         left = _duration((self.total - self.done) / rate) if rate > 0 else "?"
         facts = "".join(f" {name}={value:.4g}" for name, value in self.facts.items())
         text = (
