@@ -7,24 +7,37 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from puzzle_ray.config import ClusterConfig
 from puzzle_ray.errors import ClusterError
 
 
 def _probe(address: str, timeout_s: float) -> None:
-    """Raises ClusterError when nothing answers at host:port."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    """Raises ClusterError unless a gRPC server, as Ray's is, answers at host:port in time. `ray.init` itself would wait for minutes."""
+    import grpc
+
+    target = address.removeprefix("ray://")
+    host, _, port = target.rpartition(":")
     if not host or not port.isdigit():
         raise ClusterError("cluster.address", f"{address!r} is no address", "write local, auto, host:port or ray://host:port")
+    remedy = "start it with `ray start --head`, or use address local"
     try:
         socket.create_connection((host, int(port)), timeout=timeout_s).close()
+        if os.environ.get("RAY_USE_TLS", "0") in ("0", ""):
+            with grpc.insecure_channel(target) as channel:
+                grpc.channel_ready_future(channel).result(timeout=timeout_s)
     except OSError as error:
-        raise ClusterError(
-            "cluster.address",
-            f"no Ray answers at {address!r} ({error})",
-            "start it with `ray start --head`, or use address local",
-        ) from None
+        raise ClusterError("cluster.address", f"no Ray answers at {address!r} ({error})", remedy) from None
+    except grpc.FutureTimeoutError:
+        problem = f"what listens at {address!r} does not answer as Ray within {timeout_s:g} s"
+        raise ClusterError("cluster.address", problem, remedy) from None
+
+
+def _last_started() -> str | None:
+    """The address `ray start` left on this machine for `auto` to find; it stays there when that cluster has died."""
+    note = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+    return note.read_text().strip() if note.is_file() else None
 
 
 def object_store_bytes(window_bytes: int) -> int:
@@ -46,8 +59,9 @@ def connected(cluster: ClusterConfig, window_bytes: int = 0) -> Iterator[None]:
     address = cluster.address
     if address == "local" and os.environ.get("RAY_ADDRESS"):
         address = os.environ["RAY_ADDRESS"]
-    if address not in ("local", "auto"):
-        _probe(address, cluster.connect_timeout_s)
+    known = _last_started() if address == "auto" else address
+    if known and address != "local":
+        _probe(known, cluster.connect_timeout_s)
     os.environ.setdefault("RAY_gcs_server_request_timeout_seconds", str(max(1, int(cluster.connect_timeout_s))))
     common = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     try:

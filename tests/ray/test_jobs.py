@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -41,7 +42,7 @@ SMALL = (
     "profile.scenario.output_tokens=4",
     "space.attention=[parent,noop]",
     "space.ffn=[parent,'ffn:50%',noop]",
-    "search.sweep_speedups=[1.05,1.2,50]",
+    "search.sweep.speedup=[1.05,1.2,50]",
     "search.limits.speedup=null",
     "search.limits.params_fraction=0.9",
 )
@@ -158,6 +159,15 @@ def test_what_is_wrong_is_said_in_one_line_before_work_starts(inputs, tmp_path, 
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
     assert words in done.stderr
     assert not list((tmp_path / "store").glob("*-*")) if (tmp_path / "store").exists() else True
+
+
+def test_a_port_that_is_silent_is_given_up_in_time(inputs, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        settings = (f"cluster.address='{address}'", "cluster.connect_timeout_s=3")
+        done = run(command("compress", inputs, *settings, store=tmp_path / "store"), timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: cluster.address: what listens at '{address}' does not answer as Ray within 3 s")
 
 
 def test_empty_data_and_an_unsupported_family(inputs, tmp_path):
