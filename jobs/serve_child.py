@@ -33,7 +33,7 @@ def main(
     child: Annotated[str, typer.Option(help="Hugging Face folder: a path, an fsspec URL or a hub id.")],
     host: Annotated[str, typer.Option(help="Interface to listen on; 0.0.0.0 is all of them.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    address: Annotated[str, typer.Option(help="Ray: local (one of its own), auto, host:port or ray://host:port.")] = "local",
+    address: Annotated[str, typer.Option(help="Ray: local (one of its own), auto, or host:port.")] = "local",
     served_model_name: Annotated[str | None, typer.Option(help="Name in requests; the folder's name if not given.")] = None,
     max_batch_size: Annotated[int, typer.Option(min=1, help="Requests decoded together, per replica.")] = 16,
     max_length: Annotated[int, typer.Option(min=0, help="Tokens of prompt and answer; 0 is the model's own limit.")] = 0,

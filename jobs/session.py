@@ -17,15 +17,16 @@ def _probe(address: str, timeout_s: float) -> None:
     """Raises ClusterError unless a gRPC server, as Ray's is, answers at host:port in time. `ray.init` itself would wait for minutes."""
     import grpc
 
-    target = address.removeprefix("ray://")
-    host, _, port = target.rpartition(":")
+    host, _, port = address.rpartition(":")
+    if "://" in address:
+        raise ClusterError("cluster.address", f"{address!r}: Ray Client cannot run Train and Tune", "use `ray job submit`, or host:port")
     if not host or not port.isdigit():
-        raise ClusterError("cluster.address", f"{address!r} is no address", "write local, auto, host:port or ray://host:port")
+        raise ClusterError("cluster.address", f"{address!r} is no address", "write local, auto or host:port")
     remedy = "start it with `ray start --head`, or use address local"
     try:
         socket.create_connection((host, int(port)), timeout=timeout_s).close()
         if os.environ.get("RAY_USE_TLS", "0") in ("0", ""):
-            with grpc.insecure_channel(target) as channel:
+            with grpc.insecure_channel(address) as channel:
                 grpc.channel_ready_future(channel).result(timeout=timeout_s)
     except OSError as error:
         raise ClusterError("cluster.address", f"no Ray answers at {address!r} ({error})", remedy) from None

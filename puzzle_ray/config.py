@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from puzzle_ray.artifacts import Scenario
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.plugins import did_you_mean
-from puzzle_ray.search.limits import Limits
+from puzzle_ray.search.limits import BUDGETS, SCENARIO_AXES, Limits
 
 TINY = "tiny"
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -79,21 +79,75 @@ class ProfileConfig(Section):
 
 
 class ScoringConfig(Section):
-    """Replace-one damage on held-out text."""
+    """Replace-one damage on held-out text, and what may be spared: see `puzzle_ray.scoring`."""
 
-    metric: Literal["kl", "lm_loss"] = "kl"
+    metric: Literal[
+        "kl", "lm_loss", "top1_disagreement", "top5_disagreement", "top10_disagreement",
+        "cosine_distance", "normalised_mse", "downstream", "fisher",
+    ] = "kl"  # what the search adds up; all that are measured are kept
     granularity: Literal["block", "subblock"] = "subblock"
     tokens: Count = 8_192
     micro_batch_tokens: Count = 2048
+    candidate_batch: Count = 1  # candidates of one layer that share a pass through the layers behind it
+    shortlist: Literal["none", "fisher"] = "none"  # estimates every candidate from gradients, to score only some exactly
+    shortlist_keep: Annotated[float, Field(ge=0, le=1)] = 0.5  # share of each layer's candidates that are scored exactly
+    fisher_samples: Count = 1  # labels drawn at every position, a backward pass each
+    racing: bool = False  # a candidate is done when its standard error is small enough, before all tokens are read
+    racing_stderr: Positive = 0.05  # of the mean
+    downstream: str | None = None  # .jsonl of query, choices, gold; half of it scores, the other half is kept to test
+    downstream_questions: Count = 200
+
+    @model_validator(mode="after")
+    def _metric_is_measured(self) -> ScoringConfig:
+        if self.metric == "downstream" and self.downstream is None:
+            raise ValueError("metric downstream needs questions; set scoring.downstream to a .jsonl file")
+        if self.metric == "fisher" and self.shortlist != "fisher":
+            raise ValueError("metric fisher needs its estimates; set scoring.shortlist to fisher")
+        return self
 
 
 class SearchConfig(Section):
-    """The budget, and how it is searched."""
+    """The budget, how it is searched, and whether whole children are measured before one is picked.
+
+    With `candidates` > 1 or `local_search_steps` > 0 the search's `candidates` best answers, each different from the others in
+    `min_different_layers` layers, and one of each of `rivals` are measured on `measure_tokens` held-out tokens; then blocks are
+    exchanged while that helps. `sweep`: lists of values by axis, all combinations: limits' names, `batch_size`, `input_tokens`,
+    `output_tokens`; `sweep_measure` measures what is on the frontier.
+    """
 
     limits: Limits = Limits(speedup=1.5)
     searcher: str = "mip"
     time_limit_s: Positive = 60.0
-    sweep_speedups: tuple[Positive, ...] = (1.1, 1.25, 1.5, 1.75, 2.0)
+    candidates: Count = 1
+    min_different_layers: Count = 1
+    rivals: tuple[str, ...] = ("greedy", "depth", "uniform", "max_params")
+    local_search_steps: Annotated[int, Field(ge=0)] = 0
+    interaction_blocks: Annotated[int, Field(ge=0)] = 4  # all pairs of so many much-used blocks are measured
+    measure_tokens: Count = 8_192
+    sweep: dict[str, tuple[Positive, ...] | None] = {"speedup": (1.1, 1.25, 1.5, 1.75, 2.0)}
+    sweep_measure: bool = False
+
+    @model_validator(mode="after")
+    def _sweep_axes(self) -> SearchConfig:
+        known = (*BUDGETS, *SCENARIO_AXES)
+        for name, values in self.sweep.items():
+            if name not in known:
+                raise ValueError(f"sweep.{name} is no axis; {did_you_mean(name, known)}")
+            if name in SCENARIO_AXES and any(value != int(value) for value in values or ()):
+                raise ValueError(f"sweep.{name} = {list(values or ())}: give whole numbers")
+        if not any(self.sweep.get(name) for name in BUDGETS):
+            raise ValueError("sweep has no budget; give a limit's values, such as sweep: {speedup: [1.5, 2]}")
+        return self
+
+    @property
+    def measures(self) -> bool:
+        """Whether children are measured before one is picked."""
+        return self.candidates > 1 or self.local_search_steps > 0
+
+    @property
+    def grid(self) -> dict[str, tuple[float, ...]]:
+        """The sweep's axes; those set to null or to nothing are left out."""
+        return {name: values for name, values in self.sweep.items() if values}
 
 
 class GkdConfig(Section):
@@ -128,7 +182,7 @@ class EvaluateConfig(Section):
 
 
 class ClusterConfig(Section):
-    """Ray. `address`: `local` starts a cluster in this machine; `auto` or ray://host:port joins one. RAY_ADDRESS wins over `local`."""
+    """Ray. `address`: `local` starts a cluster on this machine; `auto` or host:port joins one. RAY_ADDRESS wins over `local`."""
 
     address: str = "local"
     connect_timeout_s: Positive = 30.0
