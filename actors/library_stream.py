@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from actors.block_trainer import BlockTrainer
 from actors.parent_shard import ParentShard, environment
@@ -61,6 +61,9 @@ class _Stream:
             losses = [loss for loss in ray.get(list(pending), timeout=self.timeout_s) if loss is not None]
         except RayActorError as error:
             raise _Interrupted(str(error)) from error
+        except GetTimeoutError:
+            problem = f"a micro-batch was not done within {self.timeout_s:g} s"
+            raise ClusterError("library", problem, "raise cluster.step_timeout_s, or lower library.micro_batch_tokens") from None
         except RayTaskError as error:
             if isinstance(error.cause, OutOfOrder) or isinstance(error, OutOfOrder):
                 raise _Interrupted(str(error)) from error

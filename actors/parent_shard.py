@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 
-from puzzle_ray.artifacts import ScoreRow
-from puzzle_ray.scoring.replace_one import Item
+from puzzle_ray.artifacts import SearchSpace
+from puzzle_ray.config import ScoringConfig
+from puzzle_ray.scoring.downstream import QuestionBatch
+from puzzle_ray.scoring.fisher import Found
+from puzzle_ray.scoring.items import Damage, Task
 from puzzle_ray.store import Step
 from puzzle_ray.transport import Container
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """What all shards score on: token ids `[batch, tokens]` of each text batch, and batches of questions."""
+
+    texts: Sequence[Container]
+    questions: Sequence[QuestionBatch]
 
 
 class Shard:
@@ -55,45 +67,70 @@ class Shard:
                 leaving.append(pack(hidden, self.travels))
         return leaving if len(leaving) > 1 else leaving[0]  # type: ignore[return-value]
 
-    def run_parent(self, ids: Sequence[Container], entering: Sequence[Container]) -> list[Container]:
+    def run_parent(self, data: EvaluationData, entering: Sequence[Container]) -> list[Container]:
         """Prepares scoring: remembers the parent's activations; returns what the next shard is entered with."""
         import torch
 
         from puzzle_ray.scoring.replace_one import ShardScorer
         from puzzle_ray.transport import pack, unpack
 
-        self.scorer = ShardScorer(self.stack, [torch.from_numpy(batch.copy()) for batch in ids])
+        self.scorer = ShardScorer(self.stack, [torch.from_numpy(batch.copy()) for batch in data.texts], data.questions)
         first = self.stack.embedding is not None
         batches = self.scorer.input_ids if first else [unpack(batch, torch.float32) for batch in entering]
         return [pack(batch, torch.float32) for batch in self.scorer.run_parent(batches)]
 
-    def exchange(self, item: Item, library: Step, ids: Sequence[Container], entering: Sequence[Container]) -> Any:
-        """Scores one exchange as far as this shard reaches: hidden states for the next shard, or at the end the rows."""
+    def exchange(self, task: Task, library: Step, data: EvaluationData, entering: Sequence[Container]) -> Any:
+        """Scores exchanges as far as this shard reaches: hidden states for the next shard, or at the end the damage."""
         from puzzle_ray.distill.library import Library
 
         if self.scorer is None:  # this process was restarted
-            self.run_parent(ids, entering)
-        return self._leave(item, self.scorer.exchange(item, Library(library).states(item.layer, item.choice)))
+            self.run_parent(data, entering)
+        return self._leave(task, self.scorer.exchange(task, Library(library).states))
 
-    def suffix(self, item: Item, damaged: Sequence[Container], ids: Sequence[Container], entering: Sequence[Container]) -> Any:
+    def suffix(self, task: Task, damaged: Sequence[Container], data: EvaluationData, entering: Sequence[Container]) -> Any:
         """The same for a shard behind the one that exchanged."""
         import torch
 
         from puzzle_ray.transport import unpack
 
         if self.scorer is None:
-            self.run_parent(ids, entering)
-        return self._leave(item, self.scorer.suffix([unpack(batch, torch.float32) for batch in damaged]))
+            self.run_parent(data, entering)
+        return self._leave(task, self.scorer.suffix([unpack(batch, torch.float32) for batch in damaged]))
 
-    def _leave(self, item: Item, leaving: Sequence[Any]) -> list[Container] | list[ScoreRow]:
+    def _leave(self, task: Task, leaving: Sequence[Any]) -> list[Container] | list[Damage]:
         import torch
 
-        from puzzle_ray.scoring.replace_one import rows_of
         from puzzle_ray.transport import pack
 
         if not self.scorer.ends:
             return [pack(batch, torch.float32) for batch in leaving]
-        return rows_of(item, self.scorer.measure(leaving), self.scorer.parent_loss())
+        damage: list[Damage] = self.scorer.measure(task, leaving)
+        return damage
+
+    def estimate(
+        self,
+        batches: Sequence[int],
+        gradients: Sequence[Sequence[Container]] | None,
+        space: SearchSpace,
+        config: ScoringConfig,
+        library: Step,
+        data: EvaluationData,
+        entering: Sequence[Container],
+    ) -> tuple[Found, list[list[Container]]]:
+        """Fisher estimates of this shard's candidates, and the gradients that the shard before it needs. Two returns."""
+        import torch
+
+        from puzzle_ray.distill.library import Library
+        from puzzle_ray.scoring.fisher import shard_estimates
+        from puzzle_ray.transport import pack, unpack
+
+        if self.scorer is None:
+            self.run_parent(data, entering)
+        given = [[unpack(g, torch.float32) for g in samples] for samples in gradients] if gradients is not None else None
+        found, before = shard_estimates(self.scorer, batches, given, space, config, Library(library).states)
+        if self.stack.embedding is not None:  # nobody asks for them
+            return found, []
+        return found, [[pack(g, torch.float32) for g in samples] for samples in before]
 
 
 @ray.remote(max_restarts=-1, max_task_retries=-1)  # every call brings what it needs, so any retry is safe

@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from puzzle_ray.config import ClusterConfig
 from puzzle_ray.errors import ClusterError
@@ -49,10 +49,13 @@ def wait_ready(actors: Sequence[ActorHandle[Any]], what: str, timeout_s: float) 
             f"{len(actors)} {what} did not start within {timeout_s:g} s; the cluster has {have}",
             "ask for less, add nodes, or raise cluster.placement_timeout_s",
         ) from None
+    except RayActorError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ClusterError("cluster", f"{what} could not start ({reason})", "see the worker's log in Ray's session folder") from None
 
 
-def end(actors: Sequence[ActorHandle[Any]], timeout_s: float = 10.0) -> None:
-    """Kills actors for good and waits until their resources are free again."""
+def end(actors: Sequence[ActorHandle[Any]], timeout_s: float = 3.0) -> None:
+    """Kills actors for good and waits a little for their resources to be free again."""
     if not actors:
         return
     total = ray.cluster_resources()

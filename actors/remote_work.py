@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import RayActorError
 
 from actors.parent_shard import environment
+from actors.placement import end, wait_ready
 from puzzle_ray.artifacts import Architecture, LayerChoice, Scenario
-from puzzle_ray.config import ClusterConfig, EvaluateConfig
+from puzzle_ray.config import ClusterConfig, EvaluateConfig, ProfileConfig
 from puzzle_ray.errors import ClusterError
 from puzzle_ray.progress import Quiet
 from puzzle_ray.store import Step
@@ -37,6 +38,7 @@ def evaluate(
     scenario: Scenario,
     config: EvaluateConfig,
     dtype: str,
+    use_gpu: bool,
 ) -> dict[str, Any]:
     """Measures the parent and its children side by side."""
     import torch
@@ -45,12 +47,35 @@ def evaluate(
 
     torch.set_num_threads(num_threads)
     tensors = [torch.from_numpy(batch.copy()) for batch in batches]
-    return library.evaluate(folders, tensors, architecture, scenario, config, dtype, Quiet())
+    return library.evaluate(folders, tensors, architecture, scenario, config, dtype, Quiet(), use_gpu)
+
+
+def node_cpus(resources: Mapping[str, float] | None = None, label_selector: Mapping[str, str] | None = None) -> int:
+    """CPUs of the biggest live node that has these resources and labels (plain equality); 1 where there is none."""
+    found = [
+        node["Resources"].get("CPU", 0)
+        for node in ray.nodes()
+        if node["Alive"]
+        and all(node["Resources"].get(name, 0) >= amount for name, amount in (resources or {}).items())
+        and all(node.get("Labels", {}).get(name) == value for name, value in (label_selector or {}).items())
+    ]
+    return max(1, int(max(found, default=1)))
 
 
 def largest_node_cpus() -> int:
     """CPUs of the biggest live node."""
-    return max(1, int(max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=1)))
+    return node_cpus()
+
+
+@ray.remote(max_restarts=2, max_task_retries=2)  # the work is done again from the start, into the same step
+class LoneWorker:
+    """Has a node's cores to itself."""
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def call(self, function: Callable[..., Any], num_threads: int, args: Sequence[Any]) -> Any:
+        return function(num_threads, *args)
 
 
 def run_alone(
@@ -58,28 +83,29 @@ def run_alone(
     *args: Any,
     cluster: ClusterConfig,
     what: str,
+    profile: ProfileConfig | None = None,
     timeout_s: float = 24 * 3600.0,
-    num_gpus: float = 0,
-    resources: Mapping[str, float] | None = None,
-    label_selector: Mapping[str, str] | None = None,
 ) -> Any:
-    """Runs `function(num_threads, *args)` on one node with all its cores, so that nothing else of ours disturbs it there.
+    """Runs `function(num_threads, *args)` with all cores of one node, so that nothing else of ours disturbs it there.
 
-    Raises ClusterError when no node takes it within `cluster.placement_timeout_s`, or it does not end in `timeout_s`.
+    With `profile`, on the kind of node that profiles. Raises ClusterError when no node takes it within
+    `cluster.placement_timeout_s`, when its process keeps dying, or when it does not end within `timeout_s`.
     """
-    threads = largest_node_cpus()
-    options: dict[str, Any] = {"num_cpus": threads, "num_gpus": num_gpus, "max_retries": 2, "runtime_env": environment(threads)}
-    if resources:
-        options["resources"] = dict(resources)
-    if label_selector:
-        options["label_selector"] = dict(label_selector)
-    work = ray.remote(function).options(**options).remote(threads, *args)
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        done, _ = ray.wait([work], timeout=1.0)
-        if done:
-            return ray.get(work, timeout=60)
-    ray.cancel(work, force=True)
-    with suppress(GetTimeoutError, ray.exceptions.RayError):
-        ray.get(work, timeout=5)
+    resources, labels = (dict(profile.resources), dict(profile.label_selector)) if profile else ({}, {})
+    threads = node_cpus(resources, labels)
+    options: dict[str, Any] = {"num_cpus": threads, "num_gpus": profile.num_gpus if profile else 0, "runtime_env": environment(threads)}
+    options |= {name: value for name, value in (("resources", resources), ("label_selector", labels)) if value}
+    worker = LoneWorker.options(**options).remote()  # type: ignore[attr-defined]
+    try:
+        wait_ready([worker], f"worker for {what}, with {threads} CPUs,", cluster.placement_timeout_s)
+        work = worker.call.remote(function, threads, args)
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if ray.wait([work], timeout=1.0)[0]:
+                return ray.get(work, timeout=60)
+    except RayActorError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ClusterError(what, f"its process died again and again ({reason})", "if it lacked memory, use a bigger node") from None
+    finally:
+        end([worker])
     raise ClusterError(what, f"not done within {timeout_s:g} s", "check the cluster with `ray status`")

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
-from actors.parent_shard import ParentShard, environment
+from actors.parent_shard import EvaluationData, ParentShard, environment
 from actors.placement import cluster_cpus, end, runs, wait_ready
-from puzzle_ray.artifacts import ScoreRow, Scores, SearchSpace
+from puzzle_ray.artifacts import Scores, SearchSpace
+from puzzle_ray.checkpoint import locate, read_config
 from puzzle_ray.config import ClusterConfig, ScoringConfig
 from puzzle_ray.data import Tokens
 from puzzle_ray.errors import ClusterError
-from puzzle_ray.progress import Progress
-from puzzle_ray.scoring.replace_one import Item, merge, plan, save_item, unfinished
+from puzzle_ray.families import describe
+from puzzle_ray.progress import Bar, Progress
+from puzzle_ray.scoring import fisher
+from puzzle_ray.scoring.items import Damage, Group, Item, Task, groups, merge, plan, saved_rows, unfinished
+from puzzle_ray.scoring.replace_one import load_questions
+from puzzle_ray.scoring.shortlist import Shortlist, sizes
 from puzzle_ray.store import Step
+
+Work = TypeVar("Work")
 
 
 @dataclass
@@ -27,11 +34,11 @@ class _Pipeline:
 
     shards: list[ActorHandle[Any]]
     shard_layers: list[range]
-    ids: ObjectRef[Any]
+    data: ObjectRef[EvaluationData]
     entering: list[Any]  # per shard: the parent's activations at its border
 
     @classmethod
-    def start(cls, parent: str, num_layers: int, cluster: ClusterConfig, ids: ObjectRef[Any]) -> _Pipeline:
+    def start(cls, parent: str, num_layers: int, cluster: ClusterConfig, data: ObjectRef[EvaluationData]) -> _Pipeline:
         layers = runs(num_layers, cluster.num_shards)
         options = {"num_cpus": 1, "num_gpus": cluster.gpus_per_shard, "runtime_env": environment(1)}
         shards = [
@@ -40,16 +47,63 @@ class _Pipeline:
         ]
         entering: list[Any] = [[]]
         for shard in shards:
-            entering.append(shard.run_parent.remote(ids, entering[-1]))
-        return cls(shards, layers, ids, entering)
+            entering.append(shard.run_parent.remote(data, entering[-1]))
+        return cls(shards, layers, data, entering)
 
-    def score(self, item: Item, library: Step) -> ObjectRef[list[ScoreRow]]:
-        """Sends one exchange through; the reference is its rows."""
-        first = next(n for n, layers in enumerate(self.shard_layers) if item.layer in layers)
-        out = self.shards[first].exchange.remote(item, library, self.ids, self.entering[first])
+    def score(self, task: Task, library: Step) -> ObjectRef[list[Damage]]:
+        """Sends exchanges through; the reference is their damage."""
+        first = next(n for n, layers in enumerate(self.shard_layers) if task.layer in layers)
+        out = self.shards[first].exchange.remote(task, library, self.data, self.entering[first])
         for n in range(first + 1, len(self.shards)):
-            out = self.shards[n].suffix.remote(item, out, self.ids, self.entering[n])
+            out = self.shards[n].suffix.remote(task, out, self.data, self.entering[n])
         return out
+
+    def estimate(
+        self, batches: Sequence[int], space: SearchSpace, config: ScoringConfig, library: Step
+    ) -> list[ObjectRef[fisher.Found]]:
+        """Sends gradients back, from the last shard to the first; the references are each shard's estimates, the first one's last."""
+        found, gradients = [], None
+        for n in reversed(range(len(self.shards))):
+            estimate = self.shards[n].estimate.options(num_returns=2)
+            own, gradients = estimate.remote(batches, gradients, space, config, library, self.data, self.entering[n])
+            found.append(own)
+        return found
+
+
+class _Pool(Generic[Work]):
+    """Keeps every pipeline as full as it can be, and hands out what comes back."""
+
+    def __init__(self, pipelines: Sequence[_Pipeline], timeout_s: float) -> None:
+        self.pipelines, self.timeout_s = pipelines, timeout_s
+        self.running: dict[ObjectRef[Any], tuple[Work, _Pipeline]] = {}
+
+    def run(
+        self,
+        waiting: Sequence[Work],
+        send: Callable[[_Pipeline, Work], ObjectRef[Any] | None],
+        receive: Callable[[Work, ObjectRef[Any]], None],
+    ) -> None:
+        """`send` returns the reference to wait for, or None when there is nothing more to do for this work."""
+        left = list(reversed(waiting))
+
+        def start(pipeline: _Pipeline, work: Work | None) -> None:
+            while work is not None:
+                reference = send(pipeline, work)
+                if reference is not None:
+                    self.running[reference] = (work, pipeline)
+                    return
+                work = left.pop() if left else None
+
+        for _ in range(2 * len(self.pipelines[0].shards)):  # enough that no shard waits for work
+            for pipeline in self.pipelines:
+                start(pipeline, left.pop() if left else None)
+        while self.running:
+            done, _ = ray.wait(list(self.running), num_returns=1, timeout=self.timeout_s)
+            if not done:
+                raise ClusterError("score", f"no block was scored within {self.timeout_s:g} s", "raise cluster.step_timeout_s")
+            work, pipeline = self.running.pop(done[0])
+            receive(work, done[0])
+            start(pipeline, work)
 
 
 def score_blocks(
@@ -63,44 +117,81 @@ def score_blocks(
     progress: Progress,
 ) -> Scores:
     """Scores every item that is not in the step yet. Raises ClusterError when shards cannot be placed or stop answering."""
+    sequences = config.micro_batch_tokens // tokens.sequences.shape[1]
+    model_config = read_config(locate(parent))
+    questions = load_questions(parent, config, getattr(model_config, "max_position_embeddings", None))
+    data = EvaluationData([batch.numpy() for batch in tokens.first(config.tokens, sequences)], questions)
     items = plan(space, config.granularity)
-    todo = unfinished(items, step)
-    if todo:
-        sequences = config.micro_batch_tokens // tokens.sequences.shape[1]
-        batches = [batch.numpy() for batch in tokens.first(config.tokens, sequences)]
-        replicas = max(1, min(len(todo), cluster_cpus() // cluster.num_shards))
-        ids = ray.put(batches)
-        pipelines = [_Pipeline.start(parent, len(space.layers), cluster, ids) for _ in range(replicas)]
-        shards = [shard for pipeline in pipelines for shard in pipeline.shards]
-        try:
+    num_texts = len(data.texts)
+    estimates = fisher.unfinished(num_texts, step) if config.shortlist == "fisher" else []
+    wanted, shortlist = items, None
+    pipelines: list[_Pipeline] = []
+
+    def pool() -> _Pool[Any]:
+        if not pipelines:
+            places = max(1, cluster_cpus() // cluster.num_shards)
+            reference = ray.put(data)
+            for _ in range(min(len(items), places)):
+                pipelines.append(_Pipeline.start(parent, len(space.layers), cluster, reference))
+            shards = [shard for pipeline in pipelines for shard in pipeline.shards]
             wait_ready(shards, "parent shards", cluster.placement_timeout_s)
-            with progress.stage("score", len(items), "block") as bar:
-                bar.advance(len(items) - len(todo))
-                _score_all(pipelines, todo, library, step, cluster, bar)
-        finally:
-            end(shards)
-    return merge(items, config, step)
+        return _Pool(pipelines, cluster.step_timeout_s)
+
+    try:
+        if estimates:
+            _estimate_all(pool(), estimates, space, config, library, step)
+        if config.shortlist == "fisher":
+            found = fisher.load(num_texts, step)
+            weights = sizes(space, describe(model_config), model_config)
+            shortlist = Shortlist.of(items, found, sum(batch.size for batch in data.texts), weights, space, config)
+            wanted = list(shortlist.exact)
+        todo = unfinished(groups(wanted, config, num_texts, len(questions)), step)
+        with progress.stage("score", len(wanted), "block") as bar:
+            bar.advance(len(wanted) - sum(len(group.items) for group in todo))
+            if todo:
+                _score_all(pool(), todo, library, step, bar)
+    finally:
+        end([shard for pipeline in pipelines for shard in pipeline.shards])
+    rows = saved_rows(wanted, step)
+    return merge(rows + shortlist.rows(rows) if shortlist else rows, config, step)
 
 
-def _score_all(
-    pipelines: Sequence[_Pipeline], todo: Sequence[Item], library: Step, step: Step, cluster: ClusterConfig, bar: Any
+def _score_all(pool: _Pool[Group], todo: Sequence[Group], library: Step, step: Step, bar: Bar) -> None:
+    tasks: dict[tuple[Item, ...], Task] = {}
+
+    def send(pipeline: _Pipeline, group: Group) -> ObjectRef[list[Damage]] | None:
+        task = group.next_task()
+        if task is None:
+            group.save(step)
+            bar.advance(len(group.items))
+            return None
+        tasks[group.items] = task
+        return pipeline.score(task, library)
+
+    def receive(group: Group, reference: ObjectRef[list[Damage]]) -> None:
+        group.add(tasks[group.items], ray.get(reference, timeout=pool.timeout_s))
+
+    pool.run(todo, send, receive)
+
+
+def _estimate_all(
+    pool: _Pool[tuple[str, tuple[int, ...]]],
+    todo: Sequence[tuple[str, tuple[int, ...]]],
+    space: SearchSpace,
+    config: ScoringConfig,
+    library: Step,
+    step: Step,
 ) -> None:
-    waiting = list(reversed(todo))
-    running: dict[ObjectRef[list[ScoreRow]], tuple[Item, _Pipeline]] = {}
-    for pipeline in pipelines:
-        for _ in range(2 * len(pipeline.shards)):  # enough that no shard waits for work
-            if waiting:
-                item = waiting.pop()
-                running[pipeline.score(item, library)] = (item, pipeline)
-    while running:
-        done, _ = ray.wait(list(running), num_returns=1, timeout=cluster.step_timeout_s)
-        if not done:
-            raise ClusterError(
-                "score", f"no block was scored within {cluster.step_timeout_s:g} s", "raise cluster.step_timeout_s"
-            )
-        item, pipeline = running.pop(done[0])
-        save_item(step, item, ray.get(done[0], timeout=cluster.step_timeout_s))
-        bar.advance()
-        if waiting:
-            following = waiting.pop()
-            running[pipeline.score(following, library)] = (following, pipeline)
+    sent: dict[str, list[ObjectRef[fisher.Found]]] = {}
+
+    def send(pipeline: _Pipeline, work: tuple[str, tuple[int, ...]]) -> ObjectRef[fisher.Found] | None:
+        name, batches = work
+        if name in sent:
+            return None
+        sent[name] = pipeline.estimate(batches, space, config, library)
+        return sent[name][-1]  # the first shard's: the others are there when it is
+
+    def receive(work: tuple[str, tuple[int, ...]], reference: ObjectRef[fisher.Found]) -> None:
+        fisher.save(step, work[0], ray.get(sent[work[0]], timeout=pool.timeout_s))
+
+    pool.run(todo, send, receive)

@@ -1,4 +1,4 @@
-"""The sweep over budgets by Ray Tune. A solve takes milliseconds and a trial half a second, so a trial solves several budgets."""
+"""The sweep over budgets by Ray Tune. A solve takes milliseconds and a trial half a second, so a trial solves many budgets."""
 
 from __future__ import annotations
 
@@ -8,41 +8,80 @@ from typing import Any
 
 from puzzle_ray.store import Step
 
+FOLDER = "tune"
+POINTS_PER_TRIAL = 10  # at least, where there are so many: a trial's process takes as long to start as they take to solve
 
-def solve_points(setup: Any, speedups: Sequence[float], step: Step) -> int:
-    """Solves the budgets that have no file yet; returns how many that were. `setup` is a `puzzle_ray.sweep.SweepSetup`."""
-    from puzzle_ray.sweep import point_name, solve_point
 
-    todo = [speedup for speedup in speedups if not step.exists(point_name(speedup))]
-    for speedup in todo:
-        step.write_json(point_name(speedup), solve_point(setup, speedup))
+def solve_points(grid: Any, points: Sequence[Any], step: Step) -> int:
+    """Solves the points that have no file yet; returns how many that were. `grid` is a `puzzle_ray.sweep.Grid`."""
+    from puzzle_ray.sweep import point_name, unsolved
+
+    todo = unsolved(points, step)
+    for point in todo:
+        step.write_json(point_name(point), grid.solve(point))
     return len(todo)
 
 
-def sweep(setup: Any, speedups: Sequence[float], step: Step, num_trials: int) -> None:
-    """Runs `num_trials` Tune trials over the budgets that have no file in the step yet. Raises RuntimeError when a trial fails."""
+def trial(config: dict[str, Any], grid: Any, step: Step) -> None:
+    """One Tune trial: its share of the points."""
     from ray import tune
 
-    from puzzle_ray.sweep import point_name
+    tune.report({"solved": solve_points(grid, config["points"], step)})
 
-    todo = [speedup for speedup in speedups if not step.exists(point_name(speedup))]
+
+def sweep(grid: Any, points: Sequence[Any], step: Step, num_trials: int) -> None:
+    """Runs Tune over the points that have no file in the step yet: up to `num_trials` trials, or those of a sweep that was broken off.
+
+    Raises ConfigError or ProfileError where a point's numbers are missing, RuntimeError when a trial fails.
+    """
+    from puzzle_ray.sweep import unsolved
+
+    todo = unsolved(points, step)
     if not todo:
         return
-    chunks = [todo[i::num_trials] for i in range(min(num_trials, len(todo)))]
-
-    def trial(config: dict[str, Any]) -> None:
-        tune.report({"solved": solve_points(setup, config["speedups"], step)})
-
+    for point in todo:
+        grid.setup(point).tables  # noqa: B018  (what is missing is said here, not by a trial; the trials take the tables along)
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the old output is silent when told so
-    storage = step.path("tune") if step.store.is_local else None
-    tuner = tune.Tuner(
-        tune.with_resources(trial, {"cpu": 1}),
-        param_space={"speedups": tune.grid_search(chunks)},
+    folder = step.path(FOLDER)
+    if _can_restore(folder):
+        _fit(_restored(folder, grid, step))
+        todo = unsolved(points, step)
+    if todo:
+        count = min(num_trials, -(-len(todo) // POINTS_PER_TRIAL))
+        _fit(_fresh([todo[i::count] for i in range(count)], grid, step))
+
+
+def _can_restore(folder: str) -> bool:
+    from ray import tune
+
+    return bool(tune.Tuner.can_restore(folder))
+
+
+def _trainable(grid: Any, step: Step) -> Any:
+    from ray import tune
+
+    return tune.with_resources(tune.with_parameters(trial, grid=grid, step=step), {"cpu": 1})
+
+
+def _restored(folder: str, grid: Any, step: Step) -> Any:
+    from ray import tune
+
+    return tune.Tuner.restore(folder, trainable=_trainable(grid, step), resume_unfinished=True, restart_errored=True)
+
+
+def _fresh(chunks: Sequence[Sequence[Any]], grid: Any, step: Step) -> Any:
+    from ray import tune
+
+    return tune.Tuner(
+        _trainable(grid, step),
+        param_space={"points": tune.grid_search([list(chunk) for chunk in chunks])},
         tune_config=tune.TuneConfig(reuse_actors=True),
-        run_config=tune.RunConfig(name="sweep", storage_path=storage, verbose=0),
+        run_config=tune.RunConfig(name=FOLDER, storage_path=step.url, verbose=0),
     )
-    results = tuner.fit()
-    for result in results:
+
+
+def _fit(tuner: Any) -> None:
+    for result in tuner.fit():
         if result.error is not None:
             raise RuntimeError(f"sweep: a trial failed: {result.error}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import pkgutil
 import sys
@@ -16,7 +17,7 @@ from puzzle_ray.errors import ConfigError, PuzzleError
 if TYPE_CHECKING:
     from jobs.stages import Run
 
-HELPERS = {"cli", "session", "stages"}
+HELPERS = {"cli", "checks", "session", "stages"}
 
 
 def verbs() -> list[str]:
@@ -41,9 +42,11 @@ def stage_command(work: Callable[[Run], None], about: str, needs_ray: bool = Tru
         if not needs_ray:
             work(run)
             return
+        from jobs.checks import check_cluster
         from jobs.session import connected
 
         with connected(run.config.cluster, window_bytes(run)):
+            check_cluster(run.config)
             work(run)
 
     main.__doc__ = about
@@ -60,7 +63,7 @@ def configured(
     words = list(overrides or [])
     for name, value in (("parent", parent), ("data.train", data), ("store", store)):
         if value is not None:
-            words.append(f"{name}={value!r}")
+            words.append(f"{name}={json.dumps(value)}")  # JSON strings are YAML
     loaded = load(recipe, config, tuple(words))
     if (
         "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
@@ -101,6 +104,12 @@ def guarded(call: Callable[[], Any]) -> None:
         cause = getattr(error, "cause", None)  # an error that came from a Ray worker is itself and a RayTaskError
         print(f"error: {cause if isinstance(cause, PuzzleError) else error}", file=sys.stderr)
         sys.exit(2)
+    except Exception as error:
+        if not type(error).__module__.startswith("ray."):
+            raise  # ours to mend: the traceback is wanted
+        last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        print(f"error: a Ray worker failed: {last}; the same command continues from here", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted; the same command continues from here", file=sys.stderr)
         sys.exit(130)

@@ -26,7 +26,7 @@ def report_data(run: Run) -> ReportData:
     """Everything the page shows, from the run's artifacts."""
     library = Library(run.library)
     curve, _ = rows_from_parquet(run.distilled.read(CURVE), GkdRow)
-    points = [SweepPoint(p.speedup_asked, p.architecture, p.infeasible_reason) for p in read(run.sweep)]
+    points = [SweepPoint(p.speedup_asked, p.architecture, p.infeasible_reason, p.label) for p in read(run.sweep)]
     return ReportData(
         parent=run.config.parent,
         scenario=run.config.profile.scenario,

@@ -1,10 +1,14 @@
-"""Finds the best architecture within the limits: one variant per layer, by mixed-integer programming."""
+"""Finds the best architecture within the limits: one variant per layer, by mixed-integer programming, and by measurement."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 from jobs.cli import run_main, stage_command
 from jobs.stages import Run
 from puzzle_ray.artifacts import Architecture
+from puzzle_ray.pick import PICKED
 
 
 def describe(architecture: Architecture) -> str:
@@ -22,8 +26,38 @@ def describe(architecture: Architecture) -> str:
     return "\n".join(lines)
 
 
+def candidates(report: Mapping[str, Any]) -> str:
+    """What was measured: candidates by measured KL, how far the scores were off, the local search, interactions."""
+    lines = [f"  measured on {report['tokens']} held-out tokens:", "    sum of scores   true KL  +- stderr  top-1   from"]
+    for row in sorted(report["candidates"], key=lambda row: row["kl"]):
+        lines.append(_measured(row, f"{row['origin']}, {row['layers_unlike_first']} layers unlike the first"))
+    lines += [f"    {name} left out: {reason}" for name, reason in report["left_out"].items()]
+    if report["local_search"]:
+        accepted = sum(row["accepted"] for row in report["local_search"])
+        lines.append(f"  local search: {len(report['local_search'])} children measured, {accepted} exchanges accepted")
+        lines += [f"    {'; '.join(row['exchanges'])}" for row in report["local_search"] if row["accepted"]]
+    lines += ["  picked:", _measured(report["picked"], report["picked"]["origin"])]
+    off = report["prediction"]
+    if off["mean_predicted_over_measured"] is not None:
+        lines.append(f"  sum of scores over true KL: {off['mean_predicted_over_measured']:.2f} on average")
+    if off["rank_correlation"] is not None:
+        lines[-1] += f", rank correlation {off['rank_correlation']:.2f}"
+    if report["interactions"]:
+        lines.append("  pairs of much-used blocks: KL with both, less the sum of each alone")
+    for row in sorted(report["interactions"], key=lambda row: -abs(row["interaction"])):
+        lines.append(f"    {row['interaction']:+.5f} = {row['kl_both']:.5f} - {row['kl_a']:.5f} - {row['kl_b']:.5f}  "
+                     f"{row['a']} with {row['b']}")  # fmt: skip
+    return "\n".join(lines)
+
+
+def _measured(row: Mapping[str, Any], words: str) -> str:
+    return f"    {row['predicted']:13.5f} {row['kl']:9.5f} {row['stderr']:10.5f} {row['top1_agreement']:6.3f}   {words}"
+
+
 def work(run: Run) -> None:
     print(describe(run.architecture))
+    if run.config.search.measures:
+        print(candidates(run.architecture_step.read_json(PICKED)))
 
 
 main = stage_command(work, __doc__ or "")

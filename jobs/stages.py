@@ -5,15 +5,15 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from jobs.checks import check
 from puzzle_ray.artifacts import Architecture, LayerChoice, Profile, Scores, SearchSpace, to_json
 from puzzle_ray.config import TINY, RunConfig
-from puzzle_ray.data import Tokens, check_source, source_fingerprint, tokenise
-from puzzle_ray.errors import ConfigError
+from puzzle_ray.data import Tokens, source_fingerprint, tokenise
 from puzzle_ray.progress import Lines, Progress
 from puzzle_ray.store import Step, Store
 
@@ -32,28 +32,8 @@ class Run:
         self.seconds: dict[str, float] = {}
 
     def check(self) -> None:
-        """Everything that can be known to be wrong before work starts. Raises a PuzzleError."""
-        from puzzle_ray.checkpoint import locate, read_config
-        from puzzle_ray.families import describe
-
-        self.store.check()
-        for where, source in (("data.train", self.config.data.train), ("data.heldout", self.config.data.heldout)):
-            if source is not None:
-                check_source(source, where)
-        if self.config.parent != TINY:
-            if self.config.data.train is None:
-                raise ConfigError("data.train", "no training text is named", "give --data, or use parent: tiny")
-            config = read_config(locate(self.config.parent, self.config.revision))
-            describe(config)
-            self._space_of(config)
-            needed = max(self.config.data.sequence_length, self.config.profile.scenario.tokens_per_sequence)
-            positions = getattr(config, "max_position_embeddings", None)
-            if positions is not None and needed > positions:
-                raise ConfigError(
-                    "parent",
-                    f"sequences of {needed} tokens do not fit its {positions} positions",
-                    "shorten data.sequence_length or profile.scenario",
-                )
+        """Raises a PuzzleError for what can be known to be wrong before work starts."""
+        check(self.config, self.store)
 
     def _stage(self, step: Step, work: Callable[[Step], None]) -> Step:
         """Does `work` unless the step is finished, and says in one line where the result is."""
@@ -75,7 +55,7 @@ class Run:
     # parent, text, search space
 
     @cached_property
-    def _tiny_parent(self) -> Path:
+    def _tiny_parent_step(self) -> Step:
         from puzzle_ray.tiny_parent import TinyParentSpec, build_tiny_parent, source_fingerprint
 
         spec = TinyParentSpec(seed=self.config.seed)
@@ -93,34 +73,46 @@ class Run:
             file=sys.stderr,
             flush=True,
         )
-        return step.local_folder("parent")
+        return step
 
     @cached_property
     def parent(self) -> str:
-        """The parent's folder."""
+        """The parent as every node can find it: a folder, a URL, or a hub id with the commit this run is about."""
         from puzzle_ray.checkpoint import locate
 
         if self.config.parent == TINY:
-            return str(self._tiny_parent / "model")
-        return str(locate(self.config.parent, self.config.revision).absolute())
+            return f"{self._tiny_parent_step.path('parent')}/model"
+        if Path(self.config.parent).expanduser().is_dir():
+            return str(Path(self.config.parent).expanduser().absolute())
+        if "://" in self.config.parent:
+            return self.config.parent
+        commit = locate(self.config.parent, self.config.revision).name  # the hub's cache names a snapshot's folder by its commit
+        return f"{self.config.parent}@{commit}"
+
+    @cached_property
+    def _parent_folder(self) -> Path:
+        """On this machine."""
+        from puzzle_ray.checkpoint import locate
+
+        return locate(self.parent)
 
     @cached_property
     def parent_key(self) -> str:
         from puzzle_ray.checkpoint import fingerprint
 
-        return fingerprint(Path(self.parent))
+        return fingerprint(self._parent_folder)
 
     @cached_property
     def model_config(self) -> Any:
         from puzzle_ray.checkpoint import read_config
 
-        return read_config(Path(self.parent))
+        return read_config(self._parent_folder)
 
     @cached_property
     def tokens_step(self) -> Step:
         data = self.config.data
         if self.config.parent == TINY and data.train is None:
-            folder = self._tiny_parent
+            folder = self._tiny_parent_step.local_folder("parent")
             data = data.model_copy(update={"train": str(folder / "train.jsonl"), "heldout": str(folder / "heldout.jsonl")})
         sources = {name: source_fingerprint(s) for name, s in (("train", data.train), ("heldout", data.heldout)) if s}
 
@@ -128,7 +120,7 @@ class Run:
             import torch
             from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(self.parent)
+            tokenizer = AutoTokenizer.from_pretrained(self._parent_folder)
             train, heldout = tokenise(data, tokenizer, getattr(self.model_config, "max_position_embeddings", None))
             step.write_tensors(
                 TOKENS, {"train": torch.from_numpy(train.sequences), "heldout": torch.from_numpy(heldout.sequences)}
@@ -187,8 +179,16 @@ class Run:
 
             profile_blocks(self.parent, self.space, self.config.profile, self.config.cluster, step, self.progress)
 
-        inputs = {"parent": self.parent_key, "space": self._space_key}
-        return self._stage(self.store.step("profile", self._settings("profile"), inputs), work)
+        from actors.remote_work import node_cpus
+        from puzzle_ray.profiling.measure import find_engine
+
+        profile = self.config.profile
+        engine = find_engine(profile.engine)
+        cpus = node_cpus(profile.resources, profile.label_selector)
+        target = "the GPU that is asked for" if profile.num_gpus else f"{engine.device_name()}; {cpus} CPUs"
+        inputs = {"parent": self.parent_key, "space": self._space_key, "engine": engine.version(), "target": target}
+        settings = profile.model_dump(mode="json", exclude={"num_profilers"})
+        return self._stage(self.store.step("profile", settings, inputs), work)
 
     @cached_property
     def profile(self) -> Profile:
@@ -208,6 +208,8 @@ class Run:
             )
 
         inputs = {"library": library.key, "tokens": self.tokens_step.key}
+        if self.config.scoring.downstream is not None:
+            inputs["downstream"] = source_fingerprint(self.config.scoring.downstream)
         return self._stage(self.store.step("scores", self._settings("scoring"), inputs), work)
 
     @cached_property
@@ -222,52 +224,82 @@ class Run:
     def architecture_step(self) -> Step:
         profile_step = self.profile_step  # fails first where the target cannot be profiled
         scores_step = self.scores_step
+        search = self.config.search
 
         def work(step: Step) -> None:
+            from puzzle_ray.pick import PICKED, pick_as_told
             from puzzle_ray.sweep import solve
 
-            architecture = solve(self.sweep_setup, self.config.search.limits)
+            if search.measures:
+                with self.measuring() as measure:
+                    architecture, report = pick_as_told(self.sweep_setup, search, measure)
+                step.write_json(PICKED, report)
+            else:
+                architecture = solve(self.sweep_setup, search.limits)
             step.write(ARCHITECTURE, to_json(architecture))
             step.finish({"objective": architecture.objective, "bound": architecture.bound, "status": architecture.status})
 
         inputs = {"scores": scores_step.key, "profile": profile_step.key}
-        settings = self.config.search.model_dump(mode="json", exclude={"sweep_speedups"}) | {"metric": self.config.scoring.metric}
-        return self._stage(self.store.step("architecture", settings, inputs), work)
+        settings = search.model_dump(mode="json", exclude={"sweep", "sweep_measure"}) | {"metric": self.config.scoring.metric}
+        return self._stage(self.store.step("architecture", settings | {"seed": self.config.seed}, inputs), work)
+
+    def measuring(self) -> Any:
+        """A context with a function that measures whole children on held-out text; what it found is kept for all budgets."""
+        from actors.pick_pool import measuring
+
+        sequences = self.config.scoring.micro_batch_tokens // self.config.data.sequence_length
+        tokens = self.config.search.measure_tokens
+        batches = [batch.numpy() for batch in self.tokens[1].first(tokens, max(1, sequences))]
+        inputs = {"library": self.library.key, "tokens": self.tokens_step.key}
+        step = self.store.step("measured", {"tokens": tokens, "sequences": sequences}, inputs)
+        return measuring(self.parent, self.library, batches, self.config.cluster, step, self.progress)
 
     @cached_property
     def sweep_setup(self) -> Any:
+        """A `SweepSetup` of this run's own scenario."""
         from puzzle_ray.sweep import SweepSetup
 
-        search = self.config.search
-        return SweepSetup(
-            self.space,
-            self.scores,
-            self.profile,
-            self.config.profile.scenario,
-            self.config.scoring.metric,
-            search.searcher,
-            search.time_limit_s,
-        )
+        config, search = self.config, self.config.search
+        numbers = (self.space, self.scores, self.profile, config.profile.scenario, config.scoring.metric)
+        return SweepSetup(*numbers, search.searcher, search.time_limit_s, search.limits, config.seed)
 
     @cached_property
     def architecture(self) -> Architecture:
         return Architecture.from_json(self.architecture_step.read(ARCHITECTURE))
 
+    def in_context(self, input_tokens: int, output_tokens: int) -> Run:
+        """The same run with sequences of another length in its profile."""
+        profile = self.config.profile
+        scenario = replace(profile.scenario, input_tokens=input_tokens, output_tokens=output_tokens)
+        if scenario == profile.scenario:
+            return self
+        profile = profile.model_copy(update={"scenario": scenario})
+        return Run(self.config.model_copy(update={"profile": profile}), self.progress)
+
     @cached_property
     def sweep(self) -> Step:
-        inputs = {"scores": self.scores_step.key, "profile": self.profile_step.key}
+        from puzzle_ray.sweep import Grid, contexts_of, finish, gathered, points_of, with_measured
+
+        search = self.config.search
+        runs = {c: self.in_context(*c) for c in contexts_of(search.grid, self.config.profile.scenario)}
+        profiles = {f"profile {c[0]}+{c[1]}": run.profile_step.key for c, run in runs.items()}
 
         def work(step: Step) -> None:
             from actors.placement import cluster_cpus
             from actors.sweep import sweep
-            from puzzle_ray.sweep import finish
 
-            speedups = self.config.search.sweep_speedups
-            sweep(self.sweep_setup, speedups, step, cluster_cpus())
-            finish(speedups, step)
+            points = points_of(search.grid)
+            sweep(Grid({c: run.sweep_setup for c, run in runs.items()}), points, step, cluster_cpus())
+            found = gathered(points, step)
+            if search.sweep_measure:
+                with self.measuring() as measure:
+                    found = with_measured(found, measure)
+            finish(found, step)
 
-        settings = self.config.search.model_dump(mode="json", exclude={"limits"}) | {"metric": self.config.scoring.metric}
-        return self._stage(self.store.step("sweep", settings, inputs), work)
+        whole = dict.fromkeys(("searcher", "time_limit_s", "sweep", "sweep_measure", "measure_tokens"), True)
+        settings = search.model_dump(mode="json", include=whole | {"limits": {"fixed", "agree"}})
+        settings |= {"metric": self.config.scoring.metric, "seed": self.config.seed}
+        return self._stage(self.store.step("sweep", settings, {"scores": self.scores_step.key} | profiles), work)
 
     @cached_property
     def child(self) -> Step:
@@ -338,11 +370,10 @@ class Run:
             profile.scenario,
             self.config.evaluate,
             profile.dtype,
+            profile.num_gpus > 0,
             cluster=self.config.cluster,
             what="evaluate",
-            num_gpus=profile.num_gpus,
-            resources=profile.resources,
-            label_selector=profile.label_selector,
+            profile=profile,
         )
         return found
 

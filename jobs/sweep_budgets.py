@@ -1,24 +1,32 @@
-"""Searches a list of budgets with Ray Tune and shows the frontier."""
+"""Searches a grid of budgets with Ray Tune and shows the frontier."""
 
 from __future__ import annotations
 
 from jobs.cli import run_main, stage_command
 from jobs.stages import Run
-from puzzle_ray.sweep import read
+from puzzle_ray.sweep import SweepPoint, read
+
+
+def line(point: SweepPoint, width: int) -> str:
+    """One budget and its answer."""
+    found = point.architecture
+    if found is None:
+        return f"{point.label:>{width}} {point.infeasible_reason}"
+    measured = f"{point.measured_kl:>9.5f}" if point.measured_kl is not None else f"{'':>9}"
+    return (
+        f"{point.label:>{width}} {found.predicted_speedup:>9.3f}x {found.objective:>10.5f} {measured} "
+        f"{found.predicted.memory_mib:>9.2f} {found.predicted.num_params / 1e6:>8.3f}M  {found.status}"
+        + ("" if point.on_frontier else " (off the frontier)")
+    )
 
 
 def work(run: Run) -> None:
-    print(f"{'asked':>7} {'predicted':>10} {'score':>10} {'MiB':>9} {'params':>9}  status")
-    for point in read(run.sweep):
-        found = point.architecture
-        if found is None:
-            print(f"{point.speedup_asked:>6.2f}x {point.infeasible_reason}")
-            continue
-        frontier = "" if point.on_frontier else " (off the frontier)"
-        print(
-            f"{point.speedup_asked:>6.2f}x {found.predicted_speedup:>9.3f}x {found.objective:>10.5f} {found.predicted.memory_mib:>9.2f} "
-            f"{found.predicted.num_params / 1e6:>8.3f}M  {found.status}{frontier}"
-        )
+    points = read(run.sweep)
+    width = max(7, *(len(point.label) for point in points))
+    print(f"{'asked':>{width}} {'predicted':>10} {'score':>10} {'true KL':>9} {'MiB':>9} {'params':>9}  status")
+    for point in points:
+        print(line(point, width))
+    print(f"tables: {run.sweep.path('sweep.csv')} and sweep.parquet")
 
 
 main = stage_command(work, __doc__ or "")

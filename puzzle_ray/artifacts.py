@@ -111,6 +111,11 @@ class Scenario:
     input_tokens: int
     output_tokens: int
 
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "input_tokens", "output_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
     @property
     def tokens_per_sequence(self) -> int:
         return self.input_tokens + self.output_tokens

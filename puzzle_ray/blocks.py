@@ -18,20 +18,19 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice, LayerSpace, SearchSpace, SubblockKind
 from puzzle_ray.checkpoint import Checkpoint
-from puzzle_ray.families import Descriptor
+from puzzle_ray.families import Descriptor, complete
 from puzzle_ray.variants import find, resolve
 
 
 def layer_type(config: Any, index: int) -> str:
-    """transformers' word for what a layer's attention sees: `full_attention`, `sliding_attention` ..."""
-    types = getattr(config, "layer_types", None)
+    """transformers' word for what a layer's attention sees: `full_attention`, `sliding_attention` ... (GPT-Neo: `global`, `local`)."""
+    types = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
     return str(types[index]) if types else "full_attention"
 
 
 def search_space(config: Any, attention: tuple[str, ...], ffn: tuple[str, ...], multiple_of: int) -> SearchSpace:
     """The variants named in a config, resolved against this parent; `parent` is always among them."""
-    if getattr(config, "num_key_value_heads", None) is None:
-        config.num_key_value_heads = config.num_attention_heads
+    complete(config)
 
     def resolved(names: tuple[str, ...], kind: SubblockKind) -> tuple[str, ...]:
         return tuple(dict.fromkeys([PARENT, *(resolve(name, kind, config, multiple_of) for name in names)]))
@@ -80,7 +79,7 @@ def swapped(
     for kind in KINDS:
         if choice.variant(kind) == PARENT:
             for name in (descriptor.module(kind), *descriptor.norms(kind)):
-                module = getattr(layer, name)
+                module = layer.get_submodule(name)
                 memo[id(module)] = module
     child = copy.deepcopy(layer, memo)
     reshape(child, choice, descriptor, config)
@@ -107,14 +106,21 @@ class LayerStack(nn.Module):
         self.rotary = model.get_submodule(descriptor.rotary) if descriptor.rotary else None
         starts, stops = ends and first == 0, ends and last == config.num_hidden_layers
         self.embedding = model.get_submodule(descriptor.embedding) if starts else None
+        self.positions = model.get_submodule(descriptor.positions) if starts and descriptor.positions else None
         self.final_norm = model.get_submodule(descriptor.final_norm) if stops else None
         self.head = model.get_submodule(descriptor.head) if stops else None
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """[batch, tokens] -> [batch, tokens, hidden_size]."""
+        """What enters layer 0, positions and multiplier included: [batch, tokens] -> [batch, tokens, hidden_size]."""
         assert self.embedding is not None, "this stack does not hold the embedding"
         out: Tensor = self.embedding(input_ids)
-        return out
+        if self.positions is not None:
+            assert isinstance(self.positions, nn.Embedding)
+            offset = getattr(self.positions, "offset", 0)  # OPT's rows begin at 2
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0) + offset
+            out = out + nn.functional.embedding(positions, self.positions.weight)
+        multiplier = self.descriptor.embedding_multiplier
+        return out * getattr(self.config, multiplier) if multiplier else out
 
     def layer_arguments(self, hidden_states: Tensor, index: int) -> dict[str, Any]:
         """What the family's model hands to layer `index` besides the hidden states."""
@@ -128,7 +134,8 @@ class LayerStack(nn.Module):
         )
         arguments: dict[str, Any] = {"attention_mask": mask, "position_ids": position_ids, "use_cache": False}
         if self.rotary is not None:
-            arguments["position_embeddings"] = self.rotary(hidden_states, position_ids=position_ids)
+            by_type = {"layer_type": layer_type(self.config, index)} if self.descriptor.rotary_by_layer_type else {}
+            arguments["position_embeddings"] = self.rotary(hidden_states, position_ids=position_ids, **by_type)
         return arguments
 
     def run_layer(self, layer: nn.Module, index: int, hidden_states: Tensor, arguments: dict[str, Any] | None = None) -> Tensor:
@@ -141,16 +148,23 @@ class LayerStack(nn.Module):
         return self.layers[index - self.first]
 
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """Final norm and head: [batch, tokens, hidden_size] -> [batch, tokens, vocab_size]."""
+        """Final norm, head, and the family's scaling or soft cap: [batch, tokens, hidden_size] -> [batch, tokens, vocab_size]."""
         assert self.final_norm is not None and self.head is not None, "this stack does not hold the head"
         out: Tensor = self.head(self.final_norm(hidden_states))
-        return out
+        if self.descriptor.logits_divisor:
+            out = out / getattr(self.config, self.descriptor.logits_divisor)
+        cap = getattr(self.config, self.descriptor.logits_softcap) if self.descriptor.logits_softcap else None
+        return out if cap is None else torch.tanh(out / cap) * cap
 
 
-def _materialise(module: nn.Module, prefix: str, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-    """Fills a module built on the meta device from tensors named `prefix.*`."""
+def _materialise(module: nn.Module, prefix: str, checkpoint: Checkpoint, dtype: torch.dtype, model: Any) -> None:
+    """Fills a module of `model`, built on the meta device, from tensors named `prefix.*`."""
     names = {f"{prefix}.{name}": name for name in module.state_dict()}
     module.to_empty(device="cpu")
+    for parameter in module.parameters():
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    for part in module.modules():  # buffers that no checkpoint holds
+        model._init_weights(part)
     own = module.state_dict()
     for full_name, value in checkpoint.read(names):
         own[names[full_name]].copy_(value.to(dtype))
@@ -161,19 +175,23 @@ def load_stack(
 ) -> LayerStack:
     """Reads only the layers asked for, tensor by tensor. `dtype` is the one to compute in."""
     config = copy.deepcopy(config)
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = descriptor.attn_implementation
     with torch.device("meta"):
         model = getattr(transformers, descriptor.model_class)._from_config(config, dtype=dtype)
     stack = LayerStack(model, descriptor, config, first, last, ends=ends)
     checkpoint = Checkpoint(folder)
+
+    def fill(module: nn.Module | None, prefix: str) -> None:
+        if module is not None:
+            _materialise(module, prefix, checkpoint, dtype, model)
+
     for index in range(first, last):
-        _materialise(stack.layer(index), f"{descriptor.layers}.{index}", checkpoint, dtype)
+        fill(stack.layer(index), f"{descriptor.layers}.{index}")
     if stack.rotary is not None:
         stack.rotary = type(stack.rotary)(config=config)
-    if stack.embedding is not None:
-        _materialise(stack.embedding, descriptor.embedding, checkpoint, dtype)
-    if stack.final_norm is not None and stack.head is not None:
-        _materialise(stack.final_norm, descriptor.final_norm, checkpoint, dtype)
-        tied = f"{descriptor.head}.weight" not in checkpoint
-        _materialise(stack.head, descriptor.embedding if tied else descriptor.head, checkpoint, dtype)
+    fill(stack.embedding, descriptor.embedding)
+    fill(stack.positions, descriptor.positions)
+    fill(stack.final_norm, descriptor.final_norm)
+    tied = f"{descriptor.head}.weight" not in checkpoint
+    fill(stack.head, descriptor.embedding if tied else descriptor.head)
     return stack.eval().requires_grad_(False)

@@ -32,6 +32,8 @@ def locate(parent: str, revision: str | None = None) -> Path:
         if not (folder / "config.json").is_file():
             raise ParentError("parent", f"{parent!r} has no config.json", "name a Hugging Face model folder")
         return folder
+    parent, _, commit = parent.partition("@")
+    revision = revision or commit or None
     if parent.startswith((".", "/", "~")) or parent.count("/") != 1:
         raise ParentError("parent", f"there is no folder {parent!r}", "name an existing folder, or a hub id such as org/model")
     from huggingface_hub import snapshot_download
@@ -49,10 +51,15 @@ def _fetched(url: str) -> Path:
 
     from puzzle_ray.store import local_copy
 
-    filesystem, path = fsspec.core.url_to_fs(url)
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise ParentError("parent", f"{url!r} cannot be opened ({error})", "name a folder, an fsspec URL or a hub id") from None
     if not filesystem.exists(f"{path}/config.json"):
         raise ParentError("parent", f"there is no model folder at {url!r}", "name a folder or URL that holds config.json")
-    return local_copy(filesystem, path, hashlib.sha256(url.encode()).hexdigest()[:16])
+    listing = filesystem.find(path, detail=True)
+    state = [(name, entry.get("size"), str(entry.get("ETag") or entry.get("mtime") or "")) for name, entry in sorted(listing.items())]
+    return local_copy(filesystem, path, hashlib.sha256(repr((url, state)).encode()).hexdigest()[:16])
 
 
 def fingerprint(folder: Path) -> str:
@@ -113,15 +120,17 @@ class Checkpoint:
 
 def read_config(folder: Path) -> Any:
     """The transformers config of a folder. Raises ParentError when it cannot be read."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     from puzzle_ray.export.hf import register_children
 
-    register_children()
+    register_children(folder)
     try:
         return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ParentError("parent", f"{folder}/config.json cannot be read ({error})") from None
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ParentError("parent", f"{folder}/config.json cannot be read ({reason})") from None
 
 
 @contextmanager

@@ -35,7 +35,7 @@ class DataConfig(Section):
     text_column: str = "text"
     split: str = "train"  # of a hub data set
     sequence_length: Annotated[int, Field(ge=8)] = 256
-    max_train_tokens: Count = 1_000_000_000
+    max_train_tokens: Count = 50_000_000  # what is read of the source at the most
     max_heldout_tokens: Count = 1_000_000
 
 
@@ -195,6 +195,12 @@ class ClusterConfig(Section):
     step_timeout_s: Positive = 600.0  # one micro-batch of any worker
     max_recoveries: Count = 20
 
+    @model_validator(mode="after")
+    def _cpu_only(self) -> ClusterConfig:
+        if self.gpus_per_trainer or self.gpus_per_shard:
+            raise ValueError("parent shards and block trainers compute on CPUs so far; leave gpus_per_trainer and gpus_per_shard at 0")
+        return self
+
 
 class RunConfig(Section):
     """A whole run."""
@@ -246,7 +252,10 @@ def load(recipe: str | None = None, file: str | None = None, overrides: tuple[st
         name, equals, text = override.partition("=")
         if not equals or not name:
             raise ConfigError("--set", f"{override!r} is no assignment", "write --set section.key=value")
-        nested: Any = yaml.safe_load(text)
+        try:
+            nested: Any = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError("--set", f"{text!r} is not YAML", "quote it as your shell and YAML want it") from None
         for part in reversed(name.split(".")):
             nested = {part: nested}
         _merge(values, nested)

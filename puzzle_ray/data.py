@@ -70,7 +70,10 @@ def _files(source: str) -> tuple[str, list[str]]:
     import fsspec
 
     if "://" in source:
-        filesystem, path = fsspec.core.url_to_fs(source)
+        try:
+            filesystem, path = fsspec.core.url_to_fs(source)
+        except (ValueError, ImportError) as error:
+            raise DataError("data", f"{source!r} cannot be opened ({error})", "name a file, a folder or an fsspec URL") from None
         protocol = source.split("://", 1)[0] + "://"
         found = sorted(filesystem.find(path)) if filesystem.isdir(path) else sorted(filesystem.glob(path))
         found = [protocol + name for name in found]
@@ -183,21 +186,36 @@ def tokenise(config: DataConfig, tokenizer: Any, max_positions: int | None) -> t
     return Tokens(train), Tokens(heldout)
 
 
+_FEW_DOCUMENTS = 1000
+
+
 def _split(config: DataConfig, tokenizer: Any) -> tuple[TokenArray, TokenArray]:
-    """Splits by document; a source of fewer than 20 documents is split by its packed sequences instead, the end held out."""
+    """Splits by document, by a hash of its text; fewer than 1000 documents by packed sequences instead, the end held out.
+
+    Reads no more documents than the limits on tokens can need (at most 16 characters a token).
+    """
     assert config.train is not None
-    texts = list(documents(config.train, config, "data.train"))
-    if len(texts) < 20:
-        packed = pack(iter(texts), tokenizer, config.sequence_length, config.max_train_tokens)
-        cut = len(packed) - max(1, round(len(packed) * config.heldout_fraction))
-        return packed[:cut], packed[cut:][: max(1, config.max_heldout_tokens // config.sequence_length)]
+    most = 16 * (config.max_train_tokens + config.max_heldout_tokens)
+    texts: list[str] = []
+    size = 0
+    for text in documents(config.train, config, "data.train"):
+        texts.append(text)
+        size += len(text)
+        if size >= most:
+            break
+    length = config.sequence_length
+    if len(texts) < _FEW_DOCUMENTS:
+        packed = pack(iter(texts), tokenizer, length, config.max_train_tokens + config.max_heldout_tokens)
+        held = min(max(1, round(len(packed) * config.heldout_fraction)), max(1, config.max_heldout_tokens // length))
+        cut = len(packed) - held
+        return packed[:cut][: config.max_train_tokens // length], packed[cut:]
 
     def is_heldout(text: str) -> bool:
         number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
         return number / 2**64 < config.heldout_fraction
 
-    train = pack((t for t in texts if not is_heldout(t)), tokenizer, config.sequence_length, config.max_train_tokens)
-    heldout = pack((t for t in texts if is_heldout(t)), tokenizer, config.sequence_length, config.max_heldout_tokens)
+    train = pack((t for t in texts if not is_heldout(t)), tokenizer, length, config.max_train_tokens)
+    heldout = pack((t for t in texts if is_heldout(t)), tokenizer, length, config.max_heldout_tokens)
     return train, heldout
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ def speeds(timings: Mapping[str, Timing], scenario: Scenario) -> dict[str, dict[
             "decode_ms": timing.decode_ms,
             "runtime_ms": runtime_ms,
             "prefill_tokens_per_s": 1e3 * scenario.batch_size * scenario.input_tokens / timing.prefill_ms,
-            "decode_tokens_per_s": 1e3 * scenario.batch_size / timing.decode_ms,
+            "decode_tokens_per_s": 1e3 * scenario.batch_size / timing.decode_ms if scenario.output_tokens > 1 else 0.0,
             "throughput_tokens_per_s": 1e3 * scenario.batch_size * scenario.tokens_per_sequence / runtime_ms,
         }
     return out
@@ -66,6 +66,7 @@ def greedy_sample(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> s
     ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
     if tokenizer.bos_token_id is not None:
         ids = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), ids], dim=1)
+    ids = ids.to(model.device)
     out = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
     )
@@ -80,30 +81,35 @@ def evaluate(
     config: EvaluateConfig,
     dtype: str,
     progress: Progress,
+    use_gpu: bool = False,
 ) -> dict[str, Any]:
     """Everything about the named models (`parent`, `child_before_gkd`, `child` ...), measured in turn in the same run.
 
-    Returns JSON-able `models`, `samples`, `scenario`, and for children predicted beside measured speed-up.
+    The parent is timed at the scenario's batch size, children at the one their architecture was chosen for. Returns JSON-able `models`,
+    `samples`, `scenario`, and for children predicted beside measured speed-up, a ratio of throughputs.
     """
     tokenizer = AutoTokenizer.from_pretrained(locate(folders[PARENT]))
+    device = torch.device("cuda" if use_gpu else "cpu")
     with quiet_transformers(), progress.stage("evaluate", 3, "step") as bar:
-        models = {name: load_model(folder, torch.float32) for name, folder in folders.items()}
-        found = predictions(models, batches)
+        models = {name: load_model(folder, torch.float32).to(device) for name, folder in folders.items()}
+        found = predictions(models, [ids.to(device) for ids in batches])
         bar.advance()
         samples = {name: greedy_sample(m, tokenizer, config.prompt, config.sample_tokens) for name, m in models.items()}
         bar.advance()
         if dtype != "float32":
             models = {name: model.to(getattr(torch, dtype)) for name, model in models.items()}
+        size = architecture.predicted.batch_size if architecture else scenario.batch_size
+        scenarios = {name: scenario if name == PARENT else replace(scenario, batch_size=size) for name in models}
         timed = {name: model for name, model in models.items() if name != "child_before_gkd"}  # same shapes as the child
-        timings = measure_side_by_side(timed, scenario, config.repeats)
+        rates = _rates(timed, scenarios, config.repeats)
         bar.advance()
-    rates = speeds(timings, scenario)
     for name, model in models.items():
         like = "child" if name == "child_before_gkd" and "child" in rates else name
         found[name] |= rates[like]
-        found[name]["memory_mib"] = model_memory_mib(model, scenario)
+        found[name]["batch_size"] = float(scenarios[name].batch_size)
+        found[name]["memory_mib"] = model_memory_mib(model, scenarios[name])
         found[name]["num_params"] = float(model.num_parameters())
-        found[name]["measured_speedup"] = rates[PARENT]["runtime_ms"] / rates[like]["runtime_ms"]
+        found[name]["measured_speedup"] = rates[like]["throughput_tokens_per_s"] / rates[PARENT]["throughput_tokens_per_s"]
     return {
         "models": found,
         "samples": samples,
@@ -114,3 +120,12 @@ def evaluate(
         "predicted_speedup": architecture.predicted_speedup if architecture else None,
         "measured_speedup": found["child"]["measured_speedup"] if "child" in found else None,
     }
+
+
+def _rates(models: Mapping[str, Any], scenarios: Mapping[str, Scenario], repeats: int) -> dict[str, dict[str, float]]:
+    """Measured rates; models of the same scenario are timed in turn."""
+    rates: dict[str, dict[str, float]] = {}
+    for scenario in dict.fromkeys(scenarios[name] for name in models):
+        together = {name: model for name, model in models.items() if scenarios[name] == scenario}
+        rates |= speeds(measure_side_by_side(together, scenario, repeats), scenario)
+    return rates

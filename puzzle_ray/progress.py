@@ -60,6 +60,8 @@ class _LineBar:
         self.done += count
         self.facts.update(facts)
         now = time.monotonic()
+        if now - self.started < 0.05:  # done before this stage was opened again: no speed of ours
+            self.recent[0] = (now, self.done)
         if now - self.shown >= self.every_s:
             self.shown = now
             self._show(now)

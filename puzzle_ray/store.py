@@ -45,7 +45,8 @@ class Store:
         import fsspec
 
         try:
-            return fsspec.core.url_to_fs(self.root)[0]
+            # other processes write here too: a listing must never be remembered
+            return fsspec.core.url_to_fs(self.root, use_listings_cache=False, skip_instance_cache=True)[0]
         except (ValueError, ImportError) as error:
             raise StoreError("store", f"{self.root!r} cannot be opened ({error})", "name a folder or an fsspec URL") from None
 
@@ -94,7 +95,6 @@ class Step:
         base = self.path(folder) if folder else self.url
         if not self.store.filesystem.isdir(base):
             return []
-        self.store.filesystem.invalidate_cache()
         names = (entry.rstrip("/").rsplit("/", 1)[-1] for entry in self.store.filesystem.ls(base, detail=False))
         return sorted(name for name in names if not name.startswith("."))
 
@@ -168,6 +168,8 @@ class Step:
             scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
         else:
             scratch = Path(tempfile.mkdtemp(prefix="puzzle-ray-"))
+        from safetensors import SafetensorError  # what a full disk is when weights are written
+
         try:
             yield scratch
             if self.store.is_local:
@@ -176,7 +178,7 @@ class Step:
                 os.replace(scratch, target)
             else:
                 self.store.filesystem.put(f"{scratch}/", self.path(name) + "/", recursive=True)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise StoreError("store", f"{self.path(name)} cannot be written ({error})", "free some space and run again") from None
         finally:
             shutil.rmtree(scratch, ignore_errors=True)

@@ -1,24 +1,40 @@
-"""One budget, many budgets: from scores and a profile to architectures, and which of them are on the frontier."""
+"""One budget, many budgets: from scores and profiles to architectures, and which of them are on the Pareto frontier.
+
+A grid is a list of values per axis. An axis is a limit's name (`speedup`, `memory_mib` ...), or of the scenario: `batch_size`
+(must be profiled), `input_tokens`, `output_tokens`. A point is one value per axis, and its whole budget but for what is fixed.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import product
+from typing import TYPE_CHECKING, Any
 
 from puzzle_ray.artifacts import Architecture, Profile, Scenario, Scores, SearchSpace
-from puzzle_ray.errors import Infeasible
-from puzzle_ray.search.architectures import search
-from puzzle_ray.search.limits import Limits
+from puzzle_ray.errors import ConfigError, Infeasible, ProfileError
+from puzzle_ray.pick import Measure
+from puzzle_ray.search import Options
+from puzzle_ray.search.architectures import Tables
+from puzzle_ray.search.limits import SCENARIO_AXES, Limits
 from puzzle_ray.store import Step
 
+if TYPE_CHECKING:
+    from puzzle_ray.config import ProfileConfig
+
 TABLE = "sweep.json"
+Point = Mapping[str, float]
+Context = tuple[int, int]  # input and output tokens
 
 
 @dataclass(frozen=True)
 class SweepSetup:
-    """All a search reads besides its limits."""
+    """All a search reads besides its budget. Of `limits` a sweep keeps what is fixed or must agree."""
 
     space: SearchSpace
     scores: Scores
@@ -27,65 +43,220 @@ class SweepSetup:
     metric: str
     searcher: str
     time_limit_s: float
+    limits: Limits
+    seed: int = 0
+
+    @cached_property
+    def tables(self) -> Tables:
+        """The numbers, made once for all budgets."""
+        return Tables.of(self.space, self.scores, self.profile, self.scenario, self.metric, self.limits)
+
+    @property
+    def options(self) -> Options:
+        return Options(time_limit_s=self.time_limit_s, seed=self.seed)
+
+    def at_batch_size(self, size: int) -> SweepSetup:
+        """The same at one batch size alone. Raises ProfileError where it was not profiled."""
+        if size not in self.profile.batch_sizes:
+            known = ", ".join(map(str, self.profile.batch_sizes))
+            raise ProfileError(
+                "search.sweep.batch_size", f"{size} was not profiled", f"profiled: {known}; see profile.batch_sizes"
+            )
+        rows = tuple(row for row in self.profile.rows if row.batch_size == size)
+        return replace(self, profile=replace(self.profile, rows=rows), scenario=replace(self.scenario, batch_size=size))
 
 
 def solve(setup: SweepSetup, limits: Limits) -> Architecture:
     """The best architecture within the limits. Raises Infeasible."""
-    found = search(
-        setup.space,
-        setup.scores,
-        setup.profile,
-        setup.scenario,
-        limits,
-        metric=setup.metric,
-        searcher=setup.searcher,
-        time_limit_s=setup.time_limit_s,
-    )
-    return found[0]
+    return setup.tables.search(limits, searcher=setup.searcher, options=setup.options)[0].architecture
 
 
-def point_name(speedup: float) -> str:
-    return f"points/speedup-{speedup:g}.json"
+def points_of(sweep: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
+    """Every combination of the axes' values, the last axis running fastest, values ascending."""
+    return [dict(zip(sweep, values, strict=True)) for values in product(*(sorted(set(x)) for x in sweep.values()))]
 
 
-def solve_point(setup: SweepSetup, speedup: float) -> dict[str, Any]:
-    """One point of a sweep, JSON-able: an architecture, or why there is none."""
-    point: dict[str, Any] = {"speedup_asked": speedup, "architecture": None, "infeasible_reason": None}
-    try:
-        point["architecture"] = asdict(solve(setup, Limits(speedup=speedup)))
-    except Infeasible as error:
-        point["infeasible_reason"] = str(error)
-    return point
+def contexts_of(sweep: Mapping[str, Sequence[float]], scenario: Scenario) -> list[Context]:
+    """The (input, output) tokens that a grid asks for; the scenario's own where it does not say."""
+    inputs = sweep.get("input_tokens") or (scenario.input_tokens,)
+    outputs = sweep.get("output_tokens") or (scenario.output_tokens,)
+    return [(int(i), int(o)) for i in inputs for o in outputs]
+
+
+def longest_context(sweep: Mapping[str, Sequence[float]], profile: ProfileConfig) -> int:
+    """Tokens of the longest sequence that a grid or the scenario has. Raises ConfigError for a batch size that is not profiled."""
+    for size in sweep.get("batch_size", ()):
+        if size not in (profile.scenario.batch_size, *profile.batch_sizes):
+            raise ConfigError("search.sweep.batch_size", f"{size:g} is not profiled", "add it to profile.batch_sizes")
+    return max(profile.scenario.tokens_per_sequence, *(sum(context) for context in contexts_of(sweep, profile.scenario)))
+
+
+class Grid:
+    """The setups behind a grid's points, one per context and batch size, each made when it is first needed."""
+
+    def __init__(self, setups: Mapping[Context, SweepSetup]) -> None:
+        self.setups = dict(setups)
+        self._at: dict[tuple[Context, int], SweepSetup] = {}
+
+    def setup(self, point: Point) -> SweepSetup:
+        """Raises ProfileError for a batch size, ConfigError for a context that was not profiled."""
+        own = next(iter(self.setups))
+        context = (int(point.get("input_tokens", own[0])), int(point.get("output_tokens", own[1])))
+        if context not in self.setups:
+            raise ConfigError("search.sweep", f"{context[0]} tokens in and {context[1]} out were not profiled", "profile them")
+        if "batch_size" not in point:
+            return self.setups[context]
+        size = int(point["batch_size"])
+        if (context, size) not in self._at:
+            self._at[context, size] = self.setups[context].at_batch_size(size)
+        return self._at[context, size]
+
+    def solve(self, point: Point) -> dict[str, Any]:
+        """One point of a sweep, JSON-able: an architecture, or why there is none."""
+        setup = self.setup(point)
+        budget = {name: value for name, value in point.items() if name not in SCENARIO_AXES}
+        limits = Limits.model_validate({**budget, "fixed": setup.limits.fixed, "agree": setup.limits.agree})
+        found: dict[str, Any] = {"budget": dict(point), "architecture": None, "infeasible_reason": None, "measured_kl": None}
+        try:
+            found["architecture"] = asdict(solve(setup, limits))
+        except Infeasible as error:
+            found["infeasible_reason"] = str(error)
+        return found
+
+
+def point_name(point: Point) -> str:
+    return "points/" + ".".join(f"{name}-{value!r}" for name, value in point.items()) + ".json"
+
+
+def unsolved(points: Sequence[Point], step: Step) -> list[Point]:
+    there = set(step.names("points"))
+    return [point for point in points if point_name(point).removeprefix("points/") not in there]
 
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """A budget that was asked for and what came of it."""
+    """A budget that was asked for and what came of it; `measured_kl` where the frontier was measured."""
 
-    speedup_asked: float
+    budget: Mapping[str, float]
     architecture: Architecture | None
     infeasible_reason: str | None
     on_frontier: bool
+    measured_kl: float | None = None
+
+    @property
+    def speedup_asked(self) -> float | None:
+        return self.budget.get("speedup")
+
+    @property
+    def label(self) -> str:
+        """`1.5 x`, or `memory_mib 100, batch_size 8`."""
+        words = (f"{value:g} x" if name == "speedup" else f"{name} {value:g}" for name, value in self.budget.items())
+        return ", ".join(words)
 
 
-def finish(speedups: Sequence[float], step: Step) -> tuple[SweepPoint, ...]:
-    """Gathers the points in order, marks the Pareto frontier (faster, or less damage), and closes the step."""
-    points = [step.read_json(point_name(speedup)) for speedup in sorted(speedups)]
-    best = float("inf")
-    for point in reversed(points):
-        found = point["architecture"]
-        point["on_frontier"] = found is not None and found["objective"] < best
-        best = min(best, found["objective"]) if found is not None else best
-    step.write_json(TABLE, points)
-    step.finish({"points": len(points), "infeasible": sum(p["architecture"] is None for p in points)})
-    return read(step)
+def _spent(name: str, point: SweepPoint) -> float:
+    """What an answer spends of the budget of an axis, less being better."""
+    assert point.architecture is not None
+    costs = point.architecture.predicted
+    by_word = {
+        "speedup": -costs.throughput_tokens_per_s,
+        "throughput": -costs.throughput_tokens_per_s,
+        "latency": costs.runtime_ms,
+        "prefill": costs.prefill_ms,
+        "decode": costs.decode_ms,
+        "memory": costs.memory_mib,
+        "params": float(costs.num_params),
+    }
+    return by_word.get(name.partition("_")[0], point.budget[name])
+
+
+def with_frontier(points: Sequence[SweepPoint]) -> list[SweepPoint]:
+    """Marks the answers that no other one beats: none in the same scenario has no more damage, spends no more of any swept
+    budget, and is better in one of them. Of equal ones the last counts."""
+    axes = [name for name in (points[0].budget if points else ()) if name not in SCENARIO_AXES]
+    found = []
+    for point in points:
+        scenario = tuple(point.budget.get(name) for name in SCENARIO_AXES)
+        values = None
+        if point.architecture is not None:
+            values = (point.architecture.objective, *(_spent(name, point) for name in axes))
+        found.append((scenario, values))
+    marked = []
+    for i, (point, (scenario, own)) in enumerate(zip(points, found, strict=True)):
+        beaten = own is None or any(
+            values is not None
+            and scenario == other
+            and all(a <= b for a, b in zip(values, own, strict=True))
+            and (values != own or j > i)
+            for j, (other, values) in enumerate(found)
+        )
+        marked.append(replace(point, on_frontier=not beaten))
+    return marked
+
+
+def gathered(points: Sequence[Point], step: Step) -> list[SweepPoint]:
+    """All solved points in order, the frontier marked."""
+    return with_frontier([_point(step.read_json(point_name(point)) | {"on_frontier": False}) for point in points])
+
+
+def with_measured(points: Sequence[SweepPoint], measure: Measure) -> list[SweepPoint]:
+    """The true KL of every answer on the frontier."""
+    wanted = [point.architecture.choices for point in points if point.architecture and point.on_frontier]
+    kl = dict(zip(wanted, (found.kl for found in measure(wanted)), strict=True))
+    return [replace(p, measured_kl=kl[p.architecture.choices]) if p.architecture and p.on_frontier else p for p in points]
+
+
+def finish(points: Sequence[SweepPoint], step: Step) -> None:
+    """Writes the points as JSON, parquet and CSV, and closes the step."""
+    step.write_json(TABLE, [asdict(point) for point in points])
+    rows = [row_of(point) for point in points]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    step.write("sweep.csv", text.getvalue().encode())
+    step.write("sweep.parquet", _parquet(rows, names))
+    infeasible = sum(point.architecture is None for point in points)
+    step.finish({"points": len(points), "infeasible": infeasible, "on_frontier": sum(point.on_frontier for point in points)})
+
+
+def row_of(point: SweepPoint) -> dict[str, Any]:
+    """A point as a flat row of the tables; numbers of points without an answer are empty."""
+    row: dict[str, Any] = {f"asked_{name}": float(value) for name, value in point.budget.items()}
+    a = point.architecture
+    row |= {
+        "status": a.status if a else "infeasible",
+        "on_frontier": point.on_frontier,
+        "objective": a.objective if a else None,
+        "bound": a.bound if a else None,
+        "measured_kl": point.measured_kl,
+        "speedup": a.predicted_speedup if a else None,
+    }
+    costs = asdict(a.predicted) if a else dict.fromkeys(("batch_size", "prefill_ms", "decode_ms", "runtime_ms"), None)
+    row |= costs | {"solve_s": a.solve_s if a else None, "infeasible_reason": point.infeasible_reason}
+    return row | {"choices": " | ".join(choice.label for choice in a.choices) if a else None}
+
+
+def _parquet(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = io.BytesIO()
+    pq.write_table(pa.table({name: [_finite(row.get(name)) for row in rows] for name in names}), sink)
+    return sink.getvalue()
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _point(raw: Mapping[str, Any]) -> SweepPoint:
+    found = raw["architecture"]
+    architecture = Architecture.from_json(json.dumps(found).encode()) if found is not None else None
+    return SweepPoint(raw["budget"], architecture, raw["infeasible_reason"], raw["on_frontier"], raw["measured_kl"])
 
 
 def read(step: Step) -> tuple[SweepPoint, ...]:
     """The points of a finished sweep."""
-    out = []
-    for point in step.read_json(TABLE):
-        found = point["architecture"]
-        architecture = Architecture.from_json(json.dumps(found).encode()) if found is not None else None
-        out.append(SweepPoint(point["speedup_asked"], architecture, point["infeasible_reason"], point["on_frontier"]))
-    return tuple(out)
+    return tuple(_point(raw) for raw in step.read_json(TABLE))

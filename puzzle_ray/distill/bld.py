@@ -20,7 +20,7 @@ from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice, LayerSpace, Subbloc
 from puzzle_ray.blocks import LayerStack, load_subblock, subblock_state, swapped
 from puzzle_ray.config import LibraryConfig
 from puzzle_ray.errors import NotFinite, OutOfOrder
-from puzzle_ray.variants import find
+from puzzle_ray.variants import find, needs
 from puzzle_ray.variants._statistics import Statistics
 
 Phase = Literal["calibrate", "validate_start", "train", "validate_end"]
@@ -75,7 +75,7 @@ class Schedule:
         raise ValueError(f"position {position} is past the end")
 
     def data_number(self, position: int) -> int:
-        """Which micro-batch of the stream a position reads: both validations read the same ones, trained on by nobody."""
+        """Which micro-batch of the stream a position reads: both validations the same ones, not trained on in the first epoch."""
         phase, number = self.phase(position)
         if phase.startswith("validate"):
             return number
@@ -125,7 +125,7 @@ class LayerTrainer:
         self.schedule = Schedule.of(config)
         self.layer = stack.layer(index).requires_grad_(False)
         self.descriptor, self.model_config = stack.descriptor, stack.config
-        self.statistics = Statistics()
+        self.statistics = Statistics(needs(space.attention, "attention") | needs(space.ffn, "ffn"))
         self.candidates: list[_Candidate] = []
         self.position = -1  # the last one done
         noop_ffn = LayerChoice(PARENT, "noop")

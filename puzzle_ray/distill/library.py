@@ -49,8 +49,10 @@ class GroupTrainer:
         model_config = read_config(folder)
         descriptor = describe(model_config)
         self.step_files, self.config = step, config
+        self.positions = Schedule.of(config).positions
+        left = unfinished_layers(space, step)  # a process that is started again may have finished some
         self.trainers = []
-        for index in layers:
+        for index in (index for index in layers if index in left):
             stack = load_stack(folder, descriptor, model_config, index, index + 1, torch.float32, ends=False)
             trainer = LayerTrainer(index, stack, space.layers[index], config)
             if step.exists(checkpoint_name(index)):
@@ -60,7 +62,7 @@ class GroupTrainer:
     @property
     def last(self) -> int:
         """The last position that every layer here has done, and that a restart would still know."""
-        return min(trainer.position for trainer in self.trainers)
+        return min((trainer.position for trainer in self.trainers), default=self.positions - 1)
 
     def step(self, position: int, hidden_states: Mapping[int, Tensor]) -> float | None:
         """One position for every layer; `hidden_states[i]` is layer i's input, `[i + 1]` its output. Returns the mean loss."""
@@ -74,12 +76,6 @@ class GroupTrainer:
             elif (position + 1) % self.config.checkpoint_every == 0:
                 self._save(trainer)
         return sum(losses) / len(losses) if losses else None
-
-    def save(self) -> None:
-        """Checkpoints every layer now."""
-        for trainer in self.trainers:
-            if not trainer.finished:
-                self._save(trainer)
 
     def _save(self, trainer: LayerTrainer) -> None:
         saved = trainer.checkpoint()
@@ -163,14 +159,19 @@ def build_serially(
         stack = load_stack(folder, describe(model_config), model_config, 0, depth, torch.float32)
         schedule = Schedule.of(config)
         sequences = config.micro_batch_tokens // tokens.sequences.shape[1]
+
+        def travelled(hidden_states: Tensor) -> Tensor:
+            """What arrives of a hidden state that went through the object store."""
+            return hidden_states.to(getattr(torch, config.activation_dtype)).float()
+
         with progress.stage("library", schedule.positions, "micro-batch") as bar:
             bar.advance(group.last + 1)
             for position in range(group.last + 1, schedule.positions):
                 ids = tokens.batch(seed, schedule.data_number(position), sequences)
                 with torch.no_grad():
-                    hidden = {0: stack.embed(ids)}
+                    hidden = {0: travelled(stack.embed(ids))}
                     for index in range(depth):
-                        hidden[index + 1] = stack.run_layer(stack.layer(index), index, hidden[index])
+                        hidden[index + 1] = travelled(stack.run_layer(stack.layer(index), index, hidden[index]))
                 loss = group.step(position, hidden)
                 bar.advance(1, **({} if loss is None else {"loss": loss}))
     return finish(space, step)

@@ -6,9 +6,11 @@ layer. Its class builds the parent's homogeneous skeleton, reshapes each layer, 
 
 from __future__ import annotations
 
+import copy
+import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from torch import Tensor
 from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice, SubblockKind
 from puzzle_ray.checkpoint import Checkpoint, locate
 from puzzle_ray.errors import ParentError
-from puzzle_ray.families import Descriptor, describe, families
+from puzzle_ray.families import Descriptor, complete, describe, families
+from puzzle_ray.families._generic import named
 from puzzle_ray.store import Step
 
 TOKENIZER_FILES = (
@@ -41,7 +44,7 @@ def child_classes(model_type: str) -> tuple[type, type]:
 
     from puzzle_ray.blocks import reshape
 
-    descriptor = families()[model_type]
+    descriptor = families().get(model_type) or named(model_type)
     config_base = getattr(transformers, descriptor.config_class)
     model_base = getattr(transformers, descriptor.model_class)
 
@@ -67,21 +70,30 @@ def child_classes(model_type: str) -> tuple[type, type]:
     return config_class, model_class
 
 
-@lru_cache(maxsize=1)
-def register_children() -> None:
-    """Makes transformers' Auto classes know every `puzzle_*` model type."""
+@cache
+def _register(model_type: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    config_class, model_class = child_classes(model_type)
+    AutoConfig.register(config_class.model_type, config_class)  # type: ignore[attr-defined]
+    AutoModelForCausalLM.register(config_class, model_class)
+
+
+def register_children(folder: Path | None = None) -> None:
+    """Makes transformers' Auto classes know the `puzzle_*` type of every family, and of the child in `folder` if that has none."""
     for model_type in families():
-        config_class, model_class = child_classes(model_type)
-        AutoConfig.register(config_class.model_type, config_class)  # type: ignore[attr-defined]
-        AutoModelForCausalLM.register(config_class, model_class)
+        _register(model_type)
+    file = folder / "config.json" if folder else None
+    if file is not None and file.is_file():
+        model_type = str(json.loads(file.read_text()).get("model_type", ""))
+        if model_type.startswith("puzzle_"):
+            _register(model_type.removeprefix("puzzle_"))
 
 
 def child_config(parent_config: Any, choices: Sequence[LayerChoice]) -> Any:
     """The child's config: all of the parent's settings, and the choice for each layer."""
     config_class, model_class = child_classes(describe(parent_config).model_type)
-    settings = parent_config.to_dict()
+    settings = complete(copy.deepcopy(parent_config)).to_dict()
     for name in ("model_type", "architectures", "transformers_version"):
         settings.pop(name, None)
     layers = [{"attention": c.attention, "ffn": c.ffn} for c in choices]
@@ -91,8 +103,9 @@ def child_config(parent_config: Any, choices: Sequence[LayerChoice]) -> Any:
 def _skeleton(parent_config: Any, choices: Sequence[LayerChoice], dtype: torch.dtype) -> Any:
     """A child of the right shapes; the weights of its replaced subblocks are as allocated."""
     config = child_config(parent_config, choices)
-    _, model_class = child_classes(describe(config).model_type)
-    config._attn_implementation = "sdpa"
+    descriptor = describe(config)
+    _, model_class = child_classes(descriptor.model_type)
+    config._attn_implementation = descriptor.attn_implementation
     return model_class._from_config(config, dtype=dtype)  # type: ignore[attr-defined]
 
 
@@ -105,7 +118,8 @@ def new_child(parent_config: Any, choices: Sequence[LayerChoice], dtype: torch.d
         for kind in KINDS:
             if choice.variant(kind) == PARENT:
                 continue
-            for module in layer.get_submodule(descriptor.module(kind)).modules():
+            names = (descriptor.module(kind), *descriptor.norms(kind))
+            for module in (part for name in names for part in layer.get_submodule(name).modules()):
                 for name, parameter in module.named_parameters(recurse=False):
                     if parameter.dim() > 1:
                         parameter.normal_(0.0, getattr(child.config, "initializer_range", 0.02))
@@ -173,12 +187,14 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
 
     Raises ParentError when the folder is missing or not a causal LM transformers can build.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    register_children()
     path = locate(str(folder))
+    register_children(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", attn_implementation="sdpa")
+        known = families().get(AutoConfig.from_pretrained(path).model_type.removeprefix("puzzle_"))
+        attention = known.attn_implementation if known else "sdpa"
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", attn_implementation=attention)
     except (OSError, ValueError, KeyError) as error:
         raise ParentError("model", f"{path} cannot be loaded ({error})") from None
     return model.eval()

@@ -1,71 +1,133 @@
-"""Model families. A family is one file here that defines `DESCRIPTOR`: where a layer's parts live and what can shrink."""
+"""Model families. A family is one file here that defines `DESCRIPTOR`: where a layer's parts live and what can shrink.
+
+A model type without a file that is shaped like Llama is described by `_generic.py`, once it has passed a check of its own.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 from puzzle_ray.artifacts import SubblockKind
 from puzzle_ray.errors import ParentError
 from puzzle_ray.plugins import modules_of
 
+if TYPE_CHECKING:
+    from torch import nn
+
 
 @dataclass(frozen=True)
 class Descriptor:
-    """One table drives all surgery on a family. Module paths are relative to the model, or to a layer where said so.
+    """One table drives all surgery on a family. Module paths are relative to the model, or to what the comments say.
 
-    A layer computes `x + attention(norm(x))`, then `x + ffn(norm(x))`: halves one after the other, each behind its norms.
-    `unsupported` maps a config attribute to the values under which this descriptor is wrong, so that they are refused by name.
+    A layer computes `x + attention(x)`, then `x + ffn(x)`: halves one after the other, each with its own norms before, after, or
+    both. `unsupported` maps a config attribute to the values under which this descriptor is wrong, so that they are refused by
+    name; `check` says in words what else is wrong with a config.
     """
 
     model_type: str
     config_class: str
     model_class: str
     embedding: str = "model.embed_tokens"
+    positions: str = ""  # a learned position embedding
     layers: str = "model.layers"
     final_norm: str = "model.norm"
     rotary: str = "model.rotary_emb"
+    rotary_by_layer_type: bool = False
     head: str = "lm_head"
     attention: str = "self_attn"  # of a layer
+    attention_core: str = ""  # of the attention: where its projections are, if deeper
     attention_norms: tuple[str, ...] = ("input_layernorm",)  # of a layer; dropped with a no-op
-    query: str = "q_proj"  # of the attention
+    layer_index: str = "layer_idx"  # attribute of the attention
+    query: str = "q_proj"  # of the attention's core
     key: str = "k_proj"
     value: str = "v_proj"
+    fused_qkv: str = ""  # one projection in place of the three
     output: str = "o_proj"
-    ffn: str = "mlp"  # of a layer
+    query_norms: tuple[str, ...] = ()  # of the core: norms over all heads together (norms of each head need no care)
+    key_norms: tuple[str, ...] = ()
+    grouped_heads: bool = True  # False: the family's own forward knows one head count; see modules.GroupedAttention
+    ffn: str = "mlp"  # of a layer: what turns into a no-op or a matrix
+    ffn_core: str | None = None  # of a layer: where the FFN's projections are, if not in `ffn`
     ffn_norms: tuple[str, ...] = ("post_attention_layernorm",)
-    ffn_gate: str = "gate_proj"  # of the ffn
+    ffn_rest: tuple[str, ...] = ()  # of a layer: the FFN's modules before `ffn`, in order; they go with it
+    ffn_gate: str = "gate_proj"  # of the FFN's core; empty where there is none
     ffn_up: str = "up_proj"
+    fused_gate_up: str = ""  # one projection in place of the two
     ffn_down: str = "down_proj"
-    unsupported: Mapping[str, tuple[object, ...]] = ()  # type: ignore[assignment]
+    ffn_width: str = "intermediate_size"  # attribute of the config; where it is None, the width is 4 x hidden_size
+    attn_implementation: str = "sdpa"
+    embedding_multiplier: str = ""  # attribute of the config
+    logits_divisor: str = ""  # attribute of the config
+    logits_softcap: str = ""  # attribute of the config
+    unsupported: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+    check: Callable[[Any], str] | None = None
 
     def module(self, kind: SubblockKind) -> str:
         """Name of the subblock's main module inside a layer."""
         return self.attention if kind == "attention" else self.ffn
 
     def norms(self, kind: SubblockKind) -> tuple[str, ...]:
-        return self.attention_norms if kind == "attention" else self.ffn_norms
+        """Names of everything else that belongs to the subblock: its norms, and modules that do nothing without the main one."""
+        return self.attention_norms if kind == "attention" else (*self.ffn_norms, *self.ffn_rest)
 
     def prefixes(self, kind: SubblockKind) -> tuple[str, ...]:
         """The names in a layer's state dict that belong to one subblock start with one of these."""
         return tuple(f"{name}." for name in (self.module(kind), *self.norms(kind)))
 
+    def entry(self, kind: SubblockKind) -> str:
+        """Name of the module that takes the subblock's (normed) input."""
+        return self.attention if kind == "attention" else (*self.ffn_rest, self.ffn)[0]
+
+    def core(self, layer: nn.Module, kind: SubblockKind) -> nn.Module:
+        """The module of a layer whose attributes the subblock's projections are."""
+        if kind == "attention":
+            attention = layer.get_submodule(self.attention)
+            return attention.get_submodule(self.attention_core) if self.attention_core else attention
+        return layer.get_submodule(self.ffn if self.ffn_core is None else self.ffn_core)
+
 
 @lru_cache(maxsize=1)
 def families() -> dict[str, Descriptor]:
-    """Every family by its `model_type`."""
+    """Every family with a file of its own, by its `model_type`."""
     return {module.DESCRIPTOR.model_type: module.DESCRIPTOR for module in modules_of(sys.modules[__name__])}
 
 
 def describe(config: object) -> Descriptor:
     """The descriptor for a transformers config. Raises ParentError where the family, or a setting of it, is not supported."""
     model_type = str(getattr(config, "model_type", "?")).removeprefix("puzzle_")
-    if model_type not in families():
-        raise ParentError("parent", f"family {model_type!r} is not supported", f"supported: {', '.join(sorted(families()))}")
-    descriptor = families()[model_type]
-    for name, values in dict(descriptor.unsupported).items():
+    if model_type in families():
+        descriptor = families()[model_type]
+    else:
+        from puzzle_ray.families import _generic
+
+        descriptor = _generic.describe_like_llama(model_type, config)
+    for name, values in descriptor.unsupported.items():
         if getattr(config, name, None) in values:
             raise ParentError("parent", f"{model_type} with {name}={getattr(config, name)!r} is not supported")
+    problem = descriptor.check(config) if descriptor.check else ""
+    if problem:
+        raise ParentError("parent", f"{model_type} with {problem} is not supported")
     return descriptor
+
+
+def kv_heads(config: Any) -> int:
+    """The parent's `num_key_value_heads`; every head has its own where the config does not say."""
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def ffn_width(config: Any) -> int:
+    """The parent's FFN width, whatever its family calls it."""
+    return int(getattr(config, describe(config).ffn_width, None) or 4 * config.hidden_size)
+
+
+def complete(config: Any) -> Any:
+    """Gives a config, in place, the `num_key_value_heads` and `intermediate_size` that some families leave out."""
+    if getattr(config, "num_key_value_heads", None) is None:
+        config.num_key_value_heads = kv_heads(config)
+    if getattr(config, "intermediate_size", None) is None:
+        config.intermediate_size = ffn_width(config)
+    return config

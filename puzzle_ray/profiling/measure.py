@@ -1,10 +1,12 @@
-"""What every subblock shape costs, from stacks of n and 2n identical layers in real models of the family.
+"""What every subblock shape costs, from stacks of identical layers in real models of the family.
 
 A model of k layers (a, f) takes T(k) = fixed + k c(a, f), where `fixed` (embedding, head, what a step costs besides its layers)
-is the same for every stack. The cheapest stack, (noop, noop), tells it apart: fixed = 2 T(n) - T(2n). With it, both depths of
-every other stack give its c by least squares; on a noisy CPU that halves the error of (T(2n) - T(n)) / n, a small difference of
-large times. Attention a then costs c(a, noop) and FFN f costs c(noop, f) - c(noop, noop), so that the two add up to a layer: the
-no-op FFN is free, the no-op attention carries a layer's overhead.
+is the same for all. Two stacks of no-ops, n and 2n layers deep, tell it: fixed = 2 T(n) - T(2n). Every other stack is 2n deep,
+and c = (T(2n) - fixed) / 2n: (T(2n) - T(n)) / n is a small difference of large times, with twice the error on a noisy CPU.
+
+FFN f costs c(noop, f) - c(noop, noop), attention a costs c(a, parent) - c(noop, parent) + c(noop, noop). So the parent's two
+halves add up to c(parent, parent), which was measured whole; the no-op FFN is free; the no-op attention carries a layer's
+overhead. Attention is taken beside an FFN because it shares the CPU's caches with one wherever it runs: alone it looks cheap.
 
 All stacks of an item are timed in turn, round after round, each round in another order. Costs are formed within a round, in
 which the machine is the same for all, and their median over rounds is kept. This module says what is independent (plan, measure,
@@ -26,7 +28,18 @@ from typing import Any, Protocol
 import numpy as np
 
 from puzzle_ray import profiling
-from puzzle_ray.artifacts import FIXED, KINDS, LayerChoice, Profile, ProfileRow, Scenario, SearchSpace, SubblockKind, to_json
+from puzzle_ray.artifacts import (
+    FIXED,
+    KINDS,
+    PARENT,
+    LayerChoice,
+    Profile,
+    ProfileRow,
+    Scenario,
+    SearchSpace,
+    SubblockKind,
+    to_json,
+)
 from puzzle_ray.config import ProfileConfig
 from puzzle_ray.errors import ConfigError, ProfileError
 from puzzle_ray.families import describe
@@ -37,6 +50,7 @@ from puzzle_ray.store import Step
 
 TABLE = "profile.parquet"
 NOOP = "noop"
+NOTHING = LayerChoice(NOOP, NOOP)
 Samples = tuple[float, ...]
 Series = np.ndarray[Any, np.dtype[np.float64]]  # one value per round
 
@@ -145,11 +159,10 @@ class Item:
     def name(self) -> str:
         return f"items/{self.layer_type}.batch_{self.batch_size}.json"
 
-    @property
-    def choices(self) -> tuple[LayerChoice, ...]:
-        """The stacks: every variant beside a no-op, and both no-ops."""
-        pairs = [LayerChoice(a, NOOP) for a in self.attention] + [LayerChoice(NOOP, f) for f in self.ffn]
-        return tuple(dict.fromkeys([LayerChoice(NOOP, NOOP), *pairs]))
+    def stacks(self, n: int) -> tuple[tuple[LayerChoice, int], ...]:
+        """(layer, number of layers): no-ops n and 2n deep, then every FFN beside no attention, every attention beside an FFN."""
+        pairs = [LayerChoice(NOOP, f) for f in self.ffn] + [LayerChoice(a, PARENT) for a in self.attention]
+        return ((NOTHING, n), *((choice, 2 * n) for choice in dict.fromkeys([NOTHING, *pairs])))
 
 
 def plan(space: SearchSpace, config: ProfileConfig) -> list[Item]:
@@ -165,7 +178,7 @@ def plan(space: SearchSpace, config: ProfileConfig) -> list[Item]:
 
 def runs_of(item: Item, config: ProfileConfig) -> int:
     """How many times `measure` runs a model, its warm-ups included."""
-    return 2 * len(item.choices) * (config.repeats + 1)
+    return len(item.stacks(config.stack)) * (config.repeats + 1)
 
 
 @dataclass(frozen=True)
@@ -217,6 +230,8 @@ def stack_config(model_config: Any, layer_type: str, num_layers: int) -> Any:
     config.num_hidden_layers = num_layers
     if getattr(config, "layer_types", None) is not None:
         config.layer_types = [layer_type] * num_layers
+    if getattr(config, "attention_layers", None) is not None:  # GPT-Neo's word for it
+        config.attention_types, config.attention_layers = [[[layer_type], num_layers]], [layer_type] * num_layers
     return config
 
 
@@ -229,17 +244,16 @@ def measure(item: Item, model_config: Any, config: ProfileConfig, bar: Bar | Non
     _check_length(model_config, scenario)
     stacks: dict[tuple[LayerChoice, int], Any] = {}
     try:
-        for choice in item.choices:
-            for depth in (config.stack, 2 * config.stack):
-                like = next(iter(stacks.values()), None)
-                shape = stack_config(model_config, item.layer_type, depth)
-                stacks[choice, depth] = engine.build(shape, [choice] * depth, config.dtype, use_gpu, like)
-        sizes = _sizes(item, model_config, {choice: stacks[choice, config.stack] for choice in item.choices})
+        for choice, depth in item.stacks(config.stack):
+            like = next(iter(stacks.values()), None)
+            shape = stack_config(model_config, item.layer_type, depth)
+            stacks[choice, depth] = engine.build(shape, [choice] * depth, config.dtype, use_gpu, like)
+        sizes = _sizes(item, model_config, {choice: model for (choice, _), model in stacks.items()}, scenario.tokens_per_sequence)
         named = {f"{choice.label} x {depth}": model for (choice, depth), model in stacks.items()}
         timings = measure_side_by_side(named, scenario, config.repeats, engine, bar)
     except torch.OutOfMemoryError as error:
         raise ProfileError(
-            "profile", f"{len(item.choices)} shapes at batch size {item.batch_size} do not fit the GPU ({error})",
+            "profile", f"{len(stacks)} models at batch size {item.batch_size} do not fit the GPU ({error})",
             "lower profile.stack or the batch size",
         ) from None
     timed = [StackTiming(c.attention, c.ffn, d, timings[f"{c.label} x {d}"]) for c, d in stacks]
@@ -255,18 +269,18 @@ def _check_length(model_config: Any, scenario: Scenario) -> None:
         )
 
 
-def _sizes(item: Item, model_config: Any, stacks: Mapping[LayerChoice, Any]) -> tuple[Size, ...]:
+def _sizes(item: Item, model_config: Any, stacks: Mapping[LayerChoice, Any], tokens: int) -> tuple[Size, ...]:
     descriptor = describe(model_config)
 
     def size(kind: SubblockKind, variant: str, choice: LayerChoice) -> Size:
         model = stacks[choice]
         found = subblock_weights(model.get_submodule(descriptor.layers)[0], kind, descriptor)
-        kv_bytes = kv_bytes_per_token(model)[0] if kind == "attention" else 0
+        kv_bytes = kv_bytes_per_token(model, tokens)[0] if kind == "attention" else 0
         return Size(kind, variant, found.weight_bytes, found.num_params, kv_bytes)
 
     fixed: Weights = fixed_weights(next(iter(stacks.values())), descriptor)
     return (
-        *(size("attention", a, LayerChoice(a, NOOP)) for a in item.attention),
+        *(size("attention", a, LayerChoice(a, PARENT)) for a in item.attention),
         *(size("ffn", f, LayerChoice(NOOP, f)) for f in item.ffn),
         Size(FIXED, FIXED, fixed.weight_bytes, fixed.num_params, 0),
     )
@@ -274,23 +288,19 @@ def _sizes(item: Item, model_config: Any, stacks: Mapping[LayerChoice, Any]) -> 
 
 def subblock_series(result: Result, phase: str) -> dict[tuple[str, str], Series]:
     """(subblock, variant), (`fixed`, `fixed`) among them -> its cost in ms in every round. `phase`: `prefill` or `decode`."""
-    times: dict[LayerChoice, dict[int, Series]] = {}
+    times: dict[tuple[LayerChoice, int], Series] = {}
     for s in result.stacks:
         samples = s.timing.prefill_samples_ms if phase == "prefill" else s.timing.decode_samples_ms
-        times.setdefault(LayerChoice(s.attention, s.ffn), {})[s.num_layers] = np.asarray(samples)
-    noop = times[LayerChoice(NOOP, NOOP)]
-    n = min(noop)
-    fixed = 2 * noop[n] - noop[2 * n]
+        times[LayerChoice(s.attention, s.ffn), s.num_layers] = np.asarray(samples)
+    n = min(s.num_layers for s in result.stacks)
+    fixed = 2 * times[NOTHING, n] - times[NOTHING, 2 * n]
 
-    def per_layer(choice: LayerChoice) -> Series:
-        """The c that minimises the sum over depths k of (T(k) - fixed - k c)^2."""
-        found = times[choice]
-        weighted = [k * (t - fixed) for k, t in found.items()]
-        return np.sum(weighted, axis=0) / sum(k * k for k in found)
+    def layer(attention: str, ffn: str) -> Series:
+        return (times[LayerChoice(attention, ffn), 2 * n] - fixed) / (2 * n)
 
-    overhead = per_layer(LayerChoice(NOOP, NOOP))
-    series = {("attention", a): per_layer(LayerChoice(a, NOOP)) for a in result.item.attention}
-    series |= {("ffn", f): per_layer(LayerChoice(NOOP, f)) - overhead for f in result.item.ffn}
+    overhead, beside = layer(NOOP, NOOP), layer(NOOP, PARENT)
+    series = {("attention", a): overhead + (layer(a, PARENT) - beside) for a in result.item.attention}
+    series |= {("ffn", f): layer(NOOP, f) - overhead for f in result.item.ffn}
     return series | {(FIXED, FIXED): fixed}
 
 

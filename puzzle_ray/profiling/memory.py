@@ -52,21 +52,27 @@ def fixed_weights(model: nn.Module, descriptor: Descriptor) -> Weights:
 
 
 @torch.inference_mode()
-def kv_bytes_per_token(model: Any) -> tuple[int, ...]:
-    """Per layer, the bytes a token of one sequence takes in the cache; 0 for a layer that keeps no keys and values."""
+def kv_bytes_per_token(model: Any, tokens: int) -> tuple[int, ...]:
+    """Per layer, the bytes a token of one sequence of `tokens` takes in the cache, rounded up; 0 for a layer that keeps nothing.
+
+    A layer that looks back W tokens keeps W - 1, which are shared out over the whole sequence.
+    """
     ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device=model.device)
     layers = model(ids, use_cache=True, logits_to_keep=1).past_key_values.layers
-    return tuple(_layer_bytes(layer.keys, layer.values) // _PROBE_TOKENS for layer in layers)
+    return tuple(_bytes_per_token(layer, tokens) for layer in layers)
 
 
-def _layer_bytes(keys: Tensor, values: Tensor) -> int:
-    """Keys and values are `[batch, KV heads, tokens, head_dim]`."""
+def _bytes_per_token(layer: Any, tokens: int) -> int:
+    """`layer.keys` and `values` are `[batch, KV heads, tokens, head_dim]`."""
+    keys, values = layer.keys, layer.values
     if keys.shape[1] * keys.shape[3] == 1:  # the token-counting stub
         return 0
-    return keys.numel() * keys.element_size() + values.numel() * values.element_size()
+    kept = min(tokens, getattr(layer, "sliding_window", tokens + 1) - 1)
+    each = (keys.numel() * keys.element_size() + values.numel() * values.element_size()) // keys.shape[2]
+    return -(-each * kept // tokens)
 
 
 def model_memory_mib(model: Any, scenario: Scenario) -> float:
     """Weights and the KV cache of the whole batch at its full length."""
-    kv_bytes = sum(kv_bytes_per_token(model)) * scenario.batch_size * scenario.tokens_per_sequence
+    kv_bytes = sum(kv_bytes_per_token(model, scenario.tokens_per_sequence)) * scenario.batch_size * scenario.tokens_per_sequence
     return (weights(model.parameters()).weight_bytes + kv_bytes) / MIB

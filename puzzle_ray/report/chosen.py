@@ -7,7 +7,7 @@ from collections import Counter
 
 from puzzle_ray.artifacts import KINDS, PARENT, Architecture, SubblockKind
 from puzzle_ray.report.charts import Axes
-from puzzle_ray.report.contents import KIND_NAMES, ReportData, runtime_ms, shown
+from puzzle_ray.report.contents import KIND_NAMES, ReportData, SweepPoint, runtime_ms, shown
 from puzzle_ray.report.markup import Html, count, css_width, duration, legend, note, number, percent, table, tag, times
 
 ORIGIN = (1.0, 0.0)  # the parent: its own speed, no damage
@@ -15,24 +15,24 @@ ORIGIN = (1.0, 0.0)  # the parent: its own speed, no damage
 
 def frontier(data: ReportData) -> list[Html] | None:
     """Speed-up against the sum of scores for every budget of the sweep, and the same as a table."""
-    answers = [(p.speedup_asked, p.architecture) for p in data.sweep if p.architecture]
+    answers = [(p.asked, p.architecture) for p in data.sweep if p.architecture]
     if not data.sweep and data.architecture is None:
         return None
     rows = [_sweep_row(asked, a) for asked, a in answers]
-    for asked, reason in _refused(data):
-        rows.append([f"{asked:g}\u00a0×", tag("td", f"none: {reason}", colspan=5, class_="text")])
+    for point, reason in _refused(data):
+        rows.append([point.asked, tag("td", f"none: {reason}", colspan=5, class_="text")])
     header = ["asked", data.costs_are, "sum of scores", "proven", "params", "MiB"]
     found = table(header, rows) if rows else None
     chart = _frontier_chart(data) if answers or data.architecture else None
     return [tag("div", chart, tag("div", found, _search_facts(data)), class_="columns")]
 
 
-def _refused(data: ReportData) -> list[tuple[float, str]]:
-    return [(p.speedup_asked, p.infeasible_reason or "no architecture found") for p in data.sweep if not p.architecture]
+def _refused(data: ReportData) -> list[tuple[SweepPoint, str]]:
+    return [(p, p.infeasible_reason or "no architecture found") for p in data.sweep if not p.architecture]
 
 
 def _frontier_chart(data: ReportData) -> Html:
-    answers = sorted(((p.architecture, p.speedup_asked) for p in data.sweep if p.architecture), key=lambda x: _place(x[0]))
+    answers = sorted(((p.architecture, p.asked) for p in data.sweep if p.architecture), key=lambda x: _place(x[0]))
     places = [ORIGIN, *(_place(a) for a, _ in answers), *([_place(data.architecture)] if data.architecture else [])]
     left, right = min(x for x, _ in places), max(1.2, *(x for x, _ in places))
     low, high = min(y for _, y in places), max(1e-9, *(y for _, y in places))
@@ -43,12 +43,13 @@ def _frontier_chart(data: ReportData) -> Html:
     marks = [axes.line([ORIGIN, *(_place(a) for a, _ in answers)], "frontier-line")] if answers else []
     marks.append(axes.dot(ORIGIN, "parent-dot", "the parent"))
     for a, asked in answers:
-        marks.append(axes.dot(_place(a), "point", f"asked {asked:g} ×: {_described(data, a)}"))
+        marks.append(axes.dot(_place(a), "point", f"asked {asked}: {_described(data, a)}"))
     if data.architecture:
         marks.append(axes.dot(_place(data.architecture), "chosen-dot", f"chosen: {_described(data, data.architecture)}", 8))
         marks.append(axes.caption(_place(data.architecture), "chosen", -14, -4, anchor="end", class_="strong"))
-    for asked, reason in _refused(data):  # far ones stand at the right edge
-        marks.append(axes.cross((min(asked, axes.x[1]), axes.y[1]), f"asked {asked:g} ×: {reason}"))
+    for point, reason in _refused(data):  # far ones, and those that asked for no speed-up, stand at the right edge
+        place = min(point.speedup_asked or axes.x[1], axes.x[1])
+        marks.append(axes.cross((place, axes.y[1]), f"asked {point.asked}: {reason}"))
     key = [("origin", "parent"), *([("point", "answer to a budget")] if answers else [])]
     key += [("chosen", "chosen")] if data.architecture else []
     key += [("refused", "asked, but no architecture reaches it")] if _refused(data) else []
@@ -63,10 +64,10 @@ def _described(data: ReportData, a: Architecture) -> str:
     return f"{data.costs_are} {number(a.predicted_speedup)} ×, sum of scores {number(a.objective)}, {a.status}"
 
 
-def _sweep_row(asked: float, a: Architecture) -> list[object]:
+def _sweep_row(asked: str, a: Architecture) -> list[object]:
     proven = "optimal" if a.status == "optimal" else a.status if a.status == "heuristic" else f"gap {percent(a.gap)}"
     costs = [count(a.predicted.num_params), number(a.predicted.memory_mib)]
-    return [f"{asked:g}\u00a0×", times(a.predicted_speedup), number(a.objective), proven, *costs]
+    return [asked, times(a.predicted_speedup), number(a.objective), proven, *costs]
 
 
 def _search_facts(data: ReportData) -> Html | None:

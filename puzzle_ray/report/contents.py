@@ -49,11 +49,18 @@ class TrainedVariant(Protocol):
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """What the search answered to one budget: an architecture, or why there is none."""
+    """What the search answered to one budget: an architecture, or why there is none. `label` says the budget where it is more
+    than a speed-up."""
 
-    speedup_asked: float
+    speedup_asked: float | None
     architecture: Architecture | None = None
     infeasible_reason: str | None = None
+    label: str = ""
+
+    @property
+    def asked(self) -> str:
+        plain = self.speedup_asked is not None and self.label in ("", f"{self.speedup_asked:g} x")
+        return f"{self.speedup_asked:g}\u00a0×" if plain else self.label
 
 
 @dataclass(frozen=True)

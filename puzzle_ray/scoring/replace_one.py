@@ -2,85 +2,101 @@
 
 Only layers from the exchanged one on run again: what comes before is the parent's and is kept. The result is bitwise that of the
 whole forward. Work is cut at shard borders, so that a model spread over processes is scored the same way as one in a single process.
+Several candidates of one layer may share the way through the layers behind it, one behind the other along the batch: the values are
+then those of one at a time up to the rounding of larger matrix products (about 1e-6), no longer bit for bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from puzzle_ray.artifacts import LayerChoice, ScoreRow, Scores, SearchSpace, SubblockKind
+from puzzle_ray.artifacts import LayerChoice, Scores, SearchSpace, SubblockKind
 from puzzle_ray.blocks import LayerStack, swapped
 from puzzle_ray.config import ScoringConfig
 from puzzle_ray.progress import Progress
-from puzzle_ray.scoring.metrics import PredictionMetrics, compare, mean, standard_error
+from puzzle_ray.scoring import fisher
+from puzzle_ray.scoring.downstream import QuestionBatch, answers, question_batches, read_questions
+from puzzle_ray.scoring.items import DOWNSTREAM, TABLE, Damage, Task, groups, merge, plan, saved_rows, unfinished
+from puzzle_ray.scoring.metrics import compare, next_token_loss
+from puzzle_ray.scoring.shortlist import Shortlist, sizes
 from puzzle_ray.store import Step
 
+__all__ = ["TABLE", "Kept", "ShardScorer", "load_questions", "score_serially"]
+
 States = Mapping[SubblockKind, Mapping[str, Tensor]]
-TABLE = "scores.parquet"
+StatesOf = Callable[[int, LayerChoice], States]
 
 
 @dataclass(frozen=True)
-class Item:
-    """One exchange to score."""
+class Kept:
+    """What the last shard remembers of the parent's predictions on one batch of text, or of questions."""
 
-    layer: int
-    choice: LayerChoice
-
-    @property
-    def name(self) -> str:
-        words = f"{self.choice.attention}+{self.choice.ffn}"
-        return f"items/layer_{self.layer:03d}.{''.join(c if c.isalnum() or c in '+._' else '-' for c in words)}.json"
-
-
-def plan(space: SearchSpace, granularity: str) -> list[Item]:
-    """`block`: every pair of variants; `subblock`: each variant beside the parent's other half."""
-    items = []
-    for index, layer in enumerate(space.layers):
-        for choice in layer.choices:
-            one_half = "parent" in (choice.attention, choice.ffn)
-            if choice != LayerChoice() and (granularity == "block" or one_half):
-                items.append(Item(index, choice))
-    return items
+    log_probs: Tensor | None = None  # [batch, tokens, vocab_size]
+    hidden: Tensor | None = None  # behind the final norm, [batch, tokens, hidden_size]
+    loss: tuple[float, ...] = ()
+    gold_log_prob: tuple[float, ...] = ()
 
 
 class ShardScorer:
-    """A shard's part in scoring. Inputs and outputs are one tensor per evaluation batch, `[batch, tokens, hidden_size]`."""
+    """A shard's part in scoring. Inputs and outputs are one tensor per evaluation batch, `[batch, tokens, hidden_size]`.
 
-    def __init__(self, stack: LayerStack, input_ids: Sequence[Tensor]) -> None:
-        self.stack, self.input_ids = stack, list(input_ids)
-        self.inputs: list[dict[int, Tensor]] = []  # per batch: layer -> the parent's input
-        self.parent_log_probs: list[Tensor] = []
+    Batches are numbered through: text first, then questions.
+    """
+
+    def __init__(self, stack: LayerStack, texts: Sequence[Tensor], questions: Sequence[QuestionBatch] = ()) -> None:
+        self.stack, self.questions, self.num_texts = stack, list(questions), len(texts)
+        self.input_ids = [*texts, *(torch.from_numpy(batch.input_ids.copy()) for batch in questions)]
+        self.inputs: list[dict[int, Tensor]] = []  # per batch: layer -> the parent's input; behind the last one, its output
+        self.parent: list[Kept] = []
         self.ends = stack.head is not None
 
     @torch.no_grad()
     def run_parent(self, entering: Sequence[Tensor]) -> list[Tensor]:
         """Remembers the parent's activations of these layers; returns what leaves the shard. The first shard takes token ids."""
-        self.inputs, self.parent_log_probs = [], []
-        leaving = []
-        for hidden_states in entering:
+        self.inputs, self.parent = [], []
+        for number, hidden_states in enumerate(entering):
             hidden = self.stack.embed(hidden_states) if self.stack.embedding is not None else hidden_states
             kept = {}
             for index in range(self.stack.first, self.stack.last):
                 kept[index] = hidden
                 hidden = self.stack.run_layer(self.stack.layer(index), index, hidden)
+            kept[self.stack.last] = hidden
             self.inputs.append(kept)
-            leaving.append(hidden)
             if self.ends:
-                self.parent_log_probs.append(F.log_softmax(self.stack.logits(hidden).float(), dim=-1))
-        return leaving
+                self.parent.append(self._keep(number, hidden))
+        return [kept[self.stack.last] for kept in self.inputs]
+
+    def _keep(self, number: int, leaving: Tensor) -> Kept:
+        final, logits = self._ends(leaving)
+        if number >= self.num_texts:
+            return Kept(gold_log_prob=answers(logits, self.questions[number - self.num_texts]).gold_log_prob)
+        log_probs = F.log_softmax(logits.float(), dim=-1)
+        return Kept(log_probs, final, tuple(next_token_loss(log_probs, self.input_ids[number]).tolist()))
+
+    def _ends(self, leaving: Tensor) -> tuple[Tensor, Tensor]:
+        """What final norm and head put out."""
+        assert self.stack.final_norm is not None and self.stack.head is not None, "this shard does not hold the head"
+        final = self.stack.final_norm(leaving)
+        return final, self.stack.head(final)
 
     @torch.no_grad()
-    def exchange(self, item: Item, states: States) -> list[Tensor]:
-        """The exchanged layer on the parent's input to it, then the rest of this shard."""
-        stack = self.stack
-        layer = swapped(stack.layer(item.layer), item.choice, stack.descriptor, stack.config, states)
-        started = [stack.run_layer(layer, item.layer, kept[item.layer]) for kept in self.inputs]
-        return self._run_rest(started, item.layer + 1)
+    def exchange(self, task: Task, states_of: StatesOf) -> list[Tensor]:
+        """The exchanged layers on the parent's input to them, one behind the other along the batch; then the rest of this shard."""
+        stack, index = self.stack, task.layer
+        layers = [
+            swapped(stack.layer(index), item.choice, stack.descriptor, stack.config, states_of(index, item.choice))
+            for item in task.items
+        ]
+        started = []
+        for number in task.batches:
+            outputs = [stack.run_layer(layer, index, self.inputs[number][index]) for layer in layers]
+            started.append(torch.cat(outputs) if len(outputs) > 1 else outputs[0])
+        return self._run_rest(started, index + 1)
 
     @torch.no_grad()
     def suffix(self, entering: Sequence[Tensor]) -> list[Tensor]:
@@ -96,70 +112,73 @@ class ShardScorer:
         return leaving
 
     @torch.no_grad()
-    def measure(self, leaving: Sequence[Tensor]) -> PredictionMetrics:
-        """What the last shard says of final hidden states."""
-        batches = zip(leaving, self.parent_log_probs, self.input_ids, strict=True)
-        return PredictionMetrics.joined([compare(parent, self.stack.logits(h), ids) for h, parent, ids in batches])
+    def measure(self, task: Task, leaving: Sequence[Tensor]) -> list[Damage]:
+        """What the last shard says of final hidden states: one for every candidate of the task."""
+        parts: list[list[Damage]] = [[] for _ in task.items]
+        for number, hidden in zip(task.batches, leaving, strict=True):
+            for found, own in zip(parts, hidden.split(len(self.input_ids[number])), strict=True):
+                found.append(self._damage(number, own))
+        return [Damage.joined(found) for found in parts]
 
-    def parent_loss(self) -> tuple[float, ...]:
-        """The parent's own next-token loss per sequence."""
-        pairs = zip(self.parent_log_probs, self.input_ids, strict=True)
-        return PredictionMetrics.joined([compare(lp, lp, ids) for lp, ids in pairs]).lm_loss
-
-
-def rows_of(item: Item, metrics: PredictionMetrics, parent_loss: tuple[float, ...]) -> list[ScoreRow]:
-    """Every metric as a difference from the parent: 0 is no damage."""
-    differences = {
-        "kl": metrics.kl,
-        "lm_loss": tuple(c - p for c, p in zip(metrics.lm_loss, parent_loss, strict=True)),
-        "top1_disagreement": tuple(1.0 - a for a in metrics.top1_agreement),
-    }
-    choice = item.choice
-    return [
-        ScoreRow(item.layer, choice.attention, choice.ffn, metric, mean(values), standard_error(values), metrics.tokens)
-        for metric, values in differences.items()
-    ]
+    def _damage(self, number: int, leaving: Tensor) -> Damage:
+        final, logits = self._ends(leaving)
+        kept, ids = self.parent[number], self.input_ids[number]
+        if number >= self.num_texts:
+            found = answers(logits, self.questions[number - self.num_texts]).gold_log_prob
+            lost = tuple(p - c for p, c in zip(kept.gold_log_prob, found, strict=True))
+            return Damage({DOWNSTREAM: lost}, {DOWNSTREAM: int(ids.numel())})
+        assert kept.log_probs is not None
+        return Damage.of(compare(kept.log_probs, logits, ids, kept.hidden, final), kept.loss)
 
 
-def unfinished(items: Sequence[Item], step: Step) -> list[Item]:
-    there = set(step.names("items"))
-    return [item for item in items if item.name.removeprefix("items/") not in there]
+def load_questions(parent: str, config: ScoringConfig, max_tokens: int | None) -> list[QuestionBatch]:
+    """The scoring half of `scoring.downstream` in the parent's tokens; none where it is not set. Raises DataError."""
+    if config.downstream is None:
+        return []
+    from transformers import AutoTokenizer
 
-
-def save_item(step: Step, item: Item, rows: Sequence[ScoreRow]) -> None:
-    step.write_json(item.name, [asdict(row) for row in rows])
-
-
-def merge(items: Sequence[Item], config: ScoringConfig, step: Step) -> Scores:
-    """All item files as one table; closes the step."""
-    rows = [ScoreRow(**row) for item in items for row in step.read_json(item.name)]
-    scores = Scores(tuple(rows), config.granularity)
-    step.write(TABLE, scores.to_parquet())
-    worst = max((r for r in rows if r.metric == config.metric), key=lambda r: r.value, default=None)
-    step.finish({"items": len(items), "worst": asdict(worst) if worst else None})
-    return scores
+    questions = read_questions(config.downstream, "score", config.downstream_questions)
+    return question_batches(questions, AutoTokenizer.from_pretrained(parent), config.micro_batch_tokens, max_tokens)
 
 
 def score_serially(
     stack: LayerStack,
-    batches: Sequence[Tensor],
+    texts: Sequence[Tensor],
     space: SearchSpace,
     config: ScoringConfig,
     step: Step,
-    states_of: Callable[[int, LayerChoice], States],
+    states_of: StatesOf,
     progress: Progress,
+    questions: Sequence[QuestionBatch] = (),
 ) -> Scores:
     """The scoring stage in this process, without Ray. `stack` holds the whole parent."""
     items = plan(space, config.granularity)
-    todo = unfinished(items, step)
-    if todo:
-        scorer = ShardScorer(stack, batches)
-        scorer.run_parent(batches)
-        parent_loss = scorer.parent_loss()
-        with progress.stage("score", len(items), "block") as bar:
-            bar.advance(len(items) - len(todo))
-            for item in todo:
-                metrics = scorer.measure(scorer.exchange(item, states_of(item.layer, item.choice)))
-                save_item(step, item, rows_of(item, metrics, parent_loss))
-                bar.advance()
-    return merge(items, config, step)
+    scorer = ShardScorer(stack, texts, questions)
+    started: list[bool] = []
+
+    def ready() -> ShardScorer:
+        if not started:
+            scorer.run_parent(scorer.input_ids)
+            started.append(True)
+        return scorer
+
+    shortlist = None
+    if config.shortlist == "fisher":
+        for name, batches in fisher.unfinished(len(texts), step):
+            found, _ = fisher.shard_estimates(ready(), batches, None, space, config, states_of)
+            fisher.save(step, name, [found])
+        found = fisher.load(len(texts), step)
+        tokens = sum(ids.numel() for ids in texts)
+        shortlist = Shortlist.of(items, found, tokens, sizes(space, stack.descriptor, stack.config), space, config)
+    wanted = shortlist.exact if shortlist else items
+    all_groups = groups(wanted, config, len(texts), len(questions))
+    todo = unfinished(all_groups, step)
+    with progress.stage("score", len(wanted), "block") as bar:
+        bar.advance(len(wanted) - sum(len(group.items) for group in todo))
+        for group in todo:
+            while (task := group.next_task()) is not None:
+                group.add(task, ready().measure(task, scorer.exchange(task, states_of)))
+            group.save(step)
+            bar.advance(len(group.items))
+    rows = saved_rows(wanted, step)
+    return merge(rows + shortlist.rows(rows) if shortlist else rows, config, step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,6 +14,7 @@ from puzzle_ray.artifacts import (
     Architecture,
     Costs,
     LayerChoice,
+    LayerSpace,
     Profile,
     ProfileRow,
     Scenario,
@@ -26,7 +27,9 @@ from puzzle_ray.search import Options, find
 from puzzle_ray.search.limits import Limits
 from puzzle_ray.search.problem import Choice, Limit, Problem, Solution
 
-COST_NAMES = ("runtime_ms", "prefill_ms", "decode_ms", "memory_mib", "num_params")
+COST_NAMES = ("runtime_ms", "prefill_ms", "decode_ms", "memory_mib", "num_params", "kv_cache_mib")
+KV_HEADS = "kv_heads"
+ROW_OF = {name: i for i, name in enumerate(("latency", "prefill", "decode", "memory", "params", "kv_cache", KV_HEADS))}
 
 
 def costs_of(rows: Iterable[ProfileRow], scenario: Scenario) -> tuple[float, ...]:
@@ -36,14 +39,31 @@ def costs_of(rows: Iterable[ProfileRow], scenario: Scenario) -> tuple[float, ...
     """
     rows = list(rows)
     prefill_ms, decode_ms = math.fsum(r.prefill_ms for r in rows), math.fsum(r.decode_ms for r in rows)
-    kv_bytes = scenario.batch_size * scenario.tokens_per_sequence * sum(r.kv_bytes_per_token for r in rows)
+    kv_mib = scenario.batch_size * scenario.tokens_per_sequence * sum(r.kv_bytes_per_token for r in rows) / MIB
     return (
         prefill_ms + (scenario.output_tokens - 1) * decode_ms,
         prefill_ms,
         decode_ms,
-        (sum(r.weight_bytes for r in rows) + kv_bytes) / MIB,
+        sum(r.weight_bytes for r in rows) / MIB + kv_mib,
         float(sum(r.num_params for r in rows)),
+        kv_mib,
     )
+
+
+def kv_heads_of(profile: Profile, layer: LayerSpace, variant: str, batch_size: int) -> float:
+    """KV heads of an attention variant: its cache over that of one head, as a `gqa:N` of the same layer shows it.
+
+    Raises ConfigError where the space has no such variant to tell from.
+    """
+    own = profile.row(layer.layer_type, "attention", variant, batch_size).kv_bytes_per_token
+    if own == 0:
+        return 0.0
+    for name in layer.attention:
+        head, _, count = name.partition(":")
+        if head == "gqa" and count.isdigit():
+            whole = profile.row(layer.layer_type, "attention", name, batch_size).kv_bytes_per_token
+            return float(round(own * int(count) / whole))
+    raise ConfigError("search.limits.kv_heads", "no gqa variant is in the space to count heads by", "limit kv_cache_mib instead")
 
 
 def _row(profile: Profile, layer_type: str, choice: LayerChoice, batch_size: int) -> list[ProfileRow]:
@@ -80,30 +100,40 @@ def predicted_costs(space: SearchSpace, profile: Profile, scenario: Scenario, ch
     rows = [_fixed(profile, scenario)]
     for layer, choice in zip(space.layers, choices, strict=True):
         rows.extend(_row(profile, layer.layer_type, choice, scenario.batch_size))
-    runtime_ms, prefill_ms, decode_ms, memory_mib, num_params = costs_of(rows, scenario)
+    runtime_ms, prefill_ms, decode_ms, memory_mib, num_params, _ = costs_of(rows, scenario)
     tokens = scenario.batch_size * scenario.tokens_per_sequence
     throughput = 1000.0 * tokens / runtime_ms if runtime_ms > 0 else math.inf
     return Costs(scenario.batch_size, prefill_ms, decode_ms, runtime_ms, throughput, memory_mib, int(num_params))
 
 
-def limits_of(limits: Limits, parent: Costs, scenario: Scenario) -> tuple[Limit, ...]:
-    """The user's limits as bounds on costs at the scenario's batch size; `parent` may have been taken at another."""
+def limits_of(asked: Mapping[str, float], parent: Costs, scenario: Scenario) -> tuple[Limit, ...]:
+    """Limits by name as bounds on costs at the scenario's batch size; `parent` may have been taken at another."""
     tokens = 1000.0 * scenario.batch_size * scenario.tokens_per_sequence
     parents = {"latency": parent.runtime_ms, "memory": parent.memory_mib, "params": float(parent.num_params)}
-    row = {"latency": 0, "prefill": 1, "decode": 2, "memory": 3, "params": 4}
     found = []
-    for name, asked in limits.asked.items():
-        what, _, unit = name.partition("_")
+    for name, value in asked.items():
+        what, _, unit = name.rpartition("_")
         if name == "speedup":
             over = tokens / parent.throughput_tokens_per_s
-            found.append(Limit(name, 0, over / asked, asked, "x", over=over))
+            found.append(Limit(name, 0, over / value, value, "x", over=over))
         elif name == "throughput_tokens_per_s":
-            found.append(Limit(name, 0, tokens / asked, asked, "tokens/s", over=tokens))
+            found.append(Limit(name, 0, tokens / value, value, "tokens/s", over=tokens))
         elif unit == "fraction":
-            found.append(Limit(name, row[what], asked * parents[what], asked, "of the parent", of=parents[what]))
+            found.append(Limit(name, ROW_OF[what], value * parents[what], value, "of the parent", of=parents[what]))
         else:
-            found.append(Limit(name, row[what], asked, asked, {"ms": "ms", "mib": "MiB"}.get(unit, "")))
+            row = ROW_OF[name] if name in ROW_OF else ROW_OF[what]
+            found.append(Limit(name, row, value, value, {"ms": "ms", "mib": "MiB"}.get(unit, "")))
     return tuple(found)
+
+
+def limited(problem: Problem, limits: Limits, parent: Costs, scenario: Scenario) -> Problem:
+    """The problem within all limits, ranges' minimums among them. Raises ConfigError where KV heads cannot be counted."""
+    if KV_HEADS in {*limits.asked, *limits.at_least} and KV_HEADS not in problem.cost_names:
+        raise ConfigError(f"search.limits.{KV_HEADS}", "no gqa variant is in the space to count heads by", "limit kv_cache_mib")
+    found = problem.with_limits(limits_of(limits.asked, parent, scenario))
+    for least in limits_of(limits.at_least, parent, scenario):
+        found = found.at_least(least)
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +183,11 @@ def _groups(space: SearchSpace, limits: Limits) -> list[tuple[tuple[int, ...], t
     return found
 
 
+def check_limits(space: SearchSpace, limits: Limits) -> None:
+    """Raises ConfigError for layers or variants in `fixed` and `agree` that the space does not have."""
+    _groups(space, limits)
+
+
 def _score(scores: Scores, layer: int, choice: LayerChoice, metric: str) -> float:
     try:
         value = scores.value(layer, choice, metric)
@@ -165,29 +200,117 @@ def _score(scores: Scores, layer: int, choice: LayerChoice, metric: str) -> floa
     return value
 
 
-def table(
-    space: SearchSpace, scores: Scores, metric: str, profile: Profile, scenario: Scenario, limits: Limits, parent: Costs
-) -> Table:
-    """The numbers at the scenario's batch size. Raises ConfigError or ProfileError where one is missing."""
-    groups = _groups(space, limits)
-    width = max(len(choices) for _, choices in groups)
+def table(space: SearchSpace, scores: Scores, metric: str, profile: Profile, scenario: Scenario, choices: Limits) -> Table:
+    """The numbers at the scenario's batch size, without limits; of `choices` only what is fixed or must agree counts.
+
+    Raises ConfigError or ProfileError where a number is missing.
+    """
+    groups = _groups(space, choices)
+    width = max(len(found) for _, found in groups)
+    counted = all(any(name.startswith("gqa:") for name in layer.attention) for layer in space.layers)
+    names = (*COST_NAMES, KV_HEADS) if counted else COST_NAMES
     score = np.full((len(groups), width), np.inf)
-    costs = np.zeros((len(COST_NAMES), len(groups), width))
-    for row, (layers, choices) in enumerate(groups):
-        for v, choice in enumerate(choices):
+    costs = np.zeros((len(names), len(groups), width))
+    size = scenario.batch_size
+    for row, (layers, found) in enumerate(groups):
+        for v, choice in enumerate(found):
             score[row, v] = math.fsum(_score(scores, layer, choice, metric) for layer in layers)
-            parts = [r for x in layers for r in _row(profile, space.layers[x].layer_type, choice, scenario.batch_size)]
-            costs[:, row, v] = costs_of(parts, scenario)
-    problem = Problem(
-        score,
-        costs,
-        COST_NAMES,
-        np.array(costs_of([_fixed(profile, scenario)], scenario)),
-        np.array([len(layers) for layers, _ in groups], dtype=np.intp),
-        tuple(tuple(choice.label for choice in choices) for _, choices in groups),
-        limits_of(limits, parent, scenario),
-    )
+            parts = [r for x in layers for r in _row(profile, space.layers[x].layer_type, choice, size)]
+            costs[: len(COST_NAMES), row, v] = costs_of(parts, scenario)
+            if counted:
+                costs[-1, row, v] = sum(kv_heads_of(profile, space.layers[x], choice.attention, size) for x in layers)
+    constants = np.zeros(len(names))
+    constants[: len(COST_NAMES)] = costs_of([_fixed(profile, scenario)], scenario)
+    weights = np.array([len(layers) for layers, _ in groups], dtype=np.intp)
+    labels = tuple(tuple(choice.label for choice in found) for _, found in groups)
+    problem = Problem(score, costs, names, constants, weights, labels)
     return Table(problem, tuple(g[0] for g in groups), tuple(g[1] for g in groups), scenario)
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """All numbers of a search but its limits: one table per batch size, and the parent's costs at the scenario's own."""
+
+    space: SearchSpace
+    profile: Profile
+    metric: str
+    parent: Costs
+    tables: tuple[Table, ...]
+
+    @classmethod
+    def of(cls, space: SearchSpace, scores: Scores, profile: Profile, scenario: Scenario, metric: str, choices: Limits) -> Tables:
+        """Raises ConfigError or ProfileError where a number is missing, or a fixed choice does not fit the space."""
+        parent = predicted_costs(space, profile, scenario, [LayerChoice()] * len(space.layers))
+        sizes = [replace(scenario, batch_size=size) for size in profile.batch_sizes]
+        return cls(space, profile, metric, parent, tuple(table(space, scores, metric, profile, s, choices) for s in sizes))
+
+    def within(self, limits: Limits) -> tuple[Table, ...]:
+        """The tables with limits on them."""
+        return tuple(replace(t, problem=limited(t.problem, limits, self.parent, t.scenario)) for t in self.tables)
+
+    def search(
+        self,
+        limits: Limits,
+        *,
+        searcher: str = "mip",
+        count: int = 1,
+        min_different_layers: int = 1,
+        options: Options | None = None,
+    ) -> list[Found]:
+        """As `search` below, with the table and the solution behind every architecture."""
+        method, options = find(searcher), options or Options()
+        tables = self.within(limits)
+        found: list[Found] = []
+        while len(found) < count:
+            solved: list[tuple[Table, Solution]] = []
+            errors: list[Infeasible] = []
+            for candidate in tables:
+                try:
+                    solved.append((candidate, method.solve(candidate.problem, options)))
+                except Infeasible as error:
+                    errors.append(error)
+            if not solved:
+                if found:
+                    break
+                raise min(errors, key=_shortfall)
+            found.append(self._best(solved, limits, searcher))
+            last = found[-1].choice
+            tables = tuple(replace(t, problem=t.problem.apart_from(last, min_different_layers)) for t in tables)
+        by_scenario = {t.scenario: t for t in self.within(limits)}
+        return [replace(f, table=by_scenario[f.table.scenario]) for f in found]
+
+    def _best(self, solved: Sequence[tuple[Table, Solution]], limits: Limits, searcher: str) -> Found:
+        """Of one solution per batch size the least objective, then the higher throughput."""
+        named = [(t, s, self.costs(t, s.choice)) for t, s in solved]
+        chosen, solution, costs = min(named, key=lambda x: (x[1].objective, -x[2].throughput_tokens_per_s))
+        bound = min(s.bound for _, s in solved)
+        architecture = Architecture(
+            choices=chosen.named(solution.choice),
+            searcher=searcher,
+            objective=solution.objective,
+            bound=bound,
+            status="feasible" if solution.status == "optimal" and bound < solution.objective else solution.status,
+            solve_s=sum(s.solve_s for _, s in solved),
+            predicted=costs,
+            parent_predicted=self.parent,
+            limits=limits.asked | {f"{name}_min": least for name, least in limits.at_least.items()},
+            metric=self.metric,
+            estimated=self.profile.estimated,
+        )
+        return Found(architecture, chosen, solution.choice)
+
+    def costs(self, table: Table, choice: Choice) -> Costs:
+        """Predicted costs of a choice at the table's batch size."""
+        return predicted_costs(self.space, self.profile, table.scenario, table.named(choice))
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """An architecture, and the table and choice that it was found as; the table's limits are the user's."""
+
+    architecture: Architecture
+    table: Table
+    choice: Choice
 
 
 def search(
@@ -210,44 +333,10 @@ def search(
     `min_different_layers` layers; fewer come back where there are no more. Raises Infeasible where there is none at
     all, ConfigError for settings that do not fit the space.
     """
-    method, options = find(searcher), Options(time_limit_s=time_limit_s, seed=seed)
-    parent = predicted_costs(space, profile, scenario, [LayerChoice()] * len(space.layers))
-    scenarios = [replace(scenario, batch_size=size) for size in profile.batch_sizes]
-    tables = [table(space, scores, metric, profile, s, limits, parent) for s in scenarios]
-    found: list[Architecture] = []
-    while len(found) < count:
-        solved: list[tuple[Table, Solution]] = []
-        errors: list[Infeasible] = []
-        for candidate in tables:
-            try:
-                solved.append((candidate, method.solve(candidate.problem, options)))
-            except Infeasible as error:
-                errors.append(error)
-        if not solved:
-            if found:
-                break
-            raise min(errors, key=_shortfall)
-        costs = [predicted_costs(space, profile, t.scenario, t.named(s.choice)) for t, s in solved]
-        best = min(range(len(solved)), key=lambda i: (solved[i][1].objective, -costs[i].throughput_tokens_per_s))
-        chosen, solution = solved[best]
-        bound = min(s.bound for _, s in solved)
-        found.append(
-            Architecture(
-                choices=chosen.named(solution.choice),
-                searcher=searcher,
-                objective=solution.objective,
-                bound=bound,
-                status="feasible" if solution.status == "optimal" and bound < solution.objective else solution.status,
-                solve_s=sum(s.solve_s for _, s in solved),
-                predicted=costs[best],
-                parent_predicted=parent,
-                limits=limits.asked,
-                metric=metric,
-                estimated=profile.estimated,
-            )
-        )
-        tables = [replace(t, problem=t.problem.apart_from(solution.choice, min_different_layers)) for t in tables]
-    return found
+    options = Options(time_limit_s=time_limit_s, seed=seed)
+    tables = Tables.of(space, scores, profile, scenario, metric, limits)
+    found = tables.search(limits, searcher=searcher, count=count, min_different_layers=min_different_layers, options=options)
+    return [f.architecture for f in found]
 
 
 def _shortfall(error: Infeasible) -> float:

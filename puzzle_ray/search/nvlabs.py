@@ -15,6 +15,18 @@ from typing import Any
 
 import numpy as np
 
+from puzzle_ray.artifacts import (
+    FIXED,
+    MIB,
+    PARENT,
+    LayerSpace,
+    Profile,
+    ProfileRow,
+    Scenario,
+    ScoreRow,
+    Scores,
+    SearchSpace,
+)
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.search.problem import Floats, Limit, Problem
 
@@ -68,6 +80,29 @@ class NvlabsLibrary:
         weights = np.ones(len(self.labels), dtype=np.intp)
         zeros = np.zeros(len(COST_NAMES))
         return Problem(self.scores[metric], self.costs, COST_NAMES, zeros, weights, self.labels, tuple(limits))
+
+
+def as_run(library: NvlabsLibrary, metric: str = "kl_div") -> tuple[SearchSpace, Scores, Profile, Scenario]:
+    """The library in this package's own terms, as a run's search and sweep read it.
+
+    A block's variant stands as an attention variant beside the parent's FFN; its whole runtime is a prefill.
+    """
+    tokens = {"batch_size": library.batch_size, "input_tokens": library.sequence_length - 1, "output_tokens": 1}
+    names = tuple([PARENT, *(f"block:{v}" for v in range(1, len(library.labels[0])))])
+    spread = {"prefill_spread_ms": 0.0, "decode_spread_ms": 0.0}
+    free = {"prefill_ms": 0.0, "decode_ms": 0.0, "weight_bytes": 0, "kv_bytes_per_token": 0, "num_params": 0}
+    layers, scores, rows = [], [], [ProfileRow("", FIXED, FIXED, **tokens, **spread, **free)]  # type: ignore[arg-type]
+    for layer in range(len(library.labels)):
+        shape = f"layer_{layer}"
+        layers.append(LayerSpace(names, (PARENT,), shape))
+        rows.append(ProfileRow(shape, "ffn", PARENT, **tokens, **spread, **free))  # type: ignore[arg-type]
+        for v, name in enumerate(names):
+            memory_mib, runtime_ms, params = library.costs[:, layer, v]
+            cost = {"prefill_ms": runtime_ms, "weight_bytes": round(memory_mib * MIB), "num_params": int(params)}
+            rows.append(ProfileRow(shape, "attention", name, **tokens, **spread, **(free | cost)))  # type: ignore[arg-type]
+            scores.append(ScoreRow(layer, name, PARENT, metric, float(library.scores[metric][layer, v]), 0.0, 0))
+    profile = Profile(tuple(rows), "tensorrt_llm", "", "H100", "fp8")
+    return SearchSpace(tuple(layers)), Scores(tuple(scores), "block"), profile, Scenario(**tokens)
 
 
 def read_nvlabs(path: str | Path) -> NvlabsLibrary:

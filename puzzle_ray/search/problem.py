@@ -22,7 +22,7 @@ TOLERANCE = 1e-12  # of a cost's whole range: above the rounding of a sum, below
 
 @dataclass(frozen=True)
 class Limit:
-    """`sum of one cost <= bound`, and how to say it: cost / `of`, `over` / cost (a speed), `minus` - cost (a count)."""
+    """`sum of one cost <= bound`, and how to say it: cost / `of`, `over` / cost (a speed), (`minus` - cost) / `of` (a minimum)."""
 
     name: str
     cost: int
@@ -41,7 +41,7 @@ class Limit:
         """The quantity that the user limited, at this cost."""
         if self.over is not None:
             return self.over / cost if cost > 0 else math.inf
-        return cost / self.of if self.minus is None else self.minus - cost
+        return (cost if self.minus is None else self.minus - cost) / self.of
 
     def __str__(self) -> str:
         return f"{self.name} {self.sense} {self.asked:g}{' ' + self.unit if self.unit else ''}"
@@ -102,6 +102,21 @@ class Problem:
             best = self.cheapest(limit.cost)
             if best > limit.bound + TOLERANCE * self._scale[limit.cost]:
                 raise Infeasible(limit.name, limit.sense, limit.asked, limit.reached(best), limit.unit)
+
+    def at_least(self, limit: Limit) -> Problem:
+        """The same problem, where `limit`'s cost must not be below its bound: what is saved of it becomes a cost of its own."""
+        values = np.where(np.isfinite(self.score), self.costs[limit.cost], -np.inf)
+        most = values.max(axis=1)
+        saved = np.where(np.isfinite(values), most[:, None] - values, 0.0)
+        total = math.fsum([*most, self.constants[limit.cost]])
+        mirrored = replace(limit, cost=len(self.costs), bound=total - limit.bound, minus=total)
+        return replace(
+            self,
+            costs=np.concatenate([self.costs, saved[None]]),
+            cost_names=(*self.cost_names, f"saved_{self.cost_names[limit.cost]}"),
+            constants=np.append(self.constants, 0.0),
+            limits=(*self.limits, mirrored),
+        )
 
     def with_limits(self, limits: Iterable[Limit]) -> Problem:
         return replace(self, limits=tuple(limits))

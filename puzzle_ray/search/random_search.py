@@ -11,10 +11,9 @@ from puzzle_ray.search.problem import Choice, Floats, Problem, Solution, unmet, 
 from puzzle_ray.search.relaxation import lower_bound
 
 
-def random_choice(score: Floats, rows: Floats, bounds: Floats, random: np.random.Generator) -> Choice:
-    """Uniform at random; then, while a limit is broken, a random one of all changes that break the limits less."""
-    layers = np.arange(len(score))
-    choice = np.array([random.choice(np.flatnonzero(np.isfinite(scores))) for scores in score], dtype=np.intp)
+def repaired_at_random(score: Floats, rows: Floats, bounds: Floats, choice: Choice, random: np.random.Generator) -> Choice:
+    """While a limit is broken: a random one of all changes that break the limits less. May end where none does."""
+    layers, choice = np.arange(len(score)), choice.copy()
     while True:
         loads = rows[:, layers, choice].sum(axis=1)
         over = float(np.maximum(loads - bounds, 0.0).sum())
@@ -27,6 +26,12 @@ def random_choice(score: Floats, rows: Floats, bounds: Floats, random: np.random
             return choice
         row, variant = moves[random.integers(len(moves))]
         choice[row] = variant
+
+
+def random_choice(score: Floats, rows: Floats, bounds: Floats, random: np.random.Generator) -> Choice:
+    """Uniform at random, then repaired at random."""
+    choice = np.array([random.choice(np.flatnonzero(np.isfinite(scores))) for scores in score], dtype=np.intp)
+    return repaired_at_random(score, rows, bounds, choice, random)
 
 
 class _Random:

@@ -1,15 +1,18 @@
 """Subblock variants: what an attention or an FFN may become.
 
-A variant is one file here that defines `VARIANT`, an object with the methods of `Variant`; or a dotted path
-`package.module:ATTRIBUTE` to such an object elsewhere. Its name in a search space is `<name>` or `<name>:<argument>`, and once
-resolved against a parent (`gqa:50%` -> `gqa:4`) it is canonical: the same name always means the same shape.
+A variant is one file here that defines `VARIANT`, an object with the methods of `Variant`; or such an object elsewhere, named by
+its dotted path `package.module:ATTRIBUTE` or by an entry point of the group `puzzle_ray.variants`. Its name in a search space is
+`<name>` or `<name>:<argument>`, and once resolved against a parent (`gqa:50%` -> `gqa:4`) it is canonical: the same name always
+means the same shape. A saved child names its variants, so whoever loads it needs the packages they come from.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterable
 from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Protocol
 
 from puzzle_ray.artifacts import SubblockKind
@@ -23,8 +26,14 @@ if TYPE_CHECKING:
     from puzzle_ray.variants._statistics import Statistics
 
 
+ENTRY_POINTS = "puzzle_ray.variants"
+
+
 class Variant(Protocol):
-    """What every variant can do. `argument` is what stands behind the colon of its name (empty where there is none)."""
+    """What every variant can do. `argument` is what stands behind the colon of its name (empty where there is none).
+
+    One that is spared gathering all calibration statistics also has `needs`, a tuple of words of `Statistics`.
+    """
 
     name: str
     kinds: tuple[SubblockKind, ...]
@@ -53,6 +62,17 @@ def _variants() -> dict[str, Variant]:
     return {module.VARIANT.name: module.VARIANT for module in modules_of(sys.modules[__name__])}
 
 
+@cache
+def _plugins() -> dict[str, EntryPoint]:
+    """What installed packages offer, by name; nothing is imported yet. Raises ConfigError where a name is taken."""
+    plugins: dict[str, EntryPoint] = {}
+    for point in entry_points(group=ENTRY_POINTS):
+        if point.name in _variants() or point.name in plugins:
+            raise ConfigError("space", f"two variants are named {point.name!r} (one by {point.value})", "uninstall or rename one")
+        plugins[point.name] = point
+    return plugins
+
+
 def split_name(name: str) -> tuple[str, str]:
     """`gqa:4` -> (`gqa`, `4`); `my.package:MINE:3` -> (`my.package:MINE`, `3`)."""
     parts = name.split(":")
@@ -64,20 +84,38 @@ def find(name: str, kind: SubblockKind) -> tuple[Variant, str]:
     """The variant behind a name, and its argument. Raises ConfigError for one nobody knows or that does not fit the subblock."""
     head, argument = split_name(name)
     where = f"space.{kind}"
-    if "." in head:
-        module_name, _, attribute = head.partition(":")
-        try:
-            variant: Variant = getattr(importlib.import_module(module_name), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ConfigError(where, f"variant {name!r} cannot be imported ({error})", "write package.module:ATTRIBUTE") from None
-    elif head in _variants():
-        variant = _variants()[head]
-    else:
-        known = [v.name for v in _variants().values() if kind in v.kinds]
-        raise ConfigError(where, f"unknown variant {name!r}", did_you_mean(head, known))
+    own = _variants().get(head)
+    variant = _foreign(head, where, kind) if own is None else own
     if kind not in variant.kinds:
         raise ConfigError(where, f"variant {name!r} is not for the {kind} subblock", f"it is for: {', '.join(variant.kinds)}")
     return variant, argument
+
+
+def _foreign(head: str, where: str, kind: SubblockKind) -> Variant:
+    """A variant of someone else's package."""
+    try:
+        if "." in head:
+            module_name, _, attribute = head.partition(":")
+            variant: Variant = getattr(importlib.import_module(module_name), attribute)
+        elif head in _plugins():
+            variant = _plugins()[head].load()
+        else:
+            known = [v.name for v in _variants().values() if kind in v.kinds]
+            raise ConfigError(where, f"unknown variant {head!r}", did_you_mean(head, [*known, *_plugins()]))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(where, f"variant {head!r} cannot be imported ({error})", "write package.module:ATTRIBUTE") from None
+    wanted = ("name", "kinds", "trainable", "resolve", "reshape", "initialise")
+    missing = [name for name in wanted if not hasattr(variant, name)]
+    if missing:
+        raise ConfigError(where, f"{head!r} is no variant: it lacks {', '.join(missing)}", "see puzzle_ray.variants.Variant")
+    return variant
+
+
+def needs(names: Iterable[str], kind: SubblockKind) -> frozenset[str]:
+    """Which calibration statistics these variants start from; all of them for a variant that does not say."""
+    from puzzle_ray.variants._statistics import EVERYTHING
+
+    return frozenset(word for name in names for word in getattr(find(name, kind)[0], "needs", EVERYTHING))
 
 
 def resolve(name: str, kind: SubblockKind, config: Any, multiple_of: int) -> str:

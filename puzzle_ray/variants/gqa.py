@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from puzzle_ray.artifacts import SubblockKind
 from puzzle_ray.errors import ConfigError
-from puzzle_ray.families import Descriptor
-from puzzle_ray.modules import copy_, resize_linear
+from puzzle_ray.families import Descriptor, kv_heads
+from puzzle_ray.modules import copy_
 from puzzle_ray.variants import fraction_or_count
+from puzzle_ray.variants._projections import AttentionProjections, resize_attention
 from puzzle_ray.variants._statistics import Statistics
 
 
@@ -18,25 +20,24 @@ class GroupedQueryAttention:
     name = "gqa"
     kinds: tuple[SubblockKind, ...] = ("attention",)
     trainable = True
+    needs: tuple[str, ...] = ()
 
     def resolve(self, argument: str, kind: SubblockKind, config: Any, multiple_of: int) -> str | None:
-        whole = int(config.num_key_value_heads)
-        heads = max(1, round(fraction_or_count(argument, whole, "space.attention")))
+        whole = kv_heads(config)
+        wanted = fraction_or_count(argument, whole, "space.attention")
+        fitting = [n for n in range(1, whole + 1) if whole % n == 0]
+        heads = min(fitting, key=lambda n: abs(n - wanted)) if argument.endswith("%") else max(1, round(wanted))
         if whole % heads:
-            divisors = ", ".join(str(n) for n in range(1, whole) if whole % n == 0)
+            divisors = ", ".join(map(str, fitting[:-1]))
             raise ConfigError(
-                "space.attention", f"gqa:{argument}: {heads} does not divide {whole} KV heads", f"use one of {divisors}"
+                "space.attention", f"{self.name}:{argument}: {heads} does not divide {whole} KV heads", f"use one of {divisors}"
             )
         return None if heads == whole else str(heads)
 
     def reshape(self, layer: nn.Module, argument: str, kind: SubblockKind, descriptor: Descriptor, config: Any) -> None:
-        attention = getattr(layer, descriptor.attention)
-        heads = int(argument)
-        for name in (descriptor.key, descriptor.value):
-            linear = getattr(attention, name)
-            setattr(attention, name, resize_linear(linear, linear.in_features, heads * attention.head_dim))
-        attention.num_key_value_groups = config.num_attention_heads // heads
+        resize_attention(layer, int(argument), descriptor)
 
+    @torch.no_grad()
     def initialise(
         self,
         layer: nn.Module,
@@ -46,19 +47,19 @@ class GroupedQueryAttention:
         descriptor: Descriptor,
         statistics: Statistics,
     ) -> str:
-        old, new = getattr(parent, descriptor.attention), getattr(layer, descriptor.attention)
+        old, new = AttentionProjections.of(parent, descriptor), AttentionProjections.of(layer, descriptor)
         heads = int(argument)
 
         def pooled(rows: Tensor) -> Tensor:
             """[KV heads * head_dim, ...] -> [heads * head_dim, ...], mean over the heads of a group."""
-            split = rows.unflatten(0, (heads, -1, old.head_dim))
-            return split.mean(dim=1).flatten(0, 1)
+            return rows.unflatten(0, (heads, -1, old.head_dim)).mean(dim=1).flatten(0, 1)
 
-        for name in (descriptor.key, descriptor.value):
-            source, target = getattr(old, name), getattr(new, name)
-            copy_(target.weight, pooled(source.weight))
-            if source.bias is not None:
-                copy_(target.bias, pooled(source.bias))
+        new.query.write(old.query.weight_OI, old.query.bias_O)
+        for source, target in ((old.key, new.key), (old.value, new.value)):
+            target.write(pooled(source.weight_OI), None if source.bias_O is None else pooled(source.bias_O))
+        for name in descriptor.key_norms:
+            norms = [getattr(descriptor.core(x, "attention"), name) for x in (parent, layer)]
+            copy_(norms[1].weight, pooled(norms[0].weight))
         return "mean-pooled heads"
 
 

@@ -1,7 +1,7 @@
-"""`linear`: one matrix in place of the subblock, behind its norm (paper, section 2).
+"""`linear`: one matrix in place of the subblock, behind its norm (paper, section 2); with a bias where the parent's output has one.
 
-It starts from the product of the parent's matrices (V then O; up then down) or from least squares on calibration activations,
-whichever predicts those activations better.
+It starts from the product of the parent's matrices (V then O; up then down) or from least squares on calibration activations.
+Both are judged on half of the calibration tokens that the least squares did not see; if it wins, it is fitted again on all.
 """
 
 from __future__ import annotations
@@ -14,32 +14,56 @@ from torch import Tensor, nn
 from puzzle_ray.artifacts import KINDS, SubblockKind
 from puzzle_ray.families import Descriptor
 from puzzle_ray.modules import LinearAttention, LinearFFN, copy_
-from puzzle_ray.variants._statistics import Statistics
+from puzzle_ray.variants._projections import AttentionProjections, FFNProjections, Projection
+from puzzle_ray.variants._statistics import INPUTS, Statistics
 
 
-def _value_output_product(attention: nn.Module, descriptor: Descriptor) -> Tensor:
-    """What attention does when every token sees itself alone: O . V, `[hidden_size, hidden_size]`."""
-    value: Tensor = getattr(attention, descriptor.value).weight
-    output: Tensor = getattr(attention, descriptor.output).weight
-    heads = value.unflatten(0, (-1, attention.head_dim))
-    repeated = heads.repeat_interleave(attention.num_key_value_groups, dim=0).flatten(0, 1)
-    return output.double() @ repeated.double()
+def _product(last: Projection, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """`last` after a linear map, in fp64, the bias as one more column if `last` has one."""
+    outer = last.weight_OI.double()
+    product = outer @ weight_OI.double()
+    if last.bias_O is None:
+        return product
+    bias = last.bias_O.double() + (0 if bias_O is None else outer @ bias_O.double())
+    return torch.cat([product, bias[:, None]], dim=1)
+
+
+def _product_start(parent: nn.Module, kind: SubblockKind, descriptor: Descriptor) -> Tensor:
+    if kind == "ffn":
+        ffn = FFNProjections.of(parent, descriptor)
+        return _product(ffn.down, ffn.up.weight_OI, ffn.up.bias_O)
+    # What attention does when every token sees itself alone: O . V.
+    attention = AttentionProjections.of(parent, descriptor)
+    groups = attention.num_heads // attention.num_kv_heads
+
+    def repeated(rows: Tensor) -> Tensor:
+        return rows.unflatten(0, (-1, attention.head_dim)).repeat_interleave(groups, dim=0).flatten(0, 1)
+
+    bias = attention.value.bias_O
+    return _product(attention.output, repeated(attention.value.weight_OI), None if bias is None else repeated(bias))
 
 
 class Linear:
     name = "linear"
     kinds = KINDS
     trainable = True
+    needs: tuple[str, ...] = (INPUTS,)
 
     def resolve(self, argument: str, kind: SubblockKind, config: Any, multiple_of: int) -> str | None:
         return ""
 
     def reshape(self, layer: nn.Module, argument: str, kind: SubblockKind, descriptor: Descriptor, config: Any) -> None:
-        old = getattr(layer, descriptor.module(kind))
-        attention = kind == "attention"
-        new: nn.Module = LinearAttention(config.hidden_size, old.layer_idx) if attention else LinearFFN(config.hidden_size)
-        like = next(old.parameters())
-        setattr(layer, descriptor.module(kind), new.to(dtype=like.dtype, device=like.device))
+        old = layer.get_submodule(descriptor.module(kind))
+        last = getattr(descriptor.core(layer, kind), descriptor.output if kind == "attention" else descriptor.ffn_down)
+        bias = last.bias is not None
+        with torch.device("meta"):
+            if kind == "attention":
+                new: nn.Module = LinearAttention(config.hidden_size, getattr(old, descriptor.layer_index), bias)
+            else:
+                new = LinearFFN(config.hidden_size, bias)
+        setattr(layer, descriptor.module(kind), new.to(last.weight.dtype).to_empty(device=last.weight.device))
+        for name in descriptor.ffn_rest if kind == "ffn" else ():
+            setattr(layer, name, nn.Identity())
 
     @torch.no_grad()
     def initialise(
@@ -51,17 +75,20 @@ class Linear:
         descriptor: Descriptor,
         statistics: Statistics,
     ) -> str:
-        old = getattr(parent, descriptor.module(kind))
-        if kind == "attention":
-            product = _value_output_product(old, descriptor)
-        else:
-            product = getattr(old, descriptor.ffn_down).weight.double() @ getattr(old, descriptor.ffn_up).weight.double()
-        moments = statistics.moments[kind]
-        starts = {"product": product, "least squares": moments.least_squares()}
-        errors = {name: moments.relative_error(weight) for name, weight in starts.items()}
+        parameters = list(layer.get_submodule(descriptor.module(kind)).parameters())
+        has_bias = len(parameters) > 1
+        product, (seen, unseen) = _product_start(parent, kind, descriptor), statistics.halves[kind]
+        errors = {
+            "product": unseen.relative_error(product),
+            "least squares": unseen.relative_error(seen.least_squares(has_bias)),
+        }
         best = min(errors, key=lambda name: errors[name])
-        copy_(next(getattr(layer, descriptor.module(kind)).parameters()), starts[best])
-        return f"{best} (relative error {errors[best]:.3f}; product {errors['product']:.3f})"
+        start = product if best == "product" else statistics.moments[kind].least_squares(has_bias)
+        copy_(parameters[0], start[:, : parameters[0].shape[1]])
+        if has_bias:
+            copy_(parameters[1], start[:, -1])
+        other = next(name for name in errors if name != best)
+        return f"{best} (relative error {errors[best]:.3f}; {other} {errors[other]:.3f})"
 
 
 VARIANT = Linear()

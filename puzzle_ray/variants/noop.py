@@ -16,13 +16,15 @@ class Noop:
     name = "noop"
     kinds = KINDS
     trainable = False
+    needs: tuple[str, ...] = ()
 
     def resolve(self, argument: str, kind: SubblockKind, config: Any, multiple_of: int) -> str | None:
         return ""
 
     def reshape(self, layer: nn.Module, argument: str, kind: SubblockKind, descriptor: Descriptor, config: Any) -> None:
         if kind == "attention":
-            setattr(layer, descriptor.attention, NoopAttention(getattr(layer, descriptor.attention).layer_idx))
+            index = getattr(layer.get_submodule(descriptor.attention), descriptor.layer_index)
+            setattr(layer, descriptor.attention, NoopAttention(index))
         else:
             setattr(layer, descriptor.ffn, NoopFFN())
         for norm in descriptor.norms(kind):

@@ -15,6 +15,7 @@ class Parent:
     name = "parent"
     kinds = KINDS
     trainable = False
+    needs: tuple[str, ...] = ()
 
     def resolve(self, argument: str, kind: SubblockKind, config: Any, multiple_of: int) -> str | None:
         return None

@@ -180,7 +180,7 @@ def test_empty_data_and_an_unsupported_family(inputs, tmp_path):
     gpt.mkdir()
     (gpt / "config.json").write_text('{"model_type": "bloom"}')
     done = run(command("compress", inputs, store=tmp_path / "store", parent=gpt), timeout=60)
-    assert done.returncode == 2 and "parent: family 'bloom' is not supported; supported: " in done.stderr
+    assert done.returncode == 2 and "parent: family 'bloom' is not supported" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_budget_below_the_cheapest_architecture_names_what_is_reachable(whole, inputs):

@@ -1,5 +1,6 @@
 """On Ray the library and the scores are those of one process, whatever dies on the way."""
 
+import json
 import os
 import signal
 import threading
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
 from small_models import save_parent
 
 from actors import library_stream, scoring_pool
@@ -21,17 +23,18 @@ from puzzle_ray.distill.library import Library, build_serially
 from puzzle_ray.errors import ClusterError
 from puzzle_ray.families import describe
 from puzzle_ray.progress import Quiet
-from puzzle_ray.scoring.replace_one import score_serially
+from puzzle_ray.scoring.replace_one import load_questions, score_serially
 from puzzle_ray.store import Store
 
 CONFIG = LibraryConfig(tokens=960, calibration_tokens=64, validation_tokens=64, micro_batch_tokens=32, checkpoint_every=4)
-CLUSTER = ClusterConfig(num_shards=2, blocks_per_trainer=2, placement_timeout_s=60, step_timeout_s=60)
+CLUSTER = ClusterConfig(num_shards=2, blocks_per_trainer=2, placement_timeout_s=240, step_timeout_s=120)
 SPACE = (("gqa:1", "linear", "noop"), ("ffn:24", "noop"))
 
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    folder = save_parent(tmp_path_factory.mktemp("parent"), num_hidden_layers=4)
+    folder = save_parent(tmp_path_factory.mktemp("parent"), num_hidden_layers=4, vocab_size=VOCAB_SIZE + 7)
+    byte_tokenizer().save_pretrained(folder)
     space = search_space(read_config(folder), *SPACE, 8)
     rng = np.random.default_rng(0)
     tokens = Tokens(rng.integers(0, 96, (64, 16), dtype=np.int32))
@@ -118,22 +121,50 @@ def test_a_driver_that_is_stopped_continues_where_it_was(local_ray, setting):
     assert seen.done == 36  # 34 positions... counted from the checkpoint, shown as a whole
 
 
-def test_scores_equal_one_processes(local_ray, setting):
+def score_in_one_process(setting, config, name):
     folder, space, tokens, store, library = setting
-    config = ScoringConfig(granularity="block", tokens=64, micro_batch_tokens=32)
     model_config = read_config(folder)
     stack = load_stack(folder, describe(model_config), model_config, 0, 4, torch.float32)
-    serial = score_serially(
-        stack, tokens.first(64, 2), space, config, store.step("scores", {"by": "serial"}, {}), library.states, Quiet()
-    )
-    step = store.step("scores", {"by": "ray"}, {})
-    on_ray = scoring_pool.score_blocks(str(folder), space, library.step, config, CLUSTER, tokens, step, Quiet())
-    assert on_ray == serial
+    texts = tokens.first(config.tokens, config.micro_batch_tokens // 16)
+    questions = load_questions(str(folder), config, 128)
+    return score_serially(stack, texts, space, config, store.step("scores", {"by": name}, {}), library.states, Quiet(), questions)
 
 
-def test_killing_a_shard_while_scoring_changes_nothing(local_ray, setting, monkeypatch):
+@pytest.fixture(scope="module")
+def questions_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("questions") / "q.jsonl"
+    rows = [{"query": f"question {n}", "choices": ["yes", "no", "not at all"], "gold": n % 3} for n in range(12)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+OPTIONS = {
+    "plain": {"granularity": "block"},
+    "together": {"granularity": "block", "candidate_batch": 3},
+    "racing": {"racing": True, "racing_stderr": 0.05, "candidate_batch": 2, "tokens": 768, "micro_batch_tokens": 128},
+    "shortlist": {"granularity": "block", "shortlist": "fisher", "shortlist_keep": 0.3, "fisher_samples": 2},
+    "downstream": {"downstream": True, "metric": "downstream"},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_scores_equal_one_processes(local_ray, setting, name, questions_file):
     folder, space, tokens, store, library = setting
-    config = ScoringConfig(granularity="subblock", tokens=64, micro_batch_tokens=32)
+    options = {"tokens": 64, "micro_batch_tokens": 32} | OPTIONS[name]
+    if "downstream" in options:
+        options["downstream"] = questions_file
+    config = ScoringConfig(**options)
+    step = store.step("scores", {"by": f"ray, {name}"}, {})
+    on_ray = scoring_pool.score_blocks(str(folder), space, library.step, config, CLUSTER, tokens, step, Quiet())
+    assert on_ray == score_in_one_process(setting, config, f"serial, {name}")
+    if name == "racing":
+        assert len({row.tokens for row in on_ray.rows}) > 1
+
+
+@pytest.mark.parametrize("shortlist", ["none", "fisher"])
+def test_killing_a_shard_while_scoring_changes_nothing(local_ray, setting, monkeypatch, shortlist):
+    folder, space, tokens, store, library = setting
+    config = ScoringConfig(granularity="subblock", tokens=64, micro_batch_tokens=32, shortlist=shortlist, racing=True)
     pipelines = []
     start = scoring_pool._Pipeline.start.__func__
 
@@ -148,7 +179,14 @@ def test_killing_a_shard_while_scoring_changes_nothing(local_ray, setting, monke
 
     def score(name, progress):
         return scoring_pool.score_blocks(
-            str(folder), space, library.step, config, CLUSTER, tokens, store.step("scores", {"by": name}, {}), progress
+            str(folder),
+            space,
+            library.step,
+            config,
+            CLUSTER,
+            tokens,
+            store.step("scores", {"by": name, "shortlist": shortlist}, {}),
+            progress,
         )
 
     assert score("killed", At(3, kill)) == score("undisturbed", Quiet())

@@ -20,7 +20,7 @@ from puzzle_ray.progress import Quiet
 from puzzle_ray.store import Store
 
 CONFIG = ProfileConfig(scenario=Scenario(2, 6, 3), batch_sizes=(1, 4), repeats=2, stack=1)
-CLUSTER = ClusterConfig(placement_timeout_s=60, step_timeout_s=60)
+CLUSTER = ClusterConfig(placement_timeout_s=300, step_timeout_s=300)
 
 
 @pytest.fixture(scope="module")

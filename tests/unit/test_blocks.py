@@ -13,8 +13,8 @@ from puzzle_ray.families import describe, families
 from puzzle_ray.variants import find, resolve
 from puzzle_ray.variants._statistics import Statistics
 
-ATTENTION = ("parent", "gqa:50%", "linear", "noop")
-FFN = ("parent", "ffn:50%", "ffn:25%", "linear", "noop")
+ATTENTION = ("parent", "gqa:50%", "gqa_prune:50%", "linear", "noop")
+FFN = ("parent", "ffn:50%", "ffn:25%", "ffn_iterative:50%", "linear", "noop")
 IDS = torch.arange(40).remainder(96).reshape(2, 20)
 
 
@@ -179,10 +179,10 @@ def test_percentages_become_canonical_names_without_repeats():
 
 
 def test_unsupported_family_and_missing_folder(tmp_path):
-    from transformers import GPT2Config
+    from transformers import BloomConfig
 
-    with pytest.raises(ParentError, match="family 'gpt2' is not supported; supported: .*llama"):
-        describe(GPT2Config())
+    with pytest.raises(ParentError, match="family 'bloom' is not supported: .*; supported: .*llama"):
+        describe(BloomConfig())
     with pytest.raises(ParentError, match="there is no folder"):
         locate(str(tmp_path / "absent"))
     with pytest.raises(ParentError, match="has no config.json"):
@@ -217,3 +217,16 @@ def test_a_real_model_loads_in_pieces_bit_equal(shared_data):
         for index in range(5):
             hidden = stack.run_layer(stack.layer(index), index, hidden)
         assert torch.equal(stack.logits(hidden), load_model(folder)(IDS).logits)
+
+
+@pytest.mark.parametrize(("whole", "name"), [(3, "gqa:1"), (5, "gqa:1"), (6, "gqa:3"), (8, "gqa:4")])
+def test_a_percentage_of_the_heads_is_the_nearest_count_that_divides(whole, name):
+    assert (
+        resolve(
+            "gqa:50%",
+            "attention",
+            tiny_config(num_key_value_heads=whole, num_attention_heads=2 * whole, hidden_size=16 * whole),
+            8,
+        )
+        == name
+    )

@@ -67,12 +67,19 @@ def test_evaluation_batches_are_the_first_sequences_in_order():
 
 def test_heldout_documents_are_not_trained_on(tmp_path, tokenizer):
     source = tmp_path / "x.jsonl"
-    texts = [f"{'abcdefghij'[i % 10]}{'klmnopqrst'[i // 10]}" + "z" * 14 for i in range(100)]
+    letters = "abcdefghijklmnopqrstuvwxy"
+    texts = [letters[i % 25] + letters[i // 25 % 25] + letters[i // 625] + "z" * 13 for i in range(1200)]
     source.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     train, heldout = tokenise(DataConfig(train=str(source), sequence_length=17, heldout_fraction=0.2), tokenizer, None)
-    seen = {tuple(row[1:3]) for row in train.sequences.tolist()}
-    held = {tuple(row[1:3]) for row in heldout.sequences.tolist()}
-    assert held and seen and not seen & held and len(seen) + len(held) == 100
+    seen = {tuple(row[1:4]) for row in train.sequences.tolist()}
+    held = {tuple(row[1:4]) for row in heldout.sequences.tolist()}
+    assert held and seen and not seen & held and len(seen) + len(held) == 1200
+
+
+def test_few_documents_are_split_by_sequences_so_that_both_parts_have_some(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("abcdefghij" * 40)
+    train, heldout = tokenise(DataConfig(train=str(tmp_path / "a.txt"), sequence_length=10), tokenizer, None)
+    assert len(heldout.sequences) == 2 and len(train.sequences) == 38
 
 
 @pytest.mark.parametrize(

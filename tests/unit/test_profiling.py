@@ -93,13 +93,16 @@ def test_every_shape_of_the_space_is_in_exactly_one_item_per_batch_size():
     assert len({item.name for item in items}) == len(items)
     for item in items:
         assert item.attention == ("parent", *ATTENTION) and item.ffn == ("parent", *FFN)
-        assert len(item.choices) == len(set(item.choices)) == len(item.attention) + len(item.ffn) - 1
+        stacks = item.stacks(3)
+        assert len(stacks) == len(set(stacks)) == len(item.attention) + len(item.ffn) and {depth for _, depth in stacks} == {3, 6}
+        assert {c.attention for c, _ in stacks} == set(item.attention) and {c.ffn for c, _ in stacks} == set(item.ffn)
 
 
 def test_a_space_without_no_ops_still_gets_its_base_stack_but_no_row_for_it():
     config = tiny_config()
     (item,) = plan(search_space(config, ("parent",), ("parent",), 8), CONFIG)
-    assert item.choices[0] == LayerChoice("noop", "noop") and len(item.choices) == 3
+    nothing = LayerChoice("noop", "noop")
+    assert item.stacks(2) == ((nothing, 2), (nothing, 4), (LayerChoice("noop"), 4), (LayerChoice(), 4))
     profile = profile_of([measure(item, config, CONFIG)], CONFIG)
     assert [(r.subblock, r.variant) for r in profile.rows] == [("attention", "parent"), ("ffn", "parent"), ("fixed", "fixed")]
 
@@ -137,7 +140,7 @@ def test_kv_bytes_are_what_the_cache_grows_by_with_the_stub_left_out():
     ids = torch.zeros(3, 7, dtype=torch.long)
     cache = model(ids, use_cache=True).past_key_values.layers
     taken = [layer.keys.nbytes + layer.values.nbytes for layer in cache]
-    found = kv_bytes_per_token(model)
+    found = kv_bytes_per_token(model, 64)
     assert found == (2 * 2 * 8 * 2, 0, 2 * 1 * 8 * 2)  # keys and values x KV heads x head_dim x bytes
     assert [found[0] * ids.numel(), found[2] * ids.numel()] == [taken[0], taken[2]]
 
@@ -174,11 +177,10 @@ def result_of(layer_ms, fixed_ms, drift=(1.0, 1.0, 1.0), noise=0.0, batch_size=2
     attention, ffn = (tuple(v for k, v in layer_ms if k == kind) for kind in ("attention", "ffn"))
     item = Item(layer_type, batch_size, attention, ffn)
     stacks = []
-    for choice in item.choices:
-        for depth in (4, 8):
-            ms = fixed_ms + depth * (layer_ms["attention", choice.attention] + layer_ms["ffn", choice.ffn])
-            samples = tuple(d * ms * (1 + rng.uniform(-noise, noise)) for d in drift)
-            stacks.append(StackTiming(choice.attention, choice.ffn, depth, Timing(samples, tuple(s / 10 for s in samples))))
+    for choice, depth in item.stacks(4):
+        ms = fixed_ms + depth * (layer_ms["attention", choice.attention] + layer_ms["ffn", choice.ffn])
+        samples = tuple(d * ms * (1 + rng.uniform(-noise, noise)) for d in drift)
+        stacks.append(StackTiming(choice.attention, choice.ffn, depth, Timing(samples, tuple(s / 10 for s in samples))))
     sizes = tuple(Size(kind, variant, 0, 0, 0) for kind, variant in [*layer_ms, ("fixed", "fixed")])
     return Result(item, tuple(stacks), sizes, "1.0", device)
 
@@ -213,6 +215,13 @@ def test_noise_never_makes_a_cost_negative():
         profile = profile_of([result_of(free, fixed_ms, noise=0.2, drift=(1.0,) * 9)], CONFIG)
         assert all(r.prefill_ms >= 0 and r.decode_ms >= 0 for r in profile.rows)
         assert any(r.prefill_ms == 0 for r in profile.rows)
+
+
+def test_the_parents_halves_add_up_to_what_the_whole_layer_took(measured):
+    whole = next(s.timing for s in measured.stacks if (s.attention, s.ffn) == ("parent", "parent"))
+    series = profiling.subblock_series(measured, "prefill")
+    total = series["fixed", "fixed"] + 2 * CONFIG.stack * (series["attention", "parent"] + series["ffn", "parent"])
+    assert total == pytest.approx(list(whole.prefill_samples_ms))
 
 
 def test_the_no_op_ffn_is_free_by_definition(measured):
@@ -330,7 +339,8 @@ def test_the_stage_leaves_a_table_that_covers_the_space(tmp_path):
     for batch_size in (1, 2):
         scenario = dataclasses.replace(CONFIG.scenario, batch_size=batch_size)
         for choice in space.layers[0].choices:
-            assert predicted_costs(space, profile, scenario, [choice] * 3).runtime_ms > 0
+            predicted = predicted_costs(space, profile, scenario, [choice] * 3)
+            assert predicted.batch_size == batch_size and predicted.runtime_ms >= 0 and predicted.num_params > 0
 
 
 def test_an_item_that_is_there_is_not_measured_again(tmp_path, measured):

@@ -281,6 +281,13 @@ def test_infeasible_budgets_are_said():
     assert len(PAGE.all("circle", "chosen-dot")) == 1
 
 
+def test_a_sweep_over_other_budgets_than_speed_names_them():
+    points = (SweepPoint(None, CHOSEN, None, "memory_mib 100"), SweepPoint(None, None, "too little", "memory_mib 1"))
+    text = render(ReportData("p", sweep=points))
+    assert "asked memory_mib 100: " in text and "asked memory_mib 1: too little" in text
+    assert "asked 1.5\u00a0×: " in render(ReportData("p", sweep=(SweepPoint(1.5, CHOSEN, None, "1.5 x"),)))
+
+
 def test_a_sweep_without_any_answer_still_says_why():
     page = Page(render(ReportData("p", sweep=(SweepPoint(9.0, None, "the best reachable is 7.4"),))))
     assert page.faults == []

@@ -5,78 +5,16 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from pydantic import ValidationError
+from search_inputs import LAYERS, PROFILE, SCENARIO, SCORES, SPACE, make_profile
 
-from puzzle_ray.artifacts import (
-    FIXED,
-    LayerChoice,
-    LayerSpace,
-    Profile,
-    ProfileRow,
-    Scenario,
-    ScoreRow,
-    Scores,
-    SearchSpace,
-)
+from puzzle_ray.artifacts import LayerChoice, LayerSpace, Scores, SearchSpace
 from puzzle_ray.errors import ConfigError, Infeasible, ProfileError
 from puzzle_ray.search.architectures import predicted_costs, search
 from puzzle_ray.search.limits import FixedChoice, Limits
 from puzzle_ray.search.uniform import uniform_architectures
 
-SCENARIO = Scenario(batch_size=4, input_tokens=30, output_tokens=11)
-ATTENTION = {"parent": 1.0, "gqa:2": 0.7, "noop": 0.0}
-FFN = {"parent": 1.0, "ffn:64": 0.5}
-LAYERS = 4
-SPACE = SearchSpace((LayerSpace(tuple(ATTENTION), tuple(FFN)),) * LAYERS)
-
-
-def profile_row(subblock, variant, size, batch_size):
-    """Costs proportional to a size; a batch of 8 is a little less than twice as slow as one of 4."""
-    slower = {4: 1.0, 8: 1.8}[batch_size]
-    kv = int(64 * size) if subblock == "attention" else 0
-    return ProfileRow(
-        layer_type="" if subblock == FIXED else "full_attention",
-        subblock=subblock,
-        variant=variant,
-        batch_size=batch_size,
-        input_tokens=SCENARIO.input_tokens,
-        output_tokens=SCENARIO.output_tokens,
-        prefill_ms=8.0 * size * slower,
-        decode_ms=0.5 * size * slower,
-        prefill_spread_ms=0.0,
-        decode_spread_ms=0.0,
-        weight_bytes=int(2**20 * size),
-        kv_bytes_per_token=kv,
-        num_params=int(500 * size),
-    )
-
-
-def make_profile(*batch_sizes) -> Profile:
-    rows = []
-    for batch_size in batch_sizes:
-        rows += [profile_row("attention", name, size, batch_size) for name, size in ATTENTION.items()]
-        rows += [profile_row("ffn", name, 2 * size, batch_size) for name, size in FFN.items()]
-        rows.append(profile_row(FIXED, FIXED, 0.5, batch_size))
-    return Profile(tuple(rows), "torch", "1", "cpu", "float32")
-
-
-PROFILE = make_profile(4)
-
-
-def make_scores(seed: int = 0) -> Scores:
-    rng = np.random.default_rng(seed)
-    rows = []
-    for layer in range(LAYERS):
-        for choice in SPACE.layers[layer].choices[1:]:
-            saved = 3 - ATTENTION[choice.attention] - 2 * FFN[choice.ffn]
-            value = float(saved * rng.lognormal(0, 0.7))
-            rows.append(ScoreRow(layer, choice.attention, choice.ffn, "kl", value, 0.0, 100))
-    return Scores(tuple(rows), "block")
-
-
-SCORES = make_scores()
 PARENT = predicted_costs(SPACE, PROFILE, SCENARIO, [LayerChoice()] * LAYERS)
 
 
@@ -102,7 +40,13 @@ def within(limits, costs) -> bool:
         "params": lambda x: costs.num_params <= x,
         "params_fraction": lambda x: costs.num_params <= x * PARENT.num_params,
     }
-    return all(checks[name](asked) for name, asked in limits.asked.items())
+    least = {
+        "params": lambda x: costs.num_params >= x,
+        "memory_mib": lambda x: costs.memory_mib >= x,
+        "latency_fraction": lambda x: costs.runtime_ms >= x * PARENT.runtime_ms,
+    }
+    enough = all(least[name](asked) for name, asked in limits.at_least.items())
+    return enough and all(checks[name](asked) for name, asked in limits.asked.items())
 
 
 def test_predicted_costs_are_the_sum_of_the_parts():
@@ -130,6 +74,8 @@ def test_predicted_costs_are_the_sum_of_the_parts():
         {"params_fraction": 0.5},
         {"speedup": 1.3, "memory_fraction": 0.65, "params": 4500},
         {"speedup": 0.5},
+        {"params": [2600, 3800], "latency_ms": 200.0},
+        {"memory_mib": [6.0, 9.0], "latency_fraction": [0.3, 0.6]},
     ],
     ids=str,
 )
@@ -142,7 +88,43 @@ def test_the_answer_is_the_best_that_meets_the_limits(limits):
     assert found.status == "optimal" and found.gap < 1e-9
     assert within(limits, found.predicted)
     assert found.predicted == predicted_costs(SPACE, PROFILE, SCENARIO, found.choices)
-    assert found.limits == limits.asked and found.parent_predicted == PARENT
+    assert found.limits == limits.asked | {f"{name}_min": x for name, x in limits.at_least.items()}
+    assert found.parent_predicted == PARENT
+
+
+def damage_reversed() -> Scores:
+    """What is cheapest is best, so that only a minimum keeps anything."""
+    return Scores(tuple(replace(row, value=-row.value) for row in SCORES.rows), SCORES.granularity)
+
+
+def test_a_range_keeps_at_least_its_minimum():
+    limits = Limits(params=[3000, 4000])
+    (found,) = search(SPACE, damage_reversed(), PROFILE, SCENARIO, limits)
+    every = itertools.product(SPACE.layers[0].choices, repeat=LAYERS)
+    best = max(objective(c) for c in every if within(limits, predicted_costs(SPACE, PROFILE, SCENARIO, c)))
+    assert 3000 <= found.predicted.num_params <= 4000 and -found.objective == pytest.approx(best)
+    with pytest.raises(Infeasible, match="params >= 7000; the best reachable is 6250"):
+        find(Limits(params=[7000, 9000]))
+
+
+def heads(choices) -> int:
+    """`gqa:2` has 44 bytes of cache per token, so the parent's 64 are 2.9 heads: 3."""
+    return sum({"parent": 3, "gqa:2": 2, "noop": 0}[c.attention] for c in choices)
+
+
+def test_kv_heads_and_the_cache_can_be_limited():
+    every = list(itertools.product(SPACE.layers[0].choices, repeat=LAYERS))
+    (found,) = search(SPACE, damage_reversed(), PROFILE, SCENARIO, Limits(kv_heads=[5, 7]))
+    assert 5 <= heads(found.choices) <= 7
+    assert -found.objective == pytest.approx(max(objective(c) for c in every if 5 <= heads(c) <= 7))
+    (found,) = find(Limits(kv_heads=7))
+    assert found.objective == pytest.approx(min(objective(c) for c in every if heads(c) <= 7))
+    (found,) = find(Limits(kv_cache_mib=0.02))
+    cache = {"parent": 64, "gqa:2": 44, "noop": 0}
+    assert sum(cache[c.attention] for c in found.choices) * 4 * 41 / 2**20 <= 0.02
+    none = SearchSpace((LayerSpace(("parent", "noop"), ("parent", "ffn:64")),) * LAYERS)
+    with pytest.raises(ConfigError, match="limit kv_cache_mib"):
+        search(none, SCORES, PROFILE, SCENARIO, Limits(kv_heads=4))
 
 
 def test_what_the_user_fixed_stays():
@@ -202,7 +184,7 @@ def test_uniform_architectures_come_by_closeness_to_a_runtime():
     assert all(len(set(a.choices)) == 1 and a.objective == pytest.approx(objective(a.choices)) for a in found)
 
 
-@pytest.mark.parametrize("name", ["greedy", "max_params", "random", "uniform"])
+@pytest.mark.parametrize("name", ["evolutionary", "greedy", "max_params", "random", "reinforce", "uniform"])
 def test_other_searchers_answer_through_the_same_door(name):
     (found,) = find(Limits(speedup=1.4), searcher=name)
     assert within(Limits(speedup=1.4), found.predicted) and found.status == "heuristic"
@@ -252,6 +234,11 @@ def test_missing_numbers_are_refused():
         ({"speedup": 2.0, "agree": [[1]]}, "two layers or more"),
         ({"speedup": 2.0, "agree": [[1, 2], [2, 3]]}, "only one"),
         ({"sped": 2.0}, "Extra inputs"),
+        ({"speedup": [1.5, 2.0]}, "a range is .min, max. of a cost"),
+        ({"params": [1, 2, 3]}, "a range is"),
+        ({"params": [5000, 4000]}, "at least 5000 and at most 4000; swap them"),
+        ({"params": [5000, None]}, "no limit is given"),
+        ({"speedup": 2.0, "at_least": {"parms": 4}}, "did you mean 'params'"),
     ],
 )
 def test_limits_that_make_no_sense_are_refused(values, message):

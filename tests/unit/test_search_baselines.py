@@ -84,6 +84,39 @@ def test_random_search_repeats_itself_and_does_not_get_worse_with_more_samples()
     assert many.objective <= few.objective
 
 
+def depth_problem(bound, weights=(1, 1, 1)):
+    """Three rows: the whole block, half of it, none; dropping row 1 does least damage, then row 2 by layer."""
+    score = [[0.0, 1.0, 6.0], [0.0, 0.1, 2.0], [0.0, 0.2, 3.0]]
+    problem = make_problem(score, [[[4.0, 2.0, 0.0]] * 3], [bound], weights)
+    return replace(problem, labels=(("parent + parent", "parent + noop", "noop + noop"),) * 3)
+
+
+def test_depth_drops_whole_layers_of_least_influence_until_the_limit_holds():
+    assert choose("depth", depth_problem(12.0)).choice.tolist() == [0, 0, 0]
+    assert choose("depth", depth_problem(8.0)).choice.tolist() == [0, 2, 0]
+    assert choose("depth", depth_problem(7.0)).choice.tolist() == [0, 2, 2]
+    assert choose("depth", depth_problem(8.0, weights=(4, 1, 2))).choice.tolist() == [2, 0, 0]  # by layer: 1.5, 2, 1.5
+
+
+def test_depth_needs_layers_that_can_be_dropped():
+    with pytest.raises(ConfigError, match="noop attention and noop ffn"):
+        choose("depth", random_problem(0, 3, 3, 1, 0.5))
+
+
+@pytest.mark.parametrize("name", ["evolutionary", "reinforce"])
+def test_learning_searchers_repeat_themselves_and_beat_random_search(name):
+    problem = random_problem(7, 20, 8, 2, 0.3)
+    found, again = (choose(name, problem, seed=3, samples=200) for _ in range(2))
+    assert found.choice.tolist() == again.choice.tolist()
+    assert found.objective < choose("random", problem, seed=3, samples=800).objective
+
+
+@pytest.mark.parametrize("name", ["evolutionary", "reinforce"])
+def test_learning_searchers_find_the_best_of_a_small_problem(name):
+    problem = random_problem(2, 5, 4, 1, 0.5)
+    assert choose(name, problem, samples=400).objective == pytest.approx(choose("mip", problem).objective)
+
+
 def test_an_unknown_searcher_is_refused_with_the_nearest_name():
     with pytest.raises(ConfigError, match="did you mean 'greedy'"):
         find("gredy")

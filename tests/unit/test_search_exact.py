@@ -13,7 +13,7 @@ from search_problems import make_problem, random_problem
 from puzzle_ray.errors import ConfigError, Infeasible
 from puzzle_ray.search import Options, enumeration, searchers
 from puzzle_ray.search.mip import solve, solve_diverse
-from puzzle_ray.search.problem import Problem
+from puzzle_ray.search.problem import Limit, Problem
 from puzzle_ray.search.relaxation import best_multipliers, lower_bound
 
 EXACT = {
@@ -66,6 +66,27 @@ def test_it_is_as_good_as_brute_force(problem):
     assert solution.objective == pytest.approx(best, rel=1e-12, abs=1e-9)
     assert solution.status == "optimal" and solution.gap <= 1e-9
     assert not problem.violated(solution.choice)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(), st.floats(0, 1))
+def test_minimums_are_kept_exactly(problem, share):
+    """A minimum on the first cost, somewhere in its range, besides the limits."""
+    finite = np.isfinite(problem.score)
+    lowest = np.where(finite, problem.costs[0], np.inf).min(axis=1).sum()
+    most = np.where(finite, problem.costs[0], -np.inf).max(axis=1).sum()
+    least = float(np.floor(lowest + share * (most - lowest)))
+    ranged = problem.at_least(Limit("cost0", 0, least, least))
+    allowed = [np.flatnonzero(row) for row in finite]
+    within = [c for c in map(np.array, itertools.product(*allowed)) if not problem.violated(c)]
+    objectives = [problem.objective(c) for c in within if problem.spent(c)[0] >= least - 1e-9]
+    if not objectives:
+        with pytest.raises(Infeasible):
+            solve(ranged)
+        return
+    solution = solve(ranged)
+    assert solution.objective == pytest.approx(min(objectives), rel=1e-12, abs=1e-9)
+    assert problem.spent(solution.choice)[0] >= least - 1e-9
 
 
 @settings(max_examples=40, deadline=None)
@@ -204,7 +225,7 @@ def test_multipliers_that_pass_the_ceiling_prove_that_there_is_no_answer():
     assert best_multipliers(score, rows, np.array([0.5]), ceiling=2.0).bound > 2.0
 
 
-@pytest.mark.parametrize("name", [name for name in searchers() if name != "max_params"])
+@pytest.mark.parametrize("name", [name for name in searchers() if name not in ("depth", "max_params")])
 @pytest.mark.parametrize("seed", range(3))
 def test_every_searcher_meets_the_limits_and_none_beats_the_exact_one(name, seed):
     problem = random_problem(seed, 12, 6, 2, 0.6)
@@ -216,7 +237,7 @@ def test_every_searcher_meets_the_limits_and_none_beats_the_exact_one(name, seed
     assert solution.status == ("optimal" if name == "mip" else "heuristic")
 
 
-@pytest.mark.parametrize("name", [name for name in searchers() if name != "max_params"])
+@pytest.mark.parametrize("name", [name for name in searchers() if name not in ("depth", "max_params")])
 def test_every_searcher_says_which_limit_is_out_of_reach(name):
     with pytest.raises(Infeasible, match="cost0 <= 3"):
         searchers()[name].solve(make_problem([[0, 1], [0, 2]], [[[5, 2], [5, 2]]], [3.0]), Options(samples=5))

@@ -1,0 +1,87 @@
+"""Everything that can be known to be wrong before work starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from puzzle_ray.config import TINY, RunConfig
+from puzzle_ray.data import check_source
+from puzzle_ray.errors import ClusterError, ConfigError, ParentError
+from puzzle_ray.store import Store
+
+
+def check(config: RunConfig, store: Store) -> None:
+    """What needs no cluster. Raises a PuzzleError with one clear line."""
+    from puzzle_ray.profiling.measure import find_engine
+    from puzzle_ray.search import find
+
+    store.check()
+    find(config.search.searcher)
+    find_engine(config.profile.engine)
+    data = config.data
+    for where, source in (("data.train", data.train), ("data.heldout", data.heldout), ("scoring.downstream", config.scoring.downstream)):
+        if source is not None:
+            check_source(source, where)
+    if data.train is None and (config.parent != TINY or data.heldout is not None):
+        raise ConfigError("data.train", "no training text is named", "give --data, or use parent: tiny without data.heldout")
+    model_config = _tiny_config() if config.parent == TINY else _checked_parent(config)
+    _check_space(config, model_config)
+
+
+def _check_space(config: RunConfig, model_config: Any) -> None:
+    from puzzle_ray.blocks import search_space
+    from puzzle_ray.search.architectures import check_limits
+    from puzzle_ray.sweep import longest_context
+
+    space = search_space(model_config, config.space.attention, config.space.ffn, config.space.ffn_multiple_of)
+    check_limits(space, config.search.limits)
+    needed = max(config.data.sequence_length, longest_context(config.search.grid, config.profile))
+    positions = getattr(model_config, "max_position_embeddings", None)
+    if positions is not None and needed > positions:
+        problem = f"sequences of {needed} tokens do not fit its {positions} positions"
+        raise ConfigError("parent", problem, "shorten data.sequence_length or profile.scenario")
+
+
+def _tiny_config() -> Any:
+    from transformers import LlamaConfig
+
+    from puzzle_ray.tiny_parent import TinyParentSpec
+
+    spec = TinyParentSpec()
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    positions = spec.max_position_embeddings
+    return LlamaConfig(max_position_embeddings=positions, **{name: getattr(spec, name) for name in names})
+
+
+def _checked_parent(config: RunConfig) -> Any:
+    """The parent's config, after a look at its family, weights and tokenizer."""
+    from transformers import AutoTokenizer
+
+    from puzzle_ray.checkpoint import Checkpoint, locate, read_config
+    from puzzle_ray.families import describe
+
+    folder = locate(config.parent, config.revision)
+    model_config = read_config(folder)
+    describe(model_config)
+    if getattr(model_config, "puzzle_layers", None):
+        raise ParentError("parent", f"{config.parent!r} is a child itself", "name a model that is no child")
+    if getattr(model_config, "quantization_config", None):
+        raise ParentError("parent", f"the weights of {config.parent!r} are quantized", "give the checkpoint they were made from")
+    _ = Checkpoint(folder).files
+    try:
+        AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ParentError("parent", f"{config.parent!r} has no tokenizer that can be read ({reason})", "save it there too") from None
+    return model_config
+
+
+def check_cluster(config: RunConfig) -> None:
+    """What can only be seen on the cluster, once joined. Raises ClusterError."""
+    import ray
+
+    have = int(ray.cluster_resources().get("CPU", 0))
+    needs = {"gkd.num_workers": config.gkd.num_workers, "cluster.cpus_per_trainer": config.cluster.cpus_per_trainer}
+    for where, wanted in needs.items():
+        if wanted > have:
+            raise ClusterError(where, f"{wanted} CPUs are needed and the cluster has {have}", f"lower {where}, or add nodes")

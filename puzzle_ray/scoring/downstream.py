@@ -1,0 +1,178 @@
+"""Multiple choice by length-normalised log-likelihood, over .jsonl files of `query`, `choices` and `gold`.
+
+The mean log-probability of a choice's tokens behind the query ranks the choices. Beside accuracy stands a smooth measure, the
+log-probability of the gold choice when the ranks are made a distribution (softmax over the choices' means): it moves where accuracy of
+few questions does not. Half of the questions, by a hash of their text, serve to score blocks; the other half is kept to test
+children on, as the Puzzle paper does with MMLU (section 3.3: half-MMLU).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from puzzle_ray.errors import DataError
+from puzzle_ray.scoring.metrics import mean, standard_error
+
+# R rows (a choice of a question each), T tokens, V vocabulary
+Half = Literal["score", "test"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """`choices[gold]` is the right continuation of `query`."""
+
+    query: str
+    choices: tuple[str, ...]
+    gold: int
+
+    @property
+    def half(self) -> Half:
+        text = json.dumps([self.query, self.choices])
+        return "score" if hashlib.sha256(text.encode()).digest()[0] % 2 == 0 else "test"
+
+
+@dataclass(frozen=True)
+class QuestionBatch:
+    """Whole questions, one row per choice, padded on the right (causal models do not see what comes later).
+
+    `input_ids` `[rows, tokens]`; the choice of row r is tokens `first[r] .. last[r]` (exclusive); `sizes`: rows of each question.
+    """
+
+    input_ids: npt.NDArray[np.int64]
+    first: tuple[int, ...]
+    last: tuple[int, ...]
+    sizes: tuple[int, ...]
+    gold: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One value per question: whether the gold choice ranks first, and its log-probability among the choices."""
+
+    correct: tuple[float, ...]
+    gold_log_prob: tuple[float, ...]
+
+    def summary(self) -> dict[str, float]:
+        """Means and their standard errors over questions."""
+        return {
+            "accuracy": mean(self.correct),
+            "accuracy_stderr": standard_error(self.correct),
+            "gold_log_prob": mean(self.gold_log_prob),
+            "gold_log_prob_stderr": standard_error(self.gold_log_prob),
+            "questions": float(len(self.correct)),
+        }
+
+
+def read_questions(path: str, half: Half | None = None, limit: int | None = None) -> list[Question]:
+    """The questions of a .jsonl file (a path or an fsspec URL) in order. Raises DataError."""
+    import fsspec
+
+    found: list[Question] = []
+    try:
+        with fsspec.open(path, "r", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip() and (limit is None or len(found) < limit):
+                    question = _parse(line, f"{path}:{number}")
+                    if half is None or question.half == half:
+                        found.append(question)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError("scoring.downstream", f"{path!r} cannot be read ({error})", "name a .jsonl file") from None
+    if not found:
+        raise DataError("scoring.downstream", f"{path!r} holds no question", "write lines of query, choices and gold")
+    return found
+
+
+def _parse(line: str, where: str) -> Question:
+    remedy = 'write {"query": "...", "choices": ["...", "..."], "gold": 0}'
+    try:
+        raw = json.loads(line)
+        question = Question(str(raw["query"]), tuple(map(str, raw["choices"])), int(raw["gold"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError("scoring.downstream", f"{where} is no question ({type(error).__name__}: {error})", remedy) from None
+    if not 0 <= question.gold < len(question.choices) or len(question.choices) < 2:
+        raise DataError(
+            "scoring.downstream", f"{where}: gold {question.gold} among {len(question.choices)} choices", "count gold from 0"
+        )
+    return question
+
+
+def question_batches(
+    questions: Sequence[Question], tokenizer: Any, batch_tokens: int, max_tokens: int | None = None
+) -> list[QuestionBatch]:
+    """Padded batches of at most `batch_tokens` tokens (one question at least), each of `query choice` with a space between.
+
+    A row longer than `max_tokens` loses its beginning. What of a row is the choice: all behind the tokens it shares with the query.
+    """
+    batches: list[QuestionBatch] = []
+    rows: list[tuple[list[int], int]] = []
+    members: list[Question] = []
+    for question in questions:
+        more = [_row(tokenizer, question.query, choice, max_tokens) for choice in question.choices]
+        width = max(len(ids) for ids, _ in rows + more)
+        if members and width * (len(rows) + len(more)) > batch_tokens:
+            batches.append(_batch(rows, members))
+            rows, members = [], []
+        rows, members = rows + more, [*members, question]
+    return [*batches, _batch(rows, members)] if members else batches
+
+
+def _row(tokenizer: Any, query: str, choice: str, max_tokens: int | None) -> tuple[list[int], int]:
+    """Token ids, and where the choice begins."""
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    context = start + tokenizer(query, add_special_tokens=False)["input_ids"]
+    whole = start + tokenizer(f"{query} {choice}", add_special_tokens=False)["input_ids"]
+    same = 0
+    while same < min(len(context), len(whole) - 1) and context[same] == whole[same]:
+        same += 1
+    cut = max(0, len(whole) - (max_tokens or len(whole)))
+    return whole[cut:], max(1, same - cut)  # the first token has nothing to be predicted from
+
+
+def _batch(rows: Sequence[tuple[list[int], int]], questions: Sequence[Question]) -> QuestionBatch:
+    ids = np.zeros((len(rows), max(len(row) for row, _ in rows)), dtype=np.int64)
+    for number, (row, _) in enumerate(rows):
+        ids[number, : len(row)] = row
+    return QuestionBatch(
+        ids,
+        tuple(first for _, first in rows),
+        tuple(len(row) for row, _ in rows),
+        tuple(len(question.choices) for question in questions),
+        tuple(question.gold for question in questions),
+    )
+
+
+@torch.no_grad()
+def answers(logits_RTV: Tensor, batch: QuestionBatch) -> Answers:
+    """What these logits say to a batch of questions."""
+    ids = torch.from_numpy(batch.input_ids.copy()).to(logits_RTV.device)
+    log_probs = F.log_softmax(logits_RTV[:, :-1].float(), dim=-1).gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+    means = torch.stack(
+        [row[first - 1 : last - 1].mean() for row, first, last in zip(log_probs, batch.first, batch.last, strict=True)]
+    )
+    correct, gold_log_prob = [], []
+    for of_choices, gold in zip(means.split(list(batch.sizes)), batch.gold, strict=True):
+        correct.append(float(of_choices.argmax() == gold))
+        gold_log_prob.append(float(F.log_softmax(of_choices, dim=-1)[gold]))
+    return Answers(tuple(correct), tuple(gold_log_prob))
+
+
+@torch.inference_mode()
+def answer(model: Any, batches: Sequence[QuestionBatch]) -> Answers:
+    """Any causal model with `model(input_ids, use_cache=False).logits`, on all questions."""
+    parts = [
+        answers(model(torch.from_numpy(batch.input_ids).to(model.device), use_cache=False).logits, batch) for batch in batches
+    ]
+    return Answers(
+        tuple(v for part in parts for v in part.correct),
+        tuple(v for part in parts for v in part.gold_log_prob),
+    )

@@ -1,0 +1,72 @@
+"""`gqa_prune:N`: attention with the N key-value heads that matter most; the others go, with what their query heads said.
+
+A KV head's importance is the mean over calibration tokens of ||sum over its query heads of W_o z||^2: what it and its query heads
+add to the residual. Query heads are put in a new order, so that those of a kept head come with it; each kept head also takes the
+query heads of some that went, whose columns of the output projection start at zero. The columns of the kept ones are fitted anew,
+by least squares on the same tokens, to do the work of all.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from puzzle_ray.artifacts import SubblockKind
+from puzzle_ray.families import Descriptor
+from puzzle_ray.modules import copy_
+from puzzle_ray.variants._projections import AttentionProjections
+from puzzle_ray.variants._statistics import HEADS, Statistics, refit
+from puzzle_ray.variants.gqa import GroupedQueryAttention
+
+
+def importance_K(attention: AttentionProjections, head_moment: Tensor) -> Tensor:
+    """Of every KV head: trace(W M W') over its query heads' columns of W_o, M the second moment of what enters W_o."""
+    width = attention.num_heads // attention.num_kv_heads * attention.head_dim
+    weight = attention.output.weight_OI.double()
+    starts = range(0, weight.shape[1], width)
+    blocks = [(weight[:, s : s + width], head_moment[s : s + width, s : s + width]) for s in starts]
+    return torch.stack([((w @ m) * w).sum() for w, m in blocks])
+
+
+class PrunedHeads(GroupedQueryAttention):
+    name = "gqa_prune"
+    needs = (HEADS,)
+
+    @torch.no_grad()
+    def initialise(
+        self,
+        layer: nn.Module,
+        parent: nn.Module,
+        argument: str,
+        kind: SubblockKind,
+        descriptor: Descriptor,
+        statistics: Statistics,
+    ) -> str:
+        moment = statistics.head_moment
+        assert moment is not None, "no calibration tokens were seen"
+        old, new = AttentionProjections.of(parent, descriptor), AttentionProjections.of(layer, descriptor)
+        heads, whole = int(argument), old.num_kv_heads
+        kept = importance_K(old, moment).topk(heads).indices.sort().values
+        gone = torch.tensor([h for h in range(whole) if h not in set(kept.tolist())], device=kept.device)
+        order = torch.cat([kept[:, None], gone.reshape(heads, -1)], dim=1)  # of the parent's KV heads, by their new head
+
+        def rows_of(kv_heads: Tensor, width: int) -> Tensor:
+            return (kv_heads[:, None] * width + torch.arange(width, device=kept.device)).flatten()
+
+        width = old.num_heads // whole * old.head_dim  # of all query heads of one KV head
+        query_rows, key_rows = rows_of(order.flatten(), width), rows_of(kept, old.head_dim)
+        new.query.write_rows(old.query, query_rows)
+        new.key.write_rows(old.key, key_rows)
+        new.value.write_rows(old.value, key_rows)
+        output = torch.zeros_like(old.output.weight_OI)
+        here = rows_of(torch.arange(heads, device=kept.device) * (whole // heads), width)
+        output[:, here] = refit(old.output.weight_OI, moment, query_rows[here]).to(output.dtype)
+        new.output.write(output, old.output.bias_O)
+        for names, rows in ((descriptor.query_norms, query_rows), (descriptor.key_norms, key_rows)):
+            for name in names:
+                norms = [getattr(descriptor.core(x, "attention"), name) for x in (parent, layer)]
+                copy_(norms[1].weight, norms[0].weight[rows])
+        return f"kept heads {', '.join(str(h) for h in kept.tolist())}"
+
+
+VARIANT = PrunedHeads()

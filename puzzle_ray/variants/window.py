@@ -1,0 +1,58 @@
+"""`window:W`: the parent's attention, every token seeing itself and the W - 1 tokens before it.
+
+For layers with full attention. Generation keeps the last W - 1 tokens of such a layer in transformers' own dynamic cache; caches of
+fixed size (static, and the rows of the serving engine) hold the whole length, and the mask alone makes the window.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from puzzle_ray.artifacts import SubblockKind
+from puzzle_ray.errors import ConfigError
+from puzzle_ray.families import Descriptor
+from puzzle_ray.variants import fraction_or_count
+from puzzle_ray.variants._statistics import Statistics
+from puzzle_ray.window import look_back
+
+
+class SlidingWindow:
+    name = "window"
+    kinds: tuple[SubblockKind, ...] = ("attention",)
+    trainable = True
+    needs: tuple[str, ...] = ()
+
+    def resolve(self, argument: str, kind: SubblockKind, config: Any, multiple_of: int) -> str | None:
+        types = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "attention_layers", None) or ())}
+        if types - {"full_attention", "global"} or (not types and getattr(config, "sliding_window", None)):
+            raise ConfigError(
+                "space.attention",
+                f"window:{argument}: the parent has sliding windows of its own",
+                "drop it from the search space",
+            )
+        whole = int(config.max_position_embeddings)
+        window = int(fraction_or_count(argument, whole, "space.attention"))
+        if window < 2:
+            raise ConfigError("space.attention", f"window:{argument} is too short", "write window:2 or more, or linear")
+        return None if window >= whole else str(window)
+
+    def reshape(self, layer: nn.Module, argument: str, kind: SubblockKind, descriptor: Descriptor, config: Any) -> None:
+        attention = layer.get_submodule(descriptor.attention)
+        look_back(attention, int(argument), getattr(attention, descriptor.layer_index), descriptor.attn_implementation)
+
+    def initialise(
+        self,
+        layer: nn.Module,
+        parent: nn.Module,
+        argument: str,
+        kind: SubblockKind,
+        descriptor: Descriptor,
+        statistics: Statistics,
+    ) -> str:
+        layer.get_submodule(descriptor.attention).load_state_dict(parent.get_submodule(descriptor.attention).state_dict())
+        return "the parent's weights"
+
+
+VARIANT = SlidingWindow()

@@ -1,0 +1,221 @@
+"""Picking by measurement: the meter against whole models, the pick against a known truth, local search, interactions."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from search_problems import random_problem
+from torch.nn import functional as F
+
+from puzzle_ray.artifacts import (
+    FIXED,
+    LayerChoice,
+    LayerSpace,
+    Profile,
+    ProfileRow,
+    Scenario,
+    ScoreRow,
+    Scores,
+    SearchSpace,
+)
+from puzzle_ray.blocks import load_stack, search_space
+from puzzle_ray.checkpoint import read_config
+from puzzle_ray.child_meter import ChildMeter
+from puzzle_ray.config import LibraryConfig
+from puzzle_ray.distill.library import build_serially
+from puzzle_ray.errors import Infeasible
+from puzzle_ray.export.hf import assemble, load_model
+from puzzle_ray.families import describe
+from puzzle_ray.pick import Measured, PickOptions, exchanges, interactions, pick, prediction, swaps
+from puzzle_ray.progress import Quiet
+from puzzle_ray.search import Options
+from puzzle_ray.search.architectures import Tables
+from puzzle_ray.search.limits import Limits
+from puzzle_ray.store import Store
+
+SCENARIO = Scenario(batch_size=1, input_tokens=8, output_tokens=1)
+COST = {"parent": 4.0, "gqa:1": 2.0, "noop": 0.0}
+LAYERS = 5
+SPACE = SearchSpace((LayerSpace(tuple(COST), ("parent", "noop")),) * LAYERS)
+LIMITS = Limits(latency_ms=20.0)  # of the parent's 40
+
+
+def profile_row(kind, variant, ms):
+    shape = "" if kind == FIXED else "full_attention"
+    return ProfileRow(shape, kind, variant, 1, 8, 1, ms, 0.0, 0.0, 0.0, 100, int(ms), int(10 * ms))
+
+
+PROFILE = Profile(
+    (
+        *(profile_row("attention", name, ms) for name, ms in COST.items()),
+        profile_row("ffn", "parent", 4.0),
+        profile_row("ffn", "noop", 0.0),
+        profile_row(FIXED, FIXED, 0.0),
+    ),
+    "torch",
+    "1",
+    "cpu",
+    "float32",
+)
+
+
+def make_scores() -> Scores:
+    rng = np.random.default_rng(3)
+    rows = []
+    for layer in range(LAYERS):
+        for choice in SPACE.layers[layer].choices[1:]:
+            saved = 8 - COST[choice.attention] - (4 if choice.ffn == "parent" else 0)
+            rows.append(ScoreRow(layer, choice.attention, choice.ffn, "kl", float(saved * rng.lognormal(0, 0.5)), 0.0, 10))
+    return Scores(tuple(rows), "block")
+
+
+SCORES = make_scores()
+TABLES = Tables.of(SPACE, SCORES, PROFILE, SCENARIO, "kl", LIMITS)
+
+
+def true_kl(choices) -> float:
+    """The sum of scores, and more for neighbours that both lose their attention: what the scores cannot know."""
+    total = sum(SCORES.value(layer, choice, "kl") for layer, choice in enumerate(choices))
+    both = sum(a.attention == b.attention == "noop" for a, b in itertools.pairwise(choices))
+    return total + 5.0 * both
+
+
+class Meter:
+    """Knows the truth, and what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, children):
+        self.asked += children
+        return [Measured(true_kl(c), 0.0, 0.0, 1.0, 10) for c in children]
+
+
+def run(**how):
+    meter = Meter()
+    architecture, report = pick(TABLES, LIMITS, PickOptions(**how), Options(), meter)
+    return architecture, report, meter
+
+
+def test_the_candidate_of_least_measured_kl_is_picked():
+    architecture, report, _ = run(count=6, min_different_layers=1, rivals=("greedy", "depth", "uniform"))
+    assert [row["origin"] for row in report["candidates"]][:2] == ["mip", "mip #2"]
+    assert true_kl(architecture.choices) == min(row["kl"] for row in report["candidates"]) == report["picked"]["kl"]
+    assert architecture.predicted.runtime_ms <= 20.0
+    assert report["prediction"]["mean_predicted_over_measured"] <= 1.0
+
+
+def test_local_search_never_ends_worse_and_stays_within_the_budget():
+    start, _, _ = run()
+    found, report, meter = run(steps=20)
+    every = [c for c in itertools.product(SPACE.layers[0].choices, repeat=LAYERS) if cost(c) <= 20.0]
+    best = min(map(true_kl, every))
+    assert best <= true_kl(found.choices) <= true_kl(start.choices)
+    assert all(cost(choices) <= 20.0 for choices in meter.asked)
+    assert len(meter.asked) == len(set(meter.asked)), "a child is measured once"
+    assert cost(found.choices) == found.predicted.runtime_ms
+    accepted = [row["kl"] for row in report["local_search"] if row["accepted"]]
+    assert accepted == sorted(accepted, reverse=True)
+
+
+def cost(choices) -> float:
+    return sum(COST[c.attention] + (4.0 if c.ffn == "parent" else 0.0) for c in choices)
+
+
+def test_the_status_says_whether_the_pick_is_what_was_proven():
+    """The bound is still that of the whole search, so a pick off the optimum shows a gap."""
+    first, _, _ = run()
+    assert (first.status, first.searcher) == ("optimal", "mip")
+    found, _, _ = run(count=8, steps=10)
+    if found.choices == first.choices:
+        assert found.status == "optimal"
+    else:
+        assert found.status == "measured" and found.bound == first.bound < found.objective
+
+
+def test_a_rival_without_an_answer_is_left_out_with_its_reason():
+    tight = Limits(latency_ms=0.5)
+    _, report = pick(TABLES, tight, PickOptions(rivals=("greedy", "max_params")), Options(), Meter())
+    assert set(report["left_out"]) <= {"greedy", "max_params"}
+    with pytest.raises(Infeasible):
+        pick(TABLES, Limits(memory_mib=1e-9), PickOptions(), Options(), Meter())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_swaps_are_the_single_and_double_exchanges_within_the_limits(seed):
+    problem = random_problem(seed, 4, 3, 2, 0.6)
+    start = np.array([c for c in itertools.product(range(3), repeat=4) if not problem.violated(np.array(c))][0])
+    found = [tuple(int(v) for v in c) for c in swaps(problem, start)]
+    near = [c for c in itertools.product(range(3), repeat=4) if 1 <= (np.array(c) != start).sum() <= 2]
+    assert len(found) == len(set(found)) and set(found) == {c for c in near if not problem.violated(np.array(c))}
+    for count in (1, 2):
+        objectives = [problem.objective(np.array(c)) for c in found if (np.array(c) != start).sum() == count]
+        assert objectives == pytest.approx(sorted(objectives))
+
+
+def test_interactions_are_the_pairs_less_their_parts():
+    """Of layers 1 and 2 without attention, only the pair does the extra damage."""
+    dropped, parent = LayerChoice("noop"), LayerChoice()
+    picked = (parent, dropped, dropped, parent, parent)
+    (row,) = interactions([picked], picked, 2, Meter())
+    assert row["interaction"] == pytest.approx(5.0) and row["a"].startswith("layer 1") and row["b"].startswith("layer 2")
+    assert interactions([picked], picked, 0, Meter()) == []
+
+
+def test_prediction_says_how_far_the_sums_were_off():
+    assert prediction([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]) == {
+        "mean_predicted_over_measured": 0.5,
+        "rank_correlation": pytest.approx(1.0),
+    }
+    assert prediction([1.0], [0.0]) == {"mean_predicted_over_measured": None, "rank_correlation": None}
+
+
+def test_exchanges_are_named():
+    parent = LayerChoice()
+    assert exchanges((parent, parent), (parent, LayerChoice("noop"))) == ["layer 1: parent + parent -> noop + parent"]
+
+
+@pytest.fixture(scope="module")
+def trained(parent_folder, tmp_path_factory):
+    """A parent's stack, a library of its blocks, and batches."""
+    from puzzle_ray.data import Tokens
+
+    tokens = Tokens(np.random.default_rng(0).integers(0, 96, (64, 16), dtype=np.int32))
+    config = read_config(parent_folder)
+    space = search_space(config, ("parent", "gqa:1", "noop"), ("parent", "ffn:24", "noop"), 8)
+    library = LibraryConfig(tokens=256, calibration_tokens=64, validation_tokens=64, micro_batch_tokens=64)
+    step = Store(str(tmp_path_factory.mktemp("store"))).step("library", {}, {})
+    found = build_serially(str(parent_folder), space, library, tokens, 0, step, Quiet())
+    stack = load_stack(parent_folder, describe(config), config, 0, config.num_hidden_layers, torch.float32)
+    return stack, found, tokens.first(64, 2), space
+
+
+def test_the_meter_measures_what_the_assembled_child_says(trained, parent_folder):
+    stack, library, batches, space = trained
+    choices = (LayerChoice("gqa:1", "ffn:24"), LayerChoice("noop", "parent"), LayerChoice("parent", "noop"))
+    states = {(i, kind): s for i, c in enumerate(choices) for kind, s in library.states(i, c).items()}
+    child = assemble(parent_folder, read_config(parent_folder), choices, states, torch.float32)
+    parent = load_model(parent_folder)
+    found = ChildMeter(stack, library, batches).measure(choices)
+    ids = torch.cat(batches)
+    with torch.inference_mode():
+        p, q = (F.log_softmax(m(ids, use_cache=False).logits.double(), dim=-1) for m in (parent, child))
+    assert found.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+    assert found.tokens == ids.numel() and 0 < found.stderr < found.kl
+
+
+def test_what_a_meter_kept_of_the_child_before_changes_nothing(trained):
+    """Children in any order, with common beginnings, give bitwise what a new meter gives."""
+    stack, library, batches, space = trained
+    rng = np.random.default_rng(0)
+    children = [tuple(layer.choices[rng.integers(len(layer.choices))] for layer in space.layers) for _ in range(12)]
+    children = [child for first in children for child in (first, (*first[:2], LayerChoice()))]
+    meter = ChildMeter(stack, library, batches)
+    used = [meter.measure(child) for child in children]
+    assert used == [ChildMeter(stack, library, batches).measure(child) for child in children]
+    parent = meter.measure((LayerChoice(),) * 3)
+    assert replace(parent, tokens=0) == Measured(0.0, 0.0, 0.0, 1.0, 0)

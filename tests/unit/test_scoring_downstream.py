@@ -1,0 +1,118 @@
+"""Multiple choice: the numbers are those of each row alone, halves are disjoint, and an exchange costs the gold choice what it costs."""
+
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice
+from puzzle_ray.blocks import load_stack, search_space
+from puzzle_ray.checkpoint import read_config
+from puzzle_ray.config import ScoringConfig
+from puzzle_ray.errors import DataError
+from puzzle_ray.export.hf import assemble, load_model
+from puzzle_ray.families import describe
+from puzzle_ray.progress import Quiet
+from puzzle_ray.scoring.downstream import Question, answer, question_batches, read_questions
+from puzzle_ray.scoring.metrics import mean
+from puzzle_ray.scoring.replace_one import score_serially
+from puzzle_ray.store import Store
+
+
+class Letters:
+    """Every character is a token."""
+
+    bos_token_id = 0
+
+    def __call__(self, text, **_):
+        return {"input_ids": [1 + ord(c) % 90 for c in text]}
+
+
+QUESTIONS = [
+    Question("What is it", ("a cat", "a small dog", "b"), 1),
+    Question("Where", ("here", "nowhere at all"), 0),
+    Question("And then they", ("went", "ran off", "slept", "sang"), 3),
+]
+TEXTS = [torch.arange(32).remainder(96).reshape(2, 16)]
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])
+def test_padding_and_batching_change_nothing(parent_folder, batch_tokens):
+    model = load_model(parent_folder, torch.float32)
+    found = answer(model, question_batches(QUESTIONS, Letters(), batch_tokens))
+    for question, correct, gold_log_prob in zip(QUESTIONS, found.correct, found.gold_log_prob, strict=True):
+        means = []
+        for choice in question.choices:
+            ids = torch.tensor([[0, *Letters()(f"{question.query} {choice}")["input_ids"]]])
+            with torch.no_grad():
+                log_probs = F.log_softmax(model(ids).logits[0, :-1], -1).gather(-1, ids[0, 1:, None])[:, 0]
+            means.append(log_probs[len(question.query) :].mean())  # the space and the choice
+        assert correct == float(torch.stack(means).argmax() == question.gold)
+        assert gold_log_prob == pytest.approx(F.log_softmax(torch.stack(means), 0)[question.gold].item(), abs=1e-5)
+
+
+def test_a_row_that_is_too_long_loses_its_beginning():
+    (batch,) = question_batches([QUESTIONS[1]], Letters(), 100, max_tokens=8)
+    assert batch.input_ids.shape == (2, 8) and batch.last == (8, 8)
+    assert batch.first == (3, 1)  # " here" is five tokens; " nowhere at all" more than there is room for
+
+
+def test_every_question_is_in_one_half_and_both_are_used(tmp_path):
+    path = tmp_path / "q.jsonl"
+    rows = [{"query": f"q{n}", "choices": ["a", "b"], "gold": n % 2} for n in range(200)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    score, test = (read_questions(str(path), half) for half in ("score", "test"))
+    assert sorted(q.query for q in score + test) == sorted(row["query"] for row in rows)
+    assert 60 < len(score) < 140 and read_questions(str(path), "test", limit=10) == test[:10]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"query": "a", "choices": ["b", "c"], "gold": 2}\n', "gold 2 among 2"),
+        ('{"query": "a"}\n', "is no question"),
+        ("\n", "holds no question"),
+        (None, "cannot be read"),
+    ],
+)
+def test_wrong_files_are_named(tmp_path, text, said):
+    path = tmp_path / "q.jsonl"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(DataError, match=said):
+        read_questions(str(path))
+
+
+@pytest.mark.parametrize("racing", [False, True])
+def test_damage_is_what_the_gold_choice_loses_in_the_whole_model(parent_folder, tmp_path, racing):
+    config = read_config(parent_folder)
+    descriptor, space = describe(config), search_space(config, ("noop",), ("noop",), 8)
+    stack = load_stack(parent_folder, descriptor, config, 0, 3, torch.float32)
+    batches = question_batches(QUESTIONS, Letters(), 100)
+    assert len(batches) > 1
+
+    def states_of(layer, choice):
+        return {kind: {} for kind in KINDS if choice.variant(kind) != PARENT}
+
+    step = Store(str(tmp_path)).step("scores", {"racing": racing}, {})
+    settings = ScoringConfig(granularity="subblock", racing=racing)
+    scores = score_serially(stack, TEXTS * 3, space, settings, step, states_of, Quiet(), batches)
+    gold = answer(load_model(parent_folder, torch.float32), batches).gold_log_prob
+    rows = [row for row in scores.rows if row.metric == "downstream"]
+    assert len(rows) == 6 and len(scores.rows) == 6 * 8
+    for row in rows:
+        choices = [LayerChoice(row.attention, row.ffn) if n == row.layer else LayerChoice() for n in range(3)]
+        states = {(row.layer, kind): {} for kind in KINDS if choices[row.layer].variant(kind) != PARENT}
+        child = answer(assemble(parent_folder, config, choices, states, torch.float32), batches).gold_log_prob
+        assert row.value == mean(tuple(p - c for p, c in zip(gold, child, strict=True)))
+
+
+def test_a_trained_model_does_better_than_chance(shared_data):
+    from transformers import AutoTokenizer
+
+    folder = shared_data / "stories260K"
+    questions = read_questions(str(shared_data / "tinystories" / "next_sentence_mc.jsonl"), limit=200)
+    batches = question_batches(questions, AutoTokenizer.from_pretrained(folder), 4096, 512)
+    found = answer(load_model(folder, torch.float32), batches).summary()
+    assert found["questions"] == 200 and found["accuracy"] - 3 * found["accuracy_stderr"] > 0.25

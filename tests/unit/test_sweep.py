@@ -1,0 +1,140 @@
+"""Grids of budgets: points, setups, the Pareto frontier, tables."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import pyarrow.parquet as pq
+import pytest
+from search_inputs import LAYERS, SCENARIO, SCORES, SPACE, make_profile
+
+from puzzle_ray.artifacts import LayerChoice
+from puzzle_ray.config import ProfileConfig, SearchConfig
+from puzzle_ray.errors import ConfigError, ProfileError
+from puzzle_ray.search.limits import FixedChoice, Limits
+from puzzle_ray.store import Store
+from puzzle_ray.sweep import (
+    Grid,
+    SweepSetup,
+    contexts_of,
+    finish,
+    gathered,
+    longest_context,
+    point_name,
+    points_of,
+    read,
+    unsolved,
+    with_measured,
+)
+
+CONTEXT = (SCENARIO.input_tokens, SCENARIO.output_tokens)
+
+
+def make_grid(limits=Limits(speedup=1.5)) -> Grid:  # noqa: B008  (frozen)
+    setup = SweepSetup(SPACE, SCORES, make_profile(4, 8), SCENARIO, "kl", "mip", 60.0, limits)
+    return Grid({CONTEXT: setup})
+
+
+def swept(tmp_path, sweep, grid=None):
+    step, grid = Store(str(tmp_path)).step("sweep", sweep, {}), grid or make_grid()
+    points = points_of(sweep)
+    for point in unsolved(points, step):
+        step.write_json(point_name(point), grid.solve(point))
+    return gathered(points, step), step
+
+
+def test_points_are_all_combinations_in_order():
+    assert points_of({"speedup": [2.0, 1.5], "batch_size": [8, 4]}) == [
+        {"speedup": 1.5, "batch_size": 4},
+        {"speedup": 1.5, "batch_size": 8},
+        {"speedup": 2.0, "batch_size": 4},
+        {"speedup": 2.0, "batch_size": 8},
+    ]
+    assert contexts_of({"input_tokens": [16, 32]}, SCENARIO) == [(16, 11), (32, 11)]
+
+
+def test_every_answer_keeps_its_budget_and_what_is_fixed(tmp_path):
+    fixed = Limits(speedup=9.0, fixed={0: FixedChoice(attention="parent", ffn="parent")})
+    points, _ = swept(tmp_path, {"speedup": [1.2, 1.5], "memory_mib": [8.0, 12.0]}, make_grid(fixed))
+    assert len(points) == 4
+    for point in points:
+        found = point.architecture
+        assert found.predicted_speedup >= point.budget["speedup"] - 1e-9
+        assert found.predicted.memory_mib <= point.budget["memory_mib"] + 1e-9
+        assert found.choices[0] == LayerChoice()
+        assert point.label == f"{point.budget['speedup']:g} x, memory_mib {point.budget['memory_mib']:g}"
+
+
+def test_a_point_at_one_batch_size_is_compared_with_the_parent_there(tmp_path):
+    points, _ = swept(tmp_path, {"speedup": [1.0, 1.3], "batch_size": [4, 8]})
+    for point in points:
+        assert (
+            point.architecture.predicted.batch_size
+            == point.architecture.parent_predicted.batch_size
+            == point.budget["batch_size"]
+        )
+    assert points[0].architecture.choices == points[1].architecture.choices == (LayerChoice(),) * LAYERS
+
+
+def test_no_answer_beats_another_on_the_frontier_and_every_other_is_beaten(tmp_path):
+    points, _ = swept(tmp_path, {"speedup": [1.1, 1.2, 1.21, 1.4, 1.8, 2.5, 50.0], "memory_mib": [4.0, 8.0, 12.5]})
+
+    def values(p):
+        costs = p.architecture.predicted
+        return p.architecture.objective, -costs.throughput_tokens_per_s, costs.memory_mib
+
+    there = [p for p in points if p.architecture]
+    front = {values(p) for p in there if p.on_frontier}
+    assert len(front) == sum(p.on_frontier for p in points)
+    for point in there:
+        own = values(point)
+        beaten = any(all(a <= b for a, b in zip(values(o), own, strict=True)) and values(o) != own for o in there)
+        assert beaten == (own not in front)
+    assert any(p.infeasible_reason for p in points) and not any(p.on_frontier for p in points if not p.architecture)
+
+
+def test_tables_say_the_same_as_the_points(tmp_path):
+    points, step = swept(tmp_path, {"speedup": [1.2, 50.0]})
+
+    class Found:
+        kl = 0.25
+
+    points = with_measured(points, lambda children: [Found() for _ in children])
+    finish(points, step)
+    assert list(read(step)) == points and points[0].measured_kl == 0.25 and points[1].measured_kl is None
+    rows = list(csv.DictReader(io.StringIO(step.read("sweep.csv").decode())))
+    table = pq.read_table(io.BytesIO(step.read("sweep.parquet"))).to_pylist()
+    assert [float(row["asked_speedup"]) for row in rows] == [row["asked_speedup"] for row in table] == [1.2, 50.0]
+    assert table[0]["objective"] == points[0].architecture.objective and table[1]["objective"] is None
+    assert rows[1]["status"] == table[1]["status"] == "infeasible" and "best reachable" in table[1]["infeasible_reason"]
+
+
+def test_what_was_not_profiled_is_refused():
+    grid = make_grid()
+    with pytest.raises(ProfileError, match="16 was not profiled; profiled: 4, 8"):
+        grid.setup({"speedup": 2.0, "batch_size": 16})
+    with pytest.raises(ConfigError, match="99 tokens in and 11 out were not profiled"):
+        grid.setup({"speedup": 2.0, "input_tokens": 99})
+    profile = ProfileConfig(scenario=SCENARIO)
+    with pytest.raises(ConfigError, match="8 is not profiled; add it to profile.batch_sizes"):
+        longest_context({"batch_size": (4.0, 8.0)}, profile)
+    assert longest_context({"input_tokens": (20.0, 100.0)}, profile) == 111
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        ({"speed": [1.5]}, "did you mean 'speedup'"),
+        ({"batch_size": [4]}, "no budget"),
+        ({"speedup": [1.5], "batch_size": [2.5]}, "whole numbers"),
+        ({"speedup": None}, "no budget"),
+    ],
+)
+def test_grids_that_make_no_sense_are_refused(sweep, message):
+    with pytest.raises(ValueError, match=message):
+        SearchConfig(sweep=sweep)
+
+
+def test_an_axis_can_be_switched_off():
+    assert SearchConfig(sweep={"speedup": None, "memory_mib": [10]}).grid == {"memory_mib": (10.0,)}
