@@ -252,7 +252,7 @@ class Architecture:
     """One choice per layer, what it is predicted to cost, and how sure the search is of it.
 
     `objective` is the sum of scores, `bound` the proven lower bound on it, `status` `optimal`, `feasible` (a limit on time
-    was hit) or `heuristic` (the searcher proves nothing).
+    was hit), `heuristic` (the searcher proves nothing) or `measured` (picked by measurement among several).
     """
 
     choices: tuple[LayerChoice, ...]
