@@ -40,7 +40,8 @@ class _Pipeline:
     @classmethod
     def start(cls, parent: str, num_layers: int, cluster: ClusterConfig, data: ObjectRef[EvaluationData]) -> _Pipeline:
         layers = runs(num_layers, cluster.num_shards)
-        options = {"num_cpus": 1, "num_gpus": cluster.gpus_per_shard, "runtime_env": environment(1)}
+        share = min(1.0, cluster_cpus() / len(layers))  # more shards than cores take turns
+        options = {"num_cpus": share, "num_gpus": cluster.gpus_per_shard, "runtime_env": environment(1)}
         shards = [
             ParentShard.options(**options).remote(parent, r.start, r.stop, "float32", "float32", 1)  # type: ignore[attr-defined]
             for r in layers

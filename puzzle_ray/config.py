@@ -82,13 +82,20 @@ class ScoringConfig(Section):
     """Replace-one damage on held-out text, and what may be spared: see `puzzle_ray.scoring`."""
 
     metric: Literal[
-        "kl", "lm_loss", "top1_disagreement", "top5_disagreement", "top10_disagreement",
-        "cosine_distance", "normalised_mse", "downstream", "fisher",
+        "kl",
+        "lm_loss",
+        "top1_disagreement",
+        "top5_disagreement",
+        "top10_disagreement",
+        "cosine_distance",
+        "normalised_mse",
+        "downstream",
+        "fisher",
     ] = "kl"  # what the search adds up; all that are measured are kept
     granularity: Literal["block", "subblock"] = "subblock"
     tokens: Count = 8_192
     micro_batch_tokens: Count = 2048
-    candidate_batch: Count = 1  # candidates of one layer that share a pass through the layers behind it
+    candidate_batch: Count = 1  # candidates of one layer in one pass through the suffix; for tiny micro-batches
     shortlist: Literal["none", "fisher"] = "none"  # estimates every candidate from gradients, to score only some exactly
     shortlist_keep: Annotated[float, Field(ge=0, le=1)] = 0.5  # share of each layer's candidates that are scored exactly
     fisher_samples: Count = 1  # labels drawn at every position, a backward pass each

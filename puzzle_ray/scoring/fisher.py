@@ -9,7 +9,7 @@ mean zero,
     KL per token  ~  1/(2T) E[(sum_t g_t . d_t)^2]  =  1/(2T) (sum_t E[(g_t . d_t)^2]  +  sum_{t != u} E[(g_t . d_t)(g_u . d_u)])
 
 The estimate is the first sum: mean over tokens of (g_t . d_t)^2 / 2. It is unbiased for that sum; what it leaves out, the products of
-different positions, is small (within 3 % on a trained 8-layer Llama) while the whole square of one sequence has a T times smaller
+different positions, is small (a few percent on a trained 8-layer Llama) while the whole square of one sequence has a T times smaller
 sample and so needs many more backward passes. A pair of variants changes two places: its terms are (g_t . d_t + h_t . e_t)^2 / 2.
 
 Gradients run layer by layer from the parent's kept inputs, so a model cut into shards yields the same bits as a whole one.
