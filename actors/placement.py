@@ -51,7 +51,9 @@ def wait_ready(actors: Sequence[ActorHandle[Any]], what: str, timeout_s: float) 
         ) from None
     except RayActorError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise ClusterError("cluster", f"{what} could not start ({reason})", "see the worker's log in Ray's session folder") from None
+        raise ClusterError(
+            "cluster", f"{what} could not start ({reason})", "see the worker's log in Ray's session folder"
+        ) from None
 
 
 def end(actors: Sequence[ActorHandle[Any]], timeout_s: float = 3.0) -> None:

@@ -93,7 +93,11 @@ def run_alone(
     """
     resources, labels = (dict(profile.resources), dict(profile.label_selector)) if profile else ({}, {})
     threads = node_cpus(resources, labels)
-    options: dict[str, Any] = {"num_cpus": threads, "num_gpus": profile.num_gpus if profile else 0, "runtime_env": environment(threads)}
+    options: dict[str, Any] = {
+        "num_cpus": threads,
+        "num_gpus": profile.num_gpus if profile else 0,
+        "runtime_env": environment(threads),
+    }
     options |= {name: value for name, value in (("resources", resources), ("label_selector", labels)) if value}
     worker = LoneWorker.options(**options).remote()  # type: ignore[attr-defined]
     try:
@@ -105,7 +109,9 @@ def run_alone(
                 return ray.get(work, timeout=60)
     except RayActorError as error:
         reason = str(error).strip().splitlines()[0]
-        raise ClusterError(what, f"its process died again and again ({reason})", "if it lacked memory, use a bigger node") from None
+        raise ClusterError(
+            what, f"its process died again and again ({reason})", "if it lacked memory, use a bigger node"
+        ) from None
     finally:
         end([worker])
     raise ClusterError(what, f"not done within {timeout_s:g} s", "check the cluster with `ray status`")

@@ -37,9 +37,13 @@ def tiny_config() -> LlamaConfig:
     """The tiny parent's shapes."""
     spec = TinyParentSpec()
     return LlamaConfig(
-        vocab_size=spec.vocab_size, hidden_size=spec.hidden_size, intermediate_size=spec.intermediate_size,
-        num_hidden_layers=spec.num_hidden_layers, num_attention_heads=spec.num_attention_heads,
-        num_key_value_heads=spec.num_key_value_heads, max_position_embeddings=spec.max_position_embeddings,
+        vocab_size=spec.vocab_size,
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.intermediate_size,
+        num_hidden_layers=spec.num_hidden_layers,
+        num_attention_heads=spec.num_attention_heads,
+        num_key_value_heads=spec.num_key_value_heads,
+        max_position_embeddings=spec.max_position_embeddings,
         tie_word_embeddings=True,
     )
 
@@ -52,7 +56,8 @@ def drawn(space: SearchSpace, count: int, seed: int) -> dict[str, tuple[LayerCho
         kept = number / count  # the share of subblocks that stay the parent's by design; the others may by chance
         found[f"random {number + 1}"] = tuple(
             LayerChoice(
-                PARENT if rng.random() < kept else rng.choice(layer.attention), PARENT if rng.random() < kept else rng.choice(layer.ffn)
+                PARENT if rng.random() < kept else rng.choice(layer.attention),
+                PARENT if rng.random() < kept else rng.choice(layer.ffn),
             )
             for layer in space.layers
         )

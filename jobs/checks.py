@@ -19,7 +19,11 @@ def check(config: RunConfig, store: Store) -> None:
     find(config.search.searcher)
     find_engine(config.profile.engine)
     data = config.data
-    for where, source in (("data.train", data.train), ("data.heldout", data.heldout), ("scoring.downstream", config.scoring.downstream)):
+    for where, source in (
+        ("data.train", data.train),
+        ("data.heldout", data.heldout),
+        ("scoring.downstream", config.scoring.downstream),
+    ):
         if source is not None:
             check_source(source, where)
     if data.train is None and (config.parent != TINY or data.heldout is not None):
@@ -72,7 +76,9 @@ def _checked_parent(config: RunConfig) -> Any:
         AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ParentError("parent", f"{config.parent!r} has no tokenizer that can be read ({reason})", "save it there too") from None
+        raise ParentError(
+            "parent", f"{config.parent!r} has no tokenizer that can be read ({reason})", "save it there too"
+        ) from None
     return model_config
 
 

@@ -19,7 +19,9 @@ def _probe(address: str, timeout_s: float) -> None:
 
     host, _, port = address.rpartition(":")
     if "://" in address:
-        raise ClusterError("cluster.address", f"{address!r}: Ray Client cannot run Train and Tune", "use `ray job submit`, or host:port")
+        raise ClusterError(
+            "cluster.address", f"{address!r}: Ray Client cannot run Train and Tune", "use `ray job submit`, or host:port"
+        )
     if not host or not port.isdigit():
         raise ClusterError("cluster.address", f"{address!r} is no address", "write local, auto or host:port")
     remedy = "start it with `ray start --head`, or use address local"

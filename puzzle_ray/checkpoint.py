@@ -58,7 +58,9 @@ def _fetched(url: str) -> Path:
     if not filesystem.exists(f"{path}/config.json"):
         raise ParentError("parent", f"there is no model folder at {url!r}", "name a folder or URL that holds config.json")
     listing = filesystem.find(path, detail=True)
-    state = [(name, entry.get("size"), str(entry.get("ETag") or entry.get("mtime") or "")) for name, entry in sorted(listing.items())]
+    state = [
+        (name, entry.get("size"), str(entry.get("ETag") or entry.get("mtime") or "")) for name, entry in sorted(listing.items())
+    ]
     return local_copy(filesystem, path, hashlib.sha256(repr((url, state)).encode()).hexdigest()[:16])
 
 

@@ -205,7 +205,9 @@ class ClusterConfig(Section):
     @model_validator(mode="after")
     def _cpu_only(self) -> ClusterConfig:
         if self.gpus_per_trainer or self.gpus_per_shard:
-            raise ValueError("parent shards and block trainers compute on CPUs so far; leave gpus_per_trainer and gpus_per_shard at 0")
+            raise ValueError(
+                "parent shards and block trainers compute on CPUs so far; leave gpus_per_trainer and gpus_per_shard at 0"
+            )
         return self
 
 

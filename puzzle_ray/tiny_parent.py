@@ -93,8 +93,7 @@ class TinyParentSpec:
             )
         if self.sequence_length > self.max_position_embeddings:
             raise ValueError(
-                f"sequence_length={self.sequence_length} must not exceed "
-                f"max_position_embeddings={self.max_position_embeddings}"
+                f"sequence_length={self.sequence_length} must not exceed max_position_embeddings={self.max_position_embeddings}"
             )
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} must be below steps={self.steps}")
@@ -148,9 +147,7 @@ def standard_library_files(max_text_bytes: int) -> list[tuple[str, Path]]:
 def _python_files(root: Path) -> Iterator[Path]:
     for folder, subfolders, names in os.walk(root):
         # cut here, not filtered later: site-packages alone holds more files than all the rest
-        subfolders[:] = [
-            name for name in subfolders if name not in SKIPPED_FOLDERS and not name.startswith(SKIPPED_PREFIXES)
-        ]
+        subfolders[:] = [name for name in subfolders if name not in SKIPPED_FOLDERS and not name.startswith(SKIPPED_PREFIXES)]
         for name in names:
             if name.endswith(".py") and not name.startswith(SKIPPED_PREFIXES):
                 yield Path(folder, name)
@@ -193,9 +190,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, clean_up_tokenization_spaces=False
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, clean_up_tokenization_spaces=False)
 
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document]) -> Iterator[Tensor]:
@@ -286,9 +281,7 @@ def _learning_rate_factor(spec: TinyParentSpec, step: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _train(
-    model: LlamaForCausalLM, windows: Tensor, spec: TinyParentSpec, progress: Progress
-) -> tuple[tuple[int, float], ...]:
+def _train(model: LlamaForCausalLM, windows: Tensor, spec: TinyParentSpec, progress: Progress) -> tuple[tuple[int, float], ...]:
     """Trains in place on `windows` [N, T + 1], epoch after epoch in random order; returns the coarse loss curve."""
     generator = torch.Generator().manual_seed(spec.seed)
     epochs = math.ceil(spec.steps * spec.batch_size / len(windows))
@@ -338,9 +331,7 @@ def _write_jsonl(path: Path, documents: Sequence[Document]) -> None:
     path.write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
-def build_tiny_parent(
-    folder: Path, spec: TinyParentSpec | None = None, progress: Progress | None = None
-) -> TinyParentSummary:
+def build_tiny_parent(folder: Path, spec: TinyParentSpec | None = None, progress: Progress | None = None) -> TinyParentSummary:
     """Trains the tiny parent (default spec: about two minutes on two cores) and writes it into the empty `folder`.
 
     `model/` is a Hugging Face folder with its tokenizer; `train.jsonl` and `heldout.jsonl` hold one {"path", "text"} object

@@ -219,8 +219,11 @@ class Result:
         item |= {"attention": tuple(item["attention"]), "ffn": tuple(item["ffn"])}
         stacks = [s | {"timing": Timing(*(tuple(v) for v in s["timing"].values()))} for s in raw["stacks"]]
         return cls(
-            Item(**item), tuple(StackTiming(**s) for s in stacks), tuple(Size(**s) for s in raw["sizes"]),
-            raw["engine_version"], raw["device"],
+            Item(**item),
+            tuple(StackTiming(**s) for s in stacks),
+            tuple(Size(**s) for s in raw["sizes"]),
+            raw["engine_version"],
+            raw["device"],
         )
 
 
@@ -253,7 +256,8 @@ def measure(item: Item, model_config: Any, config: ProfileConfig, bar: Bar | Non
         timings = measure_side_by_side(named, scenario, config.repeats, engine, bar)
     except torch.OutOfMemoryError as error:
         raise ProfileError(
-            "profile", f"{len(stacks)} models at batch size {item.batch_size} do not fit the GPU ({error})",
+            "profile",
+            f"{len(stacks)} models at batch size {item.batch_size} do not fit the GPU ({error})",
             "lower profile.stack or the batch size",
         ) from None
     timed = [StackTiming(c.attention, c.ffn, d, timings[f"{c.label} x {d}"]) for c, d in stacks]
@@ -264,7 +268,8 @@ def _check_length(model_config: Any, scenario: Scenario) -> None:
     positions = getattr(model_config, "max_position_embeddings", None)
     if positions is not None and scenario.tokens_per_sequence > positions:
         raise ProfileError(
-            "profile.scenario", f"{scenario.tokens_per_sequence} tokens in and out do not fit the parent's {positions} positions",
+            "profile.scenario",
+            f"{scenario.tokens_per_sequence} tokens in and out do not fit the parent's {positions} positions",
             "lower input_tokens or output_tokens",
         )
 
@@ -312,10 +317,19 @@ def _rows(result: Result, scenario: Scenario) -> list[ProfileRow]:
         key = (size.subblock, size.variant)
         rows.append(
             ProfileRow(
-                "" if size.subblock == FIXED else result.item.layer_type, size.subblock, size.variant, result.item.batch_size,
-                scenario.input_tokens, scenario.output_tokens, max(0.0, float(np.median(prefill[key]))),
-                max(0.0, float(np.median(decode[key]))), spread(prefill[key]), spread(decode[key]), size.weight_bytes,
-                size.kv_bytes_per_token, size.num_params,
+                "" if size.subblock == FIXED else result.item.layer_type,
+                size.subblock,
+                size.variant,
+                result.item.batch_size,
+                scenario.input_tokens,
+                scenario.output_tokens,
+                max(0.0, float(np.median(prefill[key]))),
+                max(0.0, float(np.median(decode[key]))),
+                spread(prefill[key]),
+                spread(decode[key]),
+                size.weight_bytes,
+                size.kv_bytes_per_token,
+                size.num_params,
             )
         )
     return rows

@@ -63,9 +63,7 @@ class TorchEngine:
             raise ProfileError("profile.num_gpus", "a GPU is asked for, but PyTorch sees none here", "set profile.num_gpus=0")
         return torch.device("cuda" if use_gpu else "cpu")
 
-    def build(
-        self, config: Any, choices: Sequence[LayerChoice], dtype: str, use_gpu: bool = False, like: Any = None
-    ) -> Any:
+    def build(self, config: Any, choices: Sequence[LayerChoice], dtype: str, use_gpu: bool = False, like: Any = None) -> Any:
         """A model of `choices` with random weights. Embedding, final norm and head are those of `like`, to save memory."""
         with self._device(use_gpu) as device:
             model = new_child(config, choices, getattr(torch, dtype)).eval().to(device)

@@ -186,8 +186,11 @@ def result_of(layer_ms, fixed_ms, drift=(1.0, 1.0, 1.0), noise=0.0, batch_size=2
 
 
 LAYER_MS = {
-    ("attention", "parent"): 5.0, ("attention", "noop"): 0.5,
-    ("ffn", "parent"): 7.0, ("ffn", "ffn:24"): 3.0, ("ffn", "noop"): 0.0,
+    ("attention", "parent"): 5.0,
+    ("attention", "noop"): 0.5,
+    ("ffn", "parent"): 7.0,
+    ("ffn", "ffn:24"): 3.0,
+    ("ffn", "noop"): 0.0,
 }
 
 
