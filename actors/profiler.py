@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,21 +89,14 @@ def profile_blocks(
     return merge(items, config, step)
 
 
-def alone(num_threads: int) -> Mapping[str, Any]:
-    """The environment of an actor that has its cores to itself, and times what runs on them.
-
-    Its threads wait for each other by spinning: put to sleep between operations, small ones cost twice as much and vary tenfold.
-    Work beside a `status` thread is not in the process' first thread; with one arena malloc treats it as if it were.
-    """
-    variables = {**environment(num_threads)["env_vars"], "MALLOC_ARENA_MAX": "1"}
-    variables.pop("OMP_WAIT_POLICY", None)
-    return {"env_vars": variables}
-
-
 def _start(parent: str, count: int, config: ProfileConfig) -> list[ActorHandle[Any]]:
-    """On CPUs a profiler takes a whole node, on GPUs its share of one."""
+    """On CPUs a profiler takes a whole node, on GPUs its share of one.
+
+    Its work runs beside `runs_done` in a thread of its own; with one arena malloc treats it as it treats a process' first thread.
+    """
     threads = 1 if config.num_gpus else largest_node_cpus()
-    options: dict[str, Any] = {"num_cpus": threads, "num_gpus": config.num_gpus, "runtime_env": alone(threads)}
+    variables = {**environment(threads)["env_vars"], "MALLOC_ARENA_MAX": "1"}
+    options: dict[str, Any] = {"num_cpus": threads, "num_gpus": config.num_gpus, "runtime_env": {"env_vars": variables}}
     if config.resources:
         options["resources"] = dict(config.resources)
     if config.label_selector:

@@ -71,7 +71,7 @@ class ProfileConfig(Section):
     batch_sizes: tuple[Count, ...] = ()  # more than the scenario's own
     dtype: DType = "float32"
     repeats: Annotated[int, Field(ge=2)] = 5
-    stack: Count = 4  # layers in the smaller of the two stacks whose difference is timed
+    stack: Count = 4  # stacks have twice as many layers; the second no-op stack this many
     num_profilers: Count = 1
     num_gpus: NonNegative = 0
     resources: dict[str, float] = {}

@@ -3,6 +3,7 @@
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import ray
@@ -66,7 +67,7 @@ def pool(monkeypatch):
 def test_the_profile_covers_what_one_processes_does(local_ray, setting, tmp_path):
     folder, space = setting
     store, heard = Store(str(tmp_path)), Heard()
-    serial = profile_serially(read_config(folder), space, CONFIG, store.step("profile", {"by": "one process"}, {}), Quiet())
+    serial = profile_serially(read_config(Path(folder)), space, CONFIG, store.step("profile", {"by": "one process"}, {}), Quiet())
     step = store.step("profile", {"by": "ray"}, {})
     on_ray = profile_blocks(folder, space, CONFIG, CLUSTER, step, heard)
     assert without_times(on_ray) == without_times(serial)
