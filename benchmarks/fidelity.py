@@ -28,24 +28,14 @@ from puzzle_ray.profiling.memory import model_memory_mib
 from puzzle_ray.progress import Lines
 from puzzle_ray.search.architectures import predicted_costs
 from puzzle_ray.store import Store
-from puzzle_ray.tiny_parent import TinyParentSpec
+from puzzle_ray.tiny_parent import TinyParentSpec, model_config
 
 PARENT = "parent"
 
 
 def tiny_config() -> LlamaConfig:
     """The tiny parent's shapes."""
-    spec = TinyParentSpec()
-    return LlamaConfig(
-        vocab_size=spec.vocab_size,
-        hidden_size=spec.hidden_size,
-        intermediate_size=spec.intermediate_size,
-        num_hidden_layers=spec.num_hidden_layers,
-        num_attention_heads=spec.num_attention_heads,
-        num_key_value_heads=spec.num_key_value_heads,
-        max_position_embeddings=spec.max_position_embeddings,
-        tie_word_embeddings=True,
-    )
+    return model_config(TinyParentSpec())
 
 
 def drawn(space: SearchSpace, count: int, seed: int) -> dict[str, tuple[LayerChoice, ...]]:

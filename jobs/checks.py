@@ -47,14 +47,9 @@ def _check_space(config: RunConfig, model_config: Any) -> None:
 
 
 def _tiny_config() -> Any:
-    from transformers import LlamaConfig
+    from puzzle_ray.tiny_parent import TinyParentSpec, model_config
 
-    from puzzle_ray.tiny_parent import TinyParentSpec
-
-    spec = TinyParentSpec()
-    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
-    positions = spec.max_position_embeddings
-    return LlamaConfig(max_position_embeddings=positions, **{name: getattr(spec, name) for name in names})
+    return model_config(TinyParentSpec())
 
 
 def _checked_parent(config: RunConfig) -> Any:

@@ -217,8 +217,9 @@ def _windows(ids: Tensor, sequence_length: int, split: str) -> Tensor:
     return ids.unfold(0, sequence_length + 1, sequence_length)
 
 
-def _new_model(spec: TinyParentSpec) -> LlamaForCausalLM:
-    config = LlamaConfig(
+def model_config(spec: TinyParentSpec) -> LlamaConfig:
+    """The shapes of the parent that a spec asks for."""
+    return LlamaConfig(
         vocab_size=spec.vocab_size,
         hidden_size=spec.hidden_size,
         intermediate_size=spec.intermediate_size,
@@ -233,9 +234,12 @@ def _new_model(spec: TinyParentSpec) -> LlamaForCausalLM:
         attn_implementation="sdpa",
         dtype=torch.float32,
     )
+
+
+def _new_model(spec: TinyParentSpec) -> LlamaForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
-        return LlamaForCausalLM(config)
+        return LlamaForCausalLM(model_config(spec))
 
 
 def _loss(model: LlamaForCausalLM, windows: Tensor) -> Tensor:
