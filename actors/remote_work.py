@@ -50,6 +50,18 @@ def evaluate(
     return library.evaluate(folders, tensors, architecture, scenario, config, dtype, Quiet(), use_gpu)
 
 
+def predict(num_threads: int, folders: Mapping[str, str], batches: Sequence[Container]) -> dict[str, dict[str, float]]:
+    """Held-out predictions of the parent and its children, nothing timed."""
+    import torch
+
+    from puzzle_ray.evaluate import predictions
+    from puzzle_ray.export.hf import load_model
+
+    torch.set_num_threads(num_threads)
+    models = {name: load_model(folder, torch.float32) for name, folder in folders.items()}
+    return predictions(models, [torch.from_numpy(batch.copy()) for batch in batches])
+
+
 def node_cpus(resources: Mapping[str, float] | None = None, label_selector: Mapping[str, str] | None = None) -> int:
     """CPUs of the biggest live node that has these resources and labels (plain equality); 1 where there is none."""
     found = [

@@ -12,6 +12,7 @@ import math
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 from benchmarks.record import write
@@ -144,7 +145,7 @@ def summary_of(rows: list[dict[str, Any]], run: Run) -> dict[str, Any]:
         "picked_from": [row["origin"] for row in rows if row["searcher"] == PICKED],
         "mip_predicted_over_true_kl": [p / kl for p, kl in predicted if kl > 0],
         "geomean_kl_over_picked": gains,
-        "parent": run.config.parent,
+        "parent": Path(run.config.parent).name,
         "measure_tokens": run.config.search.measure_tokens,
     }
     for name, value in summary.items():

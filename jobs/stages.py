@@ -278,7 +278,7 @@ class Run:
 
     @cached_property
     def sweep(self) -> Step:
-        from puzzle_ray.sweep import Grid, contexts_of, finish, gathered, points_of, with_measured
+        from puzzle_ray.sweep import Grid, contexts_of, finish, gathered, points_of, with_distilled, with_measured
 
         search = self.config.search
         runs = {c: self.in_context(*c) for c in contexts_of(search.grid, self.config.profile.scenario)}
@@ -294,11 +294,15 @@ class Run:
             if search.sweep_measure:
                 with self.measuring() as measure:
                     found = with_measured(found, measure)
+            if search.sweep_gkd:
+                found = with_distilled(found, lambda choices: self.heldout_of(self.distilled_of(self.child_of(choices))))
             finish(found, step)
 
         whole = dict.fromkeys(("searcher", "time_limit_s", "sweep", "sweep_measure", "measure_tokens"), True)
         settings = search.model_dump(mode="json", include=whole | {"limits": {"fixed", "agree"}})
         settings |= {"metric": self.config.scoring.metric, "seed": self.config.seed}
+        if search.sweep_gkd:
+            settings |= self._settings("gkd", "evaluate")
         return self._stage(self.store.step("sweep", settings, {"scores": self.scores_step.key} | profiles), work)
 
     @cached_property
@@ -337,6 +341,21 @@ class Run:
 
         settings = config.model_dump(mode="json", exclude={"checkpoint_every", "max_failures"}) | {"seed": self.config.seed}
         return self._stage(self.store.step("gkd", settings, {"child": child.key, "tokens": self.tokens_step.key}), work)
+
+    def heldout_of(self, distilled: Step) -> Mapping[str, float]:
+        """Held-out loss, KL and agreement of a distilled child."""
+        tokens = self.config.evaluate.tokens
+
+        def work(step: Step) -> None:
+            from actors.remote_work import predict, run_alone
+
+            batches = [batch.numpy() for batch in self.tokens[1].first(tokens, 8)]
+            folders = {"parent": self.parent, "child": distilled.path("child")}
+            found = run_alone(predict, folders, batches, cluster=self.config.cluster, what="evaluate")
+            step.finish(found["child"])
+
+        inputs = {"child": distilled.key, "tokens": self.tokens_step.key}
+        return self._stage(self.store.step("heldout", {"tokens": tokens}, inputs), work).facts()
 
     # evaluation, report
 

@@ -13,6 +13,7 @@ def line(point: SweepPoint, width: int) -> str:
     if found is None:
         return f"{point.label:>{width}} {point.infeasible_reason}"
     measured = f"{point.measured_kl:>9.5f}" if point.measured_kl is not None else f"{'':>9}"
+    measured += f" {point.distilled['kl']:>9.5f}" if point.distilled else f" {'':>9}"
     return (
         f"{point.label:>{width}} {found.predicted_speedup:>9.3f}x {found.objective:>10.5f} {measured} "
         f"{found.predicted.memory_mib:>9.2f} {found.predicted.num_params / 1e6:>8.3f}M  {found.status}"
@@ -23,7 +24,7 @@ def line(point: SweepPoint, width: int) -> str:
 def work(run: Run) -> None:
     points = read(run.sweep)
     width = max(7, *(len(point.label) for point in points))
-    print(f"{'asked':>{width}} {'predicted':>10} {'score':>10} {'true KL':>9} {'MiB':>9} {'params':>9}  status")
+    print(f"{'asked':>{width}} {'predicted':>10} {'score':>10} {'true KL':>9} {'after GKD':>9} {'MiB':>9} {'params':>9}  status")
     for point in points:
         print(line(point, width))
     print(f"tables: {run.sweep.path('sweep.csv')} and sweep.parquet")

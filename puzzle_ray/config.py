@@ -119,7 +119,7 @@ class SearchConfig(Section):
     With `candidates` > 1 or `local_search_steps` > 0 the search's `candidates` best answers, each different from the others in
     `min_different_layers` layers, and one of each of `rivals` are measured on `measure_tokens` held-out tokens; then blocks are
     exchanged while that helps. `sweep`: lists of values by axis, all combinations: limits' names, `batch_size`, `input_tokens`,
-    `output_tokens`; `sweep_measure` measures what is on the frontier.
+    `output_tokens`; `sweep_measure` measures what is on the frontier, `sweep_gkd` distils it as `gkd` says and measures that.
     """
 
     limits: Limits = Limits(speedup=1.5)
@@ -133,6 +133,7 @@ class SearchConfig(Section):
     measure_tokens: Count = 8_192
     sweep: dict[str, tuple[Positive, ...] | None] = {"speedup": (1.1, 1.25, 1.5, 1.75, 2.0)}
     sweep_measure: bool = False
+    sweep_gkd: bool = False
 
     @model_validator(mode="after")
     def _sweep_axes(self) -> SearchConfig:
@@ -235,6 +236,8 @@ class RunConfig(Section):
             tokens = getattr(self, section).micro_batch_tokens
             if tokens % length:
                 raise ValueError(f"{section}.micro_batch_tokens={tokens} is no multiple of data.sequence_length={length}")
+        if self.search.sweep_gkd and self.gkd.tokens == 0:
+            raise ValueError("search.sweep_gkd distils the frontier, but gkd.tokens is 0; set gkd.tokens, or search.sweep_gkd=false")
         return self
 
 

@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from puzzle_ray.artifacts import Architecture, Profile, Scenario, Scores, SearchSpace
 from puzzle_ray.errors import ConfigError, Infeasible, ProfileError
-from puzzle_ray.pick import Measure
+from puzzle_ray.pick import Choices, Measure
 from puzzle_ray.search import Options
 from puzzle_ray.search.architectures import Tables
 from puzzle_ray.search.limits import SCENARIO_AXES, Limits
@@ -116,7 +116,8 @@ class Grid:
         setup = self.setup(point)
         budget = {name: value for name, value in point.items() if name not in SCENARIO_AXES}
         limits = Limits.model_validate({**budget, "fixed": setup.limits.fixed, "agree": setup.limits.agree})
-        found: dict[str, Any] = {"budget": dict(point), "architecture": None, "infeasible_reason": None, "measured_kl": None}
+        nothing = dict.fromkeys(("architecture", "infeasible_reason", "measured_kl", "distilled"))
+        found: dict[str, Any] = {"budget": dict(point)} | nothing
         try:
             found["architecture"] = asdict(solve(setup, limits))
         except Infeasible as error:
@@ -135,13 +136,15 @@ def unsolved(points: Sequence[Point], step: Step) -> list[Point]:
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """A budget that was asked for and what came of it; `measured_kl` where the frontier was measured."""
+    """A budget that was asked for and what came of it. `measured_kl` where the frontier was measured; `distilled` where it went through
+    GKD: `kl`, `heldout_loss` and more of the distilled child (see `puzzle_ray.evaluate.predictions`)."""
 
     budget: Mapping[str, float]
     architecture: Architecture | None
     infeasible_reason: str | None
     on_frontier: bool
     measured_kl: float | None = None
+    distilled: Mapping[str, float] | None = None
 
     @property
     def speedup_asked(self) -> float | None:
@@ -206,6 +209,13 @@ def with_measured(points: Sequence[SweepPoint], measure: Measure) -> list[SweepP
     return [replace(p, measured_kl=kl[p.architecture.choices]) if p.architecture and p.on_frontier else p for p in points]
 
 
+def with_distilled(points: Sequence[SweepPoint], distil: Callable[[Choices], Mapping[str, float]]) -> list[SweepPoint]:
+    """What `distil` finds for every answer on the frontier, asked once for those that share an architecture."""
+    wanted = [point.architecture.choices for point in points if point.architecture and point.on_frontier]
+    found = {choices: distil(choices) for choices in dict.fromkeys(wanted)}
+    return [replace(p, distilled=found[p.architecture.choices]) if p.architecture and p.on_frontier else p for p in points]
+
+
 def finish(points: Sequence[SweepPoint], step: Step) -> None:
     """Writes the points as JSON, parquet and CSV, and closes the step."""
     step.write_json(TABLE, [asdict(point) for point in points])
@@ -231,6 +241,8 @@ def row_of(point: SweepPoint) -> dict[str, Any]:
         "objective": a.objective if a else None,
         "bound": a.bound if a else None,
         "measured_kl": point.measured_kl,
+        "distilled_kl": point.distilled["kl"] if point.distilled else None,
+        "distilled_heldout_loss": point.distilled["heldout_loss"] if point.distilled else None,
         "speedup": a.predicted_speedup if a else None,
     }
     costs = asdict(a.predicted) if a else dict.fromkeys(("batch_size", "prefill_ms", "decode_ms", "runtime_ms"), None)
@@ -254,7 +266,7 @@ def _finite(value: Any) -> Any:
 def _point(raw: Mapping[str, Any]) -> SweepPoint:
     found = raw["architecture"]
     architecture = Architecture.from_json(json.dumps(found).encode()) if found is not None else None
-    return SweepPoint(raw["budget"], architecture, raw["infeasible_reason"], raw["on_frontier"], raw["measured_kl"])
+    return SweepPoint(raw["budget"], architecture, raw["infeasible_reason"], raw["on_frontier"], raw["measured_kl"], raw["distilled"])
 
 
 def read(step: Step) -> tuple[SweepPoint, ...]:

@@ -1,5 +1,6 @@
 """The command line: one line for what the user can mend, before any work; a killed run continues; the artifacts are real."""
 
+import csv
 import json
 import os
 import signal
@@ -190,6 +191,27 @@ def test_a_budget_below_the_cheapest_architecture_names_what_is_reachable(whole,
         "error: no architecture in this search space meets params"
     )
     assert "the best reachable is" in done.stderr
+
+
+def test_a_sweep_over_contexts_measures_and_distils_its_frontier(whole, inputs):
+    store, *_ = whole
+    axes = "{speedup: null, params_fraction: [0.8, 0.95], input_tokens: [8, 16]}"
+    settings = (f"search.sweep={axes}", "search.sweep_measure=true", "search.sweep_gkd=true")
+    words = command("sweep_budgets", inputs, *settings, store=store)
+    done = run(words)
+    assert done.returncode == 0, done.stderr
+    newest = max(store.glob("sweep-*"), key=lambda path: path.stat().st_mtime)
+    with (newest / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    asked = [(float(row["asked_params_fraction"]), float(row["asked_input_tokens"])) for row in rows]
+    assert asked == [(0.8, 8.0), (0.8, 16.0), (0.95, 8.0), (0.95, 16.0)]
+    assert len(list(store.glob("profile-*/artifact.json"))) == 2, "one profile per context, the run's own used again"
+    on = [row for row in rows if row["on_frontier"] == "True"]
+    assert on and all(bool(row[name]) == (row in on) for row in rows for name in ("distilled_kl", "measured_kl"))
+    children = {row["choices"] for row in on}
+    assert done.stderr.count("[heldout]") >= len(children) and len(list(store.glob("heldout-*/artifact.json"))) == len(children)
+    again = run(words)
+    assert again.returncode == 0 and "[sweep] already there" in again.stderr and "[gkd]" not in again.stderr
 
 
 def test_the_script_knows_its_verbs():

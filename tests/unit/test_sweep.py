@@ -24,7 +24,9 @@ from puzzle_ray.sweep import (
     point_name,
     points_of,
     read,
+    row_of,
     unsolved,
+    with_distilled,
     with_measured,
 )
 
@@ -92,6 +94,21 @@ def test_no_answer_beats_another_on_the_frontier_and_every_other_is_beaten(tmp_p
         beaten = any(all(a <= b for a, b in zip(values(o), own, strict=True)) and values(o) != own for o in there)
         assert beaten == (own not in front)
     assert any(p.infeasible_reason for p in points) and not any(p.on_frontier for p in points if not p.architecture)
+
+
+def test_the_frontier_is_distilled_once_per_architecture(tmp_path):
+    points, _ = swept(tmp_path, {"speedup": [1.2, 1.5, 1.5001, 9.0]})
+    asked = []
+
+    def distil(choices):
+        asked.append(choices)
+        return {"kl": float(len(asked)), "heldout_loss": 2.0}
+
+    found = with_distilled(points, distil)
+    assert len(asked) == len(set(asked)) == len({p.architecture.choices for p in points if p.on_frontier})
+    for before, after in zip(points, found, strict=True):
+        assert (after.distilled is not None) == before.on_frontier
+        assert row_of(after)["distilled_kl"] == (1.0 + asked.index(after.architecture.choices) if after.on_frontier else None)
 
 
 def test_tables_say_the_same_as_the_points(tmp_path):

@@ -1,0 +1,72 @@
+"""Architectures by the Fisher shortlist against those by exact scores, at five budgets.
+
+    python -m benchmarks.fisher --out FILE.json [--quick]
+
+The parent is `--parent` (default: the tiny recipe's) with `--data`; library, profile and both kinds of scores are made in `--store`
+first. Both answers are the search's own, one per budget and not picked by measurement; then both are measured as whole children on
+the same held-out tokens. `excess` is the KL of the shortlist's child over that of the exact scores' child, less 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import write
+from benchmarks.searchers import BUDGETS
+from jobs.session import connected
+from jobs.stages import Run
+from puzzle_ray.config import load
+from puzzle_ray.search.limits import Limits
+from puzzle_ray.sweep import solve
+
+QUICK = ("library.tokens=20480", "scoring.tokens=4096", "search.measure_tokens=2048")
+KINDS = {"exact": "none", "fisher": "fisher"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="JSON file to write")
+    parser.add_argument("--parent", help="tiny, a Hugging Face folder, or a hub id")
+    parser.add_argument("--data", help="training text")
+    parser.add_argument("--store", help="where the run's artifacts are kept (default: thrown away)")
+    parser.add_argument("--set", action="append", default=[], help="one setting, section.key=value")
+    parser.add_argument("--quick", action="store_true", help="few tokens")
+    arguments = parser.parse_args()
+    words = [f"{name}={value!r}" for name, value in (("parent", arguments.parent), ("data.train", arguments.data)) if value]
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        words += [f"store={arguments.store or scratch!r}", *(QUICK if arguments.quick else ()), *arguments.set]
+        runs = {kind: Run(load("tiny", None, (*words, f"scoring.shortlist={name}"))) for kind, name in KINDS.items()}
+        with connected(runs["exact"].config.cluster):
+            setups = {kind: run.sweep_setup for kind, run in runs.items()}
+            found = {(kind, s): solve(setup, Limits(speedup=s)) for kind, setup in setups.items() for s in BUDGETS}
+            with runs["exact"].measuring() as measure:
+                measured = dict(zip(found, measure([a.choices for a in found.values()]), strict=True))
+    for speedup in BUDGETS:
+        row: dict[str, Any] = {"speedup": speedup}
+        for kind in KINDS:
+            architecture, child = found[kind, speedup], measured[kind, speedup]
+            row |= {f"{kind}_predicted": architecture.objective, f"{kind}_kl": child.kl, f"{kind}_stderr": child.stderr}
+        pairs = zip(found["exact", speedup].choices, found["fisher", speedup].choices, strict=True)
+        row |= {"layers_unlike": sum(a != b for a, b in pairs), "excess": row["fisher_kl"] / row["exact_kl"] - 1}
+        rows.append(row)
+        print("  ".join(f"{name} {value:.5g}" for name, value in row.items()), flush=True)
+    scores = runs["fisher"].scores
+    exact = [row for row in scores.rows if row.metric == runs["fisher"].config.scoring.metric]
+    summary = {
+        "max_excess": max(row["excess"] for row in rows),
+        "share_scored_exactly": sum(row.tokens > 0 for row in exact) / len(exact),
+        "budgets": list(BUDGETS),
+        "parent": Path(runs["exact"].config.parent).name,
+        "measure_tokens": runs["exact"].config.search.measure_tokens,
+    }
+    for name, value in summary.items():
+        print(f"{name:24} {value}")
+    write(arguments.out, rows, summary)
+
+
+if __name__ == "__main__":
+    main()
