@@ -17,17 +17,30 @@ class Trainer:
     """Layers `layers` of the library. Continues from its own checkpoints when it is started again."""
 
     def __init__(
-        self, parent: str, layers: Sequence[int], space: SearchSpace, config: LibraryConfig, step: Step, num_threads: int
+        self,
+        parent: str,
+        layers: Sequence[int],
+        space: SearchSpace,
+        config: LibraryConfig,
+        step: Step,
+        num_threads: int,
+        transport: str,
     ) -> None:
         import torch
 
         from puzzle_ray.distill.library import GroupTrainer
+        from puzzle_ray.transport import find_transport
 
+        self.transport = find_transport(transport)
         self.travels = getattr(torch, config.activation_dtype)
         self.group = GroupTrainer(parent, layers, space, config, step, num_threads)
 
     def pid(self) -> int:
         return os.getpid()
+
+    def node(self) -> str:
+        """The id of the node this runs on."""
+        return ray.get_runtime_context().get_node_id()
 
     def last(self) -> int:
         """The last position all layers here have done."""
@@ -35,9 +48,7 @@ class Trainer:
 
     def step(self, position: int, indices: Sequence[int], *hidden_states: Container) -> float | None:
         """One micro-batch: `hidden_states[n]` is the input of layer `indices[n]`. Raises OutOfOrder for a gap."""
-        from puzzle_ray.transport import unpack
-
-        tensors = {i: unpack(h, self.travels).float() for i, h in zip(indices, hidden_states, strict=True)}
+        tensors = {i: self.transport.unpack(h, self.travels).float() for i, h in zip(indices, hidden_states, strict=True)}
         return self.group.step(position, tensors)
 
 

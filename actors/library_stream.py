@@ -11,12 +11,22 @@ from typing import Any
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import (
+    GetTimeoutError,
+    NodeDiedError,
+    ObjectLostError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
 from actors.block_trainer import BlockTrainer
-from actors.parent_shard import ParentShard, environment
-from actors.placement import end, runs, trainer_groups, wait_ready
+from actors.data_plane import MIB, Flow, Reservation, ShardPlan, SpillWatch, check_stores, plan_shards, say, trainer_options
+from actors.parent_shard import ParentShard, ShardUsage, environment
+from actors.placement import not_placed, wait_ready
 from puzzle_ray.artifacts import SearchSpace
+from puzzle_ray.checkpoint import locate, read_config
 from puzzle_ray.config import ClusterConfig, LibraryConfig
 from puzzle_ray.data import Tokens
 from puzzle_ray.distill.bld import Schedule
@@ -24,29 +34,39 @@ from puzzle_ray.distill.library import Library, finish, unfinished_layers
 from puzzle_ray.errors import ClusterError, OutOfOrder
 from puzzle_ray.progress import Bar, Progress
 from puzzle_ray.store import Step
+from puzzle_ray.transport import find_transport
+
+LOST = (RayActorError, ObjectLostError, NodeDiedError, WorkerCrashedError)
 
 
 class _Interrupted(Exception):
-    """A trainer died or missed a micro-batch: drain, then go on from what all of them know."""
+    """A trainer or a node died, or a micro-batch was missed: drain, then go on from what all trainers know."""
 
 
 @dataclass
 class _Stream:
     """The actors of one library stage and the micro-batches in flight between them."""
 
+    plans: list[ShardPlan]
     shards: list[ActorHandle[Any]]
-    shard_layers: list[range]
     trainers: list[ActorHandle[Any]]
-    groups: list[list[int]]
-    timeout_s: float
+    reservation: Reservation
+    flow: Flow
+    cluster: ClusterConfig
+
+    @property
+    def groups(self) -> list[tuple[int, ...]]:
+        """Layers of each trainer."""
+        return [group for plan in self.plans for group in plan.groups]
 
     def send(self, position: int, ids: Any) -> list[ObjectRef[Any]]:
         """Lets one micro-batch flow; returns one reference per trainer. Hidden state i is the input of layer i."""
         hidden: list[ObjectRef[Any]] = []
         entering: Any = ids
-        for shard, layers in zip(self.shards, self.shard_layers, strict=True):
-            returns = len(layers) + (not hidden)
-            out = shard.forward.options(num_returns=returns).remote(entering)
+        options = find_transport(self.cluster.transport).method_options
+        for shard, plan in zip(self.shards, self.plans, strict=True):
+            returns = len(plan.layers) + (not hidden)
+            out = shard.forward.options(num_returns=returns, **options).remote(entering)
             hidden += out if isinstance(out, list) else [out]
             entering = hidden[-1]
         pending = []
@@ -58,65 +78,86 @@ class _Stream:
     def collect(self, pending: Sequence[ObjectRef[Any]]) -> float | None:
         """Waits for one micro-batch; returns the mean loss over trainers. Raises _Interrupted when a trainer has to catch up."""
         try:
-            losses = [loss for loss in ray.get(list(pending), timeout=self.timeout_s) if loss is not None]
-        except RayActorError as error:
+            losses = [loss for loss in ray.get(list(pending), timeout=self.cluster.step_timeout_s) if loss is not None]
+        except LOST as error:
             raise _Interrupted(str(error)) from error
         except GetTimeoutError:
-            problem = f"a micro-batch was not done within {self.timeout_s:g} s"
+            problem = f"a micro-batch was not done within {self.cluster.step_timeout_s:g} s"
             raise ClusterError("library", problem, "raise cluster.step_timeout_s, or lower library.micro_batch_tokens") from None
         except RayTaskError as error:
-            if isinstance(error.cause, OutOfOrder) or isinstance(error, OutOfOrder):
+            if isinstance(error.cause, (OutOfOrder, *LOST)) or isinstance(error, OutOfOrder):
                 raise _Interrupted(str(error)) from error
             raise
         return sum(losses) / len(losses) if losses else None
 
     def drain(self, in_flight: Sequence[Sequence[ObjectRef[Any]]]) -> None:
-        """Until nothing in flight runs any more, whatever became of it."""
+        """Until nothing in flight runs any more, whatever became of it; not for longer than the dead are waited for."""
         refs = [ref for pending in in_flight for ref in pending]
         if refs:
-            ray.wait(refs, num_returns=len(refs), timeout=self.timeout_s)
+            ray.wait(refs, num_returns=len(refs), timeout=min(self.cluster.step_timeout_s, self.cluster.placement_timeout_s))
 
-    def last(self, deadline: float) -> int:
-        """The last position every trainer has done; waits for those that are being started again."""
+    def last(self) -> int:
+        """The last position every trainer has done; waits for those that are being started again.
+
+        Raises ClusterError when they are not back within `cluster.placement_timeout_s`.
+        """
+        deadline = time.monotonic() + self.cluster.placement_timeout_s
         while True:
             try:
-                return min(ray.get([t.last.remote() for t in self.trainers], timeout=self.timeout_s))
-            except RayActorError:
+                return min(ray.get([t.last.remote() for t in self.trainers], timeout=max(0.1, deadline - time.monotonic())))
+            except (RayActorError, GetTimeoutError):
                 if time.monotonic() > deadline:
-                    raise
+                    raise not_placed("trainers that died", self.cluster.placement_timeout_s) from None
                 time.sleep(0.2)
+
+    def usage(self) -> list[ShardUsage]:
+        """Of every shard's process."""
+        return ray.get([shard.usage.remote() for shard in self.shards], timeout=self.cluster.step_timeout_s)
+
+    def release(self) -> None:
+        self.reservation.release([*self.shards, *self.trainers])
 
 
 def _start(
     parent: str, layers: Sequence[int], space: SearchSpace, config: LibraryConfig, cluster: ClusterConfig, step: Step
 ) -> _Stream:
-    shard_layers = runs(max(layers) + 1, cluster.num_shards)
-    groups = trainer_groups(layers, cluster)
-    shard_options = {"num_cpus": 0, "num_gpus": cluster.gpus_per_shard, "runtime_env": environment(1)}
-    shards = [
-        ParentShard.options(**shard_options).remote(parent, r.start, r.stop, "float32", config.activation_dtype, 1)  # type: ignore[attr-defined]
-        for r in shard_layers
-    ]
-    threads = cluster.cpus_per_trainer
-    trainer_options = {"num_cpus": threads, "num_gpus": cluster.gpus_per_trainer, "runtime_env": environment(threads)}
-    trainers = [
-        BlockTrainer.options(**trainer_options).remote(parent, group, space, config, step, threads)  # type: ignore[attr-defined]
-        for group in groups
-    ]
+    plans = plan_shards(layers, cluster)
+    flow = Flow.of(config, read_config(locate(parent)).hidden_size)
+    reservation = Reservation.make(plans, cluster)
+    shards: list[ActorHandle[Any]] = []
+    trainers: list[ActorHandle[Any]] = []
     try:
+        most = check_stores(flow, plans, reservation.shards_of_nodes())
+        say(
+            f"at most {most / MIB:.1f} MiB in a node's object store, {flow.window} micro-batches of {flow.tokens} tokens in flight"
+        )
+        threads = cluster.cpus_per_trainer
+        for plan, bundle, bundles in zip(plans, reservation.shards, reservation.trainers, strict=True):
+            options = {"num_cpus": 0, "num_gpus": cluster.gpus_per_shard, "runtime_env": environment(1)}
+            shard = ParentShard.options(**options, **reservation.options(bundle))  # type: ignore[attr-defined]
+            r = plan.layers
+            shards.append(shard.remote(parent, r.start, r.stop, "float32", config.activation_dtype, 1, cluster.transport))
+            for group, own in zip(plan.groups, bundles, strict=True):
+                options = trainer_options(cluster) | {"runtime_env": environment(threads)}
+                trainer = BlockTrainer.options(**options, **reservation.options(own))  # type: ignore[attr-defined]
+                trainers.append(trainer.remote(parent, group, space, config, step, threads, cluster.transport))
         wait_ready([*shards, *trainers], "parent shards and block trainers", cluster.placement_timeout_s)
     except BaseException:
-        end([*shards, *trainers])
+        reservation.release([*shards, *trainers])
         raise
-    return _Stream(shards, shard_layers, trainers, groups, cluster.step_timeout_s)
+    return _Stream(plans, shards, trainers, reservation, flow, cluster)
 
 
 def _flow(stream: _Stream, start: int, schedule: Schedule, tokens: Tokens, seed: int, config: LibraryConfig, bar: Bar) -> None:
     """All positions from `start` on, at most `config.window` of them in flight."""
     sequences = config.micro_batch_tokens // tokens.sequences.shape[1]
     in_flight: deque[list[ObjectRef[Any]]] = deque()
+    nodes = stream.reservation.shards_of_nodes()
+    check_stores(stream.flow, stream.plans, nodes)
+    watch = SpillWatch()
 
     def settle() -> None:
+        watch.look(nodes)
         loss = stream.collect(in_flight[0])
         in_flight.popleft()
         bar.advance(1, **({} if loss is None else {"loss": loss}))
@@ -153,18 +194,30 @@ def build_library(
         stream = _start(parent, layers, space, config, cluster, step)
         try:
             with progress.stage("library", schedule.positions, "micro-batch") as bar:
-                _run(stream, schedule, tokens, seed, config, cluster, bar)
+                _run(stream, schedule, tokens, seed, config, bar)
+            _say_usage(stream)
         finally:
-            end([*stream.shards, *stream.trainers])
+            stream.release()
     return finish(space, step)
 
 
-def _run(
-    stream: _Stream, schedule: Schedule, tokens: Tokens, seed: int, config: LibraryConfig, cluster: ClusterConfig, bar: Bar
-) -> None:
-    shown = 0
-    for recovery in range(cluster.max_recoveries + 1):
-        start = stream.last(time.monotonic() + cluster.placement_timeout_s) + 1
+def _say_usage(stream: _Stream) -> None:
+    try:
+        usages = stream.usage()
+    except RayError as error:  # the library is there all the same
+        say(f"the shards did not tell what memory they took ({type(error).__name__})")
+        return
+    for number, (plan, usage) in enumerate(zip(stream.plans, usages, strict=True)):
+        say(
+            f"shard {number}, layers {plan.layers.start} to {plan.layers.stop - 1}: {usage.weights_bytes / MIB:.1f} MiB of weights, "
+            f"peak memory {usage.peak_rss_bytes / MIB:.0f} MiB"
+        )
+
+
+def _run(stream: _Stream, schedule: Schedule, tokens: Tokens, seed: int, config: LibraryConfig, bar: Bar) -> None:
+    shown, most = 0, stream.cluster.max_recoveries
+    for recovery in range(most + 1):
+        start = stream.last() + 1
         bar.advance(start - shown)
         counting = _Counting(bar, start)
         try:
@@ -173,7 +226,7 @@ def _run(
         except _Interrupted as error:
             shown = counting.done
             reason = str(error).strip().splitlines()[0]
-            if recovery == cluster.max_recoveries:
+            if recovery == most:
                 raise ClusterError("library", f"trainers died {recovery + 1} times; the last time: {reason}") from error
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,25 +28,50 @@ class EvaluationData:
     questions: Sequence[QuestionBatch]
 
 
+@dataclass(frozen=True)
+class ShardUsage:
+    """What a shard's process has taken since it started."""
+
+    weights_bytes: int  # read from the checkpoint, as they are held
+    peak_rss_bytes: int
+    sent_bytes: int  # of hidden states by `forward`
+    sent_tokens: int
+
+
 class Shard:
     """Layers `first .. last` of a parent. Stateless but for caches that are rebuilt from what every call brings along."""
 
-    def __init__(self, parent: str, first: int, last: int, dtype: str, activation_dtype: str, num_threads: int) -> None:
+    def __init__(
+        self, parent: str, first: int, last: int, dtype: str, activation_dtype: str, num_threads: int, transport: str
+    ) -> None:
         import torch
 
         from puzzle_ray.blocks import load_stack
         from puzzle_ray.checkpoint import locate, read_config
         from puzzle_ray.families import describe
+        from puzzle_ray.transport import find_transport
 
         torch.set_num_threads(num_threads)
         folder = locate(parent)
         config = read_config(folder)
         self.stack = load_stack(folder, describe(config), config, first, last, getattr(torch, dtype))
         self.travels = getattr(torch, activation_dtype)
+        self.transport = find_transport(transport)
+        self.sent_bytes = self.sent_tokens = 0
         self.scorer: Any = None
 
     def pid(self) -> int:
         return os.getpid()
+
+    def node(self) -> str:
+        """The id of the node this runs on."""
+        return ray.get_runtime_context().get_node_id()
+
+    def usage(self) -> ShardUsage:
+        """Weights that are used twice count once; Linux counts resident memory in KiB, macOS in bytes."""
+        held = {tensor.data_ptr(): tensor.nbytes for tensor in self.stack.state_dict().values()}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return ShardUsage(sum(held.values()), peak, self.sent_bytes, self.sent_tokens)
 
     def forward(self, entering: Container) -> list[Container]:
         """Token ids (first shard) or hidden states in; every layer's output out, behind the embedding's for the first shard.
@@ -53,31 +80,30 @@ class Shard:
         """
         import torch
 
-        from puzzle_ray.transport import pack, unpack
-
         with torch.inference_mode():
             if self.stack.embedding is not None:
                 hidden = self.stack.embed(torch.from_numpy(entering.copy()))
-                leaving = [pack(hidden, self.travels)]
+                leaving = [self.transport.pack(hidden, self.travels)]
             else:
-                hidden, leaving = unpack(entering, self.travels), []
+                hidden, leaving = self.transport.unpack(entering, self.travels), []
             hidden = hidden.to(next(self.stack.parameters()).dtype)
             for index in range(self.stack.first, self.stack.last):
                 hidden = self.stack.run_layer(self.stack.layer(index), index, hidden)
-                leaving.append(pack(hidden, self.travels))
-        return leaving if len(leaving) > 1 else leaving[0]  # type: ignore[return-value]
+                leaving.append(self.transport.pack(hidden, self.travels))
+        self.sent_bytes += sum(packed.nbytes for packed in leaving)
+        self.sent_tokens += hidden.shape[0] * hidden.shape[1]
+        return leaving if len(leaving) > 1 else leaving[0]
 
     def run_parent(self, data: EvaluationData, entering: Sequence[Container]) -> list[Container]:
         """Prepares scoring: remembers the parent's activations; returns what the next shard is entered with."""
         import torch
 
         from puzzle_ray.scoring.replace_one import ShardScorer
-        from puzzle_ray.transport import pack, unpack
 
         self.scorer = ShardScorer(self.stack, [torch.from_numpy(batch.copy()) for batch in data.texts], data.questions)
         first = self.stack.embedding is not None
-        batches = self.scorer.input_ids if first else [unpack(batch, torch.float32) for batch in entering]
-        return [pack(batch, torch.float32) for batch in self.scorer.run_parent(batches)]
+        batches = self.scorer.input_ids if first else [self.transport.unpack(batch, torch.float32) for batch in entering]
+        return [self.transport.pack(batch, torch.float32) for batch in self.scorer.run_parent(batches)]
 
     def exchange(self, task: Task, library: Step, data: EvaluationData, entering: Sequence[Container]) -> Any:
         """Scores exchanges as far as this shard reaches: hidden states for the next shard, or at the end the damage."""
@@ -91,19 +117,15 @@ class Shard:
         """The same for a shard behind the one that exchanged."""
         import torch
 
-        from puzzle_ray.transport import unpack
-
         if self.scorer is None:
             self.run_parent(data, entering)
-        return self._leave(task, self.scorer.suffix([unpack(batch, torch.float32) for batch in damaged]))
+        return self._leave(task, self.scorer.suffix([self.transport.unpack(batch, torch.float32) for batch in damaged]))
 
     def _leave(self, task: Task, leaving: Sequence[Any]) -> list[Container] | list[Damage]:
         import torch
 
-        from puzzle_ray.transport import pack
-
         if not self.scorer.ends:
-            return [pack(batch, torch.float32) for batch in leaving]
+            return [self.transport.pack(batch, torch.float32) for batch in leaving]
         damage: list[Damage] = self.scorer.measure(task, leaving)
         return damage
 
@@ -122,15 +144,18 @@ class Shard:
 
         from puzzle_ray.distill.library import Library
         from puzzle_ray.scoring.fisher import shard_estimates
-        from puzzle_ray.transport import pack, unpack
 
         if self.scorer is None:
             self.run_parent(data, entering)
-        given = [[unpack(g, torch.float32) for g in samples] for samples in gradients] if gradients is not None else None
+        given = (
+            [[self.transport.unpack(g, torch.float32) for g in samples] for samples in gradients]
+            if gradients is not None
+            else None
+        )
         found, before = shard_estimates(self.scorer, batches, given, space, config, Library(library).states)
         if self.stack.embedding is not None:  # nobody asks for them
             return found, []
-        return found, [[pack(g, torch.float32) for g in samples] for samples in before]
+        return found, [[self.transport.pack(g, torch.float32) for g in samples] for samples in before]
 
 
 @ray.remote(max_restarts=-1, max_task_retries=-1)  # every call brings what it needs, so any retry is safe

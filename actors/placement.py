@@ -1,16 +1,17 @@
-"""Who runs where: layers over shards and trainers, waiting for actors with a limit, and ending them."""
+"""Who runs where: layers over shards and trainers, what the nodes have, waiting for actors with a limit, and ending them."""
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from puzzle_ray.config import ClusterConfig
 from puzzle_ray.errors import ClusterError
 
 
@@ -25,17 +26,76 @@ def runs(num_items: int, num_groups: int) -> list[range]:
     return [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
 
 
-def trainer_groups(layers: Sequence[int], cluster: ClusterConfig) -> list[list[int]]:
-    """Layers of each trainer process: one each where the cluster has the room, else as few processes as it has places."""
-    if cluster.blocks_per_trainer == "auto":
-        if cluster.gpus_per_trainer:
-            places = int(ray.cluster_resources().get("GPU", 0) / cluster.gpus_per_trainer)
-        else:
-            places = cluster_cpus() // cluster.cpus_per_trainer
-        groups = max(1, min(places, len(layers)))
-    else:
-        groups = -(-len(layers) // cluster.blocks_per_trainer)
-    return [[layers[i] for i in run] for run in runs(len(layers), groups)]
+def matching_nodes(resources: Mapping[str, float], labels: Mapping[str, str] | None = None) -> list[Mapping[str, Any]]:
+    """Live nodes that have so much of every resource, in use or not, and whose labels are those of a Ray label selector."""
+    return [
+        node
+        for node in ray.nodes()
+        if node["Alive"]
+        and all(node["Resources"].get(name, 0) >= amount for name, amount in resources.items())
+        and all(_selects(wanted, node.get("Labels", {}).get(name)) for name, wanted in (labels or {}).items())
+    ]
+
+
+def _selects(wanted: str, value: str | None) -> bool:
+    """Ray's label operators: `a`, `!a`, `in(a, b)`, `!in(a, b)`; a missing label matches the negative ones."""
+    negative, text = wanted.startswith("!"), wanted.removeprefix("!")
+    listed = re.fullmatch(r"in\((.*)\)", text)
+    values = [word.strip() for word in listed.group(1).split(",")] if listed else [text]
+    return (value in values) != negative
+
+
+def places(options: Mapping[str, Any]) -> int:
+    """How many actors with these Ray options the cluster's live nodes can hold at once, were nothing else running there."""
+    resources = resources_of(options)
+    found = matching_nodes(resources, options.get("label_selector"))
+    return sum(min(int(node["Resources"][name] / amount + 1e-6) for name, amount in resources.items()) for node in found)
+
+
+def resources_of(options: Mapping[str, Any]) -> dict[str, float]:
+    """What an actor with these options takes, by Ray's names; never nothing at all."""
+    wanted = {"CPU": options.get("num_cpus", 0), "GPU": options.get("num_gpus", 0), **options.get("resources", {})}
+    return {name: float(amount) for name, amount in wanted.items() if amount} or {"memory": 1.0}
+
+
+def require(options: Mapping[str, Any], what: str, where: str, autoscaling: bool) -> int:
+    """How many actors with these options have room. Raises ClusterError at once where there is no node for a single one."""
+    room = places(options)
+    if room == 0 and not autoscaling:
+        wanted = resources_of(options) | dict(options.get("label_selector", {}))
+        problem = f"no node can hold {what} with {_words(wanted)}; the cluster has {nodes_in_words()}"
+        raise ClusterError(
+            where, problem, "ask for what there is, or set cluster.autoscaling where such nodes are added on demand"
+        )
+    return room
+
+
+def nodes_in_words() -> str:
+    """Resources and labels of every live node, equal nodes counted: `2 x {CPU: 8, H100: 1, ray.io/accelerator-type: H100}`."""
+    described: Counter[str] = Counter()
+    for node in ray.nodes():
+        if node["Alive"]:
+            hidden = ("node:", "object_store_memory", "memory")
+            facts = {k: v for k, v in sorted(node["Resources"].items()) if not k.startswith(hidden)}
+            facts |= {k: v for k, v in sorted(node.get("Labels", {}).items()) if k != "ray.io/node-id"}
+            described["{" + _words(facts) + "}"] += 1
+    return ", ".join(f"{count} x {words}" if count > 1 else words for words, count in sorted(described.items()))
+
+
+def _words(facts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}: {value:g}" if isinstance(value, float) else f"{name}: {value}" for name, value in facts.items())
+
+
+def not_placed(what: str, timeout_s: float) -> ClusterError:
+    """The error for what the cluster did not start in time."""
+    problem = f"{what} did not start within {timeout_s:g} s; the cluster has {nodes_in_words()}"
+    return ClusterError("cluster", problem, "ask for less, add nodes, or raise cluster.placement_timeout_s")
+
+
+def not_started(what: str, error: RayActorError) -> ClusterError:
+    """The error for an actor whose process could not begin."""
+    reason = str(error).strip().splitlines()[-1]
+    return ClusterError("cluster", f"{what} could not start ({reason})", "see the worker's log in Ray's session folder")
 
 
 def wait_ready(actors: Sequence[ActorHandle[Any]], what: str, timeout_s: float) -> None:
@@ -43,26 +103,22 @@ def wait_ready(actors: Sequence[ActorHandle[Any]], what: str, timeout_s: float) 
     try:
         ray.get([actor.pid.remote() for actor in actors], timeout=timeout_s)
     except GetTimeoutError:
-        have = {k: v for k, v in sorted(ray.cluster_resources().items()) if not k.startswith(("node:", "object_store"))}
-        raise ClusterError(
-            "cluster",
-            f"{len(actors)} {what} did not start within {timeout_s:g} s; the cluster has {have}",
-            "ask for less, add nodes, or raise cluster.placement_timeout_s",
-        ) from None
+        raise not_placed(f"{len(actors)} {what}", timeout_s) from None
     except RayActorError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ClusterError(
-            "cluster", f"{what} could not start ({reason})", "see the worker's log in Ray's session folder"
-        ) from None
+        raise not_started(what, error) from None
 
 
 def end(actors: Sequence[ActorHandle[Any]], timeout_s: float = 3.0) -> None:
     """Kills actors for good and waits a little for their resources to be free again."""
-    if not actors:
-        return
-    total = ray.cluster_resources()
     for actor in actors:
         ray.kill(actor, no_restart=True)
+    if actors:
+        await_free_cpus(timeout_s)
+
+
+def await_free_cpus(timeout_s: float = 3.0) -> None:
+    """Until all CPUs are free, or until the time is up."""
+    total = ray.cluster_resources().get("CPU", 0)
     deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline and ray.available_resources().get("CPU", 0) < total.get("CPU", 0):
+    while time.monotonic() < deadline and ray.available_resources().get("CPU", 0) < total:
         time.sleep(0.05)

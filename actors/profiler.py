@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
 from actors.parent_shard import environment
-from actors.placement import end, wait_ready
-from actors.remote_work import largest_node_cpus
+from actors.placement import end, not_placed, not_started, require
+from actors.remote_work import node_cpus
 from puzzle_ray.artifacts import Profile, SearchSpace
 from puzzle_ray.checkpoint import locate, read_config
 from puzzle_ray.config import ClusterConfig, ProfileConfig
@@ -23,6 +24,8 @@ from puzzle_ray.errors import ClusterError, ProfileError
 from puzzle_ray.profiling.measure import Item, Result, measure, merge, plan, runs_of, save_item, unfinished
 from puzzle_ray.progress import Bar, Progress
 from puzzle_ray.store import Step
+
+MAX_DEATHS = 3  # of the process that measures one item, or that starts
 
 
 class ShapeProfiler:
@@ -52,20 +55,21 @@ class ShapeProfiler:
         return self.runs
 
 
-@ray.remote(max_restarts=2, max_task_retries=2, concurrency_groups={"status": 1})  # measuring again is safe
+@ray.remote(max_restarts=0, concurrency_groups={"status": 1})  # the pool starts another, and its item goes to whoever is free
 class Profiler(ShapeProfiler):
     """A profiler as an actor; `runs_done` answers while it works."""
 
 
 @dataclass
-class _Running:
-    """An item on a profiler: what it answered last, since when, and how many runs the bar has seen."""
+class _Work:
+    """An item: who is at it, what that one answered last and since when, how many runs the bar has seen, how often it was lost."""
 
-    profiler: ActorHandle[Any]
     item: Item
-    since: float
+    profiler: ActorHandle[Any] | None = None
+    since: float = 0.0
     count: int = 0
     shown: int = 0
+    lost: int = 0
 
 
 def profile_blocks(
@@ -78,69 +82,129 @@ def profile_blocks(
     items = plan(space, config)
     todo = unfinished(items, step)
     if todo:
-        profilers = _start(parent, min(config.num_profilers, len(todo)), config)
+        pool = _Pool(parent, config, cluster, step)
         try:
-            wait_ready(profilers, "profilers", cluster.placement_timeout_s)
+            pool.start(min(config.num_profilers, len(todo)))
             with progress.stage("profile", sum(runs_of(item, config) for item in items), "run") as bar:
                 bar.advance(sum(runs_of(item, config) for item in items if item not in todo))
-                _measure_all(profilers, todo, config, step, cluster.step_timeout_s, bar)
+                pool.measure(todo, bar)
         finally:
-            end(profilers)
+            pool.end()
     return merge(items, config, step)
 
 
-def _start(parent: str, count: int, config: ProfileConfig) -> list[ActorHandle[Any]]:
-    """On CPUs a profiler takes a whole node, on GPUs its share of one.
+def options_of(config: ProfileConfig) -> dict[str, Any]:
+    """A profiler's Ray options. On CPUs it takes a whole node of the kind asked for, on GPUs its share of one.
 
     Its work runs beside `runs_done` in a thread of its own; with one arena malloc treats it as it treats a process' first thread.
     """
-    threads = 1 if config.num_gpus else largest_node_cpus()
+    threads = 1 if config.num_gpus else node_cpus(config.resources, config.label_selector)
     variables = {**environment(threads)["env_vars"], "MALLOC_ARENA_MAX": "1"}
     options: dict[str, Any] = {"num_cpus": threads, "num_gpus": config.num_gpus, "runtime_env": {"env_vars": variables}}
     if config.resources:
         options["resources"] = dict(config.resources)
     if config.label_selector:
         options["label_selector"] = dict(config.label_selector)
-    return [Profiler.options(**options).remote(parent, config, threads) for _ in range(count)]  # type: ignore[attr-defined]
+    return options
 
 
-def _measure_all(
-    profilers: Sequence[ActorHandle[Any]], todo: Sequence[Item], config: ProfileConfig, step: Step, timeout_s: float, bar: Bar
-) -> None:
-    waiting = list(reversed(todo))
-    running: dict[ObjectRef[Result], _Running] = {}
+class _Pool:
+    """Profilers that work as soon as they are placed. Where one dies its item goes to whoever is free, itself to a node that has room."""
 
-    def start(profiler: ActorHandle[Any]) -> None:
-        if waiting:
-            item = waiting.pop()
-            running[profiler.work.remote(item)] = _Running(profiler, item, time.monotonic())
+    def __init__(self, parent: str, config: ProfileConfig, cluster: ClusterConfig, step: Step) -> None:
+        self.parent, self.config, self.cluster, self.step = parent, config, cluster, step
+        self.options = options_of(config)
+        self.starting: dict[ObjectRef[int], ActorHandle[Any]] = {}
+        self.idle: list[ActorHandle[Any]] = []
+        self.running: dict[ObjectRef[Result], _Work] = {}
+        self.failed_starts = 0
 
-    for profiler in profilers:
-        start(profiler)
-    while running:
-        done, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
-        for ref in done:
-            work = running.pop(ref)
-            save_item(step, _result(ref, work.item, timeout_s))
-            bar.advance(runs_of(work.item, config) - work.shown)
-            start(work.profiler)
-        for work in running.values():
+    def start(self, count: int) -> None:
+        """Asks for `count` profilers, or for as many as there are places. Raises ClusterError where there is none."""
+        room = self._require()
+        if room < count and not self.cluster.autoscaling:
+            print(f"  profile: {room} of {count} profilers have room in the cluster", file=sys.stderr, flush=True)
+            count = room
+        for _ in range(count):
+            self._add()
+
+    def _require(self) -> int:
+        return require(self.options, "a profiler", "profile", self.cluster.autoscaling)
+
+    def _add(self) -> None:
+        actor = Profiler.options(**self.options)  # type: ignore[attr-defined]
+        profiler = actor.remote(self.parent, self.config, self.options["num_cpus"])
+        self.starting[profiler.pid.remote()] = profiler
+
+    def measure(self, todo: Sequence[Item], bar: Bar) -> None:
+        """Until every item is in the step. Each is saved when it is measured; what is saved is not measured again."""
+        waiting = [_Work(item) for item in reversed(todo)]
+        alone_since = time.monotonic()
+        while waiting or self.running:
+            done, _ = ray.wait([*self.running, *self.starting], num_returns=1, timeout=1.0)
+            for ref in done:
+                if ref in self.starting:
+                    self._started(ref)
+                else:
+                    self._ended(ref, waiting, bar)
+            while self.idle and waiting:
+                self._assign(self.idle.pop(), waiting.pop())
+            if self.running:
+                alone_since = time.monotonic()
+                self._watch(bar)
+            elif waiting:
+                self._require()
+                if time.monotonic() - alone_since > self.cluster.placement_timeout_s:
+                    raise not_placed(f"{len(self.starting)} profilers", self.cluster.placement_timeout_s)
+
+    def _started(self, ref: ObjectRef[int]) -> None:
+        profiler = self.starting.pop(ref)
+        try:
+            ray.get(ref, timeout=self.cluster.step_timeout_s)
+        except RayActorError as error:
+            self.failed_starts += 1
+            if self.failed_starts == MAX_DEATHS:
+                raise not_started("profilers", error) from None
+            self._add()
+            return
+        self.idle.append(profiler)
+
+    def _assign(self, profiler: ActorHandle[Any], work: _Work) -> None:
+        work.profiler, work.count, work.since = profiler, 0, time.monotonic()
+        self.running[profiler.work.remote(work.item)] = work
+
+    def _ended(self, ref: ObjectRef[Result], waiting: list[_Work], bar: Bar) -> None:
+        work = self.running.pop(ref)
+        assert work.profiler is not None
+        try:
+            result = ray.get(ref, timeout=self.cluster.step_timeout_s)
+        except RayActorError as error:
+            work.lost += 1
+            if work.lost == MAX_DEATHS:
+                problem = f"the process that measured {work.item.name} died again and again ({str(error).splitlines()[0]})"
+                raise ProfileError("profile", problem, "if it lacked memory, lower profile.stack or the batch size") from None
+            waiting.append(work)
+            self._add()
+            return
+        save_item(self.step, result)
+        bar.advance(runs_of(work.item, self.config) - work.shown)
+        self.idle.append(work.profiler)
+
+    def _watch(self, bar: Bar) -> None:
+        for work in self.running.values():
             _show(work, bar)
-            if time.monotonic() - work.since > timeout_s:
-                problem = f"no run of {work.item.name} ended within {timeout_s:g} s"
+            if time.monotonic() - work.since > self.cluster.step_timeout_s:
+                problem = f"no run of {work.item.name} ended within {self.cluster.step_timeout_s:g} s"
                 raise ClusterError("profile", problem, "raise cluster.step_timeout_s")
 
-
-def _result(ref: ObjectRef[Result], item: Item, timeout_s: float) -> Result:
-    try:
-        return ray.get(ref, timeout=timeout_s)
-    except RayActorError as error:
-        problem = f"the process that measured {item.name} died again and again ({str(error).splitlines()[0]})"
-        raise ProfileError("profile", problem, "if it lacked memory, lower profile.stack or the batch size") from None
+    def end(self) -> None:
+        working = [work.profiler for work in self.running.values() if work.profiler is not None]
+        end([*self.starting.values(), *self.idle, *working])
 
 
-def _show(work: _Running, bar: Bar) -> None:
-    """Adds to the bar what is new. A profiler that is started again does not answer for a while, then counts from 0."""
+def _show(work: _Work, bar: Bar) -> None:
+    """Adds to the bar what is new. A profiler that takes over counts from 0."""
+    assert work.profiler is not None
     runs = work.profiler.runs_done.options(concurrency_group="status").remote()
     answered, _ = ray.wait([runs], timeout=1.0)
     try:

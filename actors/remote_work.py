@@ -11,11 +11,12 @@ import ray
 from ray.exceptions import RayActorError
 
 from actors.parent_shard import environment
-from actors.placement import end, wait_ready
+from actors.placement import end, matching_nodes, require, wait_ready
 from puzzle_ray.artifacts import Architecture, LayerChoice, Scenario
 from puzzle_ray.config import ClusterConfig, EvaluateConfig, ProfileConfig
 from puzzle_ray.errors import ClusterError
 from puzzle_ray.progress import Quiet
+from puzzle_ray.scoring.downstream import QuestionBatch
 from puzzle_ray.store import Step
 from puzzle_ray.transport import Container
 
@@ -39,6 +40,7 @@ def evaluate(
     config: EvaluateConfig,
     dtype: str,
     use_gpu: bool,
+    questions: Sequence[QuestionBatch] = (),
 ) -> dict[str, Any]:
     """Measures the parent and its children side by side."""
     import torch
@@ -47,7 +49,7 @@ def evaluate(
 
     torch.set_num_threads(num_threads)
     tensors = [torch.from_numpy(batch.copy()) for batch in batches]
-    return library.evaluate(folders, tensors, architecture, scenario, config, dtype, Quiet(), use_gpu)
+    return library.evaluate(folders, tensors, architecture, scenario, config, dtype, Quiet(), use_gpu, questions)
 
 
 def predict(num_threads: int, folders: Mapping[str, str], batches: Sequence[Container]) -> dict[str, dict[str, float]]:
@@ -63,20 +65,9 @@ def predict(num_threads: int, folders: Mapping[str, str], batches: Sequence[Cont
 
 
 def node_cpus(resources: Mapping[str, float] | None = None, label_selector: Mapping[str, str] | None = None) -> int:
-    """CPUs of the biggest live node that has these resources and labels (plain equality); 1 where there is none."""
-    found = [
-        node["Resources"].get("CPU", 0)
-        for node in ray.nodes()
-        if node["Alive"]
-        and all(node["Resources"].get(name, 0) >= amount for name, amount in (resources or {}).items())
-        and all(node.get("Labels", {}).get(name) == value for name, value in (label_selector or {}).items())
-    ]
-    return max(1, int(max(found, default=1)))
-
-
-def largest_node_cpus() -> int:
-    """CPUs of the biggest live node."""
-    return node_cpus()
+    """CPUs of the biggest live node that has these resources and labels; 1 where there is none."""
+    found = matching_nodes(resources or {}, label_selector)
+    return max(1, int(max((node["Resources"].get("CPU", 0) for node in found), default=1)))
 
 
 @ray.remote(max_restarts=2, max_task_retries=2)  # the work is done again from the start, into the same step
@@ -111,6 +102,7 @@ def run_alone(
         "runtime_env": environment(threads),
     }
     options |= {name: value for name, value in (("resources", resources), ("label_selector", labels)) if value}
+    require(options, f"the worker for {what}", what, cluster.autoscaling)
     worker = LoneWorker.options(**options).remote()  # type: ignore[attr-defined]
     try:
         wait_ready([worker], f"worker for {what}, with {threads} CPUs,", cluster.placement_timeout_s)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -12,7 +13,7 @@ from ray.actor import ActorHandle
 
 from actors.parent_shard import EvaluationData, ParentShard, environment
 from actors.placement import cluster_cpus, end, runs, wait_ready
-from puzzle_ray.artifacts import Scores, SearchSpace
+from puzzle_ray.artifacts import ScoreRow, Scores, SearchSpace
 from puzzle_ray.checkpoint import locate, read_config
 from puzzle_ray.config import ClusterConfig, ScoringConfig
 from puzzle_ray.data import Tokens
@@ -43,7 +44,7 @@ class _Pipeline:
         share = min(1.0, cluster_cpus() / len(layers))  # more shards than cores take turns
         options = {"num_cpus": share, "num_gpus": cluster.gpus_per_shard, "runtime_env": environment(1)}
         shards = [
-            ParentShard.options(**options).remote(parent, r.start, r.stop, "float32", "float32", 1)  # type: ignore[attr-defined]
+            ParentShard.options(**options).remote(parent, r.start, r.stop, "float32", "float32", 1, cluster.transport)  # type: ignore[attr-defined]
             for r in layers
         ]
         entering: list[Any] = [[]]
@@ -107,6 +108,33 @@ class _Pool(Generic[Work]):
             start(pipeline, work)
 
 
+class _Pipelines:
+    """As many whole parents as the cluster has room for, started when the first work is met."""
+
+    def __init__(self, parent: str, num_layers: int, cluster: ClusterConfig, data: EvaluationData, most: int) -> None:
+        self.parent, self.num_layers, self.cluster, self.data, self.most = parent, num_layers, cluster, data, most
+        self.running: list[_Pipeline] = []
+
+    @property
+    def shards(self) -> list[ActorHandle[Any]]:
+        return [shard for pipeline in self.running for shard in pipeline.shards]
+
+    def pool(self) -> _Pool[Any]:
+        if not self.running:
+            places = max(1, cluster_cpus() // self.cluster.num_shards)
+            reference = ray.put(self.data)
+            for _ in range(min(self.most, places)):
+                self.running.append(_Pipeline.start(self.parent, self.num_layers, self.cluster, reference))
+            wait_ready(self.shards, "parent shards", self.cluster.placement_timeout_s)
+        return _Pool(self.running, self.cluster.step_timeout_s)
+
+
+def _evaluation_data(parent: str, model_config: Any, config: ScoringConfig, tokens: Tokens) -> EvaluationData:
+    questions = load_questions(parent, config, getattr(model_config, "max_position_embeddings", None))
+    sequences = config.micro_batch_tokens // tokens.sequences.shape[1]
+    return EvaluationData([batch.numpy() for batch in tokens.first(config.tokens, sequences)], questions)
+
+
 def score_blocks(
     parent: str,
     space: SearchSpace,
@@ -118,43 +146,58 @@ def score_blocks(
     progress: Progress,
 ) -> Scores:
     """Scores every item that is not in the step yet. Raises ClusterError when shards cannot be placed or stop answering."""
-    sequences = config.micro_batch_tokens // tokens.sequences.shape[1]
     model_config = read_config(locate(parent))
-    questions = load_questions(parent, config, getattr(model_config, "max_position_embeddings", None))
-    data = EvaluationData([batch.numpy() for batch in tokens.first(config.tokens, sequences)], questions)
+    data = _evaluation_data(parent, model_config, config, tokens)
     items = plan(space, config.granularity)
     num_texts = len(data.texts)
     estimates = fisher.unfinished(num_texts, step) if config.shortlist == "fisher" else []
     wanted, shortlist = items, None
-    pipelines: list[_Pipeline] = []
-
-    def pool() -> _Pool[Any]:
-        if not pipelines:
-            places = max(1, cluster_cpus() // cluster.num_shards)
-            reference = ray.put(data)
-            for _ in range(min(len(items), places)):
-                pipelines.append(_Pipeline.start(parent, len(space.layers), cluster, reference))
-            shards = [shard for pipeline in pipelines for shard in pipeline.shards]
-            wait_ready(shards, "parent shards", cluster.placement_timeout_s)
-        return _Pool(pipelines, cluster.step_timeout_s)
-
+    pipelines = _Pipelines(parent, len(space.layers), cluster, data, len(items))
     try:
         if estimates:
-            _estimate_all(pool(), estimates, space, config, library, step)
+            _estimate_all(pipelines.pool(), estimates, space, config, library, step)
         if config.shortlist == "fisher":
             found = fisher.load(num_texts, step)
             weights = sizes(space, describe(model_config), model_config)
             shortlist = Shortlist.of(items, found, sum(batch.size for batch in data.texts), weights, space, config)
             wanted = list(shortlist.exact)
-        todo = unfinished(groups(wanted, config, num_texts, len(questions)), step)
-        with progress.stage("score", len(wanted), "block") as bar:
-            bar.advance(len(wanted) - sum(len(group.items) for group in todo))
-            if todo:
-                _score_all(pool(), todo, library, step, bar)
+        rows = _score(pipelines, wanted, config, library, step, progress)
     finally:
-        end([shard for pipeline in pipelines for shard in pipeline.shards])
-    rows = saved_rows(wanted, step)
+        end(pipelines.shards)
     return merge(rows + shortlist.rows(rows) if shortlist else rows, config, step)
+
+
+@contextmanager
+def scoring(
+    parent: str,
+    space: SearchSpace,
+    library: Step,
+    config: ScoringConfig,
+    cluster: ClusterConfig,
+    tokens: Tokens,
+    step: Step,
+    progress: Progress,
+) -> Iterator[Callable[[Sequence[Item]], list[ScoreRow]]]:
+    """A function that scores items exactly, one at a time, as they are asked for; what it found is kept in the step."""
+    data = _evaluation_data(parent, read_config(locate(parent)), config, tokens)
+    pipelines = _Pipelines(parent, len(space.layers), cluster, data, len(plan(space, config.granularity)))
+    alone = config.model_copy(update={"candidate_batch": 1})  # whom an item would share a batch with depends on who asks
+    try:
+        yield lambda items: _score(pipelines, items, alone, library, step, progress)
+    finally:
+        end(pipelines.shards)
+
+
+def _score(
+    pipelines: _Pipelines, wanted: Sequence[Item], config: ScoringConfig, library: Step, step: Step, progress: Progress
+) -> list[ScoreRow]:
+    """The rows of items, those that are not in the step yet scored first."""
+    todo = unfinished(groups(wanted, config, len(pipelines.data.texts), len(pipelines.data.questions)), step)
+    with progress.stage("score", len(wanted), "block") as bar:
+        bar.advance(len(wanted) - sum(len(group.items) for group in todo))
+        if todo:
+            _score_all(pipelines.pool(), todo, library, step, bar)
+    return saved_rows(wanted, step)
 
 
 def _score_all(pool: _Pool[Group], todo: Sequence[Group], library: Step, step: Step, bar: Bar) -> None:

@@ -6,10 +6,12 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from puzzle_ray.errors import ClusterError
 from puzzle_ray.store import Step
 
 FOLDER = "tune"
 POINTS_PER_TRIAL = 10  # at least, where there are so many: a trial's process takes as long to start as they take to solve
+START_S = 300.0  # at the most until trials run
 
 
 def solve_points(grid: Any, points: Sequence[Any], step: Step) -> int:
@@ -32,7 +34,8 @@ def trial(config: dict[str, Any], grid: Any, step: Step) -> None:
 def sweep(grid: Any, points: Sequence[Any], step: Step, num_trials: int) -> None:
     """Runs Tune over the points that have no file in the step yet: up to `num_trials` trials, or those of a sweep that was broken off.
 
-    Raises ConfigError or ProfileError where a point's numbers are missing, RuntimeError when a trial fails.
+    Raises ConfigError or ProfileError where a point's numbers are missing, RuntimeError when a trial fails, ClusterError when trials
+    are not done in the time that their solves may take.
     """
     from puzzle_ray.sweep import unsolved
 
@@ -49,7 +52,17 @@ def sweep(grid: Any, points: Sequence[Any], step: Step, num_trials: int) -> None
         todo = unsolved(points, step)
     if todo:
         count = min(num_trials, -(-len(todo) // POINTS_PER_TRIAL))
-        _fit(_fresh([todo[i::count] for i in range(count)], grid, step))
+        limit_s = START_S + -(-len(todo) // count) * longest_solve_s(grid)
+        _fit(_fresh([todo[i::count] for i in range(count)], grid, step, limit_s))
+        left = unsolved(points, step)
+        if left:
+            problem = f"{len(left)} of {len(points)} points were not solved within {limit_s:.0f} s"
+            raise ClusterError("sweep", problem, "see that trials find a free CPU, then run the same command again")
+
+
+def longest_solve_s(grid: Any) -> float:
+    """What one point may take: every batch size in turn, twice for searchers that solve a second time to break ties."""
+    return max(2 * len(setup.profile.batch_sizes) * setup.time_limit_s for setup in grid.setups.values())
 
 
 def _can_restore(folder: str) -> bool:
@@ -70,13 +83,13 @@ def _restored(folder: str, grid: Any, step: Step) -> Any:
     return tune.Tuner.restore(folder, trainable=_trainable(grid, step), resume_unfinished=True, restart_errored=True)
 
 
-def _fresh(chunks: Sequence[Sequence[Any]], grid: Any, step: Step) -> Any:
+def _fresh(chunks: Sequence[Sequence[Any]], grid: Any, step: Step, limit_s: float) -> Any:
     from ray import tune
 
     return tune.Tuner(
         _trainable(grid, step),
         param_space={"points": tune.grid_search([list(chunk) for chunk in chunks])},
-        tune_config=tune.TuneConfig(reuse_actors=True),
+        tune_config=tune.TuneConfig(reuse_actors=True, time_budget_s=limit_s),
         run_config=tune.RunConfig(name=FOLDER, storage_path=step.url, verbose=0),
     )
 

@@ -1,7 +1,8 @@
 """Predicted against measured cost of random architectures on this CPU: python -m benchmarks.fidelity --out FILE.json [--quick]
 
 Profiles the parent's shapes (by default those of the tiny parent, with random weights: only shapes cost), then measures the parent
-and architectures drawn at random from the search space, side by side. Runtime is a prefill and the decode steps after it.
+and architectures drawn at random from the search space, side by side. Runtime is a prefill and the decode steps after it. With
+`--engine roofline` what is measured is held against an estimate from this CPU's probed peaks, in place of a profile.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from puzzle_ray.checkpoint import locate, read_config
 from puzzle_ray.config import ProfileConfig, SpaceConfig
 from puzzle_ray.evaluate import speeds
 from puzzle_ray.export.hf import new_child
-from puzzle_ray.profiling.measure import measure_side_by_side, profile_serially
+from puzzle_ray.profiling.engines import measure_side_by_side
+from puzzle_ray.profiling.measure import profile_serially
 from puzzle_ray.profiling.memory import model_memory_mib
 from puzzle_ray.progress import Lines
 from puzzle_ray.search.architectures import predicted_costs
@@ -90,21 +92,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--parent", help="a model folder or hub id in place of the tiny parent's shapes")
+    parser.add_argument(
+        "--engine", choices=("torch", "roofline"), default="torch", help="what predicts: measurements, or an estimate"
+    )
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--quick", action="store_true", help="4 architectures, 3 repeats")
     arguments = parser.parse_args()
     config = read_config(locate(arguments.parent)) if arguments.parent else tiny_config()
     variants = SpaceConfig()
     space = search_space(config, variants.attention, variants.ffn, variants.ffn_multiple_of)
-    settings = ProfileConfig(scenario=Scenario(16, 256, 32), repeats=3 if arguments.quick else arguments.repeats)
+    device = "cpu" if arguments.engine == "roofline" else None
+    repeats = 3 if arguments.quick else arguments.repeats
+    settings = ProfileConfig(engine=arguments.engine, device=device, scenario=Scenario(16, 256, 32), repeats=repeats)
     with tempfile.TemporaryDirectory() as folder:
         profile = profile_serially(config, space, settings, Store(folder).step("profile", {}, {}), Lines())
     rows = compared(config, space, profile, settings, drawn(space, 4 if arguments.quick else 12, seed=0))
-    print(f"{'architecture':>14} {'prefill ms':>17} {'decode ms':>17} {'runtime ms':>17} {'error':>7}   predicted / measured")
+    word = "ESTIMATED" if profile.estimated else "predicted"
+    print(f"{'architecture':>14} {'prefill ms':>17} {'decode ms':>17} {'runtime ms':>17} {'error':>7}   {word} / measured")
     for row in rows:
         times = (f"{row[f'predicted_{t}']:8.2f}/{row[f'measured_{t}']:8.2f}" for t in ("prefill_ms", "decode_ms", "runtime_ms"))
         print(f"{row['architecture']:>14} {' '.join(times)} {row['runtime_ms_error']:+7.1%}")
-    summary = summary_of(rows)
+    summary = summary_of(rows) | {"estimated": profile.estimated}
     print(", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in summary.items()))
     write(arguments.out, rows, summary)
 

@@ -3,14 +3,17 @@
     python -m benchmarks.fisher --out FILE.json [--quick]
 
 The parent is `--parent` (default: the tiny recipe's) with `--data`; library, profile and both kinds of scores are made in `--store`
-first. Both answers are the search's own, one per budget and not picked by measurement; then both are measured as whole children on
-the same held-out tokens. `excess` is the KL of the shortlist's child over that of the exact scores' child, less 1.
+first, and what the shortlist's answers use is scored exactly until none rests on an estimate. Both answers are the search's own, one
+per budget and not picked by measurement; then both are measured as whole children on the same held-out tokens. `excess` is the KL of the
+shortlist's child over that of the exact scores' child, less 1; `share_scored` what part of all exchanges was scored for all budgets
+together, `share_scored_at_first` what part before the first search.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +21,25 @@ from benchmarks.record import write
 from benchmarks.searchers import BUDGETS
 from jobs.session import connected
 from jobs.stages import Run
+from puzzle_ray.artifacts import Scores
 from puzzle_ray.config import load
 from puzzle_ray.search.limits import Limits
-from puzzle_ray.sweep import solve
+from puzzle_ray.sweep import SweepSetup, solve
 
 QUICK = ("library.tokens=20480", "scoring.tokens=4096", "search.measure_tokens=2048")
 KINDS = {"exact": "none", "fisher": "fisher"}
+
+
+def settle(run: Run) -> SweepSetup:
+    """What a run searches, with exact scores for all that its answers to the budgets use."""
+    setup = run.sweep_setup
+    scores = run.settled(run.scores, lambda seen: [solve(replace(setup, scores=seen), Limits(speedup=s)).choices for s in BUDGETS])
+    return replace(setup, scores=scores)
+
+
+def share_scored(scores: Scores) -> float:
+    rows = [row for row in scores.rows if row.metric == "kl"]
+    return sum(row.tokens > 0 for row in rows) / len(rows)
 
 
 def main() -> None:
@@ -41,8 +57,8 @@ def main() -> None:
         words += [f"store={arguments.store or scratch!r}", *(QUICK if arguments.quick else ()), *arguments.set]
         runs = {kind: Run(load("tiny", None, (*words, f"scoring.shortlist={name}"))) for kind, name in KINDS.items()}
         with connected(runs["exact"].config.cluster):
-            setups = {kind: run.sweep_setup for kind, run in runs.items()}
-            found = {(kind, s): solve(setup, Limits(speedup=s)) for kind, setup in setups.items() for s in BUDGETS}
+            settled = {kind: settle(run) for kind, run in runs.items()}
+            found = {(kind, s): solve(setup, Limits(speedup=s)) for kind, setup in settled.items() for s in BUDGETS}
             with runs["exact"].measuring() as measure:
                 measured = dict(zip(found, measure([a.choices for a in found.values()]), strict=True))
     for speedup in BUDGETS:
@@ -54,11 +70,10 @@ def main() -> None:
         row |= {"layers_unlike": sum(a != b for a, b in pairs), "excess": row["fisher_kl"] / row["exact_kl"] - 1}
         rows.append(row)
         print("  ".join(f"{name} {value:.5g}" for name, value in row.items()), flush=True)
-    scores = runs["fisher"].scores
-    exact = [row for row in scores.rows if row.metric == runs["fisher"].config.scoring.metric]
     summary = {
         "max_excess": max(row["excess"] for row in rows),
-        "share_scored_exactly": sum(row.tokens > 0 for row in exact) / len(exact),
+        "share_scored_at_first": share_scored(runs["fisher"].scores),
+        "share_scored": share_scored(settled["fisher"].scores),
         "budgets": list(BUDGETS),
         "parent": Path(runs["exact"].config.parent).name,
         "measure_tokens": runs["exact"].config.search.measure_tokens,

@@ -56,8 +56,8 @@ def peak_memory_gib() -> Iterator[list[float]]:
 def first_choice(run: Run) -> LayerChoice:
     """The mildest narrowing of every layer alike whose predicted runtime is the child's: fewer KV heads only where the FFN alone,
     at a tenth of its width, would not do."""
-    steps = run.config.profile.scenario.output_tokens - 1
-    size = run.config.profile.scenario.batch_size
+    steps = run.profile_config.scenario.output_tokens - 1
+    size = run.profile_config.scenario.batch_size
     whole = run.model_config.intermediate_size
     cost = {(r.subblock, r.variant): r.prefill_ms + steps * r.decode_ms for r in run.profile.rows if r.batch_size == size}
     widths = sorted(

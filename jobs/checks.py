@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from puzzle_ray.config import TINY, RunConfig
+from puzzle_ray.config import TINY, RunConfig, ScoringConfig
 from puzzle_ray.data import check_source
 from puzzle_ray.errors import ClusterError, ConfigError, ParentError
 from puzzle_ray.store import Store
@@ -12,12 +12,14 @@ from puzzle_ray.store import Store
 
 def check(config: RunConfig, store: Store) -> None:
     """What needs no cluster. Raises a PuzzleError with one clear line."""
-    from puzzle_ray.profiling.measure import find_engine
+    from puzzle_ray.profiling.engines import engine_of
     from puzzle_ray.search import find
+    from puzzle_ray.transport import find_transport
 
     store.check()
     find(config.search.searcher)
-    find_engine(config.profile.engine)
+    engine_of(config.profile)
+    find_transport(config.cluster.transport)
     data = config.data
     for where, source in (
         ("data.train", data.train),
@@ -26,20 +28,38 @@ def check(config: RunConfig, store: Store) -> None:
     ):
         if source is not None:
             check_source(source, where)
+    _check_questions(config.scoring)
     if data.train is None and (config.parent != TINY or data.heldout is not None):
         raise ConfigError("data.train", "no training text is named", "give --data, or use parent: tiny without data.heldout")
     model_config = _tiny_config() if config.parent == TINY else _checked_parent(config)
     _check_space(config, model_config)
 
 
+def _check_questions(scoring: ScoringConfig) -> None:
+    """Both halves have some: one scores blocks, the other is not read before the child is there."""
+    from puzzle_ray.scoring.downstream import HALVES, read_questions
+
+    if scoring.downstream is not None:
+        for half in HALVES:
+            read_questions(scoring.downstream, half, scoring.downstream_questions)
+
+
 def _check_space(config: RunConfig, model_config: Any) -> None:
     from puzzle_ray.blocks import search_space
+    from puzzle_ray.distill.library import starting_library
+    from puzzle_ray.narrow import library_space
+    from puzzle_ray.profiling.batch_sizes import resolved
+    from puzzle_ray.profiling.measure import check_shapes
     from puzzle_ray.search.architectures import check_limits
     from puzzle_ray.sweep import longest_context
 
     space = search_space(model_config, config.space.attention, config.space.ffn, config.space.ffn_multiple_of)
-    check_limits(space, config.search.limits)
-    needed = max(config.data.sequence_length, longest_context(config.search.grid, config.profile))
+    narrowed = library_space(space, config.library)
+    check_limits(narrowed, config.search.limits)
+    starting_library(config.library, narrowed)
+    profile = resolved(config.profile, model_config, space, config.search.limits)
+    check_shapes(space, model_config, profile)
+    needed = max(config.data.sequence_length, longest_context(config.search.grid, profile))
     positions = getattr(model_config, "max_position_embeddings", None)
     if positions is not None and needed > positions:
         problem = f"sequences of {needed} tokens do not fit its {positions} positions"

@@ -76,14 +76,12 @@ def configured(
 
 
 def window_bytes(run: Run) -> int:
-    """What the library's micro-batches in flight take in the object store: window x (layers + 1) x tokens x hidden_size x bytes."""
-    config = run.config
-    if config.parent == "tiny":
+    """What the library's micro-batches in flight take in the object store at the most; 0 for the tiny parent: any store is big enough."""
+    from actors.data_plane import Flow
+
+    if run.config.parent == "tiny":
         return 0
-    model = run.model_config
-    bytes_each = 4 if config.library.activation_dtype == "float32" else 2
-    per_micro_batch = (model.num_hidden_layers + 1) * config.library.micro_batch_tokens * model.hidden_size * bytes_each
-    return int((config.library.window + 1) * per_micro_batch)
+    return Flow.of(run.config.library, run.model_config.hidden_size).bound_bytes(run.model_config.num_hidden_layers + 1)
 
 
 def run_main(main: Callable[..., None]) -> None:

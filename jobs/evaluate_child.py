@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from jobs.cli import run_main, stage_command
 from jobs.stages import Run
+from puzzle_ray.artifacts import Profile
 
 COLUMNS = (
     ("held-out loss", "heldout_loss", "{:.4f}"),
@@ -17,6 +21,32 @@ COLUMNS = (
 )
 
 
+PREDICTED = (
+    ("prefill ms", "prefill_ms"),
+    ("decode ms a step", "decode_ms"),
+    ("runtime ms", "runtime_ms"),
+    ("tok/s", "throughput_tokens_per_s"),
+    ("MiB", "memory_mib"),
+)
+
+
+def comparison(found: Mapping[str, Any], profile: Profile) -> list[str]:
+    """Predicted (or ESTIMATED) beside measured costs of the parent and the child, and how far the prediction is off."""
+    word = "ESTIMATED" if found["estimated"] else "predicted"
+    lines = [f"{'':<24}{word:>12}{'measured':>12}{'off by':>9}"]
+
+    def add(title: str, predicted: float, measured: float, digits: int = 2) -> None:
+        off = f"{predicted / measured - 1:+9.1%}" if measured else ""
+        lines.append(f"{title:<24}{predicted:>12.{digits}f}{measured:>12.{digits}f}{off}")
+
+    for title, key in PREDICTED:
+        add(f"parent {title}", found["parent_predicted"][key], found["models"]["parent"][key])
+        add(f"child {title}", found["predicted"][key], found["models"]["child"][key])
+    add("speed-up", found["predicted_speedup"], found["measured_speedup"], 3)
+    lines.append(f"{word} by {profile.engine} on {profile.device}, {profile.dtype}; measured by {found['measured_by']}")
+    return lines
+
+
 def show(run: Run) -> None:
     """Prints the comparison as a table, then predicted beside measured, then greedy samples."""
     found = run.evaluation
@@ -24,17 +54,11 @@ def show(run: Run) -> None:
     for name, values in found["models"].items():
         cells = [fmt.format(values[key] / (1e6 if key == "num_params" else 1)) for _, key, fmt in COLUMNS]
         print(f"{name.replace('_', ' '):<17}" + "".join(f"{cell:>15}" for cell in cells))
-    predicted, child = found["predicted"], found["models"]["child"]
-    print(f"{'':<17}{'predicted':>15}{'measured':>15}")
-    for title, key in (
-        ("prefill ms", "prefill_ms"),
-        ("decode ms a step", "decode_ms"),
-        ("runtime ms", "runtime_ms"),
-        ("MiB", "memory_mib"),
-    ):
-        for who, p, m in (("parent", found["parent_predicted"], found["models"]["parent"]), ("child", predicted, child)):
-            print(f"{who + ' ' + title:<24}{p[key]:>8.2f}{m[key]:>15.2f}")
-    print(f"{'speed-up':<24}{found['predicted_speedup']:>8.3f}{found['measured_speedup']:>15.3f}")
+    for name, values in found["models"].items():
+        if "downstream_accuracy" in values:
+            words = "{downstream_accuracy:.1%} +- {downstream_accuracy_stderr:.1%} of {downstream_questions:.0f} questions right"
+            print(f"{name.replace('_', ' ')}: {words.format(**values)}")
+    print("\n".join(comparison(found, run.profile)))
     for name, text in found["samples"].items():
         print(f"{name.replace('_', ' ')}: {text!r}")
 

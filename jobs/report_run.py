@@ -29,12 +29,12 @@ def report_data(run: Run) -> ReportData:
     points = [SweepPoint(p.speedup_asked, p.architecture, p.infeasible_reason, p.label) for p in read(run.sweep)]
     return ReportData(
         parent=run.config.parent,
-        scenario=run.config.profile.scenario,
+        scenario=run.profile_config.scenario,
         num_key_value_heads=run.model_config.num_key_value_heads,
         intermediate_size=run.model_config.intermediate_size,
         space=run.space,
         profile=run.profile,
-        scores=run.scores,
+        scores=run.searched_scores,
         architecture=run.architecture,
         sweep=points,
         library=library.rows(),

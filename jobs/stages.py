@@ -2,165 +2,47 @@
 
 from __future__ import annotations
 
+import math
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from jobs.checks import check
-from puzzle_ray.artifacts import Architecture, LayerChoice, Profile, Scores, SearchSpace, to_json
-from puzzle_ray.config import TINY, RunConfig
-from puzzle_ray.data import Tokens, source_fingerprint, tokenise
-from puzzle_ray.progress import Lines, Progress
-from puzzle_ray.store import Step, Store
+from jobs.inputs import Inputs
+from puzzle_ray.artifacts import Architecture, LayerChoice, Profile, Scores, to_json
+from puzzle_ray.config import ProfileConfig
+from puzzle_ray.data import source_fingerprint
+from puzzle_ray.store import Step
 
-TOKENS = "tokens.safetensors"
 ARCHITECTURE = "architecture.json"
+SCORES = "scores.parquet"
 EVALUATION = "evaluation.json"
 
 
-class Run:
-    """One config and where its artifacts are. Asking for a stage does it, and first all it depends on."""
-
-    def __init__(self, config: RunConfig, progress: Progress | None = None) -> None:
-        self.config = config
-        self.progress = progress or Lines()
-        self.store = Store(config.store)
-        self.seconds: dict[str, float] = {}
-
-    def check(self) -> None:
-        """Raises a PuzzleError for what can be known to be wrong before work starts."""
-        check(self.config, self.store)
-
-    def _stage(self, step: Step, work: Callable[[Step], None]) -> Step:
-        """Does `work` unless the step is finished, and says in one line where the result is."""
-        started = time.monotonic()
-        done = step.finished
-        if not done:
-            work(step)
-            self.seconds[step.stage] = time.monotonic() - started
-            step.write_json("seconds.json", self.seconds[step.stage])
-        elif step.exists("seconds.json"):
-            self.seconds[step.stage] = float(step.read_json("seconds.json"))
-        took = "already there" if done else f"{time.monotonic() - started:.1f} s"
-        print(f"[{step.stage}] {took}: {step.url}", file=sys.stderr, flush=True)
-        return step
-
-    def _settings(self, *sections: str) -> dict[str, Any]:
-        return {name: getattr(self.config, name).model_dump(mode="json") for name in sections}
-
-    # parent, text, search space
-
-    @cached_property
-    def _tiny_parent_step(self) -> Step:
-        from puzzle_ray.tiny_parent import TinyParentSpec, build_tiny_parent, source_fingerprint
-
-        spec = TinyParentSpec(seed=self.config.seed)
-
-        def work(step: Step) -> None:
-            with step.folder_to_publish("parent") as folder:
-                summary = build_tiny_parent(folder, spec, self.progress)
-            step.finish(asdict(summary))
-
-        step = self._stage(self.store.step("tiny_parent", {"fingerprint": source_fingerprint(spec)}, {}), work)
-        facts = step.facts()
-        print(
-            f"  tiny parent: {facts['num_parameters'] / 1e6:.2f}M parameters, held-out loss {facts['heldout_loss']:.3f} nats a token "
-            f"(unigram entropy {facts['unigram_entropy']:.3f})",
-            file=sys.stderr,
-            flush=True,
-        )
-        return step
-
-    @cached_property
-    def parent(self) -> str:
-        """The parent as every node can find it: a folder, a URL, or a hub id with the commit this run is about."""
-        from puzzle_ray.checkpoint import locate
-
-        if self.config.parent == TINY:
-            return f"{self._tiny_parent_step.path('parent')}/model"
-        if Path(self.config.parent).expanduser().is_dir():
-            return str(Path(self.config.parent).expanduser().absolute())
-        if "://" in self.config.parent:
-            return self.config.parent
-        commit = locate(self.config.parent, self.config.revision).name  # the hub's cache names a snapshot's folder by its commit
-        return f"{self.config.parent}@{commit}"
-
-    @cached_property
-    def _parent_folder(self) -> Path:
-        """On this machine."""
-        from puzzle_ray.checkpoint import locate
-
-        return locate(self.parent)
-
-    @cached_property
-    def parent_key(self) -> str:
-        from puzzle_ray.checkpoint import fingerprint
-
-        return fingerprint(self._parent_folder)
-
-    @cached_property
-    def model_config(self) -> Any:
-        from puzzle_ray.checkpoint import read_config
-
-        return read_config(self._parent_folder)
-
-    @cached_property
-    def tokens_step(self) -> Step:
-        data = self.config.data
-        if self.config.parent == TINY and data.train is None:
-            folder = self._tiny_parent_step.local_folder("parent")
-            data = data.model_copy(update={"train": str(folder / "train.jsonl"), "heldout": str(folder / "heldout.jsonl")})
-        sources = {name: source_fingerprint(s) for name, s in (("train", data.train), ("heldout", data.heldout)) if s}
-
-        def work(step: Step) -> None:
-            import torch
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(self._parent_folder)
-            train, heldout = tokenise(data, tokenizer, getattr(self.model_config, "max_position_embeddings", None))
-            step.write_tensors(
-                TOKENS, {"train": torch.from_numpy(train.sequences), "heldout": torch.from_numpy(heldout.sequences)}
-            )
-            step.finish({"train_tokens": train.num_tokens, "heldout_tokens": heldout.num_tokens})
-
-        settings = data.model_dump(mode="json", exclude={"train", "heldout"})
-        return self._stage(self.store.step("tokens", settings, {"parent": self.parent_key, **sources}), work)
-
-    @cached_property
-    def tokens(self) -> tuple[Tokens, Tokens]:
-        """(train, held-out)."""
-        tensors, _ = self.tokens_step.read_tensors(TOKENS)
-        return Tokens(tensors["train"].numpy()), Tokens(tensors["heldout"].numpy())
-
-    def _space_of(self, model_config: Any) -> SearchSpace:
-        from puzzle_ray.blocks import search_space
-
-        space = self.config.space
-        return search_space(model_config, space.attention, space.ffn, space.ffn_multiple_of)
-
-    @cached_property
-    def space(self) -> SearchSpace:
-        return self._space_of(self.model_config)
-
-    @cached_property
-    def _space_key(self) -> str:
-        return to_json(self.space).decode()
+class Run(Inputs):
+    """All stages of one config. Asking for a stage does it, and first all it depends on."""
 
     # library, profile, scores
 
     @cached_property
     def library(self) -> Step:
+        from puzzle_ray.distill.library import starting_library, summary
+
+        config = self.config.library
+        inputs = {"parent": self.parent_key, "tokens": self.tokens_step.key, "space": self._space_key}
+        start = starting_library(config, self.space, self.parent_key)
+        if start:
+            config = config.model_copy(update={"start_from": start.step.url})  # every node finds it there
+            inputs["start"] = start.step.key
+
         def work(step: Step) -> None:
             from actors.library_stream import build_library
 
             build_library(
                 self.parent,
                 self.space,
-                self.config.library,
+                config,
                 self.config.cluster,
                 self.tokens[0],
                 self.config.seed,
@@ -168,25 +50,42 @@ class Run:
                 self.progress,
             )
 
-        settings = self.config.library.model_dump(mode="json", exclude={"window", "checkpoint_every"})
-        inputs = {"parent": self.parent_key, "tokens": self.tokens_step.key, "space": self._space_key}
-        return self._stage(self.store.step("library", settings | {"seed": self.config.seed}, inputs), work)
+        # what has no part in the result, or stands among the inputs
+        elsewhere = {"window", "checkpoint_every", "max_pairs", "narrow_from", "start_from"}
+        settings = config.model_dump(mode="json", exclude=elsewhere)
+        step = self._stage(self.store.step("library", settings | {"seed": self.config.seed}, inputs), work)
+        print(f"  {summary(step.facts())}", file=sys.stderr, flush=True)
+        return step
+
+    @cached_property
+    def profile_config(self) -> ProfileConfig:
+        """How to profile, with numbers in place of `auto`."""
+        from puzzle_ray.profiling.batch_sizes import resolved
+
+        return resolved(self.config.profile, self.model_config, self._whole_space, self.config.search.limits)
 
     @cached_property
     def profile_step(self) -> Step:
+        """Of the whole space: a narrowed one is part of it, so what was measured for the run before counts here."""
+
         def work(step: Step) -> None:
             from actors.profiler import profile_blocks
 
-            profile_blocks(self.parent, self.space, self.config.profile, self.config.cluster, step, self.progress)
+            profile_blocks(self.parent, self._whole_space, self.profile_config, self.config.cluster, step, self.progress)
 
         from actors.remote_work import node_cpus
-        from puzzle_ray.profiling.measure import find_engine
+        from puzzle_ray.profiling.engines import engine_of
 
-        profile = self.config.profile
-        engine = find_engine(profile.engine)
+        profile = self.profile_config
+        engine = engine_of(profile)
         cpus = node_cpus(profile.resources, profile.label_selector)
         target = "the GPU that is asked for" if profile.num_gpus else f"{engine.device_name()}; {cpus} CPUs"
-        inputs = {"parent": self.parent_key, "space": self._space_key, "engine": engine.version(), "target": target}
+        inputs = {
+            "parent": self.parent_key,
+            "space": to_json(self._whole_space).decode(),
+            "engine": engine.version(),
+            "target": target,
+        }
         settings = profile.model_dump(mode="json", exclude={"num_profilers"})
         return self._stage(self.store.step("profile", settings, inputs), work)
 
@@ -194,7 +93,10 @@ class Run:
     def profile(self) -> Profile:
         from puzzle_ray.profiling.measure import TABLE
 
-        return Profile.from_parquet(self.profile_step.read(TABLE))
+        profile = Profile.from_parquet(self.profile_step.read(TABLE))
+        if profile.estimated:
+            print(f"  costs are ESTIMATED by {profile.engine} for {profile.device}, not measured", file=sys.stderr, flush=True)
+        return profile
 
     @cached_property
     def scores_step(self) -> Step:
@@ -210,7 +112,8 @@ class Run:
         inputs = {"library": library.key, "tokens": self.tokens_step.key}
         if self.config.scoring.downstream is not None:
             inputs["downstream"] = source_fingerprint(self.config.scoring.downstream)
-        return self._stage(self.store.step("scores", self._settings("scoring"), inputs), work)
+        settings = self.config.scoring.model_dump(mode="json", exclude={"shortlist_settle"})
+        return self._stage(self.store.step("scores", {"scoring": settings}, inputs), work)
 
     @cached_property
     def scores(self) -> Scores:
@@ -227,21 +130,49 @@ class Run:
         search = self.config.search
 
         def work(step: Step) -> None:
-            from puzzle_ray.pick import PICKED, pick_as_told
+            from puzzle_ray.pick import PICKED, answers, pick_as_told
             from puzzle_ray.sweep import solve
 
+            setup = self.sweep_setup
+            scores = self.settled(self.scores, lambda seen: answers(replace(setup, scores=seen), search))
+            setup = replace(setup, scores=scores)
             if search.measures:
                 with self.measuring() as measure:
-                    architecture, report = pick_as_told(self.sweep_setup, search, measure)
+                    architecture, report = pick_as_told(setup, search, measure)
                 step.write_json(PICKED, report)
+                if self._how_scored["settle"]:  # local search may have taken what is only estimated
+                    scores = self.settled(scores, lambda _: [architecture.choices])
+                    total = math.fsum(scores.value(i, c, architecture.metric) for i, c in enumerate(architecture.choices))
+                    architecture = replace(architecture, objective=total, bound=min(architecture.bound, total))
             else:
-                architecture = solve(self.sweep_setup, search.limits)
+                architecture = solve(setup, search.limits)
+            step.write(SCORES, scores.to_parquet())
             step.write(ARCHITECTURE, to_json(architecture))
             step.finish({"objective": architecture.objective, "bound": architecture.bound, "status": architecture.status})
 
         inputs = {"scores": scores_step.key, "profile": profile_step.key}
-        settings = search.model_dump(mode="json", exclude={"sweep", "sweep_measure"}) | {"metric": self.config.scoring.metric}
-        return self._stage(self.store.step("architecture", settings | {"seed": self.config.seed}, inputs), work)
+        settings = search.model_dump(mode="json", exclude={"sweep", "sweep_measure", "sweep_gkd"}) | self._how_scored
+        return self._stage(self.store.step("architecture", settings, inputs), work)
+
+    @property
+    def _how_scored(self) -> dict[str, Any]:
+        """What a search's result depends on besides its own settings."""
+        scoring = self.config.scoring
+        settle = scoring.shortlist != "none" and scoring.shortlist_settle
+        return {"metric": scoring.metric, "settle": settle, "seed": self.config.seed}
+
+    def settled(self, scores: Scores, answers: Callable[[Scores], Iterable[Sequence[LayerChoice]]]) -> Scores:
+        """The scores, made exact for all that these answers use; what is scored for that is kept for all budgets."""
+        scoring = self.config.scoring
+        if not self._how_scored["settle"]:
+            return scores
+        from actors.scoring_pool import scoring as exact_scoring
+        from puzzle_ray.scoring.settle import settle
+
+        step = self.store.step("settled", {}, {"scores": self.scores_step.key})
+        numbers = (self.parent, self.space, self.library, scoring, self.config.cluster, self.tokens[1], step, self.progress)
+        with exact_scoring(*numbers) as score:
+            return settle(scores, scoring.metric, answers, score)
 
     def measuring(self) -> Any:
         """A context with a function that measures whole children on held-out text; what it found is kept for all budgets."""
@@ -260,16 +191,21 @@ class Run:
         from puzzle_ray.sweep import SweepSetup
 
         config, search = self.config, self.config.search
-        numbers = (self.space, self.scores, self.profile, config.profile.scenario, config.scoring.metric)
+        numbers = (self.space, self.scores, self.profile, self.profile_config.scenario, config.scoring.metric)
         return SweepSetup(*numbers, search.searcher, search.time_limit_s, search.limits, config.seed)
+
+    @cached_property
+    def searched_scores(self) -> Scores:
+        """What the architecture was searched by: exact for all that it is made of."""
+        return Scores.from_parquet(self.architecture_step.read(SCORES))
 
     @cached_property
     def architecture(self) -> Architecture:
         return Architecture.from_json(self.architecture_step.read(ARCHITECTURE))
 
-    def in_context(self, input_tokens: int, output_tokens: int) -> Run:
-        """The same run with sequences of another length in its profile."""
-        profile = self.config.profile
+    def in_context(self, input_tokens: float, output_tokens: float) -> Run:
+        """The same run with sequences of another length in its profile, at the same batch sizes."""
+        profile = self.profile_config
         scenario = replace(profile.scenario, input_tokens=input_tokens, output_tokens=output_tokens)
         if scenario == profile.scenario:
             return self
@@ -281,7 +217,7 @@ class Run:
         from puzzle_ray.sweep import Grid, contexts_of, finish, gathered, points_of, with_distilled, with_measured
 
         search = self.config.search
-        runs = {c: self.in_context(*c) for c in contexts_of(search.grid, self.config.profile.scenario)}
+        runs = {c: self.in_context(*c) for c in contexts_of(search.grid, self.profile_config.scenario)}
         profiles = {f"profile {c[0]}+{c[1]}": run.profile_step.key for c, run in runs.items()}
 
         def work(step: Step) -> None:
@@ -289,7 +225,9 @@ class Run:
             from actors.sweep import sweep
 
             points = points_of(search.grid)
-            sweep(Grid({c: run.sweep_setup for c, run in runs.items()}), points, step, cluster_cpus())
+            grid = Grid({c: run.sweep_setup for c, run in runs.items()})
+            grid = grid.with_scores(self.settled(self.scores, lambda seen: grid.with_scores(seen).answers(points)))
+            sweep(grid, points, step, cluster_cpus())
             found = gathered(points, step)
             if search.sweep_measure:
                 with self.measuring() as measure:
@@ -300,7 +238,7 @@ class Run:
 
         whole = dict.fromkeys(("searcher", "time_limit_s", "sweep", "sweep_measure", "measure_tokens"), True)
         settings = search.model_dump(mode="json", include=whole | {"limits": {"fixed", "agree"}})
-        settings |= {"metric": self.config.scoring.metric, "seed": self.config.seed}
+        settings |= self._how_scored
         if search.sweep_gkd:
             settings |= self._settings("gkd", "evaluate")
         return self._stage(self.store.step("sweep", settings, {"scores": self.scores_step.key} | profiles), work)
@@ -371,15 +309,20 @@ class Run:
             step.write_json(EVALUATION, found)
             step.finish({"measured_speedup": found["measured_speedup"], "predicted_speedup": found["predicted_speedup"]})
 
-        settings = self._settings("evaluate") | {"profile": self.config.profile.model_dump(mode="json")}
-        inputs = {"child": distilled.key, "tokens": self.tokens_step.key}
+        settings = self._settings("evaluate") | {"profile": self.profile_config.model_dump(mode="json")}
+        inputs = {"child": distilled.key, "tokens": self.tokens_step.key, "architecture": self.architecture_step.key}
+        if self.config.scoring.downstream is not None:
+            settings["downstream_questions"] = self.config.scoring.downstream_questions
+            inputs["downstream"] = source_fingerprint(self.config.scoring.downstream)
         return self._stage(self.store.step("evaluation", settings, inputs), work)
 
     def compare(self, folders: Mapping[str, str]) -> dict[str, Any]:
-        """Held-out predictions and measured speed of models by name, `parent` and `child` among them, side by side."""
+        """Held-out predictions and measured speed of models by name, `parent` and `child` among them, side by side; their answers to
+        the half of the downstream questions that no block was scored by."""
         from actors.remote_work import evaluate, run_alone
+        from puzzle_ray.scoring.replace_one import load_questions
 
-        profile = self.config.profile
+        profile = self.profile_config
         batches = [batch.numpy() for batch in self.tokens[1].first(self.config.evaluate.tokens, 8)]
         found: dict[str, Any] = run_alone(
             evaluate,
@@ -390,6 +333,7 @@ class Run:
             self.config.evaluate,
             profile.dtype,
             profile.num_gpus > 0,
+            load_questions(self.parent, self.config.scoring, getattr(self.model_config, "max_position_embeddings", None), "test"),
             cluster=self.config.cluster,
             what="evaluate",
             profile=profile,

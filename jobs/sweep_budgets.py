@@ -18,6 +18,7 @@ def line(point: SweepPoint, width: int) -> str:
         f"{point.label:>{width}} {found.predicted_speedup:>9.3f}x {found.objective:>10.5f} {measured} "
         f"{found.predicted.memory_mib:>9.2f} {found.predicted.num_params / 1e6:>8.3f}M  {found.status}"
         + ("" if point.on_frontier else " (off the frontier)")
+        + (" (ESTIMATED)" if found.estimated else "")
     )
 
 

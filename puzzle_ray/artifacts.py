@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 SubblockKind = Literal["attention", "ffn"]
 KINDS: tuple[SubblockKind, ...] = ("attention", "ffn")
 PARENT = "parent"
+BLOCK = "block"  # the kind of a coupled pair
 MIB = 1024.0 * 1024.0
 Row = TypeVar("Row")
 
@@ -47,8 +49,18 @@ class LayerChoice:
     attention: str = PARENT
     ffn: str = PARENT
 
+    @classmethod
+    def half(cls, kind: SubblockKind, variant: str) -> LayerChoice:
+        """One subblock alone: the other one is a no-op, so it adds nothing to the residual."""
+        return cls(variant, "noop") if kind == "attention" else cls("noop", variant)
+
     def variant(self, kind: SubblockKind) -> str:
         return self.attention if kind == "attention" else self.ffn
+
+    @property
+    def replaced(self) -> tuple[SubblockKind, ...]:
+        """The subblocks that are not the parent's own."""
+        return tuple(kind for kind in KINDS if self.variant(kind) != PARENT)
 
     @property
     def label(self) -> str:
@@ -57,11 +69,15 @@ class LayerChoice:
 
 @dataclass(frozen=True)
 class LayerSpace:
-    """The variants one layer may take; both lists contain `parent`. `layer_type` tells layers of differing shape apart."""
+    """The variants one layer may take; both lists contain `parent`. `layer_type` tells layers of differing shape apart.
+
+    `coupled`: its pairs are trained as wholes, so no half of a pair stands for itself.
+    """
 
     attention: tuple[str, ...]
     ffn: tuple[str, ...]
     layer_type: str = "full_attention"
+    coupled: bool = False
 
     def variants(self, kind: SubblockKind) -> tuple[str, ...]:
         return self.attention if kind == "attention" else self.ffn
@@ -71,6 +87,19 @@ class LayerSpace:
         """Every (attention, FFN) pair, the parent's own first."""
         pairs = [LayerChoice(a, f) for a in self.attention for f in self.ffn]
         return tuple(sorted(pairs, key=lambda choice: choice != LayerChoice()))
+
+    @cached_property
+    def trained(self) -> tuple[LayerChoice, ...]:
+        """What a block library holds: every variant beside the parent's other half or, if `coupled`, every pair."""
+        if self.coupled:
+            return tuple(choice for choice in self.choices if choice != LayerChoice())
+        return tuple(LayerChoice(**{kind: name}) for kind in KINDS for name in self.variants(kind) if name != PARENT)
+
+    def entry(self, choice: LayerChoice) -> tuple[str, str]:
+        """(kind, variant) of a trained choice in a library's tables; of a coupled pair (`block`, its label)."""
+        if self.coupled:
+            return BLOCK, choice.label
+        return choice.replaced[0], choice.variant(choice.replaced[0])
 
 
 @dataclass(frozen=True)
@@ -83,7 +112,7 @@ class SearchSpace:
     def from_json(cls, data: bytes) -> SearchSpace:
         raw = json.loads(data)
         return cls(
-            tuple(LayerSpace(tuple(x["attention"]), tuple(x["ffn"]), x["layer_type"]) for x in raw["layers"]),
+            tuple(LayerSpace(tuple(x["attention"]), tuple(x["ffn"]), x["layer_type"], x["coupled"]) for x in raw["layers"]),
         )
 
     def subblocks(self) -> Iterable[tuple[int, SubblockKind, str]]:
@@ -93,6 +122,10 @@ class SearchSpace:
                 for variant in layer.variants(kind):
                     if variant != PARENT:
                         yield index, kind, variant
+
+    def entries(self) -> Iterable[tuple[int, str, str]]:
+        """(layer, kind, variant) of everything that a block library of this space holds, see `LayerSpace.entry`."""
+        return ((index, *layer.entry(choice)) for index, layer in enumerate(self.layers) for choice in layer.trained)
 
     @property
     def size(self) -> float:
@@ -104,21 +137,58 @@ class SearchSpace:
 
 
 @dataclass(frozen=True)
-class Scenario:
-    """What is served: `batch_size` sequences at once, each `input_tokens` long, until `output_tokens` more are generated."""
+class Lengths:
+    """One kind of request: how long its prompt and its answer are, and its weight among all kinds."""
 
-    batch_size: int
     input_tokens: int
     output_tokens: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What is served: `batch_size` sequences at once, each `input_tokens` long, until `output_tokens` more are generated.
+
+    With `lengths` requests differ: the two counts are their means, and so is every cost. Memory has to hold any batch, so each of its
+    sequences is given the KV cache of the longest, unless `kv_tokens` says how many tokens are kept of each.
+    """
+
+    batch_size: int
+    input_tokens: float
+    output_tokens: float
+    lengths: tuple[Lengths, ...] = ()
+    kv_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "input_tokens", "output_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for kind in (self, *self.lengths):
+            for name in ("batch_size", "input_tokens", "output_tokens", "kv_tokens"):
+                value = getattr(kind, name, None)
+                if value is not None and value < 1:
+                    raise ValueError(f"{name}={value} must be at least 1")
+            if getattr(kind, "weight", 1.0) <= 0:
+                raise ValueError(f"weight={getattr(kind, 'weight', 1.0)} must be above 0")
 
     @property
-    def tokens_per_sequence(self) -> int:
+    def tokens_per_sequence(self) -> float:
+        """In and out, on average."""
         return self.input_tokens + self.output_tokens
+
+    @property
+    def kv_tokens_per_sequence(self) -> int:
+        """Tokens whose keys and values a place in the batch must have room for."""
+        return self.kv_tokens or self.longest_tokens
+
+    @property
+    def longest_tokens(self) -> int:
+        """In and out, of the longest sequence."""
+        return int(max(kind.input_tokens + kind.output_tokens for kind in (self.lengths or (self,))))
+
+    @property
+    def shapes(self) -> tuple[tuple[Scenario, float], ...]:
+        """The scenarios of one length each that this one consists of, and their shares of all requests."""
+        whole = math.fsum(kind.weight for kind in self.lengths)
+        found = ((Scenario(self.batch_size, x.input_tokens, x.output_tokens), x.weight / whole) for x in self.lengths)
+        return tuple(found) or ((self, 1.0),)
 
 
 @dataclass(frozen=True)
@@ -126,15 +196,16 @@ class ProfileRow:
     """Cost of one subblock shape in one scenario. `subblock` is `attention`, `ffn`, or `fixed` (embedding, head, per-step overhead).
 
     `prefill_ms`: the whole batch's prompts; `decode_ms`: one step of the whole batch; `*_spread_ms`: half the
-    inter-quartile range of the repeats; `kv_bytes_per_token`: per token of one sequence.
+    inter-quartile range of the repeats; `kv_bytes_per_token`: per token of one sequence; token counts are means where requests differ;
+    `estimated`: its times were computed, not measured.
     """
 
     layer_type: str
     subblock: str
     variant: str
     batch_size: int
-    input_tokens: int
-    output_tokens: int
+    input_tokens: float
+    output_tokens: float
     prefill_ms: float
     decode_ms: float
     prefill_spread_ms: float
@@ -142,6 +213,7 @@ class ProfileRow:
     weight_bytes: int
     kv_bytes_per_token: int
     num_params: int
+    estimated: bool = False
 
 
 FIXED = "fixed"
@@ -214,16 +286,19 @@ class Scores:
 
     def value(self, layer: int, choice: LayerChoice, metric: str) -> float:
         """The score of `choice` at `layer`, 0 for the parent's own. Raises KeyError where it was not scored."""
+        return math.fsum(row.value for row in self.parts(layer, choice, metric))
+
+    def parts(self, layer: int, choice: LayerChoice, metric: str) -> tuple[ScoreRow, ...]:
+        """The rows whose values make up the score of `choice`: none for the parent's own, its own one, or its two halves'."""
         if choice == LayerChoice():
-            return 0.0
+            return ()
         exact = self._by_key.get((layer, choice.attention, choice.ffn, metric))
         if exact is not None:
-            return exact.value
-        if self.granularity == "block":
+            return (exact,)
+        if self.granularity == "block" or PARENT in (choice.attention, choice.ffn):
             raise KeyError((layer, choice, metric))
-        return self.value(layer, LayerChoice(attention=choice.attention), metric) + self.value(
-            layer, LayerChoice(ffn=choice.ffn), metric
-        )
+        halves = (LayerChoice(attention=choice.attention), LayerChoice(ffn=choice.ffn))
+        return tuple(row for half in halves for row in self.parts(layer, half, metric))
 
     def to_parquet(self) -> bytes:
         return rows_to_parquet(self.rows, ScoreRow, {"granularity": self.granularity})

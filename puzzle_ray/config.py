@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from puzzle_ray.artifacts import Scenario
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.plugins import did_you_mean
+from puzzle_ray.profiling.devices import KNOWN, THIS_CPU, device_of
+from puzzle_ray.profiling.scenarios import AUTO, scenario_of
+from puzzle_ray.profiling.scenarios import DEFAULT as DEFAULT_SCENARIO
 from puzzle_ray.search.limits import BUDGETS, SCENARIO_AXES, Limits
 
 TINY = "tiny"
@@ -47,9 +50,48 @@ class SpaceConfig(Section):
     ffn_multiple_of: Count = 8  # percentages of the FFN width are rounded to a multiple of this
 
 
-class LibraryConfig(Section):
-    """Blockwise local distillation."""
+class BlockLoss(Section):
+    """Weights of the terms that a block variant minimises; each is 0 for a perfect copy of the parent.
 
+    `block`: normalised MSE of the layer's output (paper, section 3.2). `subblock`: of what each replaced subblock adds to the
+    residual. `cosine`: cosine distance of the layer's output, mean over tokens.
+    """
+
+    block: NonNegative = 1.0
+    subblock: NonNegative = 0.0
+    cosine: NonNegative = 0.0
+
+    @model_validator(mode="after")
+    def _some_term(self) -> BlockLoss:
+        if self.block + self.subblock + self.cosine == 0:
+            raise ValueError("all loss weights are 0; set library.loss.block, library.loss.subblock or library.loss.cosine")
+        return self
+
+
+class EarlyStop(Section):
+    """When a variant's training ends before its time: see `puzzle_ray.distill.schedule.is_flat`. Counted from the end of warm-up."""
+
+    min_improvement: Fraction = 0.01  # of the mean loss of a window
+    window: Count = 32  # micro-batches
+    patience: Count = 2  # windows without improvement
+
+
+class LibraryConfig(Section):
+    """Blockwise local distillation.
+
+    `decoupled` trains every attention and every FFN variant beside the parent's other half; `coupled` every pair of them, both
+    halves together, and needs `narrow_from`: an architecture.json, a sweep.json or sweep.parquet, or the folder of such a step
+    (path or URL), to whose variants every layer's space is narrowed. `start_from`, the folder of a decoupled library of the same
+    parent (path or URL), gives halves that are trained already to start from. With `early_stop` a variant keeps the weights it has
+    when its loss is flat, and misses what is left of the learning rate's decay: quality is the price, so it is off unless asked for.
+    """
+
+    mode: Literal["decoupled", "coupled"] = "decoupled"
+    narrow_from: str | None = None
+    start_from: str | None = None
+    max_pairs: Count = 24  # of any layer, coupled: each is a block with gradients and two moments in its trainer's memory
+    loss: BlockLoss = BlockLoss()
+    early_stop: EarlyStop | None = None
     tokens: Count = 1_000_000
     calibration_tokens: Count = 16_384
     validation_tokens: Count = 8_192
@@ -61,21 +103,67 @@ class LibraryConfig(Section):
     checkpoint_every: Count = 50  # micro-batches
     window: Count = 3  # micro-batches in flight
     activation_dtype: DType = "float32"  # of what travels
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast; weights, optimizer and loss stay float32
+
+    @model_validator(mode="after")
+    def _coupled_is_narrow(self) -> LibraryConfig:
+        if self.mode == "coupled" and self.narrow_from is None:
+            problem = "mode coupled trains whole pairs, too many of them in a whole search space"
+            raise ValueError(f"{problem}; set narrow_from to an architecture.json or a sweep of a decoupled run")
+        return self
 
 
 class ProfileConfig(Section):
-    """What is measured, where. `resources` and `label_selector` pin the profilers, e.g. {"accelerator_type:H100": 0.001}."""
+    """What is measured, where. `resources` and `label_selector` pin the profilers, e.g. {"accelerator_type:H100": 0.001}.
 
-    engine: str = "torch"
-    scenario: Scenario = Scenario(batch_size=16, input_tokens=256, output_tokens=32)
-    batch_sizes: tuple[Count, ...] = ()  # more than the scenario's own
-    dtype: DType = "float32"
+    `scenario`: see `puzzle_ray.profiling.scenarios`. `batch_sizes: auto` (or `scenario.batch_size: auto`): the powers of two at which
+    something fits in `memory_mib` (or `search.limits.memory_mib`); the parent is taken at the largest that it fits.
+    Engine `roofline` estimates instead, for a `device` by name, by its figures, or for `cpu` (see `puzzle_ray.profiling.devices`).
+    """
+
+    engine: str = "torch"  # or roofline, vllm, tensorrt_llm, or package.module:ATTRIBUTE
+    device: str | dict[str, Any] | None = None  # that roofline is for
+    scenario: Annotated[Scenario, BeforeValidator(scenario_of)] = DEFAULT_SCENARIO
+    batch_sizes: tuple[Count, ...] | Literal["auto"] = ()  # more than the scenario's own
+    max_batch_size: Count = 256  # of `auto`
+    memory_mib: Positive | None = None  # the device has; where given, no answer needs more. A known device's own with `auto`
+    dtype: Literal["float32", "bfloat16", "float16", "fp8"] = "float32"
     repeats: Annotated[int, Field(ge=2)] = 5
     stack: Count = 4  # stacks have twice as many layers; the second no-op stack this many
     num_profilers: Count = 1
     num_gpus: NonNegative = 0
     resources: dict[str, float] = {}
     label_selector: dict[str, str] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto_batch_size(cls, values: Any) -> Any:
+        """`scenario.batch_size: auto` is `batch_sizes: auto`."""
+        if not isinstance(values, dict):
+            return values
+        scenario, sizes = values.get("scenario"), values.get("batch_sizes")
+        if isinstance(sizes, str) and sizes != AUTO:
+            raise ValueError(f"batch_sizes = {sizes!r}: write whole numbers, such as [8, 16], or auto")
+        if not isinstance(scenario, dict) or scenario.get("batch_size") != AUTO:
+            return values
+        if sizes not in (None, AUTO, [], ()):
+            raise ValueError(f"scenario.batch_size auto beside batch_sizes {sizes}; leave batch_sizes out")
+        return values | {"scenario": scenario | {"batch_size": 1}, "batch_sizes": AUTO}
+
+    @model_validator(mode="after")
+    def _device_for_an_estimate(self) -> ProfileConfig:
+        if self.engine == "roofline":
+            if self.device is None:
+                raise ValueError(f"engine roofline needs a device; set profile.device to one of {', '.join([*KNOWN, THIS_CPU])}")
+            device = device_of(self.device)
+            if self.dtype == "fp8" and device is None:
+                raise ValueError("device cpu has no fp8; set profile.dtype to float32 or bfloat16")
+        elif self.device is not None and ":" not in self.engine:
+            problem = f"device is for engine roofline, and engine is {self.engine}, which measures where it runs"
+            raise ValueError(f"{problem}; drop profile.device, or set profile.engine=roofline")
+        if self.dtype == "fp8" and self.engine == "torch":
+            raise ValueError("dtype fp8 is for engines roofline, vllm and tensorrt_llm; torch takes float32, bfloat16 or float16")
+        return self
 
 
 class ScoringConfig(Section):
@@ -97,7 +185,8 @@ class ScoringConfig(Section):
     micro_batch_tokens: Count = 2048
     candidate_batch: Count = 1  # candidates of one layer in one pass through the suffix; for tiny micro-batches
     shortlist: Literal["none", "fisher"] = "none"  # estimates every candidate from gradients, to score only some exactly
-    shortlist_keep: Annotated[float, Field(ge=0, le=1)] = 0.5  # share of each layer's candidates that are scored exactly
+    shortlist_keep: Annotated[float, Field(ge=0, le=1)] = 0.3  # share of each layer's candidates that are scored exactly at once
+    shortlist_settle: bool = True  # then what an answer uses is scored exactly too, and searched again, until nothing is new
     fisher_samples: Count = 1  # labels drawn at every position, a backward pass each
     racing: bool = False  # a candidate is done when its standard error is small enough, before all tokens are read
     racing_stderr: Positive = 0.05  # of the mean
@@ -202,6 +291,8 @@ class ClusterConfig(Section):
     gpus_per_shard: NonNegative = 0
     step_timeout_s: Positive = 600.0  # one micro-batch of any worker
     max_recoveries: Count = 20
+    autoscaling: bool = False  # nodes are added on demand: what none has yet is waited for, up to placement_timeout_s
+    transport: str = "object_store"  # of hidden states
 
     @model_validator(mode="after")
     def _cpu_only(self) -> ClusterConfig:
@@ -236,8 +327,16 @@ class RunConfig(Section):
             tokens = getattr(self, section).micro_batch_tokens
             if tokens % length:
                 raise ValueError(f"{section}.micro_batch_tokens={tokens} is no multiple of data.sequence_length={length}")
+        if self.library.mode == "coupled" and self.scoring.granularity == "subblock":
+            problem = "scoring.granularity subblock adds up halves, and library.mode coupled has none that stand for themselves"
+            raise ValueError(f"{problem}; set scoring.granularity to block")
+        if self.library.mode == "coupled" and self.scoring.shortlist == "fisher":
+            problem = "scoring.shortlist fisher estimates halves, and library.mode coupled has none that stand for themselves"
+            raise ValueError(f"{problem}; set scoring.shortlist to none")
         if self.search.sweep_gkd and self.gkd.tokens == 0:
-            raise ValueError("search.sweep_gkd distils the frontier, but gkd.tokens is 0; set gkd.tokens, or search.sweep_gkd=false")
+            raise ValueError(
+                "search.sweep_gkd distils the frontier, but gkd.tokens is 0; set gkd.tokens, or search.sweep_gkd=false"
+            )
         return self
 
 
@@ -292,9 +391,10 @@ def _known(path: tuple[int | str, ...]) -> list[str]:
     model: type[BaseModel] = RunConfig
     for part in path:
         inner = model.model_fields[str(part)].annotation if str(part) in model.model_fields else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+        sections = [x for x in (inner, *get_args(inner)) if isinstance(x, type) and issubclass(x, BaseModel)]
+        if not sections:
             return []
-        model = inner
+        model = sections[0]
     return list(model.model_fields)
 
 
@@ -310,6 +410,10 @@ def _parse(text: str, name: str) -> dict[str, Any]:
 
 def _merge(base: dict[str, Any], extra: dict[str, Any]) -> None:
     for key, value in extra.items():
+        if key == "scenario":  # a name alone is short for {name: ...}
+            base[key], value = ({"name": x} if isinstance(x, str) else x for x in (base.get(key), value))
+            if isinstance(base[key], dict) and isinstance(value, dict) and {"name", "lengths"} & value.keys():
+                base[key] = {"batch_size": base[key].get("batch_size")}  # these take the place of token counts
         if isinstance(value, dict) and isinstance(base.get(key), dict):
             _merge(base[key], value)
         else:

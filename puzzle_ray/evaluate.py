@@ -15,9 +15,11 @@ from puzzle_ray.artifacts import Architecture, Scenario
 from puzzle_ray.checkpoint import locate, quiet_transformers
 from puzzle_ray.config import EvaluateConfig
 from puzzle_ray.export.hf import load_model
-from puzzle_ray.profiling.measure import Timing, measure_side_by_side
+from puzzle_ray.profiling.engines import Timing, measure_side_by_side
 from puzzle_ray.profiling.memory import model_memory_mib
+from puzzle_ray.profiling.torch_engine import ENGINE
 from puzzle_ray.progress import Progress
+from puzzle_ray.scoring.downstream import QuestionBatch, answer
 from puzzle_ray.scoring.metrics import PredictionMetrics, compare, mean
 
 PARENT = "parent"
@@ -82,17 +84,24 @@ def evaluate(
     dtype: str,
     progress: Progress,
     use_gpu: bool = False,
+    questions: Sequence[QuestionBatch] = (),
 ) -> dict[str, Any]:
     """Everything about the named models (`parent`, `child_before_gkd`, `child` ...), measured in turn in the same run.
 
-    The parent is timed at the scenario's batch size, children at the one their architecture was chosen for. Returns JSON-able `models`,
-    `samples`, `scenario`, and for children predicted beside measured speed-up, a ratio of throughputs.
+    The parent is timed at the scenario's batch size, children at the one their architecture was chosen for, by the torch engine: in
+    bfloat16 where `dtype` is fp8. Returns JSON-able `models`, `samples`, `scenario`, and for children predicted (`estimated` says
+    whether no measurement stands behind it) beside measured speed-up, a ratio of throughputs. Of `questions` every model's accuracy and
+    more are told as `downstream_*`.
     """
+    dtype = "bfloat16" if dtype == "fp8" else dtype
     tokenizer = AutoTokenizer.from_pretrained(locate(folders[PARENT]))
     device = torch.device("cuda" if use_gpu else "cpu")
     with quiet_transformers(), progress.stage("evaluate", 3, "step") as bar:
         models = {name: load_model(folder, torch.float32).to(device) for name, folder in folders.items()}
         found = predictions(models, [ids.to(device) for ids in batches])
+        if questions:
+            for name, model in models.items():
+                found[name] |= {f"downstream_{key}": value for key, value in answer(model, questions).summary().items()}
         bar.advance()
         samples = {name: greedy_sample(m, tokenizer, config.prompt, config.sample_tokens) for name, m in models.items()}
         bar.advance()
@@ -115,6 +124,8 @@ def evaluate(
         "samples": samples,
         "prompt": config.prompt,
         "scenario": asdict(scenario),
+        "measured_by": f"{ENGINE.name} on {ENGINE.device_name(use_gpu)}, {dtype}",
+        "estimated": bool(architecture and architecture.estimated),
         "predicted": asdict(architecture.predicted) if architecture else None,
         "parent_predicted": asdict(architecture.parent_predicted) if architecture else None,
         "predicted_speedup": architecture.predicted_speedup if architecture else None,

@@ -78,20 +78,7 @@ def pick(
     tables: Tables, limits: Limits, how: PickOptions, options: Options, measure: Measure
 ) -> tuple[Architecture, dict[str, Any]]:
     """The architecture of least measured KL, and a report of all that was tried (JSON-able). Raises Infeasible."""
-    found = tables.search(
-        limits, searcher=how.searcher, count=how.count, min_different_layers=how.min_different_layers, options=options
-    )
-    origins = [how.searcher if k == 0 else f"{how.searcher} #{k + 1}" for k in range(len(found))]
-    left_out: dict[str, str] = {}
-    for name in how.rivals:
-        try:
-            answer = tables.search(limits, searcher=name, options=options)[0]
-        except (Infeasible, ConfigError) as error:  # it has no answer: the others do
-            left_out[name] = str(error)
-            continue
-        if all(answer.architecture.choices != other.architecture.choices for other in found):
-            found.append(answer)
-            origins.append(name)
+    found, origins, left_out = _candidates(tables, limits, how, options)
     measured = measure([f.architecture.choices for f in found])
     candidates = [Candidate(*x) for x in zip(origins, found, measured, strict=True)]
     best = min(candidates, key=lambda c: c.rank)
@@ -120,9 +107,41 @@ def pick(
     return architecture, report
 
 
+def _candidates(
+    tables: Tables, limits: Limits, how: PickOptions, options: Options
+) -> tuple[list[Found], list[str], dict[str, str]]:
+    """What is to be measured, where each is from, and why a rival has none."""
+    found = tables.search(
+        limits, searcher=how.searcher, count=how.count, min_different_layers=how.min_different_layers, options=options
+    )
+    origins = [how.searcher if k == 0 else f"{how.searcher} #{k + 1}" for k in range(len(found))]
+    left_out: dict[str, str] = {}
+    for name in how.rivals:
+        try:
+            answer = tables.search(limits, searcher=name, options=options)[0]
+        except (Infeasible, ConfigError) as error:  # it has no answer: the others do
+            left_out[name] = str(error)
+            continue
+        if all(answer.architecture.choices != other.architecture.choices for other in found):
+            found.append(answer)
+            origins.append(name)
+    return found, origins, left_out
+
+
+def answers(setup: SweepSetup, search: SearchConfig) -> list[Choices]:
+    """What a run's settings search before anything is measured. Raises Infeasible."""
+    how = _how(search)
+    found, *_ = _candidates(setup.tables, search.limits, how if search.measures else replace(how, rivals=()), setup.options)
+    return [answer.architecture.choices for answer in found]
+
+
 def pick_as_told(setup: SweepSetup, search: SearchConfig, measure: Measure) -> tuple[Architecture, dict[str, Any]]:
     """`pick` with a run's settings."""
-    how = PickOptions(
+    return pick(setup.tables, search.limits, _how(search), setup.options, measure)
+
+
+def _how(search: SearchConfig) -> PickOptions:
+    return PickOptions(
         search.searcher,
         search.candidates,
         search.min_different_layers,
@@ -130,7 +149,6 @@ def pick_as_told(setup: SweepSetup, search: SearchConfig, measure: Measure) -> t
         search.local_search_steps,
         search.interaction_blocks,
     )
-    return pick(setup.tables, search.limits, how, setup.options, measure)
 
 
 def _row(candidate: Candidate) -> dict[str, Any]:
@@ -254,13 +272,13 @@ def exchanges(before: Choices, after: Choices) -> list[str]:
 
 
 def interactions(candidates: Sequence[Choices], picked: Choices, count: int, measure: Measure) -> list[dict[str, Any]]:
-    """For every pair of the blocks that candidates use most: the KL with both exchanged, and with each alone.
+    """For every pair of the blocks that candidates use most, of two layers: the KL with both exchanged, and with each alone.
 
     `interaction` is the pair's KL less the sum of the two: what a sum of scores cannot know.
     """
     used = Counter(block for choices in (picked, *candidates) for block in enumerate(choices) if block[1] != LayerChoice())
-    blocks = sorted(block for block, _ in used.most_common(count))
-    pairs = list(combinations(blocks, 2))
+    blocks = sorted((block for block, _ in used.most_common(count)), key=lambda block: (block[0], block[1].label))
+    pairs = [(a, b) for a, b in combinations(blocks, 2) if a[0] != b[0]]  # a layer takes one block
     if not pairs:
         return []
     whole: list[Mapping[int, LayerChoice]] = [*(dict([block]) for block in blocks), *(dict(pair) for pair in pairs)]

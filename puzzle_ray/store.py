@@ -11,7 +11,9 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,8 +26,9 @@ from puzzle_ray.errors import StoreError
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 RECORD = "artifact.json"
+_ABANDONED_AFTER_S = 24 * 3600.0  # scratch of another machine's process, since it was last written to
 
 
 def content_key(stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -145,7 +148,10 @@ class Step:
             self.store.filesystem.rm(self.path(name), recursive=True)
 
     def finish(self, facts: Mapping[str, Any]) -> None:
-        """Writes the record: from now on the step is complete."""
+        """Writes the record: from now on the step is complete. Scratch of processes that were killed is cleared away."""
+        if self.store.is_local:
+            for folder in (Path(self.url), *(path for path in Path(self.url).glob("*/") if path.is_dir())):
+                clear_abandoned(folder)
         record = {
             "stage": self.stage,
             "key": self.key,
@@ -161,11 +167,16 @@ class Step:
 
     @contextmanager
     def folder_to_publish(self, name: str) -> Iterator[Path]:
-        """A local folder to fill; it appears as `name` when the block ends without an error, whole (local) or file by file."""
+        """A local folder to fill; it appears as `name` when the block ends without an error, whole (local) or file by file.
+
+        What processes that were killed left behind while they did the same is cleared away.
+        """
         if self.store.is_local:
             target = Path(self.path(name))
             target.parent.mkdir(parents=True, exist_ok=True)
-            scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
+            clear_abandoned(target.parent)
+            scratch = _scratch(target)
+            scratch.mkdir(mode=0o700)
         else:
             scratch = Path(tempfile.mkdtemp(prefix="puzzle-ray-"))
         from safetensors import SafetensorError  # what a full disk is when weights are written
@@ -206,8 +217,40 @@ def local_copy(filesystem: Any, path: str, name: str) -> Path:
     return target
 
 
+def _scratch(target: Path) -> Path:
+    """A hidden path beside `target` that tells which process of which machine writes there."""
+    return target.parent / f".{target.name}~{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex}"
+
+
+def clear_abandoned(folder: Path) -> None:
+    """Removes scratch in `folder` whose process is dead; that of another machine when nobody has written to it for a day."""
+    for path in folder.glob(".*~*~*~*"):
+        if _is_abandoned(path):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _is_abandoned(path: Path) -> bool:
+    _, host, pid, _ = path.name.rsplit("~", 3)
+    try:
+        if host == socket.gethostname() and pid.isdigit():
+            return not _is_running(int(pid))
+        return time.time() - path.stat().st_mtime > _ABANDONED_AFTER_S
+    except FileNotFoundError:  # published or removed meanwhile
+        return False
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def _write_atomically(target: Path, data: bytes) -> None:
-    scratch = target.parent / f".{target.name}-{uuid.uuid4().hex}"
+    scratch = _scratch(target)
     try:
         with scratch.open("wb") as file:
             file.write(data)

@@ -10,13 +10,13 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from puzzle_ray.artifacts import Architecture, Profile, Scenario, Scores, SearchSpace
+from puzzle_ray.artifacts import Architecture, LayerChoice, Profile, Scenario, Scores, SearchSpace
 from puzzle_ray.errors import ConfigError, Infeasible, ProfileError
 from puzzle_ray.pick import Choices, Measure
 from puzzle_ray.search import Options
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 TABLE = "sweep.json"
 Point = Mapping[str, float]
-Context = tuple[int, int]  # input and output tokens
+Context = tuple[float, float]  # input and output tokens; means where the scenario's requests differ
 
 
 @dataclass(frozen=True)
@@ -77,18 +77,32 @@ def points_of(sweep: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
 
 
 def contexts_of(sweep: Mapping[str, Sequence[float]], scenario: Scenario) -> list[Context]:
-    """The (input, output) tokens that a grid asks for; the scenario's own where it does not say."""
+    """The (input, output) tokens that a grid asks for; the scenario's own where it does not say.
+
+    Raises ConfigError for a grid of lengths over a scenario whose requests differ in theirs, or are given a KV cache of their own.
+    """
+    asked = [name for name in ("input_tokens", "output_tokens") if sweep.get(name)]
+    for name in ("lengths", "kv_tokens"):
+        if asked and getattr(scenario, name):
+            problem = f"the scenario has {name}, which hold for its own requests only"
+            raise ConfigError(f"search.sweep.{asked[0]}", problem, f"drop it, or profile.scenario.{name}")
     inputs = sweep.get("input_tokens") or (scenario.input_tokens,)
     outputs = sweep.get("output_tokens") or (scenario.output_tokens,)
-    return [(int(i), int(o)) for i in inputs for o in outputs]
+    return [(_counted(i), _counted(o)) for i in inputs for o in outputs]
+
+
+def _counted(tokens: float) -> float:
+    return int(tokens) if tokens == int(tokens) else tokens
 
 
 def longest_context(sweep: Mapping[str, Sequence[float]], profile: ProfileConfig) -> int:
     """Tokens of the longest sequence that a grid or the scenario has. Raises ConfigError for a batch size that is not profiled."""
+    assert profile.batch_sizes != "auto", "batch sizes are still to be resolved"
     for size in sweep.get("batch_size", ()):
         if size not in (profile.scenario.batch_size, *profile.batch_sizes):
             raise ConfigError("search.sweep.batch_size", f"{size:g} is not profiled", "add it to profile.batch_sizes")
-    return max(profile.scenario.tokens_per_sequence, *(sum(context) for context in contexts_of(sweep, profile.scenario)))
+    asked = [sum(context) for context in contexts_of(sweep, profile.scenario)]
+    return int(max(profile.scenario.longest_tokens, *asked))
 
 
 class Grid:
@@ -101,9 +115,10 @@ class Grid:
     def setup(self, point: Point) -> SweepSetup:
         """Raises ProfileError for a batch size, ConfigError for a context that was not profiled."""
         own = next(iter(self.setups))
-        context = (int(point.get("input_tokens", own[0])), int(point.get("output_tokens", own[1])))
+        context = (point.get("input_tokens", own[0]), point.get("output_tokens", own[1]))
         if context not in self.setups:
-            raise ConfigError("search.sweep", f"{context[0]} tokens in and {context[1]} out were not profiled", "profile them")
+            problem = f"{context[0]:g} tokens in and {context[1]:g} out were not profiled"
+            raise ConfigError("search.sweep", problem, "profile them")
         if "batch_size" not in point:
             return self.setups[context]
         size = int(point["batch_size"])
@@ -123,6 +138,17 @@ class Grid:
         except Infeasible as error:
             found["infeasible_reason"] = str(error)
         return found
+
+    def answers(self, points: Sequence[Point]) -> Iterator[Choices]:
+        """The architectures at those points that have one."""
+        for point in points:
+            found = self.solve(point)["architecture"]
+            if found is not None:
+                yield tuple(LayerChoice(**choice) for choice in found["choices"])
+
+    def with_scores(self, scores: Scores) -> Grid:
+        """The same questions, asked of other scores."""
+        return Grid({context: replace(setup, scores=scores) for context, setup in self.setups.items()})
 
 
 def point_name(point: Point) -> str:
@@ -244,6 +270,7 @@ def row_of(point: SweepPoint) -> dict[str, Any]:
         "distilled_kl": point.distilled["kl"] if point.distilled else None,
         "distilled_heldout_loss": point.distilled["heldout_loss"] if point.distilled else None,
         "speedup": a.predicted_speedup if a else None,
+        "estimated": a.estimated if a else None,
     }
     costs = asdict(a.predicted) if a else dict.fromkeys(("batch_size", "prefill_ms", "decode_ms", "runtime_ms"), None)
     row |= costs | {"solve_s": a.solve_s if a else None, "infeasible_reason": point.infeasible_reason}
@@ -266,7 +293,9 @@ def _finite(value: Any) -> Any:
 def _point(raw: Mapping[str, Any]) -> SweepPoint:
     found = raw["architecture"]
     architecture = Architecture.from_json(json.dumps(found).encode()) if found is not None else None
-    return SweepPoint(raw["budget"], architecture, raw["infeasible_reason"], raw["on_frontier"], raw["measured_kl"], raw["distilled"])
+    return SweepPoint(
+        raw["budget"], architecture, raw["infeasible_reason"], raw["on_frontier"], raw["measured_kl"], raw["distilled"]
+    )
 
 
 def read(step: Step) -> tuple[SweepPoint, ...]:

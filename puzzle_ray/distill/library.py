@@ -1,4 +1,7 @@
-"""The block library: which files it is made of, what a group of layers trains, and the whole stage in one process."""
+"""The block library: which files it is made of, what a group of layers trains, and the whole stage in one process.
+
+A file holds one variant's weights by `<kind>/<name inside the layer>`, or both halves of a coupled pair.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +9,31 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice, SearchSpace, SubblockKind, rows_from_parquet, rows_to_parquet
+from puzzle_ray.artifacts import BLOCK, LayerChoice, SearchSpace, SubblockKind, rows_from_parquet, rows_to_parquet
 from puzzle_ray.blocks import load_stack
 from puzzle_ray.checkpoint import locate, read_config
 from puzzle_ray.config import LibraryConfig
 from puzzle_ray.data import Tokens
 from puzzle_ray.distill.bld import LayerTrainer, LibraryRow, Schedule, row_metadata
+from puzzle_ray.distill.candidate import by_kind
+from puzzle_ray.errors import ConfigError
 from puzzle_ray.families import describe
 from puzzle_ray.progress import Progress
-from puzzle_ray.store import Step
+from puzzle_ray.store import RECORD, Step, Store
 
 TABLE = "library.parquet"
 
 
 def file_name(layer: int, kind: str, variant: str) -> str:
-    return f"layer_{layer:03d}.{kind}.{re.sub('[^A-Za-z0-9_.]+', '-', variant)}.safetensors"
+    """Of one entry of a library; `variant` is a coupled pair's label where `kind` is `block`."""
+    words = re.sub("[^A-Za-z0-9_.+]+", "-", variant.replace(" + ", "+"))
+    return f"layer_{layer:03d}.{kind}.{words}.safetensors"
 
 
 def checkpoint_name(layer: int) -> str:
@@ -33,9 +41,9 @@ def checkpoint_name(layer: int) -> str:
 
 
 def unfinished_layers(space: SearchSpace, step: Step) -> list[int]:
-    """Layers with a variant whose file is not there yet."""
+    """Layers with an entry whose file is not there yet."""
     there = set(step.names())
-    return sorted({layer for layer, kind, variant in space.subblocks() if file_name(layer, kind, variant) not in there})
+    return sorted({entry[0] for entry in space.entries() if file_name(*entry) not in there})
 
 
 class GroupTrainer:
@@ -51,10 +59,11 @@ class GroupTrainer:
         self.step_files, self.config = step, config
         self.positions = Schedule.of(config).positions
         left = unfinished_layers(space, step)  # a process that is started again may have finished some
+        starts = starting_library(config, space)
         self.trainers = []
         for index in (index for index in layers if index in left):
             stack = load_stack(folder, descriptor, model_config, index, index + 1, torch.float32, ends=False)
-            trainer = LayerTrainer(index, stack, space.layers[index], config)
+            trainer = LayerTrainer(index, stack, space.layers[index], config, starts.states if starts else None)
             if step.exists(checkpoint_name(index)):
                 trainer.restore(*step.read_tensors(checkpoint_name(index)))
             self.trainers.append(trainer)
@@ -105,16 +114,57 @@ class Library:
         raw = self.step.read_json("curves.json")
         return {(x["layer"], x["kind"], x["variant"]): x["losses"] for x in raw}
 
+    @cached_property
+    def coupled(self) -> bool:
+        """Whether pairs were trained as wholes, so that a half's weights differ from pair to pair."""
+        return bool(self.step.facts()["coupled"])
+
     def states(self, layer: int, choice: LayerChoice) -> dict[SubblockKind, dict[str, Tensor]]:
-        """The weights of a choice's replaced subblocks."""
-        replaced = [kind for kind in KINDS if choice.variant(kind) != PARENT]
-        return {kind: self.step.read_tensors(file_name(layer, kind, choice.variant(kind)))[0] for kind in replaced}
+        """The weights of a choice's replaced subblocks; of a coupled library the pair's own."""
+        entries = [(kind, choice.variant(kind)) for kind in choice.replaced]
+        if self.coupled and entries:
+            files = [file_name(layer, BLOCK, choice.label)]
+        else:
+            files = [file_name(layer, kind, variant) for kind, variant in entries]
+        weights = {name: value for file in files for name, value in self.step.read_tensors(file)[0].items()}
+        return {kind: by_kind(weights).get(kind, {}) for kind in choice.replaced}
+
+
+def starting_library(config: LibraryConfig, space: SearchSpace, parent_key: str | None = None) -> Library | None:
+    """The library that `start_from` names. Raises ConfigError for what is no finished decoupled library, has not all halves of
+    `space`, or was made for another parent than `parent_key` says."""
+    if config.start_from is None:
+        return None
+    root, _, folder = config.start_from.rstrip("/").rpartition("/")
+    stage, _, key = folder.rpartition("-")
+    step = Step(Store(root or "."), stage, key, {}, {})
+    where, remedy = "library.start_from", "name the folder library-... of a decoupled run in its store"
+    try:
+        finished = stage == "library" and step.finished
+    except Exception as error:  # every backend has errors of its own
+        raise ConfigError(where, f"{config.start_from!r} cannot be read ({error})", remedy) from None
+    if not finished:
+        raise ConfigError(where, f"{config.start_from!r} is no finished library", remedy)
+    if "coupled" not in step.facts():
+        raise ConfigError(where, f"{config.start_from!r} was made by an older version", "train it again")
+    library, there = Library(step), set(step.names())
+    if library.coupled:
+        raise ConfigError(where, f"{config.start_from!r} holds coupled pairs, whose halves do not stand for themselves", remedy)
+    for layer, kind, variant in space.subblocks():
+        if file_name(layer, kind, variant) not in there:
+            raise ConfigError(
+                where, f"{config.start_from!r} has no {variant} for layer {layer}", "narrow the space, or name another"
+            )
+    made_for = step.read_json(RECORD)["inputs"].get("parent")
+    if parent_key is not None and made_for != parent_key:
+        raise ConfigError(where, f"{config.start_from!r} was made for another parent", "name a library of this one")
+    return library
 
 
 def finish(space: SearchSpace, step: Step) -> Library:
     """Gathers every published variant's row and curve into tables, and closes the step."""
     rows, curves = [], []
-    for layer, kind, variant in space.subblocks():
+    for layer, kind, variant in space.entries():
         header = _metadata(step, file_name(layer, kind, variant))
         rows.append(LibraryRow(**json.loads(header["row"])))
         curves.append({"layer": layer, "kind": kind, "variant": variant, "losses": json.loads(header["curve"])})
@@ -125,10 +175,25 @@ def finish(space: SearchSpace, step: Step) -> Library:
         {
             "variants": len(rows),
             "trained": len(trained),
+            "coupled": any(layer.coupled for layer in space.layers),
+            "tokens": sum(row.tokens for row in rows),
+            "tokens_saved": sum(row.tokens_saved for row in rows),
+            "stopped_early": sum(row.tokens_saved > 0 for row in rows),
             "failures": [asdict(row) for row in rows if row.failure],
         }
     )
     return Library(step)
+
+
+def summary(facts: Mapping[str, Any]) -> str:
+    """One line on a finished library, from its facts."""
+    words = [f"{facts['variants']} {'pairs' if facts['coupled'] else 'variants'}, {facts['trained']} better than their start"]
+    if facts["stopped_early"]:
+        share = facts["tokens_saved"] / (facts["tokens"] + facts["tokens_saved"])
+        words.append(f"{facts['stopped_early']} stopped early, which spared {share:.0%} of the training tokens")
+    if facts["failures"]:
+        words.append(f"{len(facts['failures'])} failed: {facts['failures'][0]['failure']}")
+    return "; ".join(words)
 
 
 def _metadata(step: Step, name: str) -> dict[str, str]:

@@ -8,26 +8,24 @@ FFN f costs c(noop, f) - c(noop, noop), attention a costs c(a, parent) - c(noop,
 halves add up to c(parent, parent), which was measured whole; the no-op FFN is free; the no-op attention carries a layer's
 overhead. Attention is taken beside an FFN because it shares the CPU's caches with one wherever it runs: alone it looks cheap.
 
+Where requests differ in length (`Scenario.lengths`), every run is one of each kind, and a sample their mean by weight.
+
 All stacks of an item are timed in turn, round after round, each round in another order. Costs are formed within a round, in
 which the machine is the same for all, and their median over rounds is kept. This module says what is independent (plan, measure,
-merge), not where it runs.
+merge), not where it runs. Engines that put every stack on a layer of the parent's own have its cost in `fixed`; it is taken off.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib
 import json
-import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean, median
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from puzzle_ray import profiling
 from puzzle_ray.artifacts import (
     FIXED,
     KINDS,
@@ -41,109 +39,16 @@ from puzzle_ray.artifacts import (
     to_json,
 )
 from puzzle_ray.config import ProfileConfig
-from puzzle_ray.errors import ConfigError, ProfileError
+from puzzle_ray.errors import ProfileError
 from puzzle_ray.families import describe
-from puzzle_ray.plugins import did_you_mean, modules_of
-from puzzle_ray.profiling.memory import Weights, fixed_weights, kv_bytes_per_token, subblock_weights
+from puzzle_ray.profiling.engines import Series, Timing, engine_of, find_engine, is_estimate, measure_side_by_side, spread
+from puzzle_ray.profiling.memory import Weights, fixed_weights, kept_tokens, subblock_weights
 from puzzle_ray.progress import Bar, Progress
 from puzzle_ray.store import Step
 
 TABLE = "profile.parquet"
 NOOP = "noop"
 NOTHING = LayerChoice(NOOP, NOOP)
-Samples = tuple[float, ...]
-Series = np.ndarray[Any, np.dtype[np.float64]]  # one value per round
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One model in one scenario. A sample per repeat: a prefill of the whole batch's prompts; the mean of its decode steps."""
-
-    prefill_samples_ms: Samples
-    decode_samples_ms: Samples
-
-    @property
-    def prefill_ms(self) -> float:
-        return median(self.prefill_samples_ms)
-
-    @property
-    def decode_ms(self) -> float:
-        return median(self.decode_samples_ms)
-
-    @property
-    def prefill_spread_ms(self) -> float:
-        return spread(self.prefill_samples_ms)
-
-    @property
-    def decode_spread_ms(self) -> float:
-        return spread(self.decode_samples_ms)
-
-
-def spread(samples: Sequence[float] | Series) -> float:
-    """Half the inter-quartile range."""
-    low, high = np.quantile(samples, (0.25, 0.75))
-    return float(high - low) / 2
-
-
-class Engine(Protocol):
-    """What runs a model. `use_gpu` says on which device models are built and whose name is given."""
-
-    name: str
-
-    def version(self) -> str:
-        """Versions of all that decides how fast it is."""
-
-    def device_name(self, use_gpu: bool = False) -> str:
-        """The kind of device measured on; profiles of two kinds are never mixed."""
-
-    def build(self, config: Any, choices: Sequence[LayerChoice], dtype: str, use_gpu: bool = False, like: Any = None) -> Any:
-        """A model of random weights; it may share with `like` all that is in no layer. Raises ProfileError."""
-
-    def time_once(self, model: Any, scenario: Scenario) -> tuple[float, float]:
-        """(prefill_ms, decode_ms) of one batch."""
-
-
-@lru_cache(maxsize=1)
-def _engines() -> dict[str, Engine]:
-    found = (getattr(module, "ENGINE", None) for module in modules_of(profiling))
-    return {engine.name: engine for engine in found if engine is not None}
-
-
-def find_engine(name: str) -> Engine:
-    """The engine of that name, or behind a dotted path `package.module:ATTRIBUTE`. Raises ConfigError."""
-    if ":" in name:
-        module_name, _, attribute = name.partition(":")
-        try:
-            engine: Engine = getattr(importlib.import_module(module_name), attribute)
-        except (ImportError, AttributeError) as error:
-            problem = f"{name!r} cannot be imported ({error})"
-            raise ConfigError("profile.engine", problem, "write package.module:ATTRIBUTE") from None
-        return engine
-    if name not in _engines():
-        raise ConfigError("profile.engine", f"unknown engine {name!r}", did_you_mean(name, _engines()))
-    return _engines()[name]
-
-
-def measure_side_by_side(
-    models: Mapping[str, Any], scenario: Scenario, repeats: int, engine: Engine | None = None, bar: Bar | None = None
-) -> dict[str, Timing]:
-    """Times models where they are, in turn: one warm-up of each, then `repeats` rounds over all, every round in another order.
-
-    A machine that gets slower while this runs is slower for all of them. Sample i of every model is of round i.
-    """
-    engine = engine or find_engine("torch")
-    order = list(models)
-    shuffle = random.Random(0).shuffle
-    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    for round_ in range(repeats + 1):
-        shuffle(order)
-        for name in order:
-            sample = engine.time_once(models[name], scenario)
-            if round_ > 0:  # the first warms up: allocator, threads, kernels chosen at first use
-                samples[name].append(sample)
-            if bar is not None:
-                bar.advance()
-    return {name: Timing(tuple(s[0] for s in found), tuple(s[1] for s in found)) for name, found in samples.items()}
 
 
 @dataclass(frozen=True)
@@ -167,6 +72,7 @@ class Item:
 
 def plan(space: SearchSpace, config: ProfileConfig) -> list[Item]:
     """One item per layer type and batch size; every distinct shape is in one of them."""
+    assert config.batch_sizes != "auto", "batch sizes are still to be resolved"
     items = []
     for batch_size in sorted({config.scenario.batch_size, *config.batch_sizes}):
         for layer_type in dict.fromkeys(layer.layer_type for layer in space.layers):
@@ -176,9 +82,21 @@ def plan(space: SearchSpace, config: ProfileConfig) -> list[Item]:
     return items
 
 
+def check_shapes(space: SearchSpace, model_config: Any, config: ProfileConfig) -> None:
+    """Raises ConfigError or ParentError for a parent or a variant that the engine cannot run."""
+    check = getattr(find_engine(config.engine), "check", None)
+    if check is not None:
+        for item in plan(space, config):
+            check(item, model_config)
+
+
 def runs_of(item: Item, config: ProfileConfig) -> int:
     """How many times `measure` runs a model, its warm-ups included."""
-    return len(item.stacks(config.stack)) * (config.repeats + 1)
+    return len(item.stacks(config.stack)) * (_repeats(config) + 1)
+
+
+def _repeats(config: ProfileConfig) -> int:
+    return 1 if is_estimate(find_engine(config.engine)) else config.repeats
 
 
 @dataclass(frozen=True)
@@ -211,6 +129,8 @@ class Result:
     sizes: tuple[Size, ...]
     engine_version: str
     device: str
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    base_layers: int = 0  # of the parent's own, under every stack
 
     @classmethod
     def from_json(cls, data: bytes) -> Result:
@@ -224,6 +144,8 @@ class Result:
             tuple(Size(**s) for s in raw["sizes"]),
             raw["engine_version"],
             raw["device"],
+            raw["machine"],
+            raw["base_layers"],
         )
 
 
@@ -242,18 +164,22 @@ def measure(item: Item, model_config: Any, config: ProfileConfig, bar: Bar | Non
     """Builds the item's stacks and times them. Raises ProfileError where the device is missing or too small."""
     import torch
 
-    engine, use_gpu = find_engine(config.engine), config.num_gpus > 0
-    scenario = Scenario(item.batch_size, config.scenario.input_tokens, config.scenario.output_tokens)
+    engine, use_gpu = engine_of(config), config.num_gpus > 0
+    scenario = replace(config.scenario, batch_size=item.batch_size)
     _check_length(model_config, scenario)
+    alone = getattr(engine, "time_stacks", None)
+    if alone is not None:
+        timed, sizes = alone(item, model_config, config, bar), sizes_of(item, model_config, config)
+        return Result(item, tuple(timed), sizes, engine.version(), engine.device_name(use_gpu), engine.facts(use_gpu), 1)
     stacks: dict[tuple[LayerChoice, int], Any] = {}
     try:
         for choice, depth in item.stacks(config.stack):
             like = next(iter(stacks.values()), None)
             shape = stack_config(model_config, item.layer_type, depth)
             stacks[choice, depth] = engine.build(shape, [choice] * depth, config.dtype, use_gpu, like)
-        sizes = _sizes(item, model_config, {choice: model for (choice, _), model in stacks.items()}, scenario.tokens_per_sequence)
+        sizes = _sizes(item, model_config, {choice: model for (choice, _), model in stacks.items()}, config)
         named = {f"{choice.label} x {depth}": model for (choice, depth), model in stacks.items()}
-        timings = measure_side_by_side(named, scenario, config.repeats, engine, bar)
+        timings = measure_side_by_side(named, scenario, _repeats(config), engine, bar)
     except torch.OutOfMemoryError as error:
         raise ProfileError(
             "profile",
@@ -261,27 +187,42 @@ def measure(item: Item, model_config: Any, config: ProfileConfig, bar: Bar | Non
             "lower profile.stack or the batch size",
         ) from None
     timed = [StackTiming(c.attention, c.ffn, d, timings[f"{c.label} x {d}"]) for c, d in stacks]
-    return Result(item, tuple(timed), sizes, engine.version(), engine.device_name(use_gpu))
+    return Result(item, tuple(timed), sizes, engine.version(), engine.device_name(use_gpu), engine.facts(use_gpu))
 
 
 def _check_length(model_config: Any, scenario: Scenario) -> None:
     positions = getattr(model_config, "max_position_embeddings", None)
-    if positions is not None and scenario.tokens_per_sequence > positions:
+    if positions is not None and scenario.longest_tokens > positions:
         raise ProfileError(
             "profile.scenario",
-            f"{scenario.tokens_per_sequence} tokens in and out do not fit the parent's {positions} positions",
+            f"{scenario.longest_tokens} tokens in and out do not fit the parent's {positions} positions",
             "lower input_tokens or output_tokens",
         )
 
 
-def _sizes(item: Item, model_config: Any, stacks: Mapping[LayerChoice, Any], tokens: int) -> tuple[Size, ...]:
-    descriptor = describe(model_config)
+def sizes_of(item: Item, model_config: Any, config: ProfileConfig) -> tuple[Size, ...]:
+    """What the item's shapes take, from models without memory: their parameters and caches are only shapes."""
+    import torch
+
+    from puzzle_ray.export.hf import new_child
+
+    dtype = torch.bfloat16 if config.dtype == "fp8" else getattr(torch, config.dtype)
+    shape = stack_config(model_config, item.layer_type, 1)
+    with torch.device("meta"):
+        stacks = {choice: new_child(shape, [choice], dtype).eval() for choice, _ in item.stacks(1)}
+    return _sizes(item, model_config, stacks, config)
+
+
+def _sizes(item: Item, model_config: Any, stacks: Mapping[LayerChoice, Any], config: ProfileConfig) -> tuple[Size, ...]:
+    """In fp8, models of 16 bits stand for what is half as large, but for embedding and head, which are not."""
+    descriptor, tokens = describe(model_config), config.scenario.kv_tokens_per_sequence
+    narrower = 2 if config.dtype == "fp8" else 1
 
     def size(kind: SubblockKind, variant: str, choice: LayerChoice) -> Size:
         model = stacks[choice]
         found = subblock_weights(model.get_submodule(descriptor.layers)[0], kind, descriptor)
-        kv_bytes = kv_bytes_per_token(model, tokens)[0] if kind == "attention" else 0
-        return Size(kind, variant, found.weight_bytes, found.num_params, kv_bytes)
+        kv_bytes = kept_tokens(model)[0].in_dtype(config.dtype).bytes_per_token(tokens) if kind == "attention" else 0
+        return Size(kind, variant, found.weight_bytes // narrower, found.num_params, kv_bytes)
 
     fixed: Weights = fixed_weights(next(iter(stacks.values())), descriptor)
     return (
@@ -306,10 +247,10 @@ def subblock_series(result: Result, phase: str) -> dict[tuple[str, str], Series]
     overhead, beside = layer(NOOP, NOOP), layer(NOOP, PARENT)
     series = {("attention", a): overhead + (layer(a, PARENT) - beside) for a in result.item.attention}
     series |= {("ffn", f): layer(NOOP, f) - overhead for f in result.item.ffn}
-    return series | {(FIXED, FIXED): fixed}
+    return series | {(FIXED, FIXED): fixed - result.base_layers * layer(PARENT, PARENT)}
 
 
-def _rows(result: Result, scenario: Scenario) -> list[ProfileRow]:
+def _rows(result: Result, scenario: Scenario, estimated: bool) -> list[ProfileRow]:
     """A cost below zero is noise around one that is nearly nothing; it is set to 0, lest a search earns time by adding layers."""
     prefill, decode = (subblock_series(result, phase) for phase in ("prefill", "decode"))
     rows = []
@@ -330,6 +271,7 @@ def _rows(result: Result, scenario: Scenario) -> list[ProfileRow]:
                 size.weight_bytes,
                 size.kv_bytes_per_token,
                 size.num_params,
+                estimated,
             )
         )
     return rows
@@ -349,15 +291,30 @@ def profile_of(results: Iterable[Result], config: ProfileConfig) -> Profile:
         found = "; ".join(f"{version} on {device}" for device, version in sorted(sources))
         remedy = "pin one kind with profile.label_selector"
         raise ProfileError("profile", f"measurements of different kinds do not mix: {found}", remedy)
-    rows = [row for result in results for row in _rows(result, config.scenario)]
+    estimated = is_estimate(find_engine(config.engine))
+    rows = [row for result in results for row in _rows(result, config.scenario, estimated)]
     measured = [row for row in rows if row.subblock != FIXED]
     fixed = [
         _one_fixed([row for row in rows if row.subblock == FIXED and row.batch_size == batch_size])
         for batch_size in sorted({row.batch_size for row in rows})
     ]
     device, version = sources.pop()
-    details = {"stack": config.stack, "repeats": config.repeats, "num_gpus": config.num_gpus}
-    return Profile((*measured, *fixed), config.engine, version, device, config.dtype, details=details)
+    details = {"stack": config.stack, "repeats": _repeats(config), "num_gpus": config.num_gpus, **_about(results)}
+    if config.memory_mib is not None:
+        details["memory_mib"] = config.memory_mib
+    return Profile((*measured, *fixed), config.engine, version, device, config.dtype, estimated, details)
+
+
+def _about(results: Sequence[Result]) -> dict[str, Any]:
+    """The machines measured on, each item's with its clocks, and how far repeats of one stack lay apart, as a share of their median."""
+    machines = {result.item.name.partition("/")[2].removesuffix(".json"): dict(result.machine) for result in results}
+    shares: dict[str, list[float]] = {"prefill": [], "decode": []}
+    for timing in (stack.timing for result in results for stack in result.stacks):
+        for phase, found in shares.items():
+            if ms := getattr(timing, f"{phase}_ms"):
+                found.append(getattr(timing, f"{phase}_spread_ms") / ms)
+    spreads = {phase: {"median": median(found), "max": max(found)} for phase, found in shares.items() if found}
+    return {"machines": machines, "relative_spread": spreads}
 
 
 def unfinished(items: Sequence[Item], step: Step) -> list[Item]:
@@ -373,7 +330,7 @@ def merge(items: Sequence[Item], config: ProfileConfig, step: Step) -> Profile:
     """All item files as one profile; closes the step."""
     profile = profile_of([Result.from_json(step.read(item.name)) for item in items], config)
     step.write(TABLE, profile.to_parquet())
-    about = {"device": profile.device, "engine": profile.engine, "engine_version": profile.engine_version}
+    about = {name: getattr(profile, name) for name in ("device", "engine", "engine_version", "estimated")}
     step.finish({"items": len(items), "rows": len(profile.rows)} | about)
     return profile
 

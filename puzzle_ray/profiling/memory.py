@@ -8,7 +8,7 @@ and is no KV: a server need not store it.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,9 +34,13 @@ def weights(parameters: Iterable[Tensor]) -> Weights:
     return Weights(sum(p.numel() * p.element_size() for p in distinct), sum(p.numel() for p in distinct))
 
 
+def subblock_modules(layer: nn.Module, kind: SubblockKind, descriptor: Descriptor) -> list[nn.Module]:
+    """The main module of one half of a layer, then its norms."""
+    return [layer.get_submodule(name) for name in (descriptor.module(kind), *descriptor.norms(kind))]
+
+
 def _subblock_parameters(layer: nn.Module, kind: SubblockKind, descriptor: Descriptor) -> list[Tensor]:
-    names = (descriptor.module(kind), *descriptor.norms(kind))
-    return [parameter for name in names for parameter in layer.get_submodule(name).parameters()]
+    return [parameter for module in subblock_modules(layer, kind, descriptor) for parameter in module.parameters()]
 
 
 def subblock_weights(layer: nn.Module, kind: SubblockKind, descriptor: Descriptor) -> Weights:
@@ -51,28 +55,51 @@ def fixed_weights(model: nn.Module, descriptor: Descriptor) -> Weights:
     return weights(p for p in model.parameters() if id(p) not in in_subblocks)
 
 
-@torch.inference_mode()
-def kv_bytes_per_token(model: Any, tokens: int) -> tuple[int, ...]:
-    """Per layer, the bytes a token of one sequence of `tokens` takes in the cache, rounded up; 0 for a layer that keeps nothing.
+@dataclass(frozen=True)
+class KeptTokens:
+    """What one layer keeps of a sequence: `bytes_each` per token, of the last `at_most` tokens where it looks back only so far."""
 
-    A layer that looks back W tokens keeps W - 1, which are shared out over the whole sequence.
-    """
+    bytes_each: int
+    at_most: int | None = None
+
+    def of(self, tokens: int) -> int:
+        """How many of a sequence's tokens are kept."""
+        return tokens if self.at_most is None else min(tokens, self.at_most)
+
+    def in_dtype(self, dtype: str) -> KeptTokens:
+        """The same in a cache of `dtype`: models are built in 16 bits where it is fp8."""
+        return replace(self, bytes_each=self.bytes_each // 2) if dtype == "fp8" else self
+
+    def bytes_per_token(self, tokens: int) -> int:
+        """What is kept of `tokens` tokens, shared out over all of them, rounded up."""
+        return -(-self.bytes_each * self.of(tokens) // tokens)
+
+
+@torch.inference_mode()
+def kept_tokens(model: Any) -> tuple[KeptTokens, ...]:
+    """Per layer, as the model's own cache has it after a forward; on any device, `meta` among them."""
     ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device=model.device)
     layers = model(ids, use_cache=True, logits_to_keep=1).past_key_values.layers
-    return tuple(_bytes_per_token(layer, tokens) for layer in layers)
+    return tuple(_kept(layer) for layer in layers)
 
 
-def _bytes_per_token(layer: Any, tokens: int) -> int:
-    """`layer.keys` and `values` are `[batch, KV heads, tokens, head_dim]`."""
+def _kept(layer: Any) -> KeptTokens:
+    """`layer.keys` and `values` are `[batch, KV heads, tokens, head_dim]`; a layer that looks back W tokens keeps W - 1."""
     keys, values = layer.keys, layer.values
     if keys.shape[1] * keys.shape[3] == 1:  # the token-counting stub
-        return 0
-    kept = min(tokens, getattr(layer, "sliding_window", tokens + 1) - 1)
+        return KeptTokens(0)
+    window = getattr(layer, "sliding_window", None)
     each = (keys.numel() * keys.element_size() + values.numel() * values.element_size()) // keys.shape[2]
-    return -(-each * kept // tokens)
+    return KeptTokens(each, None if window is None else window - 1)
+
+
+def kv_bytes_per_token(model: Any, tokens: int) -> tuple[int, ...]:
+    """Per layer, the bytes a token of one sequence of `tokens` takes in the cache; 0 for a layer that keeps nothing."""
+    return tuple(layer.bytes_per_token(tokens) for layer in kept_tokens(model))
 
 
 def model_memory_mib(model: Any, scenario: Scenario) -> float:
     """Weights and the KV cache of the whole batch at its full length."""
-    kv_bytes = sum(kv_bytes_per_token(model, scenario.tokens_per_sequence)) * scenario.batch_size * scenario.tokens_per_sequence
+    tokens = scenario.kv_tokens_per_sequence
+    kv_bytes = sum(kv_bytes_per_token(model, tokens)) * scenario.batch_size * tokens
     return (weights(model.parameters()).weight_bytes + kv_bytes) / MIB

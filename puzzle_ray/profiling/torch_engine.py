@@ -11,7 +11,6 @@ import platform
 import time
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,15 +20,8 @@ from puzzle_ray.artifacts import LayerChoice, Scenario
 from puzzle_ray.errors import ProfileError
 from puzzle_ray.export.hf import new_child
 from puzzle_ray.families import describe
-from puzzle_ray.profiling.measure import Timing, measure_side_by_side
-
-
-def _cpu_name() -> str:
-    """`platform.processor()` is empty or only the architecture on Linux."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+from puzzle_ray.profiling.engines import Timing, measure_side_by_side
+from puzzle_ray.profiling.machine import cpu_name, machine_facts
 
 
 @lru_cache(maxsize=1)
@@ -56,7 +48,10 @@ class TorchEngine:
         """The GPU's name, or the CPU's with the number of threads computed on."""
         if use_gpu:
             return torch.cuda.get_device_name(self._device(use_gpu))
-        return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+        return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+    def facts(self, use_gpu: bool = False) -> dict[str, Any]:
+        return machine_facts(self._device(use_gpu))
 
     def _device(self, use_gpu: bool) -> torch.device:
         if use_gpu and not torch.cuda.is_available():
@@ -78,13 +73,13 @@ class TorchEngine:
         """(prefill_ms, decode_ms) of one batch of random tokens on the device the model is on; decode_ms is 0 without a step."""
         if model.device.type == "cpu":
             keep_freed_memory()
-        steps = scenario.output_tokens - 1
-        shape = (scenario.batch_size, scenario.input_tokens + steps)
+        prompt, steps = int(scenario.input_tokens), int(scenario.output_tokens) - 1
+        shape = (scenario.batch_size, prompt + steps)
         ids = torch.randint(model.config.vocab_size, shape, device=model.device)
         started = self._now(model.device)
-        out = model(ids[:, : scenario.input_tokens], use_cache=True, logits_to_keep=1)
+        out = model(ids[:, :prompt], use_cache=True, logits_to_keep=1)
         prefilled = self._now(model.device)
-        for position in range(scenario.input_tokens, shape[1]):
+        for position in range(prompt, shape[1]):
             model(ids[:, position : position + 1], past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
         done = self._now(model.device)
         return 1e3 * (prefilled - started), 1e3 * (done - prefilled) / max(1, steps) if steps else 0.0

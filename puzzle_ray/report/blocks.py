@@ -76,10 +76,15 @@ def scores(data: ReportData) -> list[Html] | None:
         if value is None:
             return None
         sure = f" ± {number(row.stderr, 2)} (standard error), {row.tokens} tokens" if row else ""
-        return Heat(value, number(value, 2), f"layer {layer}, {variant}: {number(value)}{sure}")
+        if row and not row.tokens:
+            sure = ", estimated from gradients, not scored"
+        shown_as = f"≈ {number(value, 2)}" if row and not row.tokens else number(value, 2)
+        return Heat(value, shown_as, f"layer {layer}, {variant}: {number(value)}{sure}")
 
     drawn = heat_map(data, cell, data.unit)
     text = "Damage when this one subblock is replaced and everything else stays the parent's; 0 is none. Colours on a log scale."
+    if data.scores and any(row.metric == data.metric and not row.tokens for row in data.scores.rows):
+        text += " ≈ marks estimates from gradients, for what no answer is made of."
     return [note(text), drawn] if drawn else None
 
 

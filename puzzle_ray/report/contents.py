@@ -25,7 +25,8 @@ UNITS = {"kl": "KL to the parent, nats per token", "lm_loss": "rise of the loss,
 
 
 class TrainedVariant(Protocol):
-    """A row of the block library. Losses are normalised MSE; `kept` is `trained` or `start`."""
+    """A row of the block library. Losses are normalised MSE; `kept` is `trained` or `start`; `tokens_saved` is above 0 after an
+    early stop. `kind` is `block` for a coupled pair, whose `variant` names both halves."""
 
     @property
     def layer(self) -> int: ...
@@ -45,6 +46,8 @@ class TrainedVariant(Protocol):
     def tokens(self) -> int: ...
     @property
     def failure(self) -> str: ...
+    @property
+    def tokens_saved(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,10 @@ class ReportData:
     @property
     def serving(self) -> str:
         s = self.scenario
-        return f"batch {s.batch_size}, {s.input_tokens} tokens in, {s.output_tokens} out" if s else ""
+        if s is None:
+            return ""
+        kinds = f" on average of {len(s.lengths)} kinds of requests" if s.lengths else ""
+        return f"batch {s.batch_size}, {s.input_tokens:g} tokens in, {s.output_tokens:g} out{kinds}"
 
     def chosen(self, layer: int, kind: SubblockKind) -> str | None:
         return self.architecture.choices[layer].variant(kind) if self.architecture else None

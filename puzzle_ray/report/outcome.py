@@ -27,6 +27,7 @@ FIGURES = {
     "heldout_loss": "Held-out loss, nats per token",
     "kl": "KL to the parent, nats per token",
     "top1_agreement": "Top-1 agreement with the parent",
+    "downstream_accuracy": "Questions answered right, not used for scores",
     "prefill_tokens_per_s": "Prefill, tokens/s",
     "decode_tokens_per_s": "Decode, tokens/s",
     "throughput_tokens_per_s": "Throughput, tokens/s, in and out",
@@ -107,6 +108,9 @@ def outcome(data: ReportData) -> list[Html] | None:
     if data.architecture:
         text = f"Difference: measured against {data.costs_are}."
         text += "" if data.models else " An evaluation fills the second column."
+        if data.estimated and data.profile and data.models:
+            by = (data.evaluation or {}).get("measured_by")
+            text += f" Estimated by {data.profile.engine} for {data.profile.device}; measured by {by}."
         title = tag("h3", f"{data.costs_are.capitalize()} beside measured")
         parts.append(tag("div", title, _comparison(data), note(text)))
     scenario = note(f"Serving scenario: {data.serving}.") if data.serving else None
@@ -117,6 +121,7 @@ def _figure(key: str, value: float | None) -> str:
     written: dict[str, Callable[[float | None], str]] = {
         "num_params": count,
         "top1_agreement": percent,
+        "downstream_accuracy": percent,
         "measured_speedup": times,
     }
     return written.get(key, number)(value)

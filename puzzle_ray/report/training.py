@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+from puzzle_ray.artifacts import BLOCK
 from puzzle_ray.report.charts import Axes, Point, binned
 from puzzle_ray.report.contents import KIND_NAMES, ReportData
-from puzzle_ray.report.markup import Html, legend, note, number, tag
+from puzzle_ray.report.markup import Html, count, legend, note, number, percent, table, tag
 
 PANEL_POINTS = 40  # per line: keeps the page of an 80-layer model small
 GKD_POINTS = 200
@@ -14,7 +15,40 @@ GKD_TERMS = {"loss": "loss, the weighted sum", "kl": "KL", "cosine": "cosine dis
 
 
 def panels(data: ReportData) -> list[Html]:
-    """Local distillation: one panel per variant, one line per layer, one scale for all. Empty without curves."""
+    """Local distillation: a table of coupled pairs, what early stops spared, and the loss curves."""
+    return [*_pairs(data), *_early_stops(data), *_curves(data)]
+
+
+def _pairs(data: ReportData) -> list[Html]:
+    """Before and after, for pairs that were trained as wholes."""
+    rows = [row for row in data.library if row.kind == BLOCK]
+    if not rows:
+        return []
+    chosen = {(i, choice.label) for i, choice in enumerate(data.architecture.choices)} if data.architecture else set()
+    lines = []
+    for row in rows:
+        kept = f"start: {row.failure}" if row.failure else row.kept
+        mark = " (chosen)" if (row.layer, row.variant) in chosen else ""
+        name = f"layer {row.layer} · {row.variant}{mark}"
+        lines.append([name, number(row.start_loss), number(row.final_loss), count(row.tokens), kept])
+    text = "Pairs whose halves were trained together (coupled). Normalised MSE of the block's output on validation text."
+    return [note(text), table(["pair", "before", "after", "tokens", "kept"], lines)]
+
+
+def _early_stops(data: ReportData) -> list[Html]:
+    """How many variants were stopped as their loss was flat, and what that spared."""
+    stopped = [row for row in data.library if row.tokens_saved]
+    if not stopped:
+        return []
+    trained = [row for row in data.library if row.tokens]
+    spared = sum(row.tokens_saved for row in stopped)
+    share = percent(spared / (spared + sum(row.tokens for row in trained)))
+    text = f"{len(stopped)} of {len(trained)} stopped early, their loss being flat: {count(spared)} tokens spared, {share} of the"
+    return [note(f"{text} training. They keep the weights of that moment, without the rest of the learning rate's decay.")]
+
+
+def _curves(data: ReportData) -> list[Html]:
+    """One panel per variant with a line per layer, or per layer with a line per coupled pair; one scale for all."""
     binned_curves = {key: binned(losses, PANEL_POINTS) for key, losses in data.bld_curves.items()}
     lines = {key: points for key, points in binned_curves.items() if len(points) > 1 and all(y > 0 for _, y in points)}
     if not lines:
@@ -22,19 +56,23 @@ def panels(data: ReportData) -> list[Html]:
     values = [y for points in lines.values() for _, y in points]
     scale = (min(values), max(max(values), 1.1 * min(values)))
     longest, last = max(len(data.bld_curves[key]) for key in lines), max(1, *(layer for layer, _, _ in lines))
-    drawn = []
-    for kind, variant in dict.fromkeys((kind, variant) for _, kind, variant in lines):
+    found: dict[tuple[bool, str], list[tuple[int, str, list[Point]]]] = {}
+    for (layer, kind, variant), points in lines.items():
+        if kind == BLOCK:
+            found.setdefault((False, f"layer {layer}"), []).append((layer, variant, points))
+        else:
+            name = f"{KIND_NAMES[kind]} · {variant}"
+            found.setdefault((kind != "attention", name), []).append((layer, f"layer {layer}", points))
+    figures = []
+    for (_, name), own in sorted(found.items(), key=lambda item: item[0][0]):
         axes = Axes((0, longest - 1), scale, "", "", width=260, height=150, log_y=True, left=48, top=8)
-        own = [(layer, points) for (layer, k, v), points in lines.items() if (k, v) == (kind, variant)]
-        paths = [axes.line(p, "depth", f"layer {i}: {_ends(p)}", f"--depth:{100 * i / last:.0f}%") for i, p in own]
-        name = f"{KIND_NAMES[kind]} · {variant}"
-        svg = axes.draw(*paths, label=f"training loss of {name}, by layer")
-        drawn.append((kind != "attention", tag("figure", tag("figcaption", name), svg)))
-    figures = [figure for _, figure in sorted(drawn, key=lambda x: x[0])]
+        paths = [axes.line(p, "depth", f"{what}: {_ends(p)}", f"--depth:{100 * i / last:.0f}%") for i, what, p in own]
+        figures.append(tag("figure", tag("figcaption", name), axes.draw(*paths, label=f"training loss of {name}")))
     step = math.ceil(longest / PANEL_POINTS)
     mean = f"; a point is the mean of {step} micro-batches" if step > 1 else ""
     key = tag("p", "layer 0", tag("i", class_="ramp depth"), f"layer {last}", class_="legend")
-    text = note(f"Normalised MSE (log scale) over micro-batches, one line per layer{mean}.")
+    each = "pair" if any(kind == BLOCK for _, kind, _ in lines) else "layer"
+    text = note(f"Training loss (log scale) over micro-batches, one line per {each}{mean}.")
     return [tag("h3", "Training loss"), text, tag("div", *figures, class_="panels"), key]
 
 

@@ -25,6 +25,7 @@ from puzzle_ray.scoring.metrics import mean, standard_error
 
 # R rows (a choice of a question each), T tokens, V vocabulary
 Half = Literal["score", "test"]
+HALVES: tuple[Half, ...] = ("score", "test")
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def read_questions(path: str, half: Half | None = None, limit: int | None = None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError("scoring.downstream", f"{path!r} cannot be read ({error})", "name a .jsonl file") from None
     if not found:
-        raise DataError("scoring.downstream", f"{path!r} holds no question", "write lines of query, choices and gold")
+        words = "" if half is None else f" in the half to {half}, to which a hash of their text puts about every other one"
+        raise DataError("scoring.downstream", f"{path!r} holds no question{words}", "write lines of query, choices and gold")
     return found
 
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice, LayerSpace, SearchSpace, SubblockKind
 from puzzle_ray.blocks import LayerStack, swapped
 from puzzle_ray.config import ScoringConfig
+from puzzle_ray.errors import ConfigError
 from puzzle_ray.scoring.items import Item, plan
 from puzzle_ray.store import Step
 
@@ -109,10 +110,14 @@ class _Halves:
 
     @classmethod
     def of(cls, stack: LayerStack, index: int, space: LayerSpace, states_of: StatesOf) -> _Halves:
+        if space.coupled:
+            raise ConfigError("scoring.shortlist", "coupled pairs have no halves to estimate", "write scoring.shortlist: none")
         layer, descriptor, config = stack.layer(index), stack.descriptor, stack.config
-        parents = {kind: swapped(layer, _half(kind, PARENT), descriptor, config) for kind in KINDS}
+        parents = {kind: swapped(layer, LayerChoice.half(kind, PARENT), descriptor, config) for kind in KINDS}
         variants = {
-            (kind, name): swapped(layer, _half(kind, name), descriptor, config, states_of(index, LayerChoice(**{kind: name})))
+            (kind, name): swapped(
+                layer, LayerChoice.half(kind, name), descriptor, config, states_of(index, LayerChoice(**{kind: name}))
+            )
             for kind in KINDS
             for name in space.variants(kind)
             if name != PARENT
@@ -143,11 +148,6 @@ class _Halves:
                 change = run(module, index, source, arguments) - parent
                 found[kind, name] = torch.stack([(gradient * change).sum(-1) for gradient in gradients])
         return found, entering
-
-
-def _half(kind: SubblockKind, variant: str) -> LayerChoice:
-    """One subblock alone: the other one adds nothing to the residual."""
-    return LayerChoice(variant, "noop") if kind == "attention" else LayerChoice("noop", variant)
 
 
 # what is kept

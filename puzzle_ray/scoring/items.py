@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 
 from puzzle_ray.artifacts import LayerChoice, ScoreRow, Scores, SearchSpace
 from puzzle_ray.config import ScoringConfig
+from puzzle_ray.errors import ConfigError
 from puzzle_ray.scoring.metrics import PredictionMetrics, mean, standard_error
 from puzzle_ray.store import Step
 
@@ -34,9 +35,12 @@ class Item:
 
 
 def plan(space: SearchSpace, granularity: str) -> list[Item]:
-    """`block`: every pair of variants; `subblock`: each variant beside the parent's other half."""
+    """`block`: every pair of variants; `subblock`: each variant beside the parent's other half. Raises ConfigError for coupled pairs
+    that would be scored by halves."""
     items = []
     for index, layer in enumerate(space.layers):
+        if layer.coupled and granularity == "subblock":
+            raise ConfigError("scoring.granularity", "coupled pairs have no halves to score", "write scoring.granularity: block")
         for choice in layer.choices:
             one_half = "parent" in (choice.attention, choice.ffn)
             if choice != LayerChoice() and (granularity == "block" or one_half):

@@ -17,10 +17,11 @@ from torch.nn import functional as F
 
 from puzzle_ray.artifacts import LayerChoice, Scores, SearchSpace, SubblockKind
 from puzzle_ray.blocks import LayerStack, swapped
+from puzzle_ray.checkpoint import locate
 from puzzle_ray.config import ScoringConfig
 from puzzle_ray.progress import Progress
 from puzzle_ray.scoring import fisher
-from puzzle_ray.scoring.downstream import QuestionBatch, answers, question_batches, read_questions
+from puzzle_ray.scoring.downstream import Half, QuestionBatch, answers, question_batches, read_questions
 from puzzle_ray.scoring.items import DOWNSTREAM, TABLE, Damage, Task, groups, merge, plan, saved_rows, unfinished
 from puzzle_ray.scoring.metrics import compare, next_token_loss
 from puzzle_ray.scoring.shortlist import Shortlist, sizes
@@ -131,14 +132,14 @@ class ShardScorer:
         return Damage.of(compare(kept.log_probs, logits, ids, kept.hidden, final), kept.loss)
 
 
-def load_questions(parent: str, config: ScoringConfig, max_tokens: int | None) -> list[QuestionBatch]:
-    """The scoring half of `scoring.downstream` in the parent's tokens; none where it is not set. Raises DataError."""
+def load_questions(parent: str, config: ScoringConfig, max_tokens: int | None, half: Half = "score") -> list[QuestionBatch]:
+    """Half of `scoring.downstream` in the parent's tokens; none where it is not set. Raises DataError."""
     if config.downstream is None:
         return []
     from transformers import AutoTokenizer
 
-    questions = read_questions(config.downstream, "score", config.downstream_questions)
-    return question_batches(questions, AutoTokenizer.from_pretrained(parent), config.micro_batch_tokens, max_tokens)
+    questions = read_questions(config.downstream, half, config.downstream_questions)
+    return question_batches(questions, AutoTokenizer.from_pretrained(locate(parent)), config.micro_batch_tokens, max_tokens)
 
 
 def score_serially(

@@ -23,6 +23,7 @@ from puzzle_ray.scoring.metrics import mean, standard_error
 from puzzle_ray.variants._projections import AttentionProjections
 
 METRIC = "fisher"
+STEEPEST = 4.0  # exponent: a fit to estimates that hardly differ finds any
 Size = tuple[int, int]  # parameters, width of keys and values per token
 Sizes = Mapping[tuple[LayerSpace, SubblockKind, str], Size]
 
@@ -84,7 +85,7 @@ class Calibration:
         x0, y0 = mean([x for x, _ in pairs]), mean([y for _, y in pairs])
         variance = sum((x - x0) ** 2 for x, _ in pairs)
         slope = sum((x - x0) * (y - y0) for x, y in pairs) / variance if len(pairs) > 2 and variance > 0 else 1.0
-        slope = slope if slope > 0 else 1.0
+        slope = min(slope, STEEPEST) if slope > 0 else 1.0
         misses = [y - y0 - slope * (x - x0) for x, y in pairs]
         spread = (sum(m * m for m in misses) / max(1, len(pairs) - 2)) ** 0.5
         return cls(math.exp(y0 - slope * x0), slope, spread)

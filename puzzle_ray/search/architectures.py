@@ -14,7 +14,6 @@ from puzzle_ray.artifacts import (
     Architecture,
     Costs,
     LayerChoice,
-    LayerSpace,
     Profile,
     ProfileRow,
     Scenario,
@@ -39,7 +38,7 @@ def costs_of(rows: Iterable[ProfileRow], scenario: Scenario) -> tuple[float, ...
     """
     rows = list(rows)
     prefill_ms, decode_ms = math.fsum(r.prefill_ms for r in rows), math.fsum(r.decode_ms for r in rows)
-    kv_mib = scenario.batch_size * scenario.tokens_per_sequence * sum(r.kv_bytes_per_token for r in rows) / MIB
+    kv_mib = scenario.batch_size * scenario.kv_tokens_per_sequence * sum(r.kv_bytes_per_token for r in rows) / MIB
     return (
         prefill_ms + (scenario.output_tokens - 1) * decode_ms,
         prefill_ms,
@@ -50,20 +49,13 @@ def costs_of(rows: Iterable[ProfileRow], scenario: Scenario) -> tuple[float, ...
     )
 
 
-def kv_heads_of(profile: Profile, layer: LayerSpace, variant: str, batch_size: int) -> float:
-    """KV heads of an attention variant: its cache over that of one head, as a `gqa:N` of the same layer shows it.
-
-    Raises ConfigError where the space has no such variant to tell from.
-    """
-    own = profile.row(layer.layer_type, "attention", variant, batch_size).kv_bytes_per_token
-    if own == 0:
-        return 0.0
-    for name in layer.attention:
-        head, _, count = name.partition(":")
-        if head == "gqa" and count.isdigit():
-            whole = profile.row(layer.layer_type, "attention", name, batch_size).kv_bytes_per_token
-            return float(round(own * int(count) / whole))
-    raise ConfigError("search.limits.kv_heads", "no gqa variant is in the space to count heads by", "limit kv_cache_mib instead")
+def kv_head_bytes(profile: Profile, layer_type: str, batch_size: int) -> float:
+    """What one KV head keeps of a token, as any profiled `gqa:N` of that type of layer shows it; 0 where there is none."""
+    for row in profile.rows:
+        name, _, count = row.variant.partition(":")
+        if (row.layer_type, row.batch_size, name) == (layer_type, batch_size, "gqa") and count.isdigit():
+            return row.kv_bytes_per_token / int(count)
+    return 0.0
 
 
 def _row(profile: Profile, layer_type: str, choice: LayerChoice, batch_size: int) -> list[ProfileRow]:
@@ -88,8 +80,8 @@ def _fixed(profile: Profile, scenario: Scenario) -> ProfileRow:
     if (row.input_tokens, row.output_tokens) != (scenario.input_tokens, scenario.output_tokens):
         raise ProfileError(
             "profile.scenario",
-            f"asks for {scenario.input_tokens} tokens in and {scenario.output_tokens} out, but the profile has "
-            f"{row.input_tokens} and {row.output_tokens}",
+            f"asks for {scenario.input_tokens:g} tokens in and {scenario.output_tokens:g} out, but the profile has "
+            f"{row.input_tokens:g} and {row.output_tokens:g}",
             "profile again",
         )
     return row
@@ -129,7 +121,7 @@ def limits_of(asked: Mapping[str, float], parent: Costs, scenario: Scenario) -> 
 def limited(problem: Problem, limits: Limits, parent: Costs, scenario: Scenario) -> Problem:
     """The problem within all limits, ranges' minimums among them. Raises ConfigError where KV heads cannot be counted."""
     if KV_HEADS in {*limits.asked, *limits.at_least} and KV_HEADS not in problem.cost_names:
-        raise ConfigError(f"search.limits.{KV_HEADS}", "no gqa variant is in the space to count heads by", "limit kv_cache_mib")
+        raise ConfigError(f"search.limits.{KV_HEADS}", "no gqa variant was profiled to count heads by", "limit kv_cache_mib")
     found = problem.with_limits(limits_of(limits.asked, parent, scenario))
     for least in limits_of(limits.at_least, parent, scenario):
         found = found.at_least(least)
@@ -207,18 +199,20 @@ def table(space: SearchSpace, scores: Scores, metric: str, profile: Profile, sce
     """
     groups = _groups(space, choices)
     width = max(len(found) for _, found in groups)
-    counted = all(any(name.startswith("gqa:") for name in layer.attention) for layer in space.layers)
+    size = scenario.batch_size
+    head_bytes = {x.layer_type: kv_head_bytes(profile, x.layer_type, size) for x in space.layers}
+    counted = all(head_bytes.values())
     names = (*COST_NAMES, KV_HEADS) if counted else COST_NAMES
     score = np.full((len(groups), width), np.inf)
     costs = np.zeros((len(names), len(groups), width))
-    size = scenario.batch_size
     for row, (layers, found) in enumerate(groups):
         for v, choice in enumerate(found):
             score[row, v] = math.fsum(_score(scores, layer, choice, metric) for layer in layers)
             parts = [r for x in layers for r in _row(profile, space.layers[x].layer_type, choice, size)]
             costs[: len(COST_NAMES), row, v] = costs_of(parts, scenario)
             if counted:
-                costs[-1, row, v] = sum(kv_heads_of(profile, space.layers[x], choice.attention, size) for x in layers)
+                attentions = (profile.row(space.layers[x].layer_type, "attention", choice.attention, size) for x in layers)
+                costs[-1, row, v] = sum(round(r.kv_bytes_per_token / head_bytes[r.layer_type]) for r in attentions)
     constants = np.zeros(len(names))
     constants[: len(COST_NAMES)] = costs_of([_fixed(profile, scenario)], scenario)
     weights = np.array([len(layers) for layers, _ in groups], dtype=np.intp)
@@ -244,8 +238,16 @@ class Tables:
         sizes = [replace(scenario, batch_size=size) for size in profile.batch_sizes]
         return cls(space, profile, metric, parent, tuple(table(space, scores, metric, profile, s, choices) for s in sizes))
 
+    def bounded(self, limits: Limits) -> Limits:
+        """The limits, and that nothing may need more memory than the profiled device is known to have."""
+        room_mib = self.profile.details.get("memory_mib")
+        if room_mib is None or (limits.memory_mib or math.inf) <= room_mib:
+            return limits
+        return limits.model_copy(update={"memory_mib": room_mib})
+
     def within(self, limits: Limits) -> tuple[Table, ...]:
         """The tables with limits on them."""
+        limits = self.bounded(limits)
         return tuple(replace(t, problem=limited(t.problem, limits, self.parent, t.scenario)) for t in self.tables)
 
     def search(
@@ -258,7 +260,7 @@ class Tables:
         options: Options | None = None,
     ) -> list[Found]:
         """As `search` below, with the table and the solution behind every architecture."""
-        method, options = find(searcher), options or Options()
+        method, options, limits = find(searcher), options or Options(), self.bounded(limits)
         tables = self.within(limits)
         found: list[Found] = []
         while len(found) < count:

@@ -87,7 +87,8 @@ def as_run(library: NvlabsLibrary, metric: str = "kl_div") -> tuple[SearchSpace,
 
     A block's variant stands as an attention variant beside the parent's FFN; its whole runtime is a prefill.
     """
-    tokens = {"batch_size": library.batch_size, "input_tokens": library.sequence_length - 1, "output_tokens": 1}
+    scenario = Scenario(library.batch_size, library.sequence_length - 1, 1)
+    tokens = {name: getattr(scenario, name) for name in ("batch_size", "input_tokens", "output_tokens")}
     names = tuple([PARENT, *(f"block:{v}" for v in range(1, len(library.labels[0])))])
     spread = {"prefill_spread_ms": 0.0, "decode_spread_ms": 0.0}
     free = {"prefill_ms": 0.0, "decode_ms": 0.0, "weight_bytes": 0, "kv_bytes_per_token": 0, "num_params": 0}
@@ -102,7 +103,7 @@ def as_run(library: NvlabsLibrary, metric: str = "kl_div") -> tuple[SearchSpace,
             rows.append(ProfileRow(shape, "attention", name, **tokens, **spread, **(free | cost)))  # type: ignore[arg-type]
             scores.append(ScoreRow(layer, name, PARENT, metric, float(library.scores[metric][layer, v]), 0.0, 0))
     profile = Profile(tuple(rows), "tensorrt_llm", "", "H100", "fp8")
-    return SearchSpace(tuple(layers)), Scores(tuple(scores), "block"), profile, Scenario(**tokens)
+    return SearchSpace(tuple(layers)), Scores(tuple(scores), "block"), profile, scenario
 
 
 def read_nvlabs(path: str | Path) -> NvlabsLibrary:

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import string
 import subprocess
 import sys
 import time
@@ -16,9 +17,12 @@ from small_models import save_parent
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from puzzle_ray.artifacts import Scores
 from puzzle_ray.export.hf import load_model
+from puzzle_ray.scoring.downstream import read_questions
 
 ROOT = Path(__file__).parents[2]
+QUESTIONS = "questions.jsonl"
 SMALL = (
     "data.sequence_length=16",
     "library.tokens=512",
@@ -59,12 +63,17 @@ def inputs(tmp_path_factory):
     PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<s>").save_pretrained(folder)
     text = tmp_path_factory.mktemp("text") / "train.txt"
     text.write_text("the quick brown fox jumps over the lazy dog " * 200)
+    questions = [
+        {"query": f"the {a} is", "choices": ["quick", "lazy"], "gold": i % 2} for i, a in enumerate(string.ascii_lowercase)
+    ]
+    (text.parent / QUESTIONS).write_text("".join(json.dumps(question) + "\n" for question in questions))
     return folder, text
 
 
 def command(verb, inputs, *settings, store, parent=None, data=None):
     folder, text = inputs
-    words = [w for s in (*SMALL, *settings) for w in ("--set", s)]
+    questions = f"scoring.downstream={text.parent / QUESTIONS}"
+    words = [w for s in (*SMALL, questions, *settings) for w in ("--set", s)]
     return [
         sys.executable,
         "-m",
@@ -128,6 +137,15 @@ def test_the_child_meets_its_limit_and_loads(whole, inputs):
     assert [tuple(c.values()) for c in child.config.puzzle_layers] == [tuple(c.values()) for c in architecture["choices"]]
     with torch.no_grad():
         assert torch.isfinite(child(torch.arange(16).unsqueeze(0)).logits).all()
+
+
+def test_children_answer_the_questions_that_no_block_was_scored_by(whole, inputs):
+    store, *_ = whole
+    models = json.loads(next(store.glob("evaluation-*/evaluation.json")).read_text())["models"]
+    kept = read_questions(str(inputs[1].parent / QUESTIONS), "test")
+    assert {model["downstream_questions"] for model in models.values()} == {len(kept)} and 0 < len(kept) < 26
+    rows = Scores.from_parquet(next(store.glob("scores-*/scores.parquet")).read_bytes()).rows
+    assert {row.metric for row in rows} >= {"kl", "downstream"}
 
 
 def test_an_impossible_point_of_a_sweep_is_reported_not_fatal(whole):

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,21 +15,29 @@ from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
 from small_models import save_parent
 
 from actors import library_stream, scoring_pool
-from actors.placement import runs, trainer_groups
+from actors.data_plane import plan_shards
+from actors.placement import runs
+from puzzle_ray.artifacts import SearchSpace
 from puzzle_ray.blocks import load_stack, search_space
 from puzzle_ray.checkpoint import read_config
-from puzzle_ray.config import ClusterConfig, LibraryConfig, ScoringConfig
+from puzzle_ray.config import BlockLoss, ClusterConfig, EarlyStop, LibraryConfig, ScoringConfig
 from puzzle_ray.data import Tokens
 from puzzle_ray.distill.library import Library, build_serially
 from puzzle_ray.errors import ClusterError
 from puzzle_ray.families import describe
 from puzzle_ray.progress import Quiet
+from puzzle_ray.scoring.items import plan
 from puzzle_ray.scoring.replace_one import load_questions, score_serially
 from puzzle_ray.store import Store
 
 CONFIG = LibraryConfig(tokens=960, calibration_tokens=64, validation_tokens=64, micro_batch_tokens=32, checkpoint_every=4)
 CLUSTER = ClusterConfig(num_shards=2, blocks_per_trainer=2, placement_timeout_s=240, step_timeout_s=120)
 SPACE = (("gqa:1", "linear", "noop"), ("ffn:24", "noop"))
+EVERYTHING = {
+    "compute_dtype": "bfloat16",
+    "loss": BlockLoss(subblock=0.5, cosine=0.5),
+    "early_stop": EarlyStop(min_improvement=0.3, window=4, patience=2),
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +51,20 @@ def setting(tmp_path_factory):
     torch.set_num_threads(1)
     serial = build_serially(str(folder), space, CONFIG, tokens, 0, store.step("library", {"by": "one process"}, {}), Quiet())
     return folder, space, tokens, store, serial
+
+
+@pytest.fixture(scope="module")
+def coupled(setting):
+    """The same parent, its pairs trained as wholes, in bfloat16, with all terms of the loss, and stopped when they are flat."""
+    folder, space, tokens, store, _ = setting
+    narrow = tuple(
+        replace(layer, attention=("parent", "gqa:1"), ffn=("parent", "ffn:24"), coupled=True) for layer in space.layers
+    )
+    config = CONFIG.model_copy(update=EVERYTHING)
+    step = store.step("library", {"by": "one process, coupled"}, {})
+    serial = build_serially(str(folder), SearchSpace(narrow), config, tokens, 0, step, Quiet())
+    assert step.facts()["coupled"] and step.facts()["stopped_early"] > 0
+    return folder, SearchSpace(narrow), tokens, store, serial
 
 
 def assert_same(a: Library, b: Library) -> None:
@@ -74,11 +97,11 @@ class At(Quiet):
             act()
 
 
-def build(setting, name, progress=None, **changes):
+def build(setting, name, progress=None, config=CONFIG, **changes):
     folder, space, tokens, store, _ = setting
     step = store.step("library", {"by": name}, {})
     cluster = CLUSTER.model_copy(update=changes)
-    return library_stream.build_library(str(folder), space, CONFIG, cluster, tokens, 0, step, progress or Quiet())
+    return library_stream.build_library(str(folder), space, config, cluster, tokens, 0, step, progress or Quiet())
 
 
 def test_the_library_equals_one_processes(local_ray, setting):
@@ -89,19 +112,21 @@ def test_grouping_of_layers_changes_nothing(local_ray, setting):
     assert_same(setting[-1], build(setting, "one each", num_shards=1, blocks_per_trainer=4))
 
 
-@pytest.mark.parametrize("victim", ["trainers", "shards"])
-def test_killing_a_process_changes_nothing(local_ray, setting, victim, monkeypatch):
+@pytest.mark.parametrize("victim", ["trainers", "shards", "trainers of pairs"])
+def test_killing_a_process_changes_nothing(local_ray, setting, coupled, victim, monkeypatch):
     streams = []
+    setting, config = (coupled, CONFIG.model_copy(update=EVERYTHING)) if "pairs" in victim else (setting, CONFIG)
+    victims = victim.split()[0]
     start = library_stream._start
     monkeypatch.setattr(library_stream, "_start", lambda *a: streams.append(start(*a)) or streams[-1])
     killed = []
 
     def kill():
-        pid = ray.get(getattr(streams[-1], victim)[0].pid.remote(), timeout=30)
+        pid = ray.get(getattr(streams[-1], victims)[0].pid.remote(), timeout=30)
         os.kill(pid, signal.SIGKILL)
         killed.append(pid)
 
-    library = build(setting, f"{victim} die", At(15, kill))
+    library = build(setting, f"{victim} die", At(15, kill), config)
     assert len(killed) == 1
     assert_same(setting[-1], library)
 
@@ -161,6 +186,34 @@ def test_scores_equal_one_processes(local_ray, setting, name, questions_file):
         assert len({row.tokens for row in on_ray.rows}) > 1
 
 
+def test_items_scored_when_they_are_asked_for_have_the_scores_of_the_stage_and_are_kept(local_ray, setting):
+    """Whoever asks and in whatever company: one at a time, as with `candidate_batch` 1."""
+    folder, space, tokens, store, library = setting
+    config = ScoringConfig(granularity="block", tokens=64, micro_batch_tokens=32, candidate_batch=3)
+    alone = score_in_one_process(setting, config.model_copy(update={"candidate_batch": 1}), "serial, alone")
+    items, step = plan(space, "block"), store.step("settled", {}, {})
+    arguments = (str(folder), space, library.step, config, CLUSTER, tokens, step, Quiet())
+    with scoring_pool.scoring(*arguments) as score:
+        found = score([items[7], items[2]]) + score([items[3], items[2]])
+    asked = [items[i] for i in (7, 2, 3, 2)]
+    assert found == [row for item in asked for row in alone.rows if (row.layer, row.attention, row.ffn) == of(item)]
+    with scoring_pool.scoring(*arguments[:4], CLUSTER.model_copy(update={"placement_timeout_s": 0.001}), *arguments[5:]) as score:
+        assert score(asked) == found, "nothing is started for what is there"
+
+
+def of(item) -> tuple[int, str, str]:
+    return item.layer, item.choice.attention, item.choice.ffn
+
+
+def test_scores_of_coupled_pairs_equal_one_processes(local_ray, coupled):
+    folder, space, tokens, store, library = coupled
+    config = ScoringConfig(granularity="block", tokens=64, micro_batch_tokens=32)
+    step = store.step("scores", {"by": "ray, coupled"}, {})
+    on_ray = scoring_pool.score_blocks(str(folder), space, library.step, config, CLUSTER, tokens, step, Quiet())
+    assert on_ray == score_in_one_process(coupled, config, "serial, coupled")
+    assert len({(row.layer, row.attention, row.ffn) for row in on_ray.rows}) == 4 * 3
+
+
 @pytest.mark.parametrize("shortlist", ["none", "fisher"])
 def test_killing_a_shard_while_scoring_changes_nothing(local_ray, setting, monkeypatch, shortlist):
     folder, space, tokens, store, library = setting
@@ -193,16 +246,27 @@ def test_killing_a_shard_while_scoring_changes_nothing(local_ray, setting, monke
 
 
 def test_actors_that_find_no_place_are_an_error_that_says_what_there_is(local_ray, setting):
-    with pytest.raises(ClusterError, match="did not start within 3 s; the cluster has .*CPU"):
-        build(setting, "too big", cpus_per_trainer=64, placement_timeout_s=3.0)
+    with pytest.raises(ClusterError, match="no node can hold a block trainer with CPU: 64; the cluster has {CPU: 4}"):
+        build(setting, "too big", cpus_per_trainer=64)
+    with pytest.raises(ClusterError, match="4 trainers of 2 CPUs, and the cluster holds 2"):
+        build(setting, "too many", cpus_per_trainer=2, blocks_per_trainer=1)
 
 
 def test_layers_are_spread_evenly_and_in_order(local_ray):
+    def groups(layers, **changes):
+        return [(list(plan.layers), [list(g) for g in plan.groups]) for plan in plan_shards(layers, ClusterConfig(**changes))]
+
     assert [list(r) for r in runs(5, 2)] == [[0, 1], [2, 3, 4]] and len(runs(3, 8)) == 3
-    assert trainer_groups([0, 2, 5], ClusterConfig(blocks_per_trainer=2)) == [[0, 2], [5]] or trainer_groups(
-        [0, 2, 5], ClusterConfig(blocks_per_trainer=2)
-    ) == [[0], [2, 5]]
-    assert trainer_groups([0, 1, 2, 3, 4, 5, 6, 7], ClusterConfig(blocks_per_trainer="auto")) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert groups([0, 2, 5], blocks_per_trainer=2) == [([0, 1, 2], [[0, 2]]), ([3, 4, 5], [[5]])]
+    assert groups(range(8)) == [([0, 1, 2, 3], [[0, 1], [2, 3]]), ([4, 5, 6, 7], [[4, 5], [6, 7]])]
+    assert groups([4, 5], num_shards=2) == [([0, 1, 2], []), ([3, 4, 5], [[4], [5]])], "layers 0 to 3 are finished"
+    assert groups([0, 1, 5], num_shards=2) == [([0, 1, 2], [[0], [1]]), ([3, 4, 5], [[5]])]
+
+
+def test_where_there_are_more_shards_than_places_there_are_fewer_of_them(local_ray, capsys):
+    plans = plan_shards(range(8), ClusterConfig(num_shards=3, cpus_per_trainer=2))
+    assert [len(plan.groups) for plan in plans] == [1, 1]
+    assert "2 shards in place of 3" in capsys.readouterr().err
 
 
 def test_no_actor_outlives_its_stage(local_ray, setting):

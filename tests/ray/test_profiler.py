@@ -56,11 +56,11 @@ def without_times(profile: Profile):
 
 
 @pytest.fixture
-def pool(monkeypatch):
-    """The profilers that were started."""
+def pools(monkeypatch):
+    """The pools that were started."""
     started = []
-    start = profiler._start
-    monkeypatch.setattr(profiler, "_start", lambda *a: started.append(start(*a)) or started[-1])
+    start = profiler._Pool.start
+    monkeypatch.setattr(profiler._Pool, "start", lambda pool, count: started.append(pool) or start(pool, count))
     return started
 
 
@@ -97,7 +97,7 @@ def test_a_driver_that_is_stopped_measures_only_the_rest(local_ray, setting, tmp
     assert step.read(f"items/{done}") == before and len(step.names("items")) == 3
 
 
-def test_killing_a_profiler_loses_at_most_the_item_it_was_at(local_ray, setting, tmp_path, pool):
+def test_killing_a_profiler_loses_at_most_the_item_it_was_at(local_ray, setting, tmp_path, pools):
     folder, space = setting
     step = Store(str(tmp_path)).step("profile", {}, {})
     long = CONFIG.model_copy(update={"batch_sizes": (1,), "repeats": 200})  # so that it dies in the middle of an item
@@ -105,7 +105,9 @@ def test_killing_a_profiler_loses_at_most_the_item_it_was_at(local_ray, setting,
 
     def kill():
         kept.update({name: step.read(f"items/{name}") for name in step.names("items")})
-        os.kill(ray.get(pool[0][0].pid.remote(), timeout=30), signal.SIGKILL)
+        (work,) = pools[0].running.values()
+        status = work.profiler.pid.options(concurrency_group="status")
+        os.kill(ray.get(status.remote(), timeout=30), signal.SIGKILL)
 
     heard = Heard(runs_of(plan(space, long)[0], long) + 1, kill)
     profile = profile_blocks(folder, space, long, CLUSTER, step, heard)
@@ -114,19 +116,20 @@ def test_killing_a_profiler_loses_at_most_the_item_it_was_at(local_ray, setting,
     assert heard.done == heard.total
 
 
-def test_a_finished_table_starts_no_actor(local_ray, setting, tmp_path, pool):
+def test_a_finished_table_starts_no_actor(local_ray, setting, tmp_path, pools):
     folder, space = setting
     step = Store(str(tmp_path)).step("profile", {}, {})
     first = profile_blocks(folder, space, CONFIG, CLUSTER, step, Quiet())
-    assert profile_blocks(folder, space, CONFIG, CLUSTER, step, Quiet()) == first and len(pool) == 1
+    assert profile_blocks(folder, space, CONFIG, CLUSTER, step, Quiet()) == first and len(pools) == 1
 
 
-def test_a_device_the_cluster_lacks_is_an_error_that_says_what_there_is(local_ray, setting, tmp_path):
+def test_a_device_that_may_be_added_on_demand_is_waited_for(local_ray, setting, tmp_path):
     folder, space = setting
     step = Store(str(tmp_path)).step("profile", {}, {})
     wanted = CONFIG.model_copy(update={"label_selector": {"ray.io/accelerator-type": "H100"}})
-    with pytest.raises(ClusterError, match="1 profilers did not start within 2 s; the cluster has .*CPU"):
-        profile_blocks(folder, space, wanted, CLUSTER.model_copy(update={"placement_timeout_s": 2.0}), step, Quiet())
+    with pytest.raises(ClusterError, match="1 profilers did not start within 2 s; the cluster has .*CPU: 4"):
+        autoscaling = {"autoscaling": True, "placement_timeout_s": 2.0}
+        profile_blocks(folder, space, wanted, CLUSTER.model_copy(update=autoscaling), step, Quiet())
     assert not step.finished
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -20,7 +21,7 @@ from puzzle_ray.child_meter import ChildMeter
 from puzzle_ray.config import ClusterConfig, LibraryConfig
 from puzzle_ray.data import Tokens
 from puzzle_ray.distill.library import build_serially
-from puzzle_ray.errors import ProfileError
+from puzzle_ray.errors import ClusterError, ProfileError
 from puzzle_ray.families import describe
 from puzzle_ray.progress import Quiet
 from puzzle_ray.search.limits import Limits
@@ -65,6 +66,18 @@ def test_a_sweep_that_was_broken_off_goes_on(local_ray, grid, tmp_path):
     step.remove(point_name(points[4]))
     sweep(grid, points, step, 2)
     assert unsolved(points, step) == [] and gathered(points, step)[0].measured_kl == 123.0
+
+
+def test_a_sweep_that_does_not_end_in_time_is_an_error(local_ray, grid, tmp_path, monkeypatch):
+    class Stuck(Grid):
+        def solve(self, point):
+            time.sleep(600)
+
+    monkeypatch.setattr("actors.sweep.START_S", 0.5)
+    context, setup = next(iter(grid.setups.items()))
+    stuck = Stuck({context: replace(setup, time_limit_s=0.01)})
+    with pytest.raises(ClusterError, match="15 of 15 points were not solved within 1 s"):
+        sweep(stuck, points_of(AXES), Store(str(tmp_path)).step("sweep", {}, {}), 1)
 
 
 def test_a_sweep_whose_trial_failed_is_restored(local_ray, grid, tmp_path):

@@ -1,37 +1,23 @@
 """Blockwise local distillation: what it minimises, and that its state survives anything bit for bit."""
 
+import errno
+from contextlib import contextmanager
+from dataclasses import replace
+
 import pytest
 import torch
+from layer_trainers import CONFIG, SPACE, assert_same, changed, restored, rows_of, run, stream, trainer
+from small_models import save_parent
 
-from puzzle_ray.blocks import load_stack, search_space
+from puzzle_ray.artifacts import LayerChoice, SearchSpace
+from puzzle_ray.blocks import search_space
 from puzzle_ray.checkpoint import read_config
-from puzzle_ray.config import LibraryConfig
-from puzzle_ray.distill.bld import LayerTrainer, Schedule, learning_rate, normalised_mse
 from puzzle_ray.distill.library import TABLE, build_serially, checkpoint_name, unfinished_layers
-from puzzle_ray.errors import NotFinite, OutOfOrder
-from puzzle_ray.families import describe
+from puzzle_ray.distill.objective import normalised_mse
+from puzzle_ray.distill.schedule import Schedule, learning_rate
+from puzzle_ray.errors import NotFinite, OutOfOrder, StoreError
 from puzzle_ray.progress import Quiet
 from puzzle_ray.store import Store
-
-CONFIG = LibraryConfig(
-    tokens=256, calibration_tokens=64, validation_tokens=64, micro_batch_tokens=32, learning_rate=3e-3, checkpoint_every=3
-)
-SPACE = (("gqa:1", "linear", "noop"), ("ffn:24", "linear", "noop"))
-
-
-def trainer(folder, config=CONFIG, index=1):
-    model_config = read_config(folder)
-    stack = load_stack(folder, describe(model_config), model_config, index, index + 1, torch.float32, ends=False)
-    return LayerTrainer(index, stack, search_space(model_config, *SPACE, 8).layers[index], config)
-
-
-def stream(t, positions):
-    for position in positions:
-        torch.manual_seed(t.schedule.data_number(position))
-        x = torch.randn(2, 16, 32)
-        with torch.no_grad():
-            y = t.stack.run_layer(t.layer, 1, x)
-        yield position, x, y
 
 
 def test_normalised_mse_is_zero_for_a_copy_and_one_for_zeros():
@@ -60,10 +46,7 @@ def test_both_validations_read_the_same_micro_batches_and_training_reads_others(
 
 
 def test_training_lowers_every_trainable_variants_validation_loss(parent_folder):
-    t = trainer(parent_folder, CONFIG.model_copy(update={"tokens": 2048}))
-    for item in stream(t, range(t.schedule.positions)):
-        t.step(*item)
-    rows = {f"{row.kind}/{row.variant}": row for row, _, _ in t.results()}
+    rows = rows_of(run(trainer(parent_folder, changed(tokens=2048))))
     assert rows.keys() == {"attention/gqa:1", "attention/linear", "attention/noop", "ffn/ffn:24", "ffn/linear", "ffn/noop"}
     for name, row in rows.items():
         if name.endswith("noop"):
@@ -75,25 +58,36 @@ def test_training_lowers_every_trainable_variants_validation_loss(parent_folder)
 def test_the_parents_weights_are_not_touched(parent_folder):
     t = trainer(parent_folder)
     before = {k: v.clone() for k, v in t.layer.state_dict().items()}
-    for item in stream(t, range(t.schedule.positions)):
-        t.step(*item)
+    run(t)
     assert all(torch.equal(v, before[k]) for k, v in t.layer.state_dict().items())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("cut", [2, 3, 4, 7, 11])
-def test_a_restored_trainer_ends_with_the_same_bits(parent_folder, cut):
-    whole, first, second = (trainer(parent_folder) for _ in range(3))
-    items = list(stream(whole, range(whole.schedule.positions)))
-    for item in items:
-        whole.step(*item)
-    for item in items[:cut]:
-        first.step(*item)
-    second.restore(*first.checkpoint())
-    assert second.position == cut - 1
-    for item in items:  # those already done are ignored
-        second.step(*item)
-    for (row_a, state_a, curve_a), (row_b, state_b, curve_b) in zip(whole.results(), second.results(), strict=True):
-        assert row_a == row_b and curve_a == curve_b and all(torch.equal(state_a[k], state_b[k]) for k in state_a)
+def test_a_restored_trainer_ends_with_the_same_bits(parent_folder, cut, dtype):
+    config = changed(compute_dtype=dtype)
+    assert_same(run(trainer(parent_folder, config)), restored(parent_folder, cut, config=config))
+
+
+def test_under_bfloat16_weights_moments_and_losses_stay_float32_and_training_works(parent_folder):
+    full, half = (run(trainer(parent_folder, changed(tokens=2048, compute_dtype=d))) for d in ("float32", "bfloat16"))
+    for candidate in half.candidates:
+        assert {v.dtype for v in (*candidate.weights().values(), *candidate.start.values())} <= {torch.float32}
+        for slots in candidate.optimizer.state.values() if candidate.optimizer else ():
+            assert slots["exp_avg"].dtype == slots["exp_avg_sq"].dtype == torch.float32
+    for (a, b), (name, row) in zip(zip(full.candidates, half.candidates, strict=True), rows_of(half).items(), strict=True):
+        assert all(torch.equal(a.start[k], b.start[k]) for k in a.start), "calibration and starts are those of float32"
+        exact = a.course
+        assert row.start_loss != exact.start_loss or name.startswith("ffn/noop"), "the forward is not float32's"
+        assert row.start_loss == pytest.approx(exact.start_loss, rel=0.02)
+        assert row.final_loss == pytest.approx(exact.final_loss, rel=0.1)
+        assert row.final_loss < row.start_loss or name.endswith("noop")
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "gemma2", "granite"])
+def test_bfloat16_autocast_reaches_every_style_of_block(tmp_path, model_type):
+    t = run(trainer(save_parent(tmp_path, model_type), changed(tokens=512, compute_dtype="bfloat16")))
+    assert all(row.kept == "trained" or "noop" in name for name, row in rows_of(t).items())
 
 
 def test_a_gap_is_refused(parent_folder):
@@ -115,57 +109,111 @@ def test_a_variant_that_diverges_is_reported_and_the_others_go_on(parent_folder)
     start = t.schedule.calibrate + t.schedule.validate
     for item in items[:start]:
         t.step(*item)
-    bad = next(c for c in t.candidates if c.name == "ffn/ffn:24")
+    bad = next(c for c in t.candidates if c.choice == LayerChoice(ffn="ffn:24"))
     with torch.no_grad():
-        next(bad.module.parameters()).fill_(float("nan"))
+        next(bad.halves["ffn"].parameters()).fill_(float("nan"))
     for item in items[start:]:
         t.step(*item)
-    rows = {f"{row.kind}/{row.variant}": row for row, _, _ in t.results()}
+    rows = rows_of(t)
     assert f"layer 1, variant ffn:24, micro-batch {start}" in rows["ffn/ffn:24"].failure and rows["ffn/ffn:24"].kept == "start"
     assert rows["attention/gqa:1"].failure == "" and rows["attention/gqa:1"].tokens == 256
     kept = {row.variant: state for row, state, _ in t.results() if row.kind == "ffn"}
     assert all(torch.isfinite(v).all() for v in kept["ffn:24"].values())
 
 
-def test_an_interrupted_library_goes_on_and_equals_an_undisturbed_one(parent_folder, random_tokens, tmp_path):
-    space = search_space(read_config(parent_folder), *SPACE, 8)
-    store = Store(str(tmp_path))
+class Stop(Exception):
+    pass
 
-    class Stop(Exception):
-        pass
 
-    class Interrupting(Quiet):
-        """Stops the stage after some micro-batches."""
+class Interrupting(Quiet):
+    """Stops the stage after some micro-batches."""
 
-        def __init__(self, after):
-            self.after = after
+    def __init__(self, after):
+        self.after = after
 
-        def stage(self, name, total, unit):
-            from contextlib import contextmanager
+    @contextmanager
+    def stage(self, name, total, unit):
+        yield self
 
-            outer = self
+    def advance(self, count=1, **facts):
+        self.after -= count
+        if self.after < 0:
+            raise Stop
 
-            class Bar:
-                def advance(self, count=1, **facts):
-                    outer.after -= count
-                    if outer.after < 0:
-                        raise Stop
 
-            @contextmanager
-            def opened():
-                yield Bar()
+def assert_same_library(a, b):
+    assert a.rows() == b.rows() and a.curves() == b.curves() and a.step.names() == b.step.names()
+    for name in a.step.names():
+        if name.endswith(".safetensors"):
+            x, y = a.step.read_tensors(name)[0], b.step.read_tensors(name)[0]
+            assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
 
-            return opened()
 
-    whole = build_serially(str(parent_folder), space, CONFIG, random_tokens, 0, store.step("whole", {}, {}), Quiet())
+VARIATIONS = {
+    "plain": {},
+    "bfloat16": {"compute_dtype": "bfloat16"},
+    "all terms, stopping": {
+        "loss": {"block": 1, "subblock": 0.5, "cosine": 0.5},
+        "early_stop": {"min_improvement": 0.5, "window": 1, "patience": 1},
+    },
+    "coupled": {},
+}
+
+
+@pytest.mark.parametrize("name", VARIATIONS)
+def test_an_interrupted_library_goes_on_and_equals_an_undisturbed_one(parent_folder, random_tokens, tmp_path, name):
+    space, config, store = search_space(read_config(parent_folder), *SPACE, 8), changed(**VARIATIONS[name]), Store(str(tmp_path))
+    if name == "coupled":
+        space = SearchSpace(tuple(replace(layer, coupled=True) for layer in space.layers))
+    whole = build_serially(str(parent_folder), space, config, random_tokens, 0, store.step("whole", {}, {}), Quiet())
     step = store.step("cut", {}, {})
     with pytest.raises(Stop):
-        build_serially(str(parent_folder), space, CONFIG, random_tokens, 0, step, Interrupting(7))
+        build_serially(str(parent_folder), space, config, random_tokens, 0, step, Interrupting(7))
     assert step.exists(checkpoint_name(0)) and not step.finished and len(unfinished_layers(space, step)) == 3
-    cut = build_serially(str(parent_folder), space, CONFIG, random_tokens, 0, step, Quiet())
-    assert cut.rows() == whole.rows() and cut.curves() == whole.curves() and step.names("checkpoints") == []
-    for name in whole.step.names():
-        if name.endswith(".safetensors"):
-            a, b = whole.step.read_tensors(name)[0], cut.step.read_tensors(name)[0]
-            assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert TABLE in step.names()
+    cut = build_serially(str(parent_folder), space, config, random_tokens, 0, step, Quiet())
+    assert_same_library(whole, cut)
+    assert TABLE in step.names() and step.names("checkpoints") == []
+
+
+@pytest.mark.parametrize("writes", [1, 9, 14, 20, 30, 32])
+def test_a_full_disk_is_said_and_loses_nothing(parent_folder, random_tokens, tmp_path, monkeypatch, writes):
+    """Whatever the write that finds no room (checkpoint, variant, table), the same command then goes on to the same bits."""
+    from puzzle_ray import store as stores
+
+    space, store = search_space(read_config(parent_folder), *SPACE, 8), Store(str(tmp_path))
+    whole = build_serially(str(parent_folder), space, CONFIG, random_tokens, 0, store.step("whole", {}, {}), Quiet())
+    step, write, done = store.step("cut", {}, {}), stores._write_atomically, []
+
+    def until_full(target, data):
+        if len(done) == writes:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(target, data)
+        done.append(target.name)
+
+    with monkeypatch.context() as full:
+        full.setattr(stores, "_write_atomically", until_full)
+        with pytest.raises(StoreError, match="No space left on device.*free some space, then run the same command"):
+            build_serially(str(parent_folder), space, CONFIG, random_tokens, 0, step, Quiet())
+    assert not step.finished and len(done) == writes
+    kept = {path: path.read_bytes() for path in tmp_path.glob("cut-*/layer_*.safetensors")}
+    again = build_serially(str(parent_folder), space, CONFIG, random_tokens, 0, step, Quiet())
+    assert_same_library(whole, again)
+    assert all(path.read_bytes() == data for path, data in kept.items())
+
+
+def test_a_variant_that_is_not_finite_before_training_is_named_and_the_others_go_on(parent_folder):
+    """A start can be bad too: it is found at validation, and a variant that cannot be trained is named as well."""
+    t = trainer(parent_folder)
+    run(t, range(t.schedule.calibrate))
+    bad = next(c for c in t.candidates if c.choice == LayerChoice(attention="linear"))
+    with torch.no_grad():
+        next(bad.halves["attention"].parameters()).fill_(float("inf"))
+    run(t)
+    rows = rows_of(t)
+    position = t.schedule.calibrate
+    assert (
+        f"the validation loss is not finite at layer 1, variant linear, micro-batch {position}"
+        in rows["attention/linear"].failure
+    )
+    assert [name for name, row in rows.items() if row.failure] == ["attention/linear"] and rows["attention/linear"].tokens == 0
+    assert rows["attention/gqa:1"].kept == "trained"

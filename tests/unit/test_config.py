@@ -24,6 +24,7 @@ def test_overrides_win_over_the_file_and_the_file_over_the_recipe(tmp_path):
     [
         ("librari.tokens=1", "did you mean 'library'"),
         ("library.tokns=1", "did you mean 'tokens'"),
+        ("library.early_stop.windw=1", "did you mean 'window'"),
         ("library.tokens=0", "library.tokens: .* greater than or equal to 1 .given: 0"),
         ("library.tokens=many", "given: 'many'"),
         ("library.micro_batch_tokens=1000", "1000 is no multiple of data.sequence_length=256"),

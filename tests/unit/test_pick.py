@@ -166,6 +166,17 @@ def test_interactions_are_the_pairs_less_their_parts():
     assert interactions([picked], picked, 0, Meter()) == []
 
 
+def test_two_blocks_of_one_layer_do_not_interact():
+    """No child has both, so there is nothing to measure."""
+    picked, parent = LayerChoice("noop"), LayerChoice()
+    others = [(LayerChoice("gqa:1"), picked, parent), (LayerChoice(ffn="noop"), picked, parent)]
+    rows = interactions(others, (picked, picked, parent), 4, Meter())
+    assert [(row["a"], row["b"]) for row in rows] == [
+        (f"layer 0: {choice.label}", "layer 1: noop + parent")
+        for choice in (LayerChoice("gqa:1"), picked, LayerChoice(ffn="noop"))
+    ]
+
+
 def test_prediction_says_how_far_the_sums_were_off():
     assert prediction([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]) == {
         "mean_predicted_over_measured": 0.5,

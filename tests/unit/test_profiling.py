@@ -1,8 +1,10 @@
 """Profiles: sizes are exact, costs add up to whole models, and what was measured is never measured again."""
 
 import dataclasses
+import io
 import random
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from small_models import tiny_config
@@ -13,21 +15,20 @@ from puzzle_ray.config import ProfileConfig
 from puzzle_ray.errors import ConfigError, ProfileError
 from puzzle_ray.export.hf import new_child
 from puzzle_ray.profiling import measure as profiling
+from puzzle_ray.profiling.engines import Timing, find_engine, measure_side_by_side, spread
+from puzzle_ray.profiling.machine import GPU_FACTS, machine_facts, parsed
 from puzzle_ray.profiling.measure import (
     Item,
     Result,
     Size,
     StackTiming,
-    Timing,
-    find_engine,
     measure,
-    measure_side_by_side,
     merge,
     plan,
     profile_of,
     profile_serially,
     runs_of,
-    spread,
+    sizes_of,
     stack_config,
 )
 from puzzle_ray.profiling.memory import kv_bytes_per_token, model_memory_mib
@@ -158,6 +159,12 @@ def test_a_no_op_has_no_weights_and_no_cache(measured):
     assert all(s.kv_bytes_per_token == 0 for s in measured.sizes if s.subblock != "attention" or s.variant == "linear")
 
 
+def test_sizes_without_memory_are_those_of_the_models_that_were_timed(measured):
+    config = tiny_config()
+    (item,) = plan(space_of(config), CONFIG)
+    assert sizes_of(item, config, CONFIG) == measured.sizes
+
+
 def test_weights_follow_the_dtype():
     config = tiny_config()
     (item,) = plan(space_of(config), CONFIG)
@@ -257,6 +264,48 @@ def test_spread_is_half_the_inter_quartile_range():
     assert spread([0.0, 1.0, 2.0, 3.0, 100.0]) == 1.0
     timing = Timing((3.0, 1.0, 2.0), (5.0, 5.0, 7.0))
     assert (timing.prefill_ms, timing.decode_ms, timing.prefill_spread_ms, timing.decode_spread_ms) == (2.0, 5.0, 0.5, 0.5)
+
+
+def test_a_layer_under_every_stack_is_not_in_what_is_in_no_layer():
+    bare = result_of(LAYER_MS, fixed_ms=20.0)
+    own = LAYER_MS["attention", "parent"] + LAYER_MS["ffn", "parent"]
+    standing = dataclasses.replace(result_of(LAYER_MS, fixed_ms=20.0 + own), base_layers=1)
+    assert costs(profile_of([standing], CONFIG)) == pytest.approx(costs(profile_of([bare], CONFIG)))
+
+
+def test_a_profile_without_the_column_for_estimates_is_read_as_measured():
+    profile = profile_of([result_of(LAYER_MS, fixed_ms=20.0)], CONFIG)
+    assert not any(row.estimated for row in profile.rows)
+    table = pq.read_table(io.BytesIO(profile.to_parquet()))
+    older = io.BytesIO()
+    pq.write_table(table.drop_columns("estimated"), older)
+    assert Profile.from_parquet(older.getvalue()) == profile
+
+
+# what identifies a measurement
+
+
+def test_a_profile_keeps_its_machines_and_how_far_repeats_lay_apart(measured):
+    details = profile_of([measured], CONFIG).details
+    assert details["machines"] == {"full_attention.batch_2": dict(measured.machine)}
+    assert measured.machine["threads"] == 1 and measured.machine["cores"] >= 1
+    found = details["relative_spread"]
+    shares = [s.timing.prefill_spread_ms / s.timing.prefill_ms for s in measured.stacks]
+    assert found["prefill"]["max"] == max(shares) and 0 <= found["prefill"]["median"] <= found["prefill"]["max"]
+    assert Profile.from_parquet(profile_of([measured], CONFIG).to_parquet()).details == details
+
+
+def test_a_gpus_facts_are_read_from_nvidia_smis_answer():
+    assert GPU_FACTS[:2] == ("driver_version", "clocks.sm")
+    found = parsed("580.95.05, 1980, 1980, 3201, [N/A], 41\n")
+    clocks = {"clocks_sm": 1980.0, "clocks_max_sm": 1980.0, "clocks_mem": 3201.0}
+    assert found == {"driver_version": "580.95.05", "temperature_gpu": 41.0} | clocks
+    assert parsed("") == {}
+
+
+def test_a_cpus_facts_are_what_it_shows():
+    facts = machine_facts(torch.device("cpu"))
+    assert facts["threads"] == torch.get_num_threads() and facts.get("cpu_mhz", 1) > 0
 
 
 # timing

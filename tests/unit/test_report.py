@@ -54,6 +54,7 @@ class Trained:
     kept: str
     tokens: int
     failure: str
+    tokens_saved: int = 0
 
 
 def _profile() -> Profile:

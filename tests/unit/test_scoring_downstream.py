@@ -1,9 +1,11 @@
 """Multiple choice: the numbers are those of each row alone, halves are disjoint, and an exchange costs the gold choice what it costs."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from byte_tokenizer import byte_tokenizer
 from torch.nn import functional as F
 
 from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice
@@ -16,7 +18,7 @@ from puzzle_ray.families import describe
 from puzzle_ray.progress import Quiet
 from puzzle_ray.scoring.downstream import Question, answer, question_batches, read_questions
 from puzzle_ray.scoring.metrics import mean
-from puzzle_ray.scoring.replace_one import score_serially
+from puzzle_ray.scoring.replace_one import load_questions, score_serially
 from puzzle_ray.store import Store
 
 
@@ -82,6 +84,26 @@ def test_wrong_files_are_named(tmp_path, text, said):
         path.write_text(text)
     with pytest.raises(DataError, match=said):
         read_questions(str(path))
+
+
+def test_questions_are_read_in_the_tokens_of_a_parent_that_is_a_url(tmp_path, parent_folder):
+    folder, path = tmp_path / "parent", tmp_path / "q.jsonl"
+    shutil.copytree(parent_folder, folder)
+    byte_tokenizer().save_pretrained(folder)
+    path.write_text("".join(json.dumps({"query": f"q{n}", "choices": ["a", "b"], "gold": 0}) + "\n" for n in range(20)))
+    config = ScoringConfig(downstream=str(path))
+    here, there = (load_questions(parent, config, 128) for parent in (str(folder), f"file://{folder}"))
+    assert [batch.input_ids.tolist() for batch in here] == [batch.input_ids.tolist() for batch in there] != []
+
+
+def test_a_half_without_questions_is_named(tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"query": "a", "choices": ["b", "c"], "gold": 0}\n')
+    (question,) = read_questions(str(path))
+    assert read_questions(str(path), question.half) == [question]
+    other = "test" if question.half == "score" else "score"
+    with pytest.raises(DataError, match=f"holds no question in the half to {other}"):
+        read_questions(str(path), other)
 
 
 @pytest.mark.parametrize("racing", [False, True])

@@ -1,6 +1,7 @@
 """The Fisher estimate is the second-order KL it claims to be, is the same however a model is cut, and leads to a sound shortlist."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -167,6 +168,8 @@ def test_calibration_finds_a_power_law_and_always_increases():
     falling = Calibration.fit(x, [1 / v for v in x])
     assert falling(2.0) > falling(1.0)
     assert Calibration.fit([1, 1, 1], [2, 2, 2])(1) == pytest.approx(2)
+    alike = Calibration.fit([1e-3, 1.0005e-3, 1.001e-3], [0.1, 0.15, 0.2])  # a slope of 700 fits them best
+    assert alike(1e-3) == pytest.approx(0.15, rel=0.05) and 0 < alike(1e-6) < alike(1.0) < math.inf
 
 
 def test_sizes_are_those_of_the_real_modules(parent):

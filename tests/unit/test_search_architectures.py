@@ -123,8 +123,13 @@ def test_kv_heads_and_the_cache_can_be_limited():
     cache = {"parent": 64, "gqa:2": 44, "noop": 0}
     assert sum(cache[c.attention] for c in found.choices) * 4 * 41 / 2**20 <= 0.02
     none = SearchSpace((LayerSpace(("parent", "noop"), ("parent", "ffn:64")),) * LAYERS)
+    (found,) = search(
+        none, SCORES, PROFILE, SCENARIO, Limits(kv_heads=4)
+    )  # a narrowed space may have lost the variant to count by
+    assert heads(found.choices) == 3
+    unknown = replace(PROFILE, rows=tuple(row for row in PROFILE.rows if row.variant != "gqa:2"))
     with pytest.raises(ConfigError, match="limit kv_cache_mib"):
-        search(none, SCORES, PROFILE, SCENARIO, Limits(kv_heads=4))
+        search(none, SCORES, unknown, SCENARIO, Limits(kv_heads=4))
 
 
 def test_what_the_user_fixed_stays():

@@ -2,6 +2,9 @@
 
 import errno
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -65,6 +68,28 @@ def test_a_published_folder_appears_whole_or_not_at_all(tmp_path):
     with step.folder_to_publish("child") as folder:
         (folder / "whole").write_text("x")
     assert os.listdir(step.local_folder("child")) == ["whole"]
+
+
+def test_scratch_of_a_killed_process_goes_and_that_of_a_living_one_stays(tmp_path):
+    code = (
+        "import os, signal, sys; from puzzle_ray.store import Store; step = Store(sys.argv[1]).step('s', {}, {})\n"
+        "with step.folder_to_publish('child') as folder: (folder / 'half').write_text('x'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60)
+    step = Store(str(tmp_path)).step("s", {}, {})
+    (left,) = os.listdir(step.url)
+    assert killed.returncode == -signal.SIGKILL and left.startswith(".child~")
+    elsewhere = ".child~another-machine~1~0"
+    os.mkdir(step.path(elsewhere))
+    with step.folder_to_publish("child") as ours:
+        (ours / "ours").write_text("x")
+        with step.folder_to_publish("child") as other:
+            (other / "other").write_text("x")
+        assert ours.is_dir() and left not in os.listdir(step.url)
+    assert sorted(os.listdir(step.url)) == [elsewhere, "child"]
+    os.utime(step.path(elsewhere), (0, 0))
+    step.finish({})
+    assert sorted(os.listdir(step.url)) == ["artifact.json", "child"]
 
 
 def test_unwritable_store_is_refused_with_its_name(tmp_path):

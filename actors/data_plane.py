@@ -1,0 +1,234 @@
+"""The library's data plane: a shard and the trainers of its layers on one node, and what is in flight there bounded and watched."""
+
+from __future__ import annotations
+
+import sys
+import time
+import urllib.request
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.util import placement_group_table
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from actors.placement import await_free_cpus, nodes_in_words, not_placed, require, runs
+from puzzle_ray.config import ClusterConfig, LibraryConfig
+from puzzle_ray.errors import ClusterError
+
+SPILLS_AT = 0.8  # of a store: Ray's default of when it begins to move objects to disk
+OBJECT_OVERHEAD = 4096  # bytes at the most that Ray adds to an array
+MIB = 2**20
+
+
+def say(text: str) -> None:
+    print(f"  library: {text}", file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """The layers a shard runs, and those of each of its trainers (none where all its layers are finished)."""
+
+    layers: range
+    groups: tuple[tuple[int, ...], ...]
+
+
+def plan_shards(layers: Sequence[int], cluster: ClusterConfig) -> list[ShardPlan]:
+    """Cuts layers 0 to the last of `layers`, which are to be trained, into shards, and each shard's into trainers.
+
+    With `blocks_per_trainer: auto` there is a trainer for every place the nodes have, up to one per layer; where even one for each
+    shard is too many, there are fewer shards, which is said.
+    """
+    num_shards, auto = cluster.num_shards, cluster.blocks_per_trainer == "auto"
+    room = require(trainer_options(cluster), "a block trainer", "library", cluster.autoscaling) or len(layers)
+    if auto and num_shards > room:
+        say(f"{room} shards in place of {num_shards}: that is how many trainers the cluster holds")
+        num_shards = room
+    shards = runs(max(layers) + 1, num_shards)
+    own = [[layer for layer in layers if layer in shard] for shard in shards]
+    counts = [len(part) if auto else -(-len(part) // int(cluster.blocks_per_trainer)) for part in own]
+    while auto and sum(counts) > room:
+        several = [n for n, count in enumerate(counts) if count > 1]
+        counts[min(several, key=lambda n: len(own[n]) / (counts[n] - 1))] -= 1
+    if sum(counts) > room and not cluster.autoscaling:
+        problem = (
+            f"{sum(counts)} trainers of {cluster.cpus_per_trainer} CPUs, and the cluster holds {room}: it has {nodes_in_words()}"
+        )
+        raise ClusterError("cluster.blocks_per_trainer", problem, "raise it, or leave it at auto")
+    return [
+        ShardPlan(shard, tuple(tuple(part[i] for i in run) for run in runs(len(part), count)) if part else ())
+        for shard, part, count in zip(shards, own, counts, strict=True)
+    ]
+
+
+def trainer_options(cluster: ClusterConfig) -> dict[str, Any]:
+    return {"num_cpus": cluster.cpus_per_trainer, "num_gpus": cluster.gpus_per_trainer}
+
+
+@dataclass
+class Reservation:
+    """A placement group: for each shard the bundle it runs in, and those of its trainers."""
+
+    group: PlacementGroup
+    shards: list[int]
+    trainers: list[list[int]]
+
+    @classmethod
+    def make(cls, plans: Sequence[ShardPlan], cluster: ClusterConfig) -> Reservation:
+        """Waits until the cluster has set the room aside. Raises ClusterError when it has not within `placement_timeout_s`.
+
+        A bundle is on one node by definition: each shard and its trainers share one. Where no node is big enough for that a
+        trainer is a bundle, packed as closely as there is room, and this is said.
+        """
+        cpus = cluster.cpus_per_trainer
+        together = [len(plan.groups) * cpus for plan in plans if plan.groups]
+        if _fit(together) or cluster.autoscaling:
+            bundles, strategy = [{"CPU": float(wanted)} for wanted in together], "SPREAD"
+            sizes = [1] * len(together)
+        else:
+            most = max(together)
+            say(
+                f"no room for a shard's trainers ({most} CPUs) on one node each: hidden states cross the network; raise num_shards"
+            )
+            sizes = [len(plan.groups) for plan in plans if plan.groups]
+            bundles, strategy = [{"CPU": float(cpus)}] * sum(sizes), "PACK"
+        group = placement_group(bundles, strategy)
+        if not group.wait(cluster.placement_timeout_s):
+            remove_placement_group(group)
+            raise not_placed(f"{len(plans)} shards with trainers of {together} CPUs", cluster.placement_timeout_s)
+        shards: list[int] = []
+        trainers: list[list[int]] = []
+        first = 0
+        left = iter(sizes)
+        for plan in plans:
+            shards.append(first)  # a shard that trains nothing runs beside the next one that does
+            trainers.append([])
+            if plan.groups:
+                size = next(left)
+                trainers[-1] = [first + n % size for n in range(len(plan.groups))]
+                first += size
+        return cls(group, shards, trainers)
+
+    def options(self, bundle: int) -> dict[str, Any]:
+        """Ray options of an actor in a bundle."""
+        return {"scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundle)}
+
+    def shards_of_nodes(self) -> dict[str, set[int]]:
+        """Node id -> the shards whose hidden states are there. A bundle that is being placed anew has no node."""
+        nodes = placement_group_table(self.group)["bundles_to_node_id"]
+        found: dict[str, set[int]] = {}
+        for number, (shard, trainers) in enumerate(zip(self.shards, self.trainers, strict=True)):
+            for bundle in {shard, *trainers}:
+                if nodes.get(bundle):
+                    found.setdefault(nodes[bundle], set()).add(number)
+        return found
+
+    def release(self, actors: Sequence[Any]) -> None:
+        """Ends the actors, and what was reserved for them is free again."""
+        remove_placement_group(self.group)
+        for actor in actors:
+            ray.kill(actor, no_restart=True)
+        await_free_cpus()
+
+
+def _fit(wanted: Iterable[float]) -> bool:
+    """Whether bundles of so many CPUs all find a node with room, the biggest first, each where most is left."""
+    free = [float(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    for cpus in sorted(wanted, reverse=True):
+        best = max(range(len(free)), key=lambda n: free[n])
+        if free[best] < cpus:
+            return False
+        free[best] -= cpus
+    return True
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What one micro-batch puts into the object stores, and how many are in flight."""
+
+    window: int
+    tokens: int
+    hidden_size: int
+    dtype_bytes: int
+
+    @classmethod
+    def of(cls, config: LibraryConfig, hidden_size: int) -> Flow:
+        dtype_bytes = 4 if config.activation_dtype == "float32" else 2
+        return cls(config.window, config.micro_batch_tokens, hidden_size, dtype_bytes)
+
+    @property
+    def state_bytes(self) -> int:
+        """One hidden state, `[batch, tokens, hidden_size]`."""
+        return self.tokens * self.hidden_size * self.dtype_bytes
+
+    def bound_bytes(self, num_states: int) -> int:
+        """In flight at the most, with `num_states` hidden states of each micro-batch: window x (states + token ids)."""
+        ids = self.tokens * 8 + OBJECT_OVERHEAD
+        return self.window * (num_states * (self.state_bytes + OBJECT_OVERHEAD) + ids)
+
+
+def check_stores(flow: Flow, plans: Sequence[ShardPlan], shards_of_nodes: Mapping[str, set[int]]) -> int:
+    """The most bytes in flight in one node's store. Raises ClusterError where a store cannot hold what flows through its node."""
+    stores = {node["NodeID"]: node["Resources"].get("object_store_memory", 0.0) for node in ray.nodes() if node["Alive"]}
+    most = 0
+    for node, shards in shards_of_nodes.items():
+        states = {index for n in shards for index in (*plans[n].layers, plans[n].layers.stop)}
+        needed = flow.bound_bytes(len(states))
+        most = max(most, needed)
+        if needed > SPILLS_AT * stores.get(node, 0.0):
+            problem = (
+                f"{flow.window} micro-batches x {len(states)} hidden states x {flow.state_bytes / MIB:.3g} MiB = {needed / MIB:.1f} MiB "
+                f"do not fit {SPILLS_AT:.0%} of an object store of {stores.get(node, 0.0) / MIB:.0f} MiB"
+            )
+            remedy = (
+                "lower library.window or library.micro_batch_tokens, set library.activation_dtype to bfloat16, or start Ray with "
+                f"--object-store-memory {int(needed / SPILLS_AT) + 1}"
+            )
+            raise ClusterError("library", problem, remedy)
+    return most
+
+
+@dataclass
+class SpillWatch:
+    """Ray's own figures of every node's store, from the nodes' metrics endpoints. A full store goes on on disk, silently and slowly."""
+
+    every_s: float = 10.0  # as often as Ray refreshes them
+    looked: float = 0.0
+    before: dict[str, float] = field(default_factory=dict)
+    blind: set[str] = field(default_factory=set)
+
+    def look(self, nodes: Iterable[str]) -> None:
+        """At most once in `every_s`. Raises ClusterError when a store has moved objects to disk since it was first looked at."""
+        if time.monotonic() - self.looked < self.every_s:
+            return
+        self.looked = time.monotonic()
+        wanted = set(nodes)
+        for node in ray.nodes():
+            if node["Alive"] and node["NodeID"] in wanted and node["NodeID"] not in self.blind:
+                self._look_at(node)
+
+    def _look_at(self, node: Mapping[str, Any]) -> None:
+        name, address = node["NodeID"], f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
+        try:
+            with urllib.request.urlopen(f"http://{address}/metrics", timeout=2) as answer:
+                on_disk = bytes_on_disk(answer.read().decode())
+        except OSError as error:
+            self.blind.add(name)
+            say(f"node {node['NodeManagerAddress']} gives no metrics ({error}): whether its object store spills is not watched")
+            return
+        if on_disk > self.before.setdefault(name, on_disk):
+            spilled = (on_disk - self.before[name]) / MIB
+            problem = f"the object store of node {node['NodeManagerAddress']} is full: {spilled:.1f} MiB went to its disk"
+            remedy = "something else fills it too; start Ray with a larger --object-store-memory, or lower library.window"
+            raise ClusterError("library", problem, remedy)
+
+
+def bytes_on_disk(metrics: str) -> float:
+    """Spilled objects, and those allocated on disk at once, in a node's metrics."""
+    found = 0.0
+    for line in metrics.splitlines():
+        if line.startswith("ray_object_store_memory{") and ('Location="SPILLED"' in line or 'Location="MMAP_DISK"' in line):
+            found += float(line.rsplit(" ", 1)[1])
+    return found

@@ -1,0 +1,135 @@
+"""The `nemotron-nas` (DeciLM) config of a child: the format that vLLM, TensorRT-LLM and llama.cpp know for layers of differing shape.
+
+Written from what those engines read: vLLM's `model_executor/models/nemotron_nas.py`, TensorRT-LLM's
+`_torch/models/modeling_nemotron_nas.py`. A layer's KV heads are `num_attention_heads // n_heads_in_group`, its FFN's width is
+`int(2 * ffn_mult * hidden_size / 3)` rounded up to a multiple of 256. Only the config is made here, not a checkpoint; that
+transformers reads it is tested, that the engines do was not run.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from puzzle_ray.artifacts import PARENT, LayerChoice
+from puzzle_ray.errors import ConfigError, ParentError
+from puzzle_ray.export import configuration_nemotron_nas as remote
+from puzzle_ray.families import complete
+from puzzle_ray.variants import split_name
+
+WIDTH_MULTIPLE = 256
+FAMILIES = ("llama", "mistral", "qwen2")  # what DeciLM can compute; the others have norms, scales or biases that it lacks
+COPIED = (
+    "vocab_size",
+    "hidden_size",
+    "num_attention_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "initializer_range",
+    "attention_bias",
+    "mlp_bias",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+
+
+def check_parent(config: Any, biases: bool = True) -> None:
+    """Raises ParentError for a parent that DeciLM cannot compute, saying why. `biases`: whether the engine has them."""
+
+    def refuse(why: str) -> None:
+        raise ParentError(
+            "parent", f"{config.model_type} {why}", "the nemotron-nas format has no place for that; use engine torch"
+        )
+
+    if config.model_type not in FAMILIES:
+        refuse(f"is not one of {', '.join(FAMILIES)}")
+    if config.hidden_act != "silu":
+        refuse(f"with hidden_act={config.hidden_act!r}")
+    sliding = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    if sliding:
+        refuse(f"with sliding_window={config.sliding_window}")
+    named = [name for name in ("attention_bias", "mlp_bias") if getattr(config, name, False)]
+    named += ["biases in its query, key and value projections"] if config.model_type == "qwen2" else []
+    if named and not biases:
+        refuse(f"with {named[0]}, and this engine builds every projection without a bias,")
+
+
+def ffn_mult(width: int, hidden_size: int) -> float:
+    """The multiplier that engines turn back into `width`. Raises ConfigError for a width they cannot have."""
+    found = 3 * width / (2 * hidden_size)
+    if _width(found, hidden_size) != width:
+        problem = f"an FFN of {width} channels: the nemotron-nas format has multiples of {WIDTH_MULTIPLE} only"
+        raise ConfigError("space.ffn", problem, f"set space.ffn_multiple_of={WIDTH_MULTIPLE}, or use engine torch")
+    return found
+
+
+def _width(mult: float, hidden_size: int) -> int:
+    """As the engines compute it."""
+    return -(-int(2 * mult * hidden_size / 3) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+
+
+def block_config(choice: LayerChoice, config: Any) -> dict[str, dict[str, Any]]:
+    """One layer's entry. Raises ConfigError for a variant that the format does not know."""
+    found: dict[str, dict[str, Any]] = {}
+    for kind, size_key, sized in (
+        ("attention", "n_heads_in_group", ("gqa", "gqa_prune")),
+        ("ffn", "ffn_mult", ("ffn", "ffn_iterative")),
+    ):
+        name = choice.attention if kind == "attention" else choice.ffn
+        head, argument = split_name(name)
+        half: dict[str, Any] = {size_key: None, "no_op": head == "noop", "replace_with_linear": head == "linear"}
+        if head in (PARENT, *sized):
+            own = config.num_key_value_heads if kind == "attention" else config.intermediate_size
+            size = own if head == PARENT else int(argument)
+            half[size_key] = config.num_attention_heads // size if kind == "attention" else ffn_mult(size, config.hidden_size)
+        elif head not in ("noop", "linear"):
+            known = ", ".join((PARENT, *(f"{word}:N" for word in sized), "linear", "noop"))
+            raise ConfigError(f"space.{kind}", f"the nemotron-nas format has no {name!r}", f"it has {known}; or use engine torch")
+        found[kind] = half
+    return found
+
+
+def _rope(config: Any) -> dict[str, Any]:
+    """Rotary settings in transformers' words of version 5, and of version 4 for those that read no other."""
+    parameters = dict(config.rope_parameters)
+    scaling = {name: value for name, value in parameters.items() if name != "rope_theta"}
+    plain = scaling.get("rope_type", "default") == "default"
+    return {"rope_parameters": parameters, "rope_theta": parameters["rope_theta"], "rope_scaling": None if plain else scaling}
+
+
+def nas_config(parent_config: Any, choices: Sequence[LayerChoice], dtype: str, biases: bool = True) -> dict[str, Any]:
+    """What `config.json` holds for a child of these choices. Raises ParentError or ConfigError by name for what does not fit."""
+    config = complete(copy.deepcopy(parent_config))
+    check_parent(config, biases)
+    settings = {name: getattr(config, name) for name in COPIED if getattr(config, name, None) is not None}
+    if config.model_type == "qwen2":
+        settings["qkv_bias"] = True  # without it vLLM drops the biases in silence
+    return {
+        "architectures": ["DeciLMForCausalLM"],
+        "model_type": remote.NemotronNasConfig.model_type,
+        "auto_map": {"AutoConfig": f"{Path(remote.__file__).stem}.{remote.NemotronNasConfig.__name__}"},
+        **settings,
+        **_rope(config),
+        "num_hidden_layers": len(choices),
+        "num_key_value_heads": None,
+        "intermediate_size": None,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "block_configs": [block_config(choice, config) for choice in choices],
+    }
+
+
+def write_config(folder: Path, parent_config: Any, choices: Sequence[LayerChoice], dtype: str, biases: bool = True) -> None:
+    """`config.json` and the class that reads it, in `folder`; no weights."""
+    settings = nas_config(parent_config, choices, dtype, biases)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    shutil.copyfile(remote.__file__, folder / Path(remote.__file__).name)

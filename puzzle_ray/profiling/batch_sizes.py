@@ -1,0 +1,76 @@
+"""Which batch sizes are worth profiling: `profile.batch_sizes: auto`, made numbers of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from puzzle_ray.artifacts import FIXED, KINDS, MIB, PARENT, SearchSpace
+from puzzle_ray.config import ProfileConfig
+from puzzle_ray.errors import ConfigError
+from puzzle_ray.profiling.devices import device_of
+from puzzle_ray.profiling.measure import Size, plan, sizes_of
+from puzzle_ray.profiling.scenarios import AUTO
+from puzzle_ray.search.limits import Limits
+
+SizesByType = dict[str, dict[tuple[str, str], Size]]
+
+
+def resolved(config: ProfileConfig, model_config: Any, space: SearchSpace, limits: Limits) -> ProfileConfig:
+    """The config with numbers in place of `auto`: all powers of two at which some child of the space fits in memory, up to
+    `max_batch_size`; the scenario's own, at which the parent is taken, is the largest of them that the parent fits.
+
+    Memory is `memory_mib`, or a known device's own, or `limits.memory_mib`, the least of what is given; it becomes the config's
+    `memory_mib`, so that whole answers fit as well. Raises ConfigError where neither is known, or where the
+    parent does not fit at all.
+    """
+    if config.batch_sizes != AUTO:
+        return config
+    room_mib = _room_mib(config, limits)
+    by_type = _sizes_by_type(config.model_copy(update={"batch_sizes": ()}), model_config, space)
+    powers = [1 << i for i in range(config.max_batch_size.bit_length())]
+    fits_child = [size for size in powers if _least_mib(by_type, space, config, size) <= room_mib]
+    fits_parent = [size for size in fits_child if _parent_mib(by_type, space, config, size) <= room_mib]
+    if not fits_parent:
+        problem = f"auto: the parent needs {_parent_mib(by_type, space, config, 1):.1f} MiB at batch size 1 and there are {room_mib:.1f}"
+        raise ConfigError("profile.batch_sizes", problem, "give profile.scenario.batch_size and profile.batch_sizes as numbers")
+    scenario = replace(config.scenario, batch_size=fits_parent[-1])
+    found = {"scenario": scenario, "batch_sizes": tuple(fits_child), "max_batch_size": fits_child[-1], "memory_mib": room_mib}
+    return config.model_copy(update=found)  # alike for all bounds that come to the same
+
+
+def _room_mib(config: ProfileConfig, limits: Limits) -> float:
+    device = device_of(config.device) if config.device is not None else None
+    own = config.memory_mib or (device.memory_mib if device else None)
+    found = [x for x in (limits.memory_mib, own) if x is not None]
+    if not found:
+        raise ConfigError("profile.batch_sizes", "auto needs to know how much memory there is", "set profile.memory_mib")
+    return min(found)
+
+
+def _sizes_by_type(config: ProfileConfig, model_config: Any, space: SearchSpace) -> SizesByType:
+    items = plan(space, config)
+    return {i.layer_type: {(s.subblock, s.variant): s for s in sizes_of(i, model_config, config)} for i in items}
+
+
+def _mib(size: Size, config: ProfileConfig, batch_size: int) -> float:
+    return (size.weight_bytes + batch_size * config.scenario.kv_tokens_per_sequence * size.kv_bytes_per_token) / MIB
+
+
+def _least_mib(by_type: SizesByType, space: SearchSpace, config: ProfileConfig, batch_size: int) -> float:
+    """Of the smallest architecture."""
+    layers = (
+        min(_mib(by_type[layer.layer_type][kind, variant], config, batch_size) for variant in layer.variants(kind))
+        for layer in space.layers
+        for kind in KINDS
+    )
+    return _fixed_mib(by_type, config) + sum(layers)
+
+
+def _parent_mib(by_type: SizesByType, space: SearchSpace, config: ProfileConfig, batch_size: int) -> float:
+    layers = (_mib(by_type[layer.layer_type][kind, PARENT], config, batch_size) for layer in space.layers for kind in KINDS)
+    return _fixed_mib(by_type, config) + sum(layers)
+
+
+def _fixed_mib(by_type: SizesByType, config: ProfileConfig) -> float:
+    return _mib(next(iter(by_type.values()))[FIXED, FIXED], config, 0)

@@ -1,0 +1,158 @@
+"""What is served, as a config says it: by name, by lengths, or by a log of requests."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from puzzle_ray.artifacts import Lengths, Scenario
+from puzzle_ray.plugins import did_you_mean
+
+AUTO = "auto"
+DEFAULT = Scenario(batch_size=16, input_tokens=256, output_tokens=32)
+NAMED: Mapping[str, tuple[int, int]] = {  # prompt and answer tokens
+    "chat": (128, 128),
+    "long_generation": (128, 1024),
+    "reasoning": (128, 4096),  # inference-time compute: short questions, very long answers
+    "rag": (2048, 128),  # retrieval or summaries: long prompts, short answers
+    "long_context": (2048, 2048),
+}
+PAIR = ("input_tokens", "output_tokens")
+KEYS = ("name", "batch_size", *PAIR, "lengths", "kv_tokens")
+GROUPS = 8  # kinds that a log of requests is reduced to
+
+
+def scenario_of(value: object) -> object:
+    """A Scenario from what a config may hold; anything else is handed on. Raises ValueError saying what to write.
+
+    A name; or a mapping of a `name`, of `input_tokens` and `output_tokens`, or of `lengths`, each with a `batch_size`. `lengths`: a list
+    of `{input_tokens, output_tokens, weight}`, or a file of requests (see `read_requests`), or `{file, groups}`.
+    """
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, Mapping):
+        return value
+    for key in value:
+        if key not in KEYS:
+            raise ValueError(f"{key!r} is not of a scenario; {did_you_mean(str(key), KEYS)}")
+    given = {key: x for key, x in value.items() if x is not None and not (key == "lengths" and x in ([], ()))}
+    if "lengths" not in given and value.get("lengths") is not None and not {*PAIR} <= given.keys():  # as written out, it has both
+        raise ValueError("lengths is empty; write a list of {input_tokens: 128, output_tokens: 64, weight: 2}, or leave it out")
+    if "name" in given and {"lengths", *PAIR} & given.keys():
+        raise ValueError(f"a name stands for its lengths; write {{name: {given['name']}, batch_size: 16}} and nothing else")
+    batch_size = _whole("batch_size", given.get("batch_size", DEFAULT.batch_size))
+    kv_tokens = _whole("kv_tokens", given["kv_tokens"]) if "kv_tokens" in given else None
+    if "lengths" in given:
+        return _of_lengths(given, batch_size, kv_tokens)
+    prompt, answer = _named(given["name"]) if "name" in given else (_whole(n, given.get(n, getattr(DEFAULT, n))) for n in PAIR)
+    return Scenario(batch_size, prompt, answer, kv_tokens=kv_tokens)
+
+
+def _named(name: object) -> tuple[int, int]:
+    if not isinstance(name, str) or name not in NAMED:
+        raise ValueError(
+            f"there is no scenario {name!r}; {did_you_mean(str(name), NAMED)}; or give input_tokens and output_tokens"
+        )
+    return NAMED[name]
+
+
+def _of_lengths(given: Mapping[str, Any], batch_size: int, kv_tokens: int | None) -> Scenario:
+    kinds, longest = _kinds(given["lengths"])
+    weight = math.fsum(kind.weight for kind in kinds)
+    means = [math.fsum(kind.weight * getattr(kind, name) for kind in kinds) / weight for name in PAIR]
+    for name, mean in zip(PAIR, means, strict=True):
+        if not math.isclose(given.get(name, mean), mean, rel_tol=1e-9):
+            raise ValueError(f"{name}={given[name]} beside lengths, whose mean is {mean:g}; leave it out")
+    held = max(kind.input_tokens + kind.output_tokens for kind in kinds)
+    return Scenario(batch_size, means[0], means[1], kinds, kv_tokens or (longest if longest > held else None))
+
+
+def _kinds(lengths: object) -> tuple[tuple[Lengths, ...], int]:
+    """Distinct kinds of requests, and the tokens of the longest request."""
+    if isinstance(lengths, str):
+        lengths = {"file": lengths}
+    if isinstance(lengths, Mapping):
+        if "file" not in lengths or lengths.keys() - {"file", "groups"}:
+            raise ValueError(f"lengths = {dict(lengths)}: write {{file: requests.csv, groups: {GROUPS}}}")
+        requests = read_requests(str(lengths["file"]))
+        return grouped(requests, _whole("lengths.groups", lengths.get("groups", GROUPS))), max(map(sum, requests))
+    if not isinstance(lengths, Sequence):
+        raise ValueError(
+            f"lengths = {lengths!r}: write a list of {{input_tokens: 128, output_tokens: 64, weight: 2}}, or a file's name"
+        )
+    kinds = tuple(x if isinstance(x, Lengths) else _kind(x) for x in lengths)
+    return kinds, max(kind.input_tokens + kind.output_tokens for kind in kinds)
+
+
+def _kind(raw: object) -> Lengths:
+    if not isinstance(raw, Mapping) or raw.keys() - {*PAIR, "weight"} or not {*PAIR} <= raw.keys():
+        raise ValueError(f"lengths has {raw!r}: write {{input_tokens: 128, output_tokens: 64, weight: 2}}")
+    weight = raw.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+        raise ValueError(f"lengths has weight {weight!r}: write a number above 0")
+    prompt, answer = (_whole(f"lengths.{name}", raw[name]) for name in PAIR)
+    return Lengths(prompt, answer, float(weight))
+
+
+def _whole(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer() or value < 1:
+        more = " (or auto)" if name == "batch_size" else ""
+        raise ValueError(f"{name} = {value!r}: write a whole number of at least 1{more}")
+    return int(value)
+
+
+def grouped(requests: Sequence[tuple[int, int]], groups: int) -> tuple[Lengths, ...]:
+    """Requests (input, output tokens) as at most `groups` kinds: sorted by their steps, then by prompt, cut into runs of about equal
+    number, each with its rounded mean and as its weight the number of requests."""
+    ordered = sorted(requests, key=lambda request: (request[1], request[0]))
+    count = min(groups, len(ordered))
+    edges = [round(i * len(ordered) / count) for i in range(count + 1)]
+    means = []
+    for start, end in zip(edges, edges[1:], strict=False):
+        run = ordered[start:end]
+        means.append((*(max(1, round(sum(r[i] for r in run) / len(run))) for i in range(2)), len(run)))
+    kinds = [(pair, sum(m[2] for m in same)) for pair, same in groupby(sorted(means), key=lambda m: m[:2])]
+    return tuple(Lengths(pair[0], pair[1], float(weight)) for pair, weight in kinds)
+
+
+def read_requests(file: str) -> list[tuple[int, int]]:
+    """(input, output) tokens of every request in a .csv (with a header), .jsonl or .parquet file that has columns `input_tokens` and
+    `output_tokens`. Raises ValueError."""
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise ValueError(f"there is no file {file!r} of request lengths; name a .csv, .jsonl or .parquet file")
+    if path.suffix not in (".csv", ".jsonl", ".parquet"):
+        raise ValueError(f"{file!r} is no .csv, .jsonl or .parquet file")
+    try:
+        if path.suffix == ".csv":
+            text = path.read_text(encoding="utf-8-sig")
+            rows: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(text), skipinitialspace=True))
+        elif path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        else:
+            import pyarrow.parquet as pq
+
+            rows = pq.read_table(path, columns=list(PAIR)).to_pylist()
+        requests = [(_tokens(row[PAIR[0]]), _tokens(row[PAIR[1]])) for row in rows]
+    except (KeyError, TypeError, ValueError) as error:
+        why = str(error).partition("\n")[0]
+        problem = f"{file!r} cannot be read ({why}); it needs columns input_tokens and output_tokens, of whole numbers"
+        raise ValueError(problem) from None
+    short = [request for request in requests if min(request) < 1]
+    if short or not requests:
+        found = f"a request of {short[0]} tokens" if short else "no requests"
+        raise ValueError(f"{file!r} has {found}; every request has at least one token in and one out")
+    return requests
+
+
+def _tokens(value: Any) -> int:
+    """A count as a file has it: text or a number."""
+    if not float(value).is_integer():
+        raise ValueError(f"{value!r} is no number of tokens")
+    return int(float(value))

@@ -1,0 +1,411 @@
+"""Several nodes: what runs where, and what the loss of a whole node changes: nothing."""
+
+import functools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import ray
+import torch
+from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from safetensors.torch import load_file
+from small_models import save_parent
+
+from actors import block_trainer, library_stream, parent_shard, profiler
+from actors.data_plane import Flow, Reservation, ShardPlan, SpillWatch, plan_shards
+from actors.placement import places
+from jobs.stages import Run
+from puzzle_ray.artifacts import Scenario
+from puzzle_ray.blocks import search_space
+from puzzle_ray.checkpoint import read_config
+from puzzle_ray.config import ClusterConfig, LibraryConfig, ProfileConfig, load
+from puzzle_ray.data import Tokens
+from puzzle_ray.distill.library import Library, build_serially, checkpoint_name
+from puzzle_ray.errors import ClusterError
+from puzzle_ray.profiling.measure import plan
+from puzzle_ray.progress import Quiet
+from puzzle_ray.store import Store
+
+ROOT = Path(__file__).parents[2]
+H100 = {"ray.io/accelerator-type": "H100"}
+CLUSTER = ClusterConfig(placement_timeout_s=240, step_timeout_s=120)
+PATIENT = CLUSTER.model_copy(update={"placement_timeout_s": 24 * 3600.0})  # what waits for it never ends
+PROFILE = ProfileConfig(
+    scenario=Scenario(1, 6, 3), batch_sizes=(2, 3, 4, 5, 6, 7, 8), repeats=2, stack=1, num_profilers=2, resources={"H100": 1}
+)
+
+
+class When(Quiet):
+    """Calls `act` once, as soon as `due` is true of the units done."""
+
+    def __init__(self, due, act):
+        self.due, self.act, self.done = due, act, 0
+
+    def stage(self, name, total, unit):
+        self.total = total
+        return nullcontext(self)
+
+    def advance(self, count=1, **facts):
+        self.done += count
+        if self.act and self.due(self.done):
+            act, self.act = self.act, None
+            act()
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """A file with a line for the begin and the end of every measurement: when, where, what."""
+    log = tmp_path / "measured.jsonl"
+
+    class Watched(profiler.ShapeProfiler):
+        def work(self, item):
+            node = ray.get_runtime_context().get_node_id()
+
+            def note(event):
+                with log.open("a") as file:
+                    file.write(json.dumps([event, item.name, node]) + "\n")
+
+            note("begin")
+            time.sleep(0.3)
+            result = super().work(item)
+            note("end")
+            return result
+
+    monkeypatch.setattr(profiler, "Profiler", ray.remote(concurrency_groups={"status": 1})(Watched))
+    return log
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    folder = save_parent(tmp_path_factory.mktemp("parent"))
+    return str(folder), search_space(read_config(folder), ("noop",), ("noop",), 8)
+
+
+def test_profilers_use_the_nodes_that_have_the_device_and_outlive_one_of_them(several_nodes, small, tmp_path, measured):
+    several_nodes.add(num_cpus=2)
+    devices = {several_nodes.add(num_cpus=1, resources={"H100": 1}, labels=H100) for _ in range(2)}
+    step = Store(str(tmp_path)).step("profile", {}, {})
+    items = plan(small[1], PROFILE)
+    kept, lost = {}, []
+
+    def at_work():
+        """Item -> node, and whether two nodes worked at the same time so far."""
+        now, both = {}, False
+        for event, name, node in lines(measured):
+            now = now | {name: node} if event == "begin" else {k: v for k, v in now.items() if k != name}
+            both |= set(now.values()) == devices
+        return now, both
+
+    def due(done):
+        now, both = at_work()
+        return both and now and len(step.names("items")) >= 2
+
+    def kill():
+        kept.update({name: step.read(f"items/{name}") for name in step.names("items")})
+        lost.extend(at_work()[0].items())
+        several_nodes.kill(lost[0][1])
+
+    progress = When(due, kill)
+    profiler.profile_blocks(*small, PROFILE, CLUSTER, step, progress)
+    begun = [name for event, name, _ in lines(measured) if event == "begin"]
+    again = {name for name in begun if begun.count(name) > 1}
+    assert lost and {node for *_, node in lines(measured)} == devices
+    assert set(begun) == {item.name for item in items} and again <= {lost[0][0]} and len(begun) <= len(items) + 1
+    assert all(step.read(f"items/{name}") == data for name, data in kept.items())
+    assert progress.done == progress.total
+
+
+def test_losing_the_last_node_with_the_device_is_an_error_at_once(several_nodes, small, tmp_path, measured):
+    several_nodes.add(num_cpus=1)
+    only = several_nodes.add(num_cpus=1, resources={"H100": 1})
+    step = Store(str(tmp_path)).step("profile", {}, {})
+    with pytest.raises(ClusterError, match=r"no node can hold a profiler with CPU: 1, H100: 1; the cluster has .*\{CPU: 1\}"):
+        profiler.profile_blocks(*small, PROFILE, PATIENT, step, When(lambda done: True, lambda: several_nodes.kill(only)))
+
+
+def test_a_device_no_node_has_is_refused_at_once_with_what_there_is(several_nodes, small, tmp_path):
+    several_nodes.add(num_cpus=1, resources={"H100": 1}, labels=H100)
+    step = Store(str(tmp_path)).step("profile", {}, {})
+    for asked in ({"resources": {"A100": 1}}, {"label_selector": {"ray.io/accelerator-type": "in(A100, B200)"}}, {"num_gpus": 1}):
+        wanted = PROFILE.model_copy(update={"resources": {}} | asked)
+        with pytest.raises(ClusterError, match=r"the cluster has .*\{CPU: 1, H100: 1, ray.io/accelerator-type: H100\}"):
+            profiler.profile_blocks(*small, wanted, PATIENT, step, Quiet())
+    assert places({"num_cpus": 1, "label_selector": {"ray.io/accelerator-type": "!in(A100, B200)"}}) == 1
+    assert places({"num_cpus": 1, "label_selector": {"ray.io/accelerator-type": "!H100"}}) == 0
+
+
+LIBRARY = LibraryConfig(tokens=960, calibration_tokens=64, validation_tokens=64, micro_batch_tokens=32, checkpoint_every=4)
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory):
+    """Four layers, a tokenizer, their search space, and random text."""
+    folder = save_parent(tmp_path_factory.mktemp("parent"), num_hidden_layers=4, vocab_size=VOCAB_SIZE + 7)
+    byte_tokenizer().save_pretrained(folder)
+    space = search_space(read_config(folder), ("gqa:1", "noop"), ("ffn:24",), 8)
+    return str(folder), space, Tokens(np.random.default_rng(0).integers(0, 96, (64, 16), dtype=np.int32))
+
+
+def assert_same(a: Library, b: Library):
+    assert a.rows() == b.rows() and a.curves() == b.curves()
+    for name in a.step.names():
+        if name.endswith(".safetensors"):
+            x, y = a.step.read_tensors(name)[0], b.step.read_tensors(name)[0]
+            assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x), name
+
+
+def test_losing_a_node_with_a_shard_and_its_trainers_changes_nothing(several_nodes, parent, tmp_path, monkeypatch, capsys):
+    """And before that, each shard is on one node with all trainers of its layers."""
+    for _ in range(3):
+        several_nodes.add(num_cpus=2)
+    cluster = CLUSTER.model_copy(update={"blocks_per_trainer": 1})
+    streams, seen = [], []
+    start = library_stream._start
+    monkeypatch.setattr(library_stream, "_start", lambda *a: streams.append(start(*a)) or streams[-1])
+
+    def nodes():
+        stream = streams[-1]
+        shards, trainers = (ray.get([a.node.remote() for a in actors], timeout=60) for actors in (stream.shards, stream.trainers))
+        return [(shard, *trainers[2 * n : 2 * n + 2]) for n, shard in enumerate(shards)]
+
+    def kill():
+        seen.append(nodes())
+        several_nodes.kill(seen[0][0][0])
+
+    store = Store(str(tmp_path))
+    progress = When(lambda done: done >= 15, kill)
+    folder, space, tokens = parent
+    library = library_stream.build_library(folder, space, LIBRARY, cluster, tokens, 0, store.step("library", {}, {}), progress)
+    (before,) = seen
+    assert [len(set(group)) for group in before] == [1, 1] and before[0] != before[1]
+    torch.set_num_threads(1)
+    serial = build_serially(folder, space, LIBRARY, tokens, 0, store.step("library", {"by": "one process"}, {}), Quiet())
+    assert_same(serial, library)
+    said = capsys.readouterr().err
+    assert "MiB in a node's object store" in said and "shard 1, layers 2 to 3: " in said
+    assert ray.available_resources()["CPU"] == 4, "what was reserved is free again"
+
+
+def test_trainers_that_find_no_other_node_are_an_error(several_nodes, parent, tmp_path, monkeypatch):
+    only = several_nodes.add(num_cpus=1)
+    streams = []
+    start = library_stream._start
+    monkeypatch.setattr(library_stream, "_start", lambda *a: streams.append(start(*a)) or streams[-1])
+
+    def kill():
+        streams[0].cluster = CLUSTER.model_copy(update={"placement_timeout_s": 2.0})
+        several_nodes.kill(only)
+
+    folder, space, tokens = parent
+    step = Store(str(tmp_path)).step("library", {}, {})
+    progress = When(lambda done: done >= 9, kill)
+    with pytest.raises(ClusterError, match=r"trainers that died did not start within 2 s; the cluster has \{\}"):
+        library_stream.build_library(folder, space, LIBRARY, CLUSTER, tokens, 0, step, progress)
+    assert len(step.names("checkpoints")) == 4
+
+
+def test_shards_load_their_own_layers_only_and_send_each_state_once(parent):
+    """Two halves hold the checkpoint once, but for the embedding, which is the head's weight as well."""
+    folder, _, tokens = parent
+    shards = [parent_shard.Shard(folder, 2 * n, 2 * n + 2, "float32", "bfloat16", 1, "object_store") for n in range(2)]
+    ids = tokens.batch(0, 0, 4)
+    hidden = shards[0].forward(ids.numpy())
+    hidden += shards[1].forward(hidden[-1])
+    assert len(hidden) == 5 and all(state.shape == (4, 16, 32) for state in hidden)
+    first, second = (shard.usage() for shard in shards)
+    assert first.sent_bytes + second.sent_bytes == 5 * 32 * 2 * ids.numel() and first.sent_tokens == ids.numel()
+    tensors = load_file(Path(folder) / "model.safetensors")
+    total, shared = sum(v.nbytes for v in tensors.values()), tensors["model.embed_tokens.weight"].nbytes
+    assert first.weights_bytes + second.weights_bytes == total + shared
+    assert max(first.weights_bytes, second.weights_bytes) < 0.7 * total
+    assert min(first.peak_rss_bytes, second.peak_rss_bytes) > first.weights_bytes
+
+
+def test_slow_trainers_hold_the_shard_back_and_a_store_that_spills_ends_the_run(several_nodes, parent, tmp_path, monkeypatch):
+    """By Ray's own figures a window's hidden states are in the store, each once, and never more."""
+    node = several_nodes.add(num_cpus=1)
+    log = tmp_path / "order"
+
+    def note(word):
+        with log.open("a") as file:
+            file.write(word + "\n")
+
+    class SlowTrainer(block_trainer.Trainer):
+        def step(self, position, *args):
+            time.sleep(0.15)
+            loss = super().step(position, *args)
+            note("trained")
+            return loss
+
+    class SeenShard(parent_shard.Shard):
+        def forward(self, entering):
+            note("sent")
+            return super().forward(entering)
+
+    for module, name, actor, retries in (
+        (library_stream, "BlockTrainer", SlowTrainer, 0),
+        (library_stream, "ParentShard", SeenShard, -1),
+    ):
+        monkeypatch.setattr(module, name, ray.remote(max_restarts=-1, max_task_retries=retries)(actor))
+    monkeypatch.setattr(library_stream, "SpillWatch", functools.partial(SpillWatch, every_s=0.2))
+    total, used, stop, held = ray.cluster_resources()["object_store_memory"], [], threading.Event(), []
+
+    def sample():
+        while not stop.wait(0.05):
+            used.append(total - ray.available_resources().get("object_store_memory", total))
+
+    @ray.remote(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+    def fill():
+        return np.zeros(70 << 20, np.uint8)
+
+    def fill_the_store():
+        stop.set()
+        held.append(fill.remote())
+
+    config = LIBRARY.model_copy(update={"micro_batch_tokens": 1024, "tokens": 1 << 20})
+    cluster = CLUSTER.model_copy(update={"num_shards": 1})
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    folder, space, tokens = parent
+    step = Store(str(tmp_path)).step("library", {}, {})
+    try:
+        with pytest.raises(ClusterError, match="object store of node .* is full: .* MiB went to its disk"):
+            library_stream.build_library(
+                folder, space, config, cluster, tokens, 0, step, When(lambda done: done >= 20, fill_the_store)
+            )
+    finally:
+        stop.set()
+        sampler.join()
+    flow = Flow.of(config, 32)
+    full = config.window * 5 * flow.state_bytes
+    assert full <= max(used) <= flow.bound_bytes(5) < 1.1 * full
+    ahead = np.cumsum([1 if word == "sent" else -1 for word in log.read_text().split()])
+    assert ahead.max() == config.window
+
+
+def test_a_store_that_is_too_small_is_refused_before_work(several_nodes, parent, tmp_path):
+    several_nodes.add(num_cpus=1)
+    folder, space, tokens = parent
+    config = LIBRARY.model_copy(update={"window": 200, "micro_batch_tokens": 1024})
+    step = Store(str(tmp_path)).step("library", {}, {})
+    words = "200 micro-batches x 5 hidden states x 0.125 MiB = .* of 80 MiB.*library.window.*bfloat16.*--object-store-memory"
+    with pytest.raises(ClusterError, match=words):
+        library_stream.build_library(folder, space, config, CLUSTER, tokens, 0, step, Quiet())
+    assert ray.available_resources()["CPU"] == 1 and not step.names()
+
+
+def test_trainers_that_fit_no_node_together_are_packed_and_what_finds_no_place_is_an_error(several_nodes, parent, capsys):
+    nodes = {several_nodes.add(num_cpus=1) for _ in range(2)}
+    cluster = CLUSTER.model_copy(update={"num_shards": 1, "placement_timeout_s": 1.0})
+    plans = plan_shards(range(4), cluster)
+    assert plans == [ShardPlan(range(4), ((0, 1), (2, 3)))]
+    reservation = Reservation.make(plans, cluster)
+    assert reservation.shards_of_nodes() == {node: {0} for node in nodes}
+    assert "hidden states cross the network" in capsys.readouterr().err
+    with pytest.raises(ClusterError, match=r"did not start within 1 s; the cluster has 2 x \{CPU: 1\}, \{\}"):
+        Reservation.make(plans, cluster)
+    reservation.release([])
+    assert ray.available_resources()["CPU"] == 2
+
+
+DRIVER = """
+import json, os, time
+import ray
+from actors import block_trainer, library_stream
+
+class Watched(block_trainer.Trainer):
+    def step(self, position, *args):
+        before = {t.index: t.position for t in self.group.trainers}
+        time.sleep(0.15 if 3 in before else 0.03)
+        loss = super().step(position, *args)
+        with open(LOG, "a") as file:
+            for t in self.group.trainers:
+                if t.position > before[t.index]:
+                    file.write(json.dumps([t.index, t.position, os.getpid()]) + chr(10))
+        return loss
+
+library_stream.BlockTrainer = ray.remote(max_restarts=-1, max_task_retries=0)(Watched)
+from jobs.build_library import main, run_main
+run_main(main)
+"""
+
+
+def test_a_driver_killed_at_any_moment_goes_on_from_the_last_checkpoints(several_nodes, parent, tmp_path):
+    """Twice: somewhere in training, and when one layer is published and another is not."""
+    several_nodes.add(num_cpus=2)
+    folder, _, _ = parent
+    text = tmp_path / "train.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog " * 100)
+    settings = [
+        *("profile.scenario.input_tokens=16", "profile.scenario.output_tokens=4"),
+        *("data.sequence_length=16", "space.attention=[gqa:1,noop]", "space.ffn=[ffn:24]"),
+        *(f"library.{name}={value}" for name, value in LIBRARY.model_dump(mode="json", exclude_defaults=True).items()),
+        *("cluster.num_shards=1", f"cluster.address={ray.get_runtime_context().gcs_address!r}"),
+        *(f"parent={folder}", f"data.train={text}"),
+    ]
+    run = Run(load(None, None, (*settings, f"store={tmp_path / 'store'}")), Quiet())
+    serial = Store(str(tmp_path)).step("library", {"by": "one process"}, {})
+    torch.set_num_threads(1)
+    serial = build_serially(folder, run.space, LIBRARY, run.tokens[0], 0, serial, Quiet())
+
+    def started(number):
+        log = tmp_path / f"trained_{number}.jsonl"
+        words = [word for setting in (*settings, f"store={tmp_path / 'store'}") for word in ("--set", setting)]
+        code = f"LOG = {str(log)!r}\n{DRIVER}"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return log, subprocess.Popen([sys.executable, "-c", code, *words], cwd=ROOT, env=environment, stderr=subprocess.PIPE)
+
+    def library():
+        found = [path.name.partition("-")[2] for path in (tmp_path / "store").glob("library-*")]
+        step = Store(str(tmp_path / "store")).step("library", {}, {})
+        step.key = found[0] if found else "none"
+        return step
+
+    rng = random.Random(5)
+    somewhere = rng.randrange(4, 4 * 25)
+    expected = dict.fromkeys(range(4), 0)
+    moments = (lambda log: len(lines(log)) >= somewhere, lambda log: any(n.startswith("layer_000.") for n in library().names()))
+    for number, due in enumerate((*moments, None)):
+        before = {name: os.stat(library().path(name)).st_mtime_ns for name in library().names() if name.startswith("layer_")}
+        log, driver = started(number)
+        try:
+            while due and not due(log):
+                assert driver.poll() is None, driver.stderr.read().decode()
+                time.sleep(0.01)
+            if due:
+                driver.send_signal(signal.SIGKILL)
+            else:
+                assert driver.wait(120) == 0, driver.stderr.read().decode()
+        finally:
+            driver.kill()
+            driver.wait()
+        deadline = time.monotonic() + 30
+        while any(psutil.pid_exists(pid) for *_, pid in lines(log)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        trained = {layer: [position for i, position, _ in lines(log) if i == layer] for layer in range(4)}
+        for layer, begin in expected.items():
+            assert trained[layer] == ([] if begin is None else list(range(begin, begin + len(trained[layer])))), (number, layer)
+        assert {name: os.stat(library().path(name)).st_mtime_ns for name in before} == before
+        there = library().names()
+        for layer in range(4):
+            checkpoint = checkpoint_name(layer)
+            position = int(library().read_tensors(checkpoint)[1]["position"]) if library().exists(checkpoint) else -1
+            expected[layer] = None if sum(n.startswith(f"layer_{layer:03d}.") for n in there) == 3 else position + 1
+        if number == 1:
+            assert None in expected.values() and expected[3] is not None, "one layer is finished, another is not"
+    assert_same(serial, Library(library()))
