@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from typing import Any
 
 import ray
@@ -21,6 +23,7 @@ from puzzle_ray.errors import ClusterError
 SPILLS_AT = 0.8  # of a store: Ray's default of when it begins to move objects to disk
 OBJECT_OVERHEAD = 4096  # bytes at the most that Ray adds to an array
 MIB = 2**20
+DIRECT = urllib.request.ProxyHandler({})  # a proxy would answer for the node, or not reach it
 
 
 def say(text: str) -> None:
@@ -56,7 +59,7 @@ def plan_shards(layers: Sequence[int], cluster: ClusterConfig) -> list[ShardPlan
         problem = (
             f"{sum(counts)} trainers of {cluster.cpus_per_trainer} CPUs, and the cluster holds {room}: it has {nodes_in_words()}"
         )
-        raise ClusterError("cluster.blocks_per_trainer", problem, "raise it, or leave it at auto")
+        raise ClusterError("cluster.blocks_per_trainer", problem, "raise it, lower cluster.num_shards, or leave it at auto")
     return [
         ShardPlan(shard, tuple(tuple(part[i] for i in run) for run in runs(len(part), count)) if part else ())
         for shard, part, count in zip(shards, own, counts, strict=True)
@@ -95,9 +98,12 @@ class Reservation:
             sizes = [len(plan.groups) for plan in plans if plan.groups]
             bundles, strategy = [{"CPU": float(cpus)}] * sum(sizes), "PACK"
         group = placement_group(bundles, strategy)
-        if not group.wait(cluster.placement_timeout_s):
+        try:
+            if not group.wait(cluster.placement_timeout_s):
+                raise not_placed(f"{len(plans)} shards with trainers of {together} CPUs", cluster.placement_timeout_s)
+        except BaseException:
             remove_placement_group(group)
-            raise not_placed(f"{len(plans)} shards with trainers of {together} CPUs", cluster.placement_timeout_s)
+            raise
         shards: list[int] = []
         trainers: list[list[int]] = []
         first = 0
@@ -174,13 +180,15 @@ def check_stores(flow: Flow, plans: Sequence[ShardPlan], shards_of_nodes: Mappin
     stores = {node["NodeID"]: node["Resources"].get("object_store_memory", 0.0) for node in ray.nodes() if node["Alive"]}
     most = 0
     for node, shards in shards_of_nodes.items():
+        if node not in stores:  # it died just now: what was there is placed anew
+            continue
         states = {index for n in shards for index in (*plans[n].layers, plans[n].layers.stop)}
         needed = flow.bound_bytes(len(states))
         most = max(most, needed)
-        if needed > SPILLS_AT * stores.get(node, 0.0):
+        if needed > SPILLS_AT * stores[node]:
             problem = (
                 f"{flow.window} micro-batches x {len(states)} hidden states x {flow.state_bytes / MIB:.3g} MiB = {needed / MIB:.1f} MiB "
-                f"do not fit {SPILLS_AT:.0%} of an object store of {stores.get(node, 0.0) / MIB:.0f} MiB"
+                f"do not fit {SPILLS_AT:.0%} of an object store of {stores[node] / MIB:.0f} MiB"
             )
             remedy = (
                 "lower library.window or library.micro_batch_tokens, set library.activation_dtype to bfloat16, or start Ray with "
@@ -197,7 +205,8 @@ class SpillWatch:
     every_s: float = 10.0  # as often as Ray refreshes them
     looked: float = 0.0
     before: dict[str, float] = field(default_factory=dict)
-    blind: set[str] = field(default_factory=set)
+    silent: Counter[str] = field(default_factory=Counter)  # how often a node gave no figures
+    patience: int = 3
 
     def look(self, nodes: Iterable[str]) -> None:
         """At most once in `every_s`. Raises ClusterError when a store has moved objects to disk since it was first looked at."""
@@ -206,19 +215,23 @@ class SpillWatch:
         self.looked = time.monotonic()
         wanted = set(nodes)
         for node in ray.nodes():
-            if node["Alive"] and node["NodeID"] in wanted and node["NodeID"] not in self.blind:
+            if node["Alive"] and node["NodeID"] in wanted and self.silent[node["NodeID"]] < self.patience:
                 self._look_at(node)
 
     def _look_at(self, node: Mapping[str, Any]) -> None:
         name, address = node["NodeID"], f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
         try:
-            with urllib.request.urlopen(f"http://{address}/metrics", timeout=2) as answer:
+            with urllib.request.build_opener(DIRECT).open(f"http://{address}/metrics", timeout=2) as answer:
                 on_disk = bytes_on_disk(answer.read().decode())
-        except OSError as error:
-            self.blind.add(name)
-            say(f"node {node['NodeManagerAddress']} gives no metrics ({error}): whether its object store spills is not watched")
+        except (OSError, HTTPException, ValueError, OverflowError) as error:  # no such port at all is among them
+            self.silent[name] += 1
+            if self.silent[name] == self.patience:
+                where = f"node {node['NodeManagerAddress']}"
+                say(f"{where} gives no metrics ({error}): whether its object store spills is not watched")
             return
-        if on_disk > self.before.setdefault(name, on_disk):
+        self.silent[name] = 0
+        self.before[name] = min(on_disk, self.before.get(name, on_disk))
+        if on_disk > self.before[name]:
             spilled = (on_disk - self.before[name]) / MIB
             problem = f"the object store of node {node['NodeManagerAddress']} is full: {spilled:.1f} MiB went to its disk"
             remedy = "something else fills it too; start Ray with a larger --object-store-memory, or lower library.window"
@@ -226,9 +239,12 @@ class SpillWatch:
 
 
 def bytes_on_disk(metrics: str) -> float:
-    """Spilled objects, and those allocated on disk at once, in a node's metrics."""
-    found = 0.0
-    for line in metrics.splitlines():
-        if line.startswith("ray_object_store_memory{") and ('Location="SPILLED"' in line or 'Location="MMAP_DISK"' in line):
-            found += float(line.rsplit(" ", 1)[1])
-    return found
+    """Spilled objects, and those allocated on disk at once, in a node's metrics. Raises ValueError where they are not told."""
+    found = [
+        float(line.rsplit(" ", 1)[1])
+        for line in metrics.splitlines()
+        if line.startswith("ray_object_store_memory{") and ('Location="SPILLED"' in line or 'Location="MMAP_DISK"' in line)
+    ]
+    if not found:
+        raise ValueError("nothing about its object store")
+    return sum(found)

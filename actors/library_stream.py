@@ -15,7 +15,6 @@ from ray.exceptions import (
     GetTimeoutError,
     NodeDiedError,
     ObjectLostError,
-    RayActorError,
     RayError,
     RayTaskError,
     WorkerCrashedError,
@@ -24,7 +23,7 @@ from ray.exceptions import (
 from actors.block_trainer import BlockTrainer
 from actors.data_plane import MIB, Flow, Reservation, ShardPlan, SpillWatch, check_stores, plan_shards, say, trainer_options
 from actors.parent_shard import ParentShard, ShardUsage, environment
-from actors.placement import not_placed, wait_ready
+from actors.placement import DIED, not_placed, wait_ready
 from puzzle_ray.artifacts import SearchSpace
 from puzzle_ray.checkpoint import locate, read_config
 from puzzle_ray.config import ClusterConfig, LibraryConfig
@@ -36,7 +35,7 @@ from puzzle_ray.progress import Bar, Progress
 from puzzle_ray.store import Step
 from puzzle_ray.transport import find_transport
 
-LOST = (RayActorError, ObjectLostError, NodeDiedError, WorkerCrashedError)
+LOST = (*DIED, ObjectLostError, NodeDiedError, WorkerCrashedError)
 
 
 class _Interrupted(Exception):
@@ -105,7 +104,7 @@ class _Stream:
         while True:
             try:
                 return min(ray.get([t.last.remote() for t in self.trainers], timeout=max(0.1, deadline - time.monotonic())))
-            except (RayActorError, GetTimeoutError):
+            except (*DIED, GetTimeoutError):
                 if time.monotonic() > deadline:
                     raise not_placed("trainers that died", self.cluster.placement_timeout_s) from None
                 time.sleep(0.2)

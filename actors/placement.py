@@ -10,9 +10,13 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError
 
 from puzzle_ray.errors import ClusterError
+
+DIED = (RayActorError, OutOfMemoryError)  # what the calls of an actor raise whose process is gone
+LABEL = "[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+SELECTOR = re.compile(rf"(?:!?(?:in\({LABEL}(?:, ?{LABEL})*\)|{LABEL}))?")
 
 
 def cluster_cpus() -> int:
@@ -59,11 +63,16 @@ def resources_of(options: Mapping[str, Any]) -> dict[str, float]:
 
 
 def require(options: Mapping[str, Any], what: str, where: str, autoscaling: bool) -> int:
-    """How many actors with these options have room. Raises ClusterError at once where there is no node for a single one."""
+    """How many actors with these options have room. Raises ClusterError at once where there is no node for a single one,
+    or for a label selector that Ray does not know.
+    """
+    for name, wanted in options.get("label_selector", {}).items():
+        if not SELECTOR.fullmatch(wanted):
+            raise ClusterError(where, f"label_selector: {name}: {wanted!r} selects nothing", "write a, !a, in(a, b) or !in(a, b)")
     room = places(options)
     if room == 0 and not autoscaling:
-        wanted = resources_of(options) | dict(options.get("label_selector", {}))
-        problem = f"no node can hold {what} with {_words(wanted)}; the cluster has {nodes_in_words()}"
+        asked = resources_of(options) | dict(options.get("label_selector", {}))
+        problem = f"no node can hold {what} with {_words(asked)}; the cluster has {nodes_in_words()}"
         raise ClusterError(
             where, problem, "ask for what there is, or set cluster.autoscaling where such nodes are added on demand"
         )
@@ -88,11 +97,12 @@ def _words(facts: Mapping[str, Any]) -> str:
 
 def not_placed(what: str, timeout_s: float) -> ClusterError:
     """The error for what the cluster did not start in time."""
-    problem = f"{what} did not start within {timeout_s:g} s; the cluster has {nodes_in_words()}"
+    free = ray.available_resources().get("CPU", 0)
+    problem = f"{what} did not start within {timeout_s:g} s; the cluster has {nodes_in_words()}; {free:g} CPUs are free"
     return ClusterError("cluster", problem, "ask for less, add nodes, or raise cluster.placement_timeout_s")
 
 
-def not_started(what: str, error: RayActorError) -> ClusterError:
+def not_started(what: str, error: RayError) -> ClusterError:
     """The error for an actor whose process could not begin."""
     reason = str(error).strip().splitlines()[-1]
     return ClusterError("cluster", f"{what} could not start ({reason})", "see the worker's log in Ray's session folder")
@@ -104,7 +114,7 @@ def wait_ready(actors: Sequence[ActorHandle[Any]], what: str, timeout_s: float) 
         ray.get([actor.pid.remote() for actor in actors], timeout=timeout_s)
     except GetTimeoutError:
         raise not_placed(f"{len(actors)} {what}", timeout_s) from None
-    except RayActorError as error:
+    except DIED as error:
         raise not_started(what, error) from None
 
 

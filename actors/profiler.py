@@ -12,10 +12,9 @@ from typing import Any
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError
 
 from actors.parent_shard import environment
-from actors.placement import end, not_placed, not_started, require
+from actors.placement import DIED, end, not_placed, not_started, require
 from actors.remote_work import node_cpus
 from puzzle_ray.artifacts import Profile, SearchSpace
 from puzzle_ray.checkpoint import locate, read_config
@@ -161,7 +160,7 @@ class _Pool:
         profiler = self.starting.pop(ref)
         try:
             ray.get(ref, timeout=self.cluster.step_timeout_s)
-        except RayActorError as error:
+        except DIED as error:
             self.failed_starts += 1
             if self.failed_starts == MAX_DEATHS:
                 raise not_started("profilers", error) from None
@@ -178,7 +177,7 @@ class _Pool:
         assert work.profiler is not None
         try:
             result = ray.get(ref, timeout=self.cluster.step_timeout_s)
-        except RayActorError as error:
+        except DIED as error:
             work.lost += 1
             if work.lost == MAX_DEATHS:
                 problem = f"the process that measured {work.item.name} died again and again ({str(error).splitlines()[0]})"
@@ -206,10 +205,11 @@ def _show(work: _Work, bar: Bar) -> None:
     """Adds to the bar what is new. A profiler that takes over counts from 0."""
     assert work.profiler is not None
     runs = work.profiler.runs_done.options(concurrency_group="status").remote()
-    answered, _ = ray.wait([runs], timeout=1.0)
+    if not ray.wait([runs], timeout=1.0)[0]:
+        return
     try:
-        count = ray.get(runs, timeout=1.0) if answered else 0
-    except RayActorError:  # the work itself tells what became of it
+        count = ray.get(runs, timeout=1.0)
+    except DIED:  # the work itself tells what became of it
         return
     if count != work.count:
         work.count, work.since = count, time.monotonic()

@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
 
 from actors.parent_shard import environment
-from actors.placement import end, matching_nodes, require, wait_ready
+from actors.placement import DIED, end, matching_nodes, require, wait_ready
 from puzzle_ray.artifacts import Architecture, LayerChoice, Scenario
 from puzzle_ray.config import ClusterConfig, EvaluateConfig, ProfileConfig
 from puzzle_ray.errors import ClusterError
@@ -111,7 +110,7 @@ def run_alone(
         while time.monotonic() < deadline:
             if ray.wait([work], timeout=1.0)[0]:
                 return ray.get(work, timeout=60)
-    except RayActorError as error:
+    except DIED as error:
         reason = str(error).strip().splitlines()[0]
         raise ClusterError(
             what, f"its process died again and again ({reason})", "if it lacked memory, use a bigger node"

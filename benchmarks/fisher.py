@@ -33,7 +33,9 @@ KINDS = {"exact": "none", "fisher": "fisher"}
 def settle(run: Run) -> SweepSetup:
     """What a run searches, with exact scores for all that its answers to the budgets use."""
     setup = run.sweep_setup
-    scores = run.settled(run.scores, lambda seen: [solve(replace(setup, scores=seen), Limits(speedup=s)).choices for s in BUDGETS])
+    scores = run.settled(
+        run.scores, lambda seen: [solve(replace(setup, scores=seen), Limits(speedup=s)).choices for s in BUDGETS]
+    )
     return replace(setup, scores=scores)
 
 

@@ -127,6 +127,7 @@ class ProfileConfig(Section):
     batch_sizes: tuple[Count, ...] | Literal["auto"] = ()  # more than the scenario's own
     max_batch_size: Count = 256  # of `auto`
     memory_mib: Positive | None = None  # the device has; where given, no answer needs more. A known device's own with `auto`
+    reserved_mib: NonNegative = 0.0  # of it, for what the engine itself needs; activations are counted
     dtype: Literal["float32", "bfloat16", "float16", "fp8"] = "float32"
     repeats: Annotated[int, Field(ge=2)] = 5
     stack: Count = 4  # stacks have twice as many layers; the second no-op stack this many

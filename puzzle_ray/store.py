@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 2
 RECORD = "artifact.json"
-_ABANDONED_AFTER_S = 24 * 3600.0  # scratch of another machine's process, since it was last written to
+_ABANDONED_AFTER_S = 24 * 3600.0  # scratch of another machine's or container's process, since it was last written to
 
 
 def content_key(stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -219,22 +219,33 @@ def local_copy(filesystem: Any, path: str, name: str) -> Path:
 
 def _scratch(target: Path) -> Path:
     """A hidden path beside `target` that tells which process of which machine writes there."""
-    return target.parent / f".{target.name}~{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex}"
+    return target.parent / f".{target.name}~{_process_space()}~{os.getpid()}~{uuid.uuid4().hex}"
+
+
+@cache
+def _process_space() -> str:
+    """Within which a process id means one process. A host name does not tell: containers and cloned machines may share one."""
+    try:
+        words = Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")
+    except OSError:  # no Linux
+        words = socket.gethostname(), f"{uuid.getnode():x}"
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()[:16]
 
 
 def clear_abandoned(folder: Path) -> None:
-    """Removes scratch in `folder` whose process is dead; that of another machine when nobody has written to it for a day."""
+    """Removes scratch in `folder` whose process is dead; where that cannot be seen, when nobody has written to it for a day."""
     for path in folder.glob(".*~*~*~*"):
         if _is_abandoned(path):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _is_abandoned(path: Path) -> bool:
-    _, host, pid, _ = path.name.rsplit("~", 3)
+    _, space, pid, _ = path.name.rsplit("~", 3)
     try:
-        if host == socket.gethostname() and pid.isdigit():
+        if space == _process_space() and pid.isdigit():
             return not _is_running(int(pid))
-        return time.time() - path.stat().st_mtime > _ABANDONED_AFTER_S
+        written = max(file.lstat().st_mtime for file in (path, *path.rglob("*")))
+        return time.time() - written > _ABANDONED_AFTER_S
     except FileNotFoundError:  # published or removed meanwhile
         return False
 

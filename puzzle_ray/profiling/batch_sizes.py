@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ from puzzle_ray.artifacts import FIXED, KINDS, MIB, PARENT, SearchSpace
 from puzzle_ray.config import ProfileConfig
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.profiling.devices import device_of
-from puzzle_ray.profiling.measure import Size, plan, sizes_of
+from puzzle_ray.profiling.measure import Size, activation_bytes, plan, sizes_of
 from puzzle_ray.profiling.scenarios import AUTO
 from puzzle_ray.search.limits import Limits
 
@@ -20,32 +21,35 @@ def resolved(config: ProfileConfig, model_config: Any, space: SearchSpace, limit
     """The config with numbers in place of `auto`: all powers of two at which some child of the space fits in memory, up to
     `max_batch_size`; the scenario's own, at which the parent is taken, is the largest of them that the parent fits.
 
-    Memory is `memory_mib`, or a known device's own, or `limits.memory_mib`, the least of what is given; it becomes the config's
-    `memory_mib`, so that whole answers fit as well. Raises ConfigError where neither is known, or where the
-    parent does not fit at all.
+    Memory is `memory_mib` or a known device's own, less `reserved_mib` and the activations of a prefill, and `limits.memory_mib`: the
+    least of what is given. The device's becomes the config's `memory_mib`, so that whole answers fit as well. Raises ConfigError where
+    neither is known, or where the parent does not fit at all.
     """
     if config.batch_sizes != AUTO:
         return config
-    room_mib = _room_mib(config, limits)
-    by_type = _sizes_by_type(config.model_copy(update={"batch_sizes": ()}), model_config, space)
+    device = device_of(config.device) if config.device is not None else None
+    own_mib = config.memory_mib or (device.memory_mib if device else None)
+    if own_mib is None and limits.memory_mib is None:
+        raise ConfigError("profile.batch_sizes", "auto needs to know how much memory there is", "set profile.memory_mib")
+    numbers = config.model_copy(update={"batch_sizes": ()})
+    by_type, items = _sizes_by_type(numbers, model_config, space), plan(space, numbers)
+
+    def room_mib(size: int) -> float:
+        if own_mib is None:
+            return limits.memory_mib or 0.0
+        activations = max(activation_bytes(replace(item, batch_size=size), model_config, numbers) for item in items) / MIB
+        return min(own_mib - config.reserved_mib - activations, limits.memory_mib or math.inf)
+
     powers = [1 << i for i in range(config.max_batch_size.bit_length())]
-    fits_child = [size for size in powers if _least_mib(by_type, space, config, size) <= room_mib]
-    fits_parent = [size for size in fits_child if _parent_mib(by_type, space, config, size) <= room_mib]
+    fits_child = [size for size in powers if _least_mib(by_type, space, config, size) <= room_mib(size)]
+    fits_parent = [size for size in fits_child if _parent_mib(by_type, space, config, size) <= room_mib(size)]
     if not fits_parent:
-        problem = f"auto: the parent needs {_parent_mib(by_type, space, config, 1):.1f} MiB at batch size 1 and there are {room_mib:.1f}"
+        needed = _parent_mib(by_type, space, config, 1)
+        problem = f"auto: the parent needs {needed:.1f} MiB at batch size 1 and there are {room_mib(1):.1f}"
         raise ConfigError("profile.batch_sizes", problem, "give profile.scenario.batch_size and profile.batch_sizes as numbers")
     scenario = replace(config.scenario, batch_size=fits_parent[-1])
-    found = {"scenario": scenario, "batch_sizes": tuple(fits_child), "max_batch_size": fits_child[-1], "memory_mib": room_mib}
+    found = {"scenario": scenario, "batch_sizes": tuple(fits_child), "max_batch_size": fits_child[-1], "memory_mib": own_mib}
     return config.model_copy(update=found)  # alike for all bounds that come to the same
-
-
-def _room_mib(config: ProfileConfig, limits: Limits) -> float:
-    device = device_of(config.device) if config.device is not None else None
-    own = config.memory_mib or (device.memory_mib if device else None)
-    found = [x for x in (limits.memory_mib, own) if x is not None]
-    if not found:
-        raise ConfigError("profile.batch_sizes", "auto needs to know how much memory there is", "set profile.memory_mib")
-    return min(found)
 
 
 def _sizes_by_type(config: ProfileConfig, model_config: Any, space: SearchSpace) -> SizesByType:

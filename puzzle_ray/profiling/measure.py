@@ -25,10 +25,12 @@ from statistics import fmean, median
 from typing import Any
 
 import numpy as np
+import torch
 
 from puzzle_ray.artifacts import (
     FIXED,
     KINDS,
+    MIB,
     PARENT,
     LayerChoice,
     Profile,
@@ -42,7 +44,7 @@ from puzzle_ray.config import ProfileConfig
 from puzzle_ray.errors import ProfileError
 from puzzle_ray.families import describe
 from puzzle_ray.profiling.engines import Series, Timing, engine_of, find_engine, is_estimate, measure_side_by_side, spread
-from puzzle_ray.profiling.memory import Weights, fixed_weights, kept_tokens, subblock_weights
+from puzzle_ray.profiling.memory import Weights, fixed_weights, kept_tokens, peak_bytes, subblock_weights
 from puzzle_ray.progress import Bar, Progress
 from puzzle_ray.store import Step
 
@@ -131,6 +133,7 @@ class Result:
     device: str
     machine: Mapping[str, Any] = field(default_factory=dict)
     base_layers: int = 0  # of the parent's own, under every stack
+    activation_bytes: int = 0  # of the parent's prefill, see `activation_bytes`
 
     @classmethod
     def from_json(cls, data: bytes) -> Result:
@@ -146,6 +149,7 @@ class Result:
             raw["device"],
             raw["machine"],
             raw["base_layers"],
+            raw["activation_bytes"],
         )
 
 
@@ -162,15 +166,14 @@ def stack_config(model_config: Any, layer_type: str, num_layers: int) -> Any:
 
 def measure(item: Item, model_config: Any, config: ProfileConfig, bar: Bar | None = None) -> Result:
     """Builds the item's stacks and times them. Raises ProfileError where the device is missing or too small."""
-    import torch
-
-    engine, use_gpu = engine_of(config), config.num_gpus > 0
+    engine, use_gpu, activations = engine_of(config), config.num_gpus > 0, activation_bytes(item, model_config, config)
     scenario = replace(config.scenario, batch_size=item.batch_size)
     _check_length(model_config, scenario)
     alone = getattr(engine, "time_stacks", None)
     if alone is not None:
         timed, sizes = alone(item, model_config, config, bar), sizes_of(item, model_config, config)
-        return Result(item, tuple(timed), sizes, engine.version(), engine.device_name(use_gpu), engine.facts(use_gpu), 1)
+        about = (engine.version(), engine.device_name(use_gpu), engine.facts(use_gpu))
+        return Result(item, tuple(timed), sizes, *about, 1, activations)
     stacks: dict[tuple[LayerChoice, int], Any] = {}
     try:
         for choice, depth in item.stacks(config.stack):
@@ -187,7 +190,8 @@ def measure(item: Item, model_config: Any, config: ProfileConfig, bar: Bar | Non
             "lower profile.stack or the batch size",
         ) from None
     timed = [StackTiming(c.attention, c.ffn, d, timings[f"{c.label} x {d}"]) for c, d in stacks]
-    return Result(item, tuple(timed), sizes, engine.version(), engine.device_name(use_gpu), engine.facts(use_gpu))
+    about = (engine.version(), engine.device_name(use_gpu), engine.facts(use_gpu))
+    return Result(item, tuple(timed), sizes, *about, 0, activations)
 
 
 def _check_length(model_config: Any, scenario: Scenario) -> None:
@@ -202,8 +206,6 @@ def _check_length(model_config: Any, scenario: Scenario) -> None:
 
 def sizes_of(item: Item, model_config: Any, config: ProfileConfig) -> tuple[Size, ...]:
     """What the item's shapes take, from models without memory: their parameters and caches are only shapes."""
-    import torch
-
     from puzzle_ray.export.hf import new_child
 
     dtype = torch.bfloat16 if config.dtype == "fp8" else getattr(torch, config.dtype)
@@ -211,6 +213,16 @@ def sizes_of(item: Item, model_config: Any, config: ProfileConfig) -> tuple[Size
     with torch.device("meta"):
         stacks = {choice: new_child(shape, [choice], dtype).eval() for choice, _ in item.stacks(1)}
     return _sizes(item, model_config, stacks, config)
+
+
+def activation_bytes(item: Item, model_config: Any, config: ProfileConfig) -> int:
+    """The most that the longest prefill of the parent's own layers holds beside weights and KV cache; children have nothing larger."""
+    from puzzle_ray.export.hf import new_child
+
+    dtype = "bfloat16" if config.dtype == "fp8" else config.dtype
+    prompt = max(int(shape.input_tokens) for shape, _ in config.scenario.shapes)
+    shape, layers = stack_config(model_config, item.layer_type, 2), [LayerChoice()] * 2  # deeper ones hold no more
+    return peak_bytes(lambda: new_child(shape, layers, getattr(torch, dtype)).eval(), item.batch_size, prompt)
 
 
 def _sizes(item: Item, model_config: Any, stacks: Mapping[LayerChoice, Any], config: ProfileConfig) -> tuple[Size, ...]:
@@ -301,7 +313,7 @@ def profile_of(results: Iterable[Result], config: ProfileConfig) -> Profile:
     device, version = sources.pop()
     details = {"stack": config.stack, "repeats": _repeats(config), "num_gpus": config.num_gpus, **_about(results)}
     if config.memory_mib is not None:
-        details["memory_mib"] = config.memory_mib
+        details |= {"memory_mib": config.memory_mib, "reserved_mib": config.reserved_mib}
     return Profile((*measured, *fixed), config.engine, version, device, config.dtype, estimated, details)
 
 
@@ -314,7 +326,11 @@ def _about(results: Sequence[Result]) -> dict[str, Any]:
             if ms := getattr(timing, f"{phase}_ms"):
                 found.append(getattr(timing, f"{phase}_spread_ms") / ms)
     spreads = {phase: {"median": median(found), "max": max(found)} for phase, found in shares.items() if found}
-    return {"machines": machines, "relative_spread": spreads}
+    activations: dict[str, float] = {}
+    for result in results:
+        size = str(result.item.batch_size)
+        activations[size] = max(activations.get(size, 0.0), result.activation_bytes / MIB)
+    return {"machines": machines, "relative_spread": spreads, "activation_mib": activations}
 
 
 def unfinished(items: Sequence[Item], step: Step) -> list[Item]:

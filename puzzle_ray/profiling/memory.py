@@ -7,12 +7,16 @@ and is no KV: a server need not store it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from puzzle_ray.artifacts import KINDS, MIB, Scenario, SubblockKind
 from puzzle_ray.families import Descriptor
@@ -103,3 +107,36 @@ def model_memory_mib(model: Any, scenario: Scenario) -> float:
     tokens = scenario.kv_tokens_per_sequence
     kv_bytes = sum(kv_bytes_per_token(model, tokens)) * scenario.batch_size * tokens
     return (weights(model.parameters()).weight_bytes + kv_bytes) / MIB
+
+
+class _Live(TorchDispatchMode):
+    """Follows the bytes of all storages that appear while it is on, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes_of: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        before = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and id(x.untyped_storage()) not in before | self.bytes_of.keys():
+                storage = x.untyped_storage()
+                self.bytes_of[id(storage)] = storage.nbytes()
+                weakref.finalize(storage, self.bytes_of.pop, id(storage), None)
+        self.peak = max(self.peak, sum(self.bytes_of.values()))
+        return out
+
+
+def peak_bytes(build: Callable[[], Any], batch_size: int, tokens: int) -> int:
+    """The most bytes that tensors of a prefill take at once beside the weights, without a KV cache.
+
+    `build` makes the model, and both are done with shapes only: nothing is allocated or computed. Kernels are the CPU's, so attention
+    is counted as a fused kernel; what kernels need inside themselves is not.
+    """
+    with FakeTensorMode(), torch.inference_mode():
+        model, ids = build(), torch.zeros(batch_size, tokens, dtype=torch.long)
+        with _Live() as live:
+            model(ids, use_cache=False, logits_to_keep=1)
+    return live.peak

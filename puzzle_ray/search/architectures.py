@@ -238,17 +238,25 @@ class Tables:
         sizes = [replace(scenario, batch_size=size) for size in profile.batch_sizes]
         return cls(space, profile, metric, parent, tuple(table(space, scores, metric, profile, s, choices) for s in sizes))
 
-    def bounded(self, limits: Limits) -> Limits:
-        """The limits, and that nothing may need more memory than the profiled device is known to have."""
-        room_mib = self.profile.details.get("memory_mib")
-        if room_mib is None or (limits.memory_mib or math.inf) <= room_mib:
+    def bounded(self, limits: Limits, batch_size: int) -> Limits:
+        """The limits, and that weights and KV cache must leave room for activations and the engine where the device's memory is known."""
+        details = self.profile.details
+        if "memory_mib" not in details:
+            return limits
+        taken_mib = details.get("reserved_mib", 0.0) + details.get("activation_mib", {}).get(str(batch_size), 0.0)
+        room_mib = details["memory_mib"] - taken_mib
+        if (limits.memory_mib or math.inf) <= room_mib:
             return limits
         return limits.model_copy(update={"memory_mib": room_mib})
 
     def within(self, limits: Limits) -> tuple[Table, ...]:
         """The tables with limits on them."""
-        limits = self.bounded(limits)
-        return tuple(replace(t, problem=limited(t.problem, limits, self.parent, t.scenario)) for t in self.tables)
+
+        def limit(t: Table) -> Table:
+            own = self.bounded(limits, t.scenario.batch_size)
+            return replace(t, problem=limited(t.problem, own, self.parent, t.scenario))
+
+        return tuple(map(limit, self.tables))
 
     def search(
         self,
@@ -260,7 +268,7 @@ class Tables:
         options: Options | None = None,
     ) -> list[Found]:
         """As `search` below, with the table and the solution behind every architecture."""
-        method, options, limits = find(searcher), options or Options(), self.bounded(limits)
+        method, options = find(searcher), options or Options()
         tables = self.within(limits)
         found: list[Found] = []
         while len(found) < count:
@@ -286,6 +294,7 @@ class Tables:
         named = [(t, s, self.costs(t, s.choice)) for t, s in solved]
         chosen, solution, costs = min(named, key=lambda x: (x[1].objective, -x[2].throughput_tokens_per_s))
         bound = min(s.bound for _, s in solved)
+        limits = self.bounded(limits, chosen.scenario.batch_size)
         architecture = Architecture(
             choices=chosen.named(solution.choice),
             searcher=searcher,

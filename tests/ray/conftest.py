@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import psutil
 import pytest
+from waiting import until
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -63,6 +64,7 @@ class Nodes:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         self.cluster.remove_node(node, allow_graceful=False)
+        until(lambda: node_id not in self.alive(), "the dead node is missed")
 
     @staticmethod
     def alive():

@@ -22,6 +22,7 @@ from puzzle_ray.profiling.measure import (
     Result,
     Size,
     StackTiming,
+    activation_bytes,
     measure,
     merge,
     plan,
@@ -31,10 +32,11 @@ from puzzle_ray.profiling.measure import (
     sizes_of,
     stack_config,
 )
-from puzzle_ray.profiling.memory import kv_bytes_per_token, model_memory_mib
+from puzzle_ray.profiling.memory import _Live, kv_bytes_per_token, model_memory_mib
 from puzzle_ray.profiling.torch_engine import ENGINE
 from puzzle_ray.progress import Quiet
-from puzzle_ray.search.architectures import predicted_costs
+from puzzle_ray.search.architectures import Tables, predicted_costs
+from puzzle_ray.search.limits import Limits
 from puzzle_ray.store import Store
 
 CONFIG = ProfileConfig(scenario=Scenario(2, 6, 3), repeats=2, stack=1)
@@ -51,6 +53,31 @@ def measured() -> Result:
     config = tiny_config()
     (item,) = plan(space_of(config), CONFIG)
     return measure(item, config, CONFIG)
+
+
+def test_activations_are_those_of_a_real_prefill_and_a_known_device_keeps_room_for_them():
+    config = tiny_config()
+    (item,) = plan(space_of(config), CONFIG)
+    found = activation_bytes(item, config, CONFIG)
+    tokens = 2 * 6
+    assert found >= 4 * tokens * (2 * config.hidden_size + 2 * config.intermediate_size), "residual, gate and up at once"
+    twice = activation_bytes(dataclasses.replace(item, batch_size=4), config, CONFIG)
+    assert 1.9 * found < twice <= 2 * found
+    ids = torch.zeros(2, 6, dtype=torch.long)
+    for choice in (LayerChoice(), LayerChoice("gqa:1", "ffn:24"), LayerChoice("noop", "linear")):
+        model = new_child(config, [choice] * config.num_hidden_layers, torch.float32).eval()
+        with torch.inference_mode(), _Live() as live:
+            model(ids, use_cache=False, logits_to_keep=1)
+        assert 0 < live.peak <= found, choice
+
+    profile = profile_serially(config, space_of(config), CONFIG, Store("memory://activations").step("profile", {}, {}), Quiet())
+    assert profile.details["activation_mib"] == {"2": found / MIB}
+    known = dataclasses.replace(profile, details=profile.details | {"memory_mib": 10.0, "reserved_mib": 1.0})
+    tables = Tables(space_of(config), known, "kl", None, ())
+    assert tables.bounded(Limits(speedup=2), 2).memory_mib == pytest.approx(9.0 - found / MIB)
+    assert (
+        tables.bounded(Limits(memory_mib=3.0), 2).memory_mib == 3.0 and tables.bounded(Limits(memory_mib=30), 2).memory_mib < 9.0
+    )
 
 
 class Heard(Quiet):

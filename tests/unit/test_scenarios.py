@@ -13,14 +13,14 @@ from small_models import tiny_config
 
 from jobs.checks import check
 from jobs.stages import Run
-from puzzle_ray.artifacts import LayerChoice, Lengths, Profile, Scenario, ScoreRow, Scores
+from puzzle_ray.artifacts import MIB, LayerChoice, Lengths, Profile, Scenario, ScoreRow, Scores
 from puzzle_ray.blocks import search_space
 from puzzle_ray.config import ProfileConfig, RunConfig, load, validated
 from puzzle_ray.errors import ConfigError, Infeasible, ProfileError
 from puzzle_ray.export.hf import new_child
 from puzzle_ray.profiling.batch_sizes import resolved
 from puzzle_ray.profiling.engines import mean_over_lengths, measure_side_by_side
-from puzzle_ray.profiling.measure import measure, plan, profile_of
+from puzzle_ray.profiling.measure import activation_bytes, measure, plan, profile_of
 from puzzle_ray.profiling.memory import model_memory_mib
 from puzzle_ray.profiling.scenarios import NAMED, grouped, scenario_of
 from puzzle_ray.search.architectures import Tables, predicted_costs, search
@@ -243,7 +243,21 @@ def test_auto_takes_powers_of_two_up_to_what_fits():
     assert found.batch_sizes == tuple(size for size in sizes if mib(LayerChoice("gqa:1", "ffn:24"), size) <= room)
     assert found.scenario == Scenario(max(size for size in sizes if mib(LayerChoice(), size) <= room), 20, 12)
     assert found.scenario.batch_size == 8 < found.batch_sizes[-1] < 256
-    assert found.memory_mib == room and resolved(found, model_config, space, limits(1.0)) is found
+    assert found.memory_mib is None and resolved(found, model_config, space, limits(1.0)) is found
+
+    device = config.model_copy(update={"memory_mib": 2.0, "reserved_mib": 0.3})
+    item = plan(space, config.model_copy(update={"batch_sizes": ()}))[0]
+
+    def fits(size) -> bool:
+        """On a device activations and what is reserved take room, too."""
+        held = activation_bytes(replace(item, batch_size=size), model_config, config) / MIB
+        return mib(LayerChoice("gqa:1", "ffn:24"), size) + held + 0.3 <= 2.0
+
+    found = resolved(device, model_config, space, Limits(speedup=2))
+    assert found.batch_sizes == tuple(size for size in sizes if fits(size)) and found.memory_mib == 2.0
+    assert resolved(device.model_copy(update={"reserved_mib": 1.5}), model_config, space, Limits(speedup=2)).batch_sizes[
+        -1
+    ] < max(found.batch_sizes)
 
 
 def test_auto_stops_at_max_batch_size_and_knows_a_devices_memory():
@@ -253,8 +267,8 @@ def test_auto_stops_at_max_batch_size_and_knows_a_devices_memory():
     assert found.batch_sizes == (1, 2, 4, 8, 16, 32) and found.scenario.batch_size == 32
     assert found.memory_mib == 46_068.0
     assert found == resolved(roofline(batch_sizes="auto", max_batch_size=63), model_config, space, Limits(speedup=2))
-    own = resolved(roofline(batch_sizes="auto", memory_mib=0.5), model_config, space, Limits(speedup=2))
-    assert own.memory_mib == 0.5 and own.scenario.batch_size < 32
+    own = resolved(roofline(batch_sizes="auto", memory_mib=4.0), model_config, space, Limits(speedup=2))
+    assert own.memory_mib == 4.0 and own.scenario.batch_size < 32
 
 
 def test_auto_is_refused_where_memory_is_unknown_or_too_small():
@@ -306,7 +320,9 @@ def test_the_search_chooses_among_the_batch_sizes_that_were_found():
     model_config = tiny_config(num_hidden_layers=4, max_position_embeddings=256)
     space = search_space(model_config, ("gqa:2", "noop"), ("ffn:24", "noop"), 8)
     asked = roofline(
-        scenario={"name": "chat", "batch_size": "auto"}, device={"name": "L40S", "memory_mib": 5.0}, max_batch_size=512
+        scenario={"input_tokens": 1, "output_tokens": 255, "batch_size": "auto"},
+        device={"name": "L40S", "memory_mib": 5.0},
+        max_batch_size=512,
     )
     config = resolved(asked, model_config, space, Limits(speedup=1.5))
     profile = profiled(config, model_config, space)

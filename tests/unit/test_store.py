@@ -3,8 +3,10 @@
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,6 +81,8 @@ def test_scratch_of_a_killed_process_goes_and_that_of_a_living_one_stays(tmp_pat
     step = Store(str(tmp_path)).step("s", {}, {})
     (left,) = os.listdir(step.url)
     assert killed.returncode == -signal.SIGKILL and left.startswith(".child~")
+    namesake = f".child~{socket.gethostname()}~{2**22 + 1}~0"  # containers may share a host's name, and not its process ids
+    os.mkdir(step.path(namesake))
     elsewhere = ".child~another-machine~1~0"
     os.mkdir(step.path(elsewhere))
     with step.folder_to_publish("child") as ours:
@@ -86,8 +90,13 @@ def test_scratch_of_a_killed_process_goes_and_that_of_a_living_one_stays(tmp_pat
         with step.folder_to_publish("child") as other:
             (other / "other").write_text("x")
         assert ours.is_dir() and left not in os.listdir(step.url)
-    assert sorted(os.listdir(step.url)) == [elsewhere, "child"]
-    os.utime(step.path(elsewhere), (0, 0))
+    assert set(os.listdir(step.url)) == {namesake, elsewhere, "child"}
+    Path(step.path(elsewhere), "half").write_text("x")
+    for path in (step.path(elsewhere), step.path(namesake)):
+        os.utime(path, (0, 0))
+    step.finish({})
+    assert sorted(os.listdir(step.url)) == [elsewhere, "artifact.json", "child"], "a file in it was written just now"
+    os.utime(step.path(f"{elsewhere}/half"), (0, 0))
     step.finish({})
     assert sorted(os.listdir(step.url)) == ["artifact.json", "child"]
 
