@@ -41,7 +41,7 @@ class _Pipeline:
     @classmethod
     def start(cls, parent: str, num_layers: int, cluster: ClusterConfig, data: ObjectRef[EvaluationData]) -> _Pipeline:
         layers = runs(num_layers, cluster.num_shards)
-        share = min(1.0, cluster_cpus() / len(layers))  # more shards than cores take turns
+        share = 1 / -(-len(layers) // cluster_cpus())  # more shards than cores take turns; whole shares of every core
         options = {"num_cpus": share, "num_gpus": cluster.gpus_per_shard, "runtime_env": environment(1)}
         shards = [
             ParentShard.options(**options).remote(parent, r.start, r.stop, "float32", "float32", 1, cluster.transport)  # type: ignore[attr-defined]
