@@ -1,7 +1,8 @@
 """The `torch` engine: a model's plain `forward()` with transformers' DynamicCache, eager, on the CPU or one GPU.
 
 Prefill is one forward of the whole batch's prompts with logits for the last position only; it fills the cache and gives the
-first token. Every further token is one decode step of the whole batch, the cache growing from `input_tokens` on.
+first token. Every further token is one decode step of the whole batch, the cache growing from `input_tokens` on. Eager on a GPU too, as
+our server is; engines that serve by CUDA graphs (`vllm`, `tensorrt_llm`) measure with them.
 """
 
 from __future__ import annotations
