@@ -56,7 +56,7 @@ class Inputs:
     def _tiny_parent_step(self) -> Step:
         from puzzle_ray.tiny_parent import TinyParentSpec, build_tiny_parent, source_fingerprint
 
-        spec = TinyParentSpec(seed=self.config.seed)
+        spec = TinyParentSpec(seed=self.config.seed, steps=self.config.tiny_parent_steps)
 
         def work(step: Step) -> None:
             with step.folder_to_publish("parent") as folder:

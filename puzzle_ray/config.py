@@ -311,6 +311,7 @@ class RunConfig(Section):
     revision: str | None = None
     store: str = "runs"
     seed: Annotated[int, Field(ge=0)] = 0
+    tiny_parent_steps: Annotated[int, Field(gt=20)] = 500  # of the training of parent tiny, 20 of them warm-up
     data: DataConfig = DataConfig()
     space: SpaceConfig = SpaceConfig()
     library: LibraryConfig = LibraryConfig()
