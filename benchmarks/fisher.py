@@ -11,14 +11,13 @@ together, `share_scored_at_first` what part before the first search.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.record import write
-from benchmarks.searchers import BUDGETS
+from benchmarks.searchers import BUDGETS, parser_of, words_of
 from jobs.session import connected
 from jobs.stages import Run
 from puzzle_ray.artifacts import Scores
@@ -26,7 +25,6 @@ from puzzle_ray.config import load
 from puzzle_ray.search.limits import Limits
 from puzzle_ray.sweep import SweepSetup, solve
 
-QUICK = ("library.tokens=20480", "scoring.tokens=4096", "search.measure_tokens=2048")
 KINDS = {"exact": "none", "fisher": "fisher"}
 
 
@@ -45,18 +43,12 @@ def share_scored(scores: Scores) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, help="JSON file to write")
-    parser.add_argument("--parent", help="tiny, a Hugging Face folder, or a hub id")
-    parser.add_argument("--data", help="training text")
-    parser.add_argument("--store", help="where the run's artifacts are kept (default: thrown away)")
-    parser.add_argument("--set", action="append", default=[], help="one setting, section.key=value")
+    parser = parser_of(__doc__)
     parser.add_argument("--quick", action="store_true", help="few tokens")
     arguments = parser.parse_args()
-    words = [f"{name}={value!r}" for name, value in (("parent", arguments.parent), ("data.train", arguments.data)) if value]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        words += [f"store={arguments.store or scratch!r}", *(QUICK if arguments.quick else ()), *arguments.set]
+        words = words_of(arguments, scratch)
         runs = {kind: Run(load("tiny", None, (*words, f"scoring.shortlist={name}"))) for kind, name in KINDS.items()}
         with connected(runs["exact"].config.cluster):
             settled = {kind: settle(run) for kind, run in runs.items()}

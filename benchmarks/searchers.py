@@ -93,21 +93,31 @@ def unseen(run: Run) -> Any:
     return measuring(run.parent, run.library, batches, run.config.cluster, step, run.progress)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(text: str | None) -> argparse.ArgumentParser:
+    """What every benchmark of a whole run is asked for."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="JSON file to write")
     parser.add_argument("--parent", help="tiny, a Hugging Face folder, or a hub id")
     parser.add_argument("--data", help="training text")
     parser.add_argument("--store", help="where the run's artifacts are kept (default: thrown away)")
     parser.add_argument("--set", action="append", default=[], help="one setting, section.key=value")
+    return parser
+
+
+def words_of(arguments: argparse.Namespace, scratch: str) -> tuple[str, ...]:
+    """The settings that were asked for."""
+    words = [f"{name}={value!r}" for name, value in (("parent", arguments.parent), ("data.train", arguments.data)) if value]
+    return (*words, f"store={arguments.store or scratch!r}", *(QUICK if arguments.quick else ()), *arguments.set)
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
     parser.add_argument("--candidates", type=int, default=6)
     parser.add_argument("--steps", type=int, default=6, help="steps of local search")
     parser.add_argument("--quick", action="store_true", help="few tokens, two budgets, no local search")
     arguments = parser.parse_args()
-    words = [f"{name}={value!r}" for name, value in (("parent", arguments.parent), ("data.train", arguments.data)) if value]
     with tempfile.TemporaryDirectory() as scratch:
-        words += [f"store={arguments.store or scratch!r}", *(QUICK if arguments.quick else ()), *arguments.set]
-        run = Run(load("tiny", None, tuple(words)))
+        run = Run(load("tiny", None, words_of(arguments, scratch)))
         run.check()
         steps = 0 if arguments.quick else arguments.steps
         how = PickOptions("mip", arguments.candidates, 2, RIVALS, steps, 0)

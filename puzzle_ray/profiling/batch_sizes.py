@@ -41,11 +41,12 @@ def resolved(config: ProfileConfig, model_config: Any, space: SearchSpace, limit
         return min(own_mib - config.reserved_mib - activations, limits.memory_mib or math.inf)
 
     powers = [1 << i for i in range(config.max_batch_size.bit_length())]
-    fits_child = [size for size in powers if _least_mib(by_type, space, config, size) <= room_mib(size)]
-    fits_parent = [size for size in fits_child if _parent_mib(by_type, space, config, size) <= room_mib(size)]
+    room = {size: room_mib(size) for size in powers}
+    fits_child = [size for size in powers if _least_mib(by_type, space, config, size) <= room[size]]
+    fits_parent = [size for size in fits_child if _parent_mib(by_type, space, config, size) <= room[size]]
     if not fits_parent:
         needed = _parent_mib(by_type, space, config, 1)
-        problem = f"auto: the parent needs {needed:.1f} MiB at batch size 1 and there are {room_mib(1):.1f}"
+        problem = f"auto: the parent needs {needed:.1f} MiB at batch size 1 and there are {room[1]:.1f}"
         raise ConfigError("profile.batch_sizes", problem, "give profile.scenario.batch_size and profile.batch_sizes as numbers")
     scenario = replace(config.scenario, batch_size=fits_parent[-1])
     found = {"scenario": scenario, "batch_sizes": tuple(fits_child), "max_batch_size": fits_child[-1], "memory_mib": own_mib}
