@@ -15,13 +15,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from puzzle_ray.families import Descriptor
+from puzzle_ray.kv_cache import cache_among
 from puzzle_ray.window import windowed_mask
-
-
-def cache_of(arguments: dict[str, Any]) -> Any:
-    """The cache among an attention's arguments, whatever the family calls it."""
-    cache = arguments.get("past_key_values")
-    return arguments.get("layer_past") if cache is None else cache
 
 
 def _count_tokens(cache: Any, layer_idx: int, hidden_states: Tensor) -> None:
@@ -38,7 +33,7 @@ class NoopAttention(nn.Module):
         self.layer_idx = layer_idx
 
     def forward(self, hidden_states: Tensor, **arguments: Any) -> tuple[Tensor, None]:
-        _count_tokens(cache_of(arguments), self.layer_idx, hidden_states)
+        _count_tokens(cache_among(arguments), self.layer_idx, hidden_states)
         return hidden_states.new_zeros(()), None
 
 
@@ -51,7 +46,7 @@ class LinearAttention(nn.Module):
         self.linear_attn = nn.Linear(hidden_size, hidden_size, bias=bias)
 
     def forward(self, hidden_states: Tensor, **arguments: Any) -> tuple[Tensor, None]:
-        _count_tokens(cache_of(arguments), self.layer_idx, hidden_states)
+        _count_tokens(cache_among(arguments), self.layer_idx, hidden_states)
         return self.linear_attn(hidden_states), None
 
 
@@ -118,7 +113,7 @@ class GroupedAttention(nn.Module):
             return projected.view(batch, tokens, -1, self.head_dim).transpose(1, 2)
 
         query, key, value = heads(self.descriptor.query), heads(self.descriptor.key), heads(self.descriptor.value)
-        cache = cache_of(arguments)
+        cache = cache_among(arguments)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         eager = self.config._attn_implementation == "eager"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from puzzle_ray.errors import ConfigError
+from puzzle_ray.kv_cache import cache_among
 
 
 def windowed_mask(
@@ -79,8 +80,7 @@ def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     window: int = module.window  # type: ignore[assignment]
     tokens = hidden_states.shape[1]
     keys, first = tokens, 0
-    cache = kwargs.get("past_key_values")
-    cache = kwargs.get("layer_past") if cache is None else cache
+    cache = cache_among(kwargs)
     mask: Tensor | None = kwargs.get("attention_mask")
     if cache is not None:
         layer = _cache_layer(cache, module.window_layer_index, window)  # type: ignore[arg-type]

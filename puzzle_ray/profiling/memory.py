@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from puzzle_ray.artifacts import KINDS, MIB, Scenario, SubblockKind
 from puzzle_ray.families import Descriptor
+from puzzle_ray.kv_cache import cache_from
 
 _PROBE_TOKENS = 2
 
@@ -83,7 +84,7 @@ class KeptTokens:
 def kept_tokens(model: Any) -> tuple[KeptTokens, ...]:
     """Per layer, as the model's own cache has it after a forward; on any device, `meta` among them."""
     ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device=model.device)
-    layers = model(ids, use_cache=True, logits_to_keep=1).past_key_values.layers
+    layers = cache_from(model(ids, use_cache=True, logits_to_keep=1)).layers
     return tuple(_kept(layer) for layer in layers)
 
 

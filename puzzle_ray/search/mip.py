@@ -84,7 +84,7 @@ def _highs(score: Floats, rows: Floats, bounds: Floats, known: Outcome, deadline
     import mip.highs
 
     if not mip.highs.has_highs:
-        raise ConfigError("search.searcher", "python-mip finds no HiGHS", "install it: pip install highspy")
+        raise ConfigError("search.searcher", "python-mip finds no HiGHS", "install it: pip install 'highspy<1.16'")
     live = [np.flatnonzero(alive) for alive in known.live]
     least = np.array([score[row, choices].min() for row, choices in enumerate(live)])
     spread = max(float(score[row, choices].max()) - least[row] for row, choices in enumerate(live)) or 1.0

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from puzzle_ray.errors import ConfigError
+from puzzle_ray.kv_cache import continuing
 from puzzle_ray.serving.generation import Delta, EngineBusy, EngineFailed, FinishReason, Generation
 from puzzle_ray.serving.sampling import SamplingParams, choose_tokens
 from puzzle_ray.serving.slots import DecodeMasks, SlotCache
@@ -286,7 +287,7 @@ class Engine:
 
     def _forward(self, **inputs: object) -> Tensor:
         self._forward_passes += 1
-        logits = self._model(**inputs, past_key_values=self._cache, use_cache=True).logits
+        logits = self._model(**inputs, **continuing(self._cache)).logits
         assert isinstance(logits, Tensor)
         return logits
 

@@ -91,7 +91,7 @@ class SlotLayer(CacheLayerMixin):
 
 
 class SlotCache(Cache):
-    """A `past_key_values` whose rows are requests at different positions."""
+    """A cache of transformers whose rows are requests at different positions."""
 
     def __init__(self, num_layers: int, num_slots: int, max_length: int) -> None:
         self.step = Step()

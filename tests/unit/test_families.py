@@ -15,6 +15,7 @@ from puzzle_ray.checkpoint import read_config
 from puzzle_ray.errors import ParentError
 from puzzle_ray.export.hf import assemble, child_classes, load_model, new_child, save_child
 from puzzle_ray.families import describe, ffn_width, kv_heads
+from puzzle_ray.kv_cache import cache_from
 
 IDS = torch.arange(60).remainder(96).reshape(2, 30)
 
@@ -30,7 +31,7 @@ def test_a_config_without_kv_heads_learns_and_keeps_them(model_type, tmp_path):
     child.save_pretrained(tmp_path / "child")
     assert json.loads((tmp_path / "child/config.json").read_text())["num_key_value_heads"] == 4
     loaded = load_model(tmp_path / "child")
-    assert [layer.keys.shape[1] for layer in loaded(IDS, use_cache=True).past_key_values.layers] == [2, 2, 2]
+    assert [layer.keys.shape[1] for layer in cache_from(loaded(IDS, use_cache=True)).layers] == [2, 2, 2]
 
 
 @pytest.mark.parametrize(

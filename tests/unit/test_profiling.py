@@ -14,6 +14,7 @@ from puzzle_ray.blocks import search_space
 from puzzle_ray.config import ProfileConfig
 from puzzle_ray.errors import ConfigError, ProfileError
 from puzzle_ray.export.hf import new_child
+from puzzle_ray.kv_cache import cache_from
 from puzzle_ray.profiling import measure as profiling
 from puzzle_ray.profiling.engines import Timing, find_engine, measure_side_by_side, spread
 from puzzle_ray.profiling.machine import GPU_FACTS, machine_facts, parsed
@@ -166,7 +167,7 @@ def test_kv_bytes_are_what_the_cache_grows_by_with_the_stub_left_out():
     choices = [LayerChoice("parent"), LayerChoice("noop"), LayerChoice("gqa:1")]
     model = new_child(config, choices, torch.bfloat16).eval()
     ids = torch.zeros(3, 7, dtype=torch.long)
-    cache = model(ids, use_cache=True).past_key_values.layers
+    cache = cache_from(model(ids, use_cache=True)).layers
     taken = [layer.keys.nbytes + layer.values.nbytes for layer in cache]
     found = kv_bytes_per_token(model, 64)
     assert found == (2 * 2 * 8 * 2, 0, 2 * 1 * 8 * 2)  # keys and values x KV heads x head_dim x bytes
@@ -353,7 +354,7 @@ def test_a_prefill_and_the_steps_after_it_are_what_the_model_sees():
     model = new_child(config, [LayerChoice("noop"), LayerChoice(), LayerChoice()], torch.float32).eval()
 
     def hook(module, args, kwargs, out):
-        seen.append((tuple(args[0].shape), tuple(out.logits.shape), out.past_key_values.get_seq_length()))
+        seen.append((tuple(args[0].shape), tuple(out.logits.shape), cache_from(out).get_seq_length()))
 
     handle = model.register_forward_hook(hook, with_kwargs=True)
     prefill_ms, decode_ms = ENGINE.time_once(model, CONFIG.scenario)

@@ -19,6 +19,7 @@ from puzzle_ray.distill.library import build_serially
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.export.hf import assemble, load_model, new_child, save_child
 from puzzle_ray.families import describe
+from puzzle_ray.kv_cache import cache_from, continuing
 from puzzle_ray.progress import Quiet
 from puzzle_ray.store import Store
 from puzzle_ray.variants import find, resolve
@@ -219,9 +220,9 @@ def test_windows_decode_with_a_cache_as_without_and_keep_no_more_than_the_window
     for _ in range(12):
         ids = torch.cat([ids, child(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(generated(child, 12), ids)
-    cache = child(ids, use_cache=True).past_key_values
+    cache = cache_from(child(ids, use_cache=True))
     assert [layer.keys.shape[2] for layer in cache.layers] == [3, ids.shape[1], 8]
-    chunk = child(IDS[:, :5], past_key_values=cache).logits
+    chunk = child(IDS[:, :5], **continuing(cache)).logits
     assert torch.allclose(chunk, child(torch.cat([ids, IDS[:, :5]], 1), use_cache=False).logits[:, -5:], atol=1e-4)
     assert torch.equal(generated(child, 12, cache_implementation="static", disable_compile=True), ids)
 
