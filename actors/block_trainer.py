@@ -25,15 +25,18 @@ class Trainer:
         step: Step,
         num_threads: int,
         transport: str,
+        num_gpus: float = 0,
     ) -> None:
         import torch
 
         from puzzle_ray.distill.library import GroupTrainer
+        from puzzle_ray.process import device_for
         from puzzle_ray.transport import find_transport
 
+        self.device = device_for(num_gpus)
         self.transport = find_transport(transport)
         self.travels = getattr(torch, config.activation_dtype)
-        self.group = GroupTrainer(parent, layers, space, config, step, num_threads)
+        self.group = GroupTrainer(parent, layers, space, config, step, num_threads, self.device)
 
     def pid(self) -> int:
         return os.getpid()
@@ -48,8 +51,8 @@ class Trainer:
 
     def step(self, position: int, indices: Sequence[int], *hidden_states: Container) -> float | None:
         """One micro-batch: `hidden_states[n]` is the input of layer `indices[n]`. Raises OutOfOrder for a gap."""
-        tensors = {i: self.transport.unpack(h, self.travels).float() for i, h in zip(indices, hidden_states, strict=True)}
-        return self.group.step(position, tensors)
+        arrived = (self.transport.unpack(h, self.travels).to(self.device).float() for h in hidden_states)
+        return self.group.step(position, dict(zip(indices, arrived, strict=True)))
 
 
 @ray.remote(max_restarts=-1, max_task_retries=0)  # a lost step is not retried: the driver goes back to what the checkpoint knows

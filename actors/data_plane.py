@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 import urllib.request
@@ -16,7 +17,7 @@ from ray.util import placement_group_table
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.placement import await_free_cpus, nodes_in_words, not_placed, require, runs
+from actors.placement import await_free_cpus, in_words, nodes_in_words, not_placed, require, runs
 from puzzle_ray.config import ClusterConfig, LibraryConfig
 from puzzle_ray.errors import ClusterError
 
@@ -45,10 +46,14 @@ def plan_shards(layers: Sequence[int], cluster: ClusterConfig) -> list[ShardPlan
     shard is too many, there are fewer shards, which is said.
     """
     num_shards, auto = cluster.num_shards, cluster.blocks_per_trainer == "auto"
-    room = require(trainer_options(cluster), "a block trainer", "library", cluster.autoscaling) or len(layers)
-    if auto and num_shards > room:
-        say(f"{room} shards in place of {num_shards}: that is how many trainers the cluster holds")
-        num_shards = room
+    if cluster.gpus_per_shard:
+        require({"num_gpus": cluster.gpus_per_shard}, "a parent shard", "library", cluster.autoscaling)
+    places = require(trainer_options(cluster), "a block trainer", "library", cluster.autoscaling) or len(layers)
+    while auto and num_shards > 1 and _room_beside(num_shards, places, cluster) < num_shards:
+        num_shards -= 1
+    room = _room_beside(num_shards, places, cluster)
+    if num_shards < cluster.num_shards:
+        say(f"{num_shards} shards in place of {cluster.num_shards}: the cluster holds no trainer for each of more")
     shards = runs(max(layers) + 1, num_shards)
     own = [[layer for layer in layers if layer in shard] for shard in shards]
     counts = [len(part) if auto else -(-len(part) // int(cluster.blocks_per_trainer)) for part in own]
@@ -56,14 +61,22 @@ def plan_shards(layers: Sequence[int], cluster: ClusterConfig) -> list[ShardPlan
         several = [n for n, count in enumerate(counts) if count > 1]
         counts[min(several, key=lambda n: len(own[n]) / (counts[n] - 1))] -= 1
     if sum(counts) > room and not cluster.autoscaling:
-        problem = (
-            f"{sum(counts)} trainers of {cluster.cpus_per_trainer} CPUs, and the cluster holds {room}: it has {nodes_in_words()}"
+        each = f"{cluster.cpus_per_trainer} CPUs" + (
+            f" and {cluster.gpus_per_trainer:g} GPUs" if cluster.gpus_per_trainer else ""
         )
+        beside = f" beside {num_shards} shards of {cluster.gpus_per_shard:g}" if cluster.gpus_per_shard else ""
+        problem = f"{sum(counts)} trainers of {each}, and the cluster holds {room}{beside}: it has {nodes_in_words()}"
         raise ClusterError("cluster.blocks_per_trainer", problem, "raise it, lower cluster.num_shards, or leave it at auto")
     return [
         ShardPlan(shard, tuple(tuple(part[i] for i in run) for run in runs(len(part), count)) if part else ())
         for shard, part, count in zip(shards, own, counts, strict=True)
     ]
+
+
+def _room_beside(num_shards: int, places: int, cluster: ClusterConfig) -> int:
+    """How many of the `places` for trainers are left when shards have taken their GPUs."""
+    taken = num_shards * cluster.gpus_per_shard / cluster.gpus_per_trainer if cluster.gpus_per_trainer else 0
+    return max(0, places - math.ceil(taken - 1e-6))
 
 
 def trainer_options(cluster: ClusterConfig) -> dict[str, Any]:
@@ -85,22 +98,21 @@ class Reservation:
         A bundle is on one node by definition: each shard and its trainers share one. Where no node is big enough for that a
         trainer is a bundle, packed as closely as there is room, and this is said.
         """
-        cpus = cluster.cpus_per_trainer
-        together = [len(plan.groups) * cpus for plan in plans if plan.groups]
+        together, apart, sizes = _bundles(plans, cluster)
         if _fit(together) or cluster.autoscaling:
-            bundles, strategy = [{"CPU": float(wanted)} for wanted in together], "SPREAD"
+            bundles, strategy = together, "SPREAD"
             sizes = [1] * len(together)
         else:
-            most = max(together)
+            most = max(together, key=lambda bundle: sorted(bundle.items()))
             say(
-                f"no room for a shard's trainers ({most} CPUs) on one node each: hidden states cross the network; raise num_shards"
+                f"no room for a shard's trainers ({in_words(most)}) on one node each: hidden states cross the network; raise num_shards"
             )
-            sizes = [len(plan.groups) for plan in plans if plan.groups]
-            bundles, strategy = [{"CPU": float(cpus)}] * sum(sizes), "PACK"
+            bundles, strategy = apart, "PACK"
         group = placement_group(bundles, strategy)
         try:
             if not group.wait(cluster.placement_timeout_s):
-                raise not_placed(f"{len(plans)} shards with trainers of {together} CPUs", cluster.placement_timeout_s)
+                wanted = " and ".join(in_words(bundle) for bundle in bundles)
+                raise not_placed(f"{len(plans)} shards with trainers of {{{wanted}}}", cluster.placement_timeout_s)
         except BaseException:
             remove_placement_group(group)
             raise
@@ -139,14 +151,44 @@ class Reservation:
         await_free_cpus()
 
 
-def _fit(wanted: Iterable[float]) -> bool:
-    """Whether bundles of so many CPUs all find a node with room, the biggest first, each where most is left."""
-    free = [float(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    for cpus in sorted(wanted, reverse=True):
-        best = max(range(len(free)), key=lambda n: free[n])
-        if free[best] < cpus:
+def _bundles(
+    plans: Sequence[ShardPlan], cluster: ClusterConfig
+) -> tuple[list[dict[str, float]], list[dict[str, float]], list[int]]:
+    """What is reserved: a bundle for each shard that trains something, with its trainers; or one for every trainer, the shard's GPUs with
+    its first. And how many trainers each has. A shard that trains nothing runs beside the next one that does, on GPUs of its own."""
+    together, apart, sizes = [], [], []
+    for_shards = 0.0
+    for plan in plans:
+        for_shards += cluster.gpus_per_shard
+        size = len(plan.groups)
+        if size:
+            each = {"CPU": float(cluster.cpus_per_trainer), "GPU": float(cluster.gpus_per_trainer)}
+            own = [each | {"GPU": each["GPU"] + for_shards}, *[each] * (size - 1)]
+            together.append(_taken({name: sum(bundle[name] for bundle in own) for name in each}))
+            apart += [_taken(bundle) for bundle in own]
+            sizes.append(size)
+            for_shards = 0.0
+    return together, apart, sizes
+
+
+def _taken(bundle: Mapping[str, float]) -> dict[str, float]:
+    """Ray has no bundle with 0 of something."""
+    return {name: amount for name, amount in bundle.items() if amount}
+
+
+def _fit(wanted: Iterable[Mapping[str, float]]) -> bool:
+    """Whether these bundles all find a node with room, the biggest first, each where most is left."""
+    free = [{name: float(node["Resources"].get(name, 0)) for name in ("GPU", "CPU")} for node in ray.nodes() if node["Alive"]]
+    for bundle in sorted(wanted, key=lambda bundle: (bundle.get("GPU", 0.0), bundle["CPU"]), reverse=True):
+        best = max(
+            (node for node in free if all(node[k] >= v for k, v in bundle.items())),
+            key=lambda n: (n["GPU"], n["CPU"]),
+            default=None,
+        )
+        if best is None:
             return False
-        free[best] -= cpus
+        for name, amount in bundle.items():
+            best[name] -= amount
     return True
 
 

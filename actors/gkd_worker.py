@@ -76,15 +76,16 @@ class _Pings:
 
 def train_loop_per_worker(config: dict[str, Any]) -> None:
     """One worker of the group. `config`: `job`, `run` (the handle of GkdRun), `cpus`."""
-    import torch
     from ray import train
     from ray.train.torch import get_device
     from torch import distributed
 
+    from puzzle_ray.process import compute_with
+
     job: GkdJob = config["job"]
     rank = train.get_context().get_world_rank()
     progress = _Pings(config["run"]) if rank == 0 else Quiet()
-    torch.set_num_threads(config["cpus"])
+    compute_with(config["cpus"])
     trainer = load_trainer(job, ranks=[rank], all_reduce=distributed.all_reduce, device=str(get_device()))
     distill(trainer, job.step, progress, writes=rank == 0)
     if rank == 0:

@@ -43,7 +43,7 @@ class _Interrupted(Exception):
 
 
 @dataclass
-class _Stream:
+class Stream:
     """The actors of one library stage and the micro-batches in flight between them."""
 
     plans: list[ShardPlan]
@@ -117,9 +117,13 @@ class _Stream:
         self.reservation.release([*self.shards, *self.trainers])
 
 
-def _start(
+def open_stream(
     parent: str, layers: Sequence[int], space: SearchSpace, config: LibraryConfig, cluster: ClusterConfig, step: Step
-) -> _Stream:
+) -> Stream:
+    """Starts the actors that train `layers`, and waits for them; whoever opens a stream releases it.
+
+    Raises ClusterError when they cannot be placed, or when a node's store cannot hold what flows through it.
+    """
     plans = plan_shards(layers, cluster)
     flow = Flow.of(config, read_config(locate(parent)).hidden_size)
     reservation = Reservation.make(plans, cluster)
@@ -134,21 +138,24 @@ def _start(
         for plan, bundle, bundles in zip(plans, reservation.shards, reservation.trainers, strict=True):
             options = {"num_cpus": 0, "num_gpus": cluster.gpus_per_shard, "runtime_env": environment(1)}
             shard = ParentShard.options(**options, **reservation.options(bundle))  # type: ignore[attr-defined]
-            r = plan.layers
-            shards.append(shard.remote(parent, r.start, r.stop, "float32", config.activation_dtype, 1, cluster.transport))
+            how = (config.parent_dtype, config.activation_dtype, 1, cluster.transport, cluster.gpus_per_shard)
+            shards.append(shard.remote(parent, plan.layers.start, plan.layers.stop, *how))
             for group, own in zip(plan.groups, bundles, strict=True):
                 options = trainer_options(cluster) | {"runtime_env": environment(threads)}
                 trainer = BlockTrainer.options(**options, **reservation.options(own))  # type: ignore[attr-defined]
-                trainers.append(trainer.remote(parent, group, space, config, step, threads, cluster.transport))
+                how = (threads, cluster.transport, cluster.gpus_per_trainer)
+                trainers.append(trainer.remote(parent, group, space, config, step, *how))
         wait_ready([*shards, *trainers], "parent shards and block trainers", cluster.placement_timeout_s)
     except BaseException:
         reservation.release([*shards, *trainers])
         raise
-    return _Stream(plans, shards, trainers, reservation, flow, cluster)
+    return Stream(plans, shards, trainers, reservation, flow, cluster)
 
 
-def _flow(stream: _Stream, start: int, schedule: Schedule, tokens: Tokens, seed: int, config: LibraryConfig, bar: Bar) -> None:
-    """All positions from `start` on, at most `config.window` of them in flight."""
+def flow(
+    stream: Stream, positions: range, schedule: Schedule, tokens: Tokens, seed: int, config: LibraryConfig, bar: Bar
+) -> None:
+    """These positions, at most `config.window` of them in flight; none is when it returns."""
     sequences = config.micro_batch_tokens // tokens.sequences.shape[1]
     in_flight: deque[list[ObjectRef[Any]]] = deque()
     nodes = stream.reservation.shards_of_nodes()
@@ -162,7 +169,7 @@ def _flow(stream: _Stream, start: int, schedule: Schedule, tokens: Tokens, seed:
         bar.advance(1, **({} if loss is None else {"loss": loss}))
 
     try:
-        for position in range(start, schedule.positions):
+        for position in positions:
             while len(in_flight) >= config.window:
                 settle()
             in_flight.append(stream.send(position, tokens.batch(seed, schedule.data_number(position), sequences).numpy()))
@@ -190,7 +197,7 @@ def build_library(
     layers = unfinished_layers(space, step)
     schedule = Schedule.of(config)
     if layers:
-        stream = _start(parent, layers, space, config, cluster, step)
+        stream = open_stream(parent, layers, space, config, cluster, step)
         try:
             with progress.stage("library", schedule.positions, "micro-batch") as bar:
                 _run(stream, schedule, tokens, seed, config, bar)
@@ -200,7 +207,7 @@ def build_library(
     return finish(space, step)
 
 
-def _say_usage(stream: _Stream) -> None:
+def _say_usage(stream: Stream) -> None:
     try:
         usages = stream.usage()
     except RayError as error:  # the library is there all the same
@@ -210,17 +217,18 @@ def _say_usage(stream: _Stream) -> None:
         say(
             f"shard {number}, layers {plan.layers.start} to {plan.layers.stop - 1}: {usage.weights_bytes / MIB:.1f} MiB of weights, "
             f"peak memory {usage.peak_rss_bytes / MIB:.0f} MiB"
+            + (f", {usage.peak_gpu_bytes / MIB:.0f} MiB on its GPU" if usage.peak_gpu_bytes else "")
         )
 
 
-def _run(stream: _Stream, schedule: Schedule, tokens: Tokens, seed: int, config: LibraryConfig, bar: Bar) -> None:
+def _run(stream: Stream, schedule: Schedule, tokens: Tokens, seed: int, config: LibraryConfig, bar: Bar) -> None:
     shown, most = 0, stream.cluster.max_recoveries
     for recovery in range(most + 1):
         start = stream.last() + 1
         bar.advance(start - shown)
         counting = _Counting(bar, start)
         try:
-            _flow(stream, start, schedule, tokens, seed, config, counting)
+            flow(stream, range(start, schedule.positions), schedule, tokens, seed, config, counting)
             return
         except _Interrupted as error:
             shown = counting.done

@@ -34,6 +34,7 @@ class ShardUsage:
 
     weights_bytes: int  # read from the checkpoint, as they are held
     peak_rss_bytes: int
+    peak_gpu_bytes: int  # allocated there; 0 on a CPU
     sent_bytes: int  # of hidden states by `forward`
     sent_tokens: int
 
@@ -42,19 +43,29 @@ class Shard:
     """Layers `first .. last` of a parent. Stateless but for caches that are rebuilt from what every call brings along."""
 
     def __init__(
-        self, parent: str, first: int, last: int, dtype: str, activation_dtype: str, num_threads: int, transport: str
+        self,
+        parent: str,
+        first: int,
+        last: int,
+        dtype: str,
+        activation_dtype: str,
+        num_threads: int,
+        transport: str,
+        num_gpus: float = 0,
     ) -> None:
         import torch
 
         from puzzle_ray.blocks import load_stack
         from puzzle_ray.checkpoint import locate, read_config
         from puzzle_ray.families import describe
+        from puzzle_ray.process import compute_with, device_for
         from puzzle_ray.transport import find_transport
 
-        torch.set_num_threads(num_threads)
+        compute_with(num_threads)
+        device = device_for(num_gpus)
         folder = locate(parent)
         config = read_config(folder)
-        self.stack = load_stack(folder, describe(config), config, first, last, getattr(torch, dtype))
+        self.stack = load_stack(folder, describe(config), config, first, last, getattr(torch, dtype), device=device)
         self.travels = getattr(torch, activation_dtype)
         self.transport = find_transport(transport)
         self.sent_bytes = self.sent_tokens = 0
@@ -69,9 +80,12 @@ class Shard:
 
     def usage(self) -> ShardUsage:
         """Weights that are used twice count once; Linux counts resident memory in KiB, macOS in bytes."""
+        import torch
+
         held = {tensor.data_ptr(): tensor.nbytes for tensor in self.stack.state_dict().values()}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return ShardUsage(sum(held.values()), peak, self.sent_bytes, self.sent_tokens)
+        on_gpu = torch.cuda.max_memory_allocated(self.stack.device) if self.stack.device.type == "cuda" else 0
+        return ShardUsage(sum(held.values()), peak, on_gpu, self.sent_bytes, self.sent_tokens)
 
     def forward(self, entering: Container) -> list[Container]:
         """Token ids (first shard) or hidden states in; every layer's output out, behind the embedding's for the first shard.
@@ -82,17 +96,21 @@ class Shard:
 
         with torch.inference_mode():
             if self.stack.embedding is not None:
-                hidden = self.stack.embed(torch.from_numpy(entering.copy()))
+                hidden = self.stack.embed(torch.from_numpy(entering.copy()).to(self.stack.device)).to(self.travels)
                 leaving = [self.transport.pack(hidden, self.travels)]
             else:
-                hidden, leaving = self.transport.unpack(entering, self.travels), []
-            hidden = hidden.to(next(self.stack.parameters()).dtype)
+                hidden, leaving = self._arrived(entering, self.travels), []
             for index in range(self.stack.first, self.stack.last):
-                hidden = self.stack.run_layer(self.stack.layer(index), index, hidden)
+                entered = hidden.to(self.stack.dtype)  # rounded as it travels, so that where shards end makes no difference
+                hidden = self.stack.run_layer(self.stack.layer(index), index, entered).to(self.travels)
                 leaving.append(self.transport.pack(hidden, self.travels))
         self.sent_bytes += sum(packed.nbytes for packed in leaving)
         self.sent_tokens += hidden.shape[0] * hidden.shape[1]
         return leaving if len(leaving) > 1 else leaving[0]
+
+    def _arrived(self, packed: Container, dtype: Any) -> Any:
+        """A tensor that was sent here, where this shard computes."""
+        return self.transport.unpack(packed, dtype).to(self.stack.device)
 
     def run_parent(self, data: EvaluationData, entering: Sequence[Container]) -> list[Container]:
         """Prepares scoring: remembers the parent's activations; returns what the next shard is entered with."""
@@ -102,7 +120,7 @@ class Shard:
 
         self.scorer = ShardScorer(self.stack, [torch.from_numpy(batch.copy()) for batch in data.texts], data.questions)
         first = self.stack.embedding is not None
-        batches = self.scorer.input_ids if first else [self.transport.unpack(batch, torch.float32) for batch in entering]
+        batches = self.scorer.input_ids if first else [self._arrived(batch, torch.float32) for batch in entering]
         return [self.transport.pack(batch, torch.float32) for batch in self.scorer.run_parent(batches)]
 
     def exchange(self, task: Task, library: Step, data: EvaluationData, entering: Sequence[Container]) -> Any:
@@ -119,7 +137,7 @@ class Shard:
 
         if self.scorer is None:
             self.run_parent(data, entering)
-        return self._leave(task, self.scorer.suffix([self.transport.unpack(batch, torch.float32) for batch in damaged]))
+        return self._leave(task, self.scorer.suffix([self._arrived(batch, torch.float32) for batch in damaged]))
 
     def _leave(self, task: Task, leaving: Sequence[Any]) -> list[Container] | list[Damage]:
         import torch
@@ -147,11 +165,7 @@ class Shard:
 
         if self.scorer is None:
             self.run_parent(data, entering)
-        given = (
-            [[self.transport.unpack(g, torch.float32) for g in samples] for samples in gradients]
-            if gradients is not None
-            else None
-        )
+        given = [[self._arrived(g, torch.float32) for g in samples] for samples in gradients] if gradients is not None else None
         found, before = shard_estimates(self.scorer, batches, given, space, config, Library(library).states)
         if self.stack.embedding is not None:  # nobody asks for them
             return found, []

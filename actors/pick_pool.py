@@ -14,7 +14,7 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 
 from actors.parent_shard import environment
-from actors.placement import cluster_cpus, end, wait_ready
+from actors.placement import end, require, wait_ready
 from puzzle_ray.config import ClusterConfig
 from puzzle_ray.errors import ClusterError
 from puzzle_ray.pick import Choices, Measured
@@ -26,18 +26,21 @@ from puzzle_ray.transport import Container
 class Meter:
     """A whole parent, and the library's blocks as they are asked for."""
 
-    def __init__(self, parent: str, library: Step, num_threads: int) -> None:
+    def __init__(self, parent: str, library: Step, num_threads: int, num_gpus: float = 0) -> None:
         import torch
 
         from puzzle_ray.blocks import load_stack
         from puzzle_ray.checkpoint import locate, read_config
         from puzzle_ray.families import describe
+        from puzzle_ray.process import compute_with, device_for
 
-        torch.set_num_threads(num_threads)
+        compute_with(num_threads)
+        device = device_for(num_gpus)
         folder = locate(parent)
         config = read_config(folder)
         self.library = library
-        self.stack = load_stack(folder, describe(config), config, 0, config.num_hidden_layers, torch.float32)
+        depth = config.num_hidden_layers
+        self.stack = load_stack(folder, describe(config), config, 0, depth, torch.float32, device=device)
         self.meter: Any = None
 
     def pid(self) -> int:
@@ -81,17 +84,18 @@ class MeterPool:
         """In the order asked for. Raises ClusterError when workers cannot be placed or stop answering."""
         todo = [c for c in dict.fromkeys(children) if not self.step.exists(file_name(c))]
         if todo:
-            self._start(min(cluster_cpus(), len(todo)))
+            self._start(len(todo))
             self._measure(todo)
         return [Measured(**self.step.read_json(file_name(c))["measured"]) for c in children]
 
-    def _start(self, count: int) -> None:
-        if count <= len(self.workers):
-            return
-        options = {"num_cpus": 1, "num_gpus": self.cluster.gpus_per_shard, "runtime_env": environment(1)}
+    def _start(self, most: int) -> None:
+        """As many workers as there is room for, up to `most`."""
+        gpus = self.cluster.gpus_per_shard
+        options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus}
+        room = require(options, "a children's meter", "search", self.cluster.autoscaling) or 1
         self.workers += [
-            MeterActor.options(**options).remote(self.parent, self.library, 1)  # type: ignore[attr-defined]
-            for _ in range(count - len(self.workers))
+            MeterActor.options(**options, runtime_env=environment(1)).remote(self.parent, self.library, 1, gpus)  # type: ignore[attr-defined]
+            for _ in range(min(room, most) - len(self.workers))
         ]
         wait_ready(self.workers, "children's meters", self.cluster.placement_timeout_s)
 

@@ -72,7 +72,7 @@ def require(options: Mapping[str, Any], what: str, where: str, autoscaling: bool
     room = places(options)
     if room == 0 and not autoscaling:
         asked = resources_of(options) | dict(options.get("label_selector", {}))
-        problem = f"no node can hold {what} with {_words(asked)}; the cluster has {nodes_in_words()}"
+        problem = f"no node can hold {what} with {in_words(asked)}; the cluster has {nodes_in_words()}"
         raise ClusterError(
             where, problem, "ask for what there is, or set cluster.autoscaling where such nodes are added on demand"
         )
@@ -87,11 +87,11 @@ def nodes_in_words() -> str:
             hidden = ("node:", "object_store_memory", "memory")
             facts = {k: v for k, v in sorted(node["Resources"].items()) if not k.startswith(hidden)}
             facts |= {k: v for k, v in sorted(node.get("Labels", {}).items()) if k != "ray.io/node-id"}
-            described["{" + _words(facts) + "}"] += 1
+            described["{" + in_words(facts) + "}"] += 1
     return ", ".join(f"{count} x {words}" if count > 1 else words for words, count in sorted(described.items()))
 
 
-def _words(facts: Mapping[str, Any]) -> str:
+def in_words(facts: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}: {value:g}" if isinstance(value, float) else f"{name}: {value}" for name, value in facts.items())
 
 

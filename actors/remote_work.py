@@ -22,11 +22,10 @@ from puzzle_ray.transport import Container
 
 def realize(num_threads: int, parent: str, choices: Sequence[LayerChoice], library: Step, step: Step) -> None:
     """Assembles and publishes a child."""
-    import torch
-
     from puzzle_ray.export import hf
+    from puzzle_ray.process import compute_with
 
-    torch.set_num_threads(num_threads)
+    compute_with(num_threads)
     hf.realize(parent, choices, library, step)
 
 
@@ -45,8 +44,9 @@ def evaluate(
     import torch
 
     from puzzle_ray import evaluate as library
+    from puzzle_ray.process import compute_with
 
-    torch.set_num_threads(num_threads)
+    compute_with(num_threads)
     tensors = [torch.from_numpy(batch.copy()) for batch in batches]
     return library.evaluate(folders, tensors, architecture, scenario, config, dtype, Quiet(), use_gpu, questions)
 
@@ -57,8 +57,9 @@ def predict(num_threads: int, folders: Mapping[str, str], batches: Sequence[Cont
 
     from puzzle_ray.evaluate import predictions
     from puzzle_ray.export.hf import load_model
+    from puzzle_ray.process import compute_with
 
-    torch.set_num_threads(num_threads)
+    compute_with(num_threads)
     models = {name: load_model(folder, torch.float32) for name, folder in folders.items()}
     return predictions(models, [torch.from_numpy(batch.copy()) for batch in batches])
 

@@ -12,7 +12,7 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 
 from actors.parent_shard import EvaluationData, ParentShard, environment
-from actors.placement import cluster_cpus, end, runs, wait_ready
+from actors.placement import cluster_cpus, end, require, runs, wait_ready
 from puzzle_ray.artifacts import ScoreRow, Scores, SearchSpace
 from puzzle_ray.checkpoint import locate, read_config
 from puzzle_ray.config import ClusterConfig, ScoringConfig
@@ -43,10 +43,8 @@ class _Pipeline:
         layers = runs(num_layers, cluster.num_shards)
         share = 1 / -(-len(layers) // cluster_cpus())  # more shards than cores take turns; whole shares of every core
         options = {"num_cpus": share, "num_gpus": cluster.gpus_per_shard, "runtime_env": environment(1)}
-        shards = [
-            ParentShard.options(**options).remote(parent, r.start, r.stop, "float32", "float32", 1, cluster.transport)  # type: ignore[attr-defined]
-            for r in layers
-        ]
+        how = ("float32", "float32", 1, cluster.transport, cluster.gpus_per_shard)
+        shards = [ParentShard.options(**options).remote(parent, r.start, r.stop, *how) for r in layers]  # type: ignore[attr-defined]
         entering: list[Any] = [[]]
         for shard in shards:
             entering.append(shard.run_parent.remote(data, entering[-1]))
@@ -121,9 +119,12 @@ class _Pipelines:
 
     def pool(self) -> _Pool[Any]:
         if not self.running:
-            places = max(1, cluster_cpus() // self.cluster.num_shards)
+            room = cluster_cpus()
+            if self.cluster.gpus_per_shard:
+                wanted = {"num_gpus": self.cluster.gpus_per_shard}
+                room = min(room, require(wanted, "a parent shard", "scoring", self.cluster.autoscaling))
             reference = ray.put(self.data)
-            for _ in range(min(self.most, places)):
+            for _ in range(min(self.most, max(1, room // self.cluster.num_shards))):
                 self.running.append(_Pipeline.start(self.parent, self.num_layers, self.cluster, reference))
             wait_ready(self.shards, "parent shards", self.cluster.placement_timeout_s)
         return _Pool(self.running, self.cluster.step_timeout_s)

@@ -2,9 +2,10 @@
 
 The same block distillation of a random Llama (8 layers, hidden size 256, three variants a block, 2,048 tokens a micro-batch) in one
 plain PyTorch process, and on Ray: shards that stream hidden states through the object store to trainers. CPU seconds are those of all
-processes together (driver, workers, raylet, GCS, agents), between two micro-batches well after the start. Once the blocks are shared
-by as few trainers as there are cores, once every block has an actor of its own. A core is slower while the others are busy, so the one
-process is measured alone and once more with a copy of it on every core: the work that Ray adds is the ratio to the latter.
+processes together (driver, workers, raylet, GCS, agents). Once the blocks are shared by as few trainers as there are cores, once every
+block has an actor of its own. All stand ready at the same time and take turns, a few micro-batches each, so that a machine whose speed
+drifts drifts for all alike; a ratio is of two neighbouring turns, the one process' being the mean of the turns before and after. A core
+is slower while the others are busy, so one process also takes turns with a copy of it on every core.
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,11 @@ from benchmarks.record import write
 from puzzle_ray.artifacts import LayerSpace, SearchSpace
 from puzzle_ray.config import ClusterConfig, LibraryConfig
 from puzzle_ray.data import Tokens
-from puzzle_ray.progress import Quiet
 from puzzle_ray.store import Store
 
 NUM_LAYERS, HIDDEN_SIZE, LENGTH, MICRO_BATCH_TOKENS = 8, 256, 256, 2048
 SPACE = SearchSpace((LayerSpace(("parent", "gqa:2"), ("parent", "ffn:344", "ffn:168"), "full_attention"),) * NUM_LAYERS)
+WATCHED = 6  # micro-batches of the turn in which the object store is looked at
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -73,40 +72,16 @@ def cpu_s(processes: list[psutil.Process]) -> dict[str, float]:
     return found
 
 
-class Meter(Quiet):
-    """Takes the time and all processes' CPU seconds when micro-batch `begin` is done, and again at `end`."""
-
-    def __init__(self, begin: int, end: int) -> None:
-        self.begin, self.end, self.done = begin, end, 0
-        self.marks: list[tuple[float, dict[str, float]]] = []
-
-    @contextmanager
-    def stage(self, name: str, total: int, unit: str) -> Iterator[Meter]:
-        yield self
-
-    def advance(self, count: int = 1, **facts: float) -> None:
-        self.done += count
-        if self.done in (self.begin, self.end):
-            self.marks.append((time.monotonic(), cpu_s(tree(psutil.Process()))))
-
-    def row(self) -> dict[str, Any]:
-        (begun, before), (ended, after) = self.marks
-        count = self.end - self.begin
-        by_process = {name: (seconds - before.get(name, 0.0)) / count for name, seconds in after.items()}
-        return {"cpu_s": sum(by_process.values()), "wall_s": (ended - begun) / count, "cpu_s_by_process": by_process}
-
-
-def configured(steps: int) -> tuple[LibraryConfig, Meter]:
-    """`steps` training micro-batches, of which the first quarter is not counted."""
+def configured(steps: int) -> LibraryConfig:
+    """`steps` training micro-batches behind one of calibration and one of validation."""
     small = MICRO_BATCH_TOKENS
-    config = LibraryConfig(
+    return LibraryConfig(
         tokens=steps * small,
         calibration_tokens=small,
         validation_tokens=small,
         micro_batch_tokens=small,
         checkpoint_every=10**6,
     )
-    return config, Meter(2 + steps // 4, 2 + steps)
 
 
 def random_tokens() -> Tokens:
@@ -115,110 +90,202 @@ def random_tokens() -> Tokens:
     return Tokens(np.random.default_rng(0).integers(0, 1024, (512, LENGTH), dtype=np.int32))
 
 
-def in_one_process(folder: str, steps: int, num_threads: int, store: Store) -> dict[str, Any]:
-    from puzzle_ray.distill.library import build_serially
+class OnePlainProcess:
+    """The stage in this process."""
 
-    config, meter = configured(steps)
-    step = store.step("library", {}, {})
-    build_serially(folder, SPACE, config, random_tokens(), 0, step, meter, num_threads)
-    return meter.row()
+    def __init__(self, folder: str, config: LibraryConfig, store: Store, num_threads: int) -> None:
+        from puzzle_ray.distill.library import OneProcess
+
+        self.stage = OneProcess(folder, SPACE, config, random_tokens(), 0, store.step("library", {}, {}), num_threads)
+
+    def run(self, count: int) -> None:
+        """The next `count` micro-batches."""
+        for _ in range(count):
+            self.stage.step(self.stage.group.last + 1)
+
+    def end(self) -> dict[str, Any]:
+        return {}
 
 
-def on_ray(folder: str, steps: int, blocks_per_trainer: int, num_shards: int, store: Store) -> dict[str, Any]:
-    """Every trainer and shard with one thread. With more trainers than cores, cores are promised twice."""
-    import ray
+class OnRay:
+    """The stage on a cluster of its own. Every trainer and shard has one thread; more trainers than cores share them."""
 
-    from actors import library_stream
+    def __init__(self, folder: str, config: LibraryConfig, store: Store, blocks_per_trainer: int) -> None:
+        import ray
 
-    num_trainers = num_shards * -(-NUM_LAYERS // num_shards // blocks_per_trainer)
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        num_cpus=max(CORES, num_trainers),
-        object_store_memory=512 << 20,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
-    config, meter = configured(steps)
-    cluster = ClusterConfig(num_shards=num_shards, blocks_per_trainer=blocks_per_trainer)
-    usages: list[Any] = []
-    show = library_stream._say_usage
-    library_stream._say_usage = lambda stream: usages.extend(stream.usage()) or show(stream)  # type: ignore[func-returns-value]
-    stop, peak = threading.Event(), [0.0]
-    total = ray.cluster_resources()["object_store_memory"]
+        from actors import library_stream
+        from puzzle_ray.distill.schedule import Schedule
 
-    def sample() -> None:
-        while not stop.wait(1.0):
-            peak[0] = max(peak[0], total - ray.available_resources().get("object_store_memory", total))
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    try:
+        num_trainers = -(-NUM_LAYERS // blocks_per_trainer)
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            num_cpus=max(CORES, num_trainers),
+            object_store_memory=512 << 20,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+        self.config, self.schedule, self.tokens = config, Schedule.of(config), random_tokens()
+        cluster = ClusterConfig(num_shards=1, blocks_per_trainer=blocks_per_trainer)
         step = store.step("library", {}, {})
-        library_stream.build_library(folder, SPACE, config, cluster, random_tokens(), 0, step, meter)
-    finally:
-        stop.set()
-        sampler.join()
-        library_stream._say_usage = show
+        self.stream = library_stream.open_stream(folder, range(NUM_LAYERS), SPACE, config, cluster, step)
+        self.flow, self.done = library_stream.flow, 0
+
+    def run(self, count: int) -> None:
+        """The next `count` micro-batches; none is in flight when it returns."""
+        positions = range(self.done, self.done + count)
+        self.flow(self.stream, positions, self.schedule, self.tokens, 0, self.config, NoBar())
+        self.done += count
+
+    def end(self) -> dict[str, Any]:
+        """What was put, and what a turn takes of the object store at the most; the turn is not one of those whose CPU time counts."""
+        import ray
+
+        stop, total = threading.Event(), ray.cluster_resources()["object_store_memory"]
+        peak = 0.0
+
+        def sample() -> None:
+            nonlocal peak
+            while not stop.wait(0.2):
+                peak = max(peak, total - ray.available_resources().get("object_store_memory", total))
+
+        sampler = threading.Thread(target=sample)
+        sampler.start()
+        try:
+            self.run(WATCHED)
+        finally:
+            stop.set()
+            sampler.join()
+        usages = self.stream.usage()
+        self.stream.release()
         ray.shutdown()
-    flow = library_stream.Flow.of(config, HIDDEN_SIZE)
-    return meter.row() | {
-        "bytes_per_token": sum(usage.sent_bytes / usage.sent_tokens for usage in usages),
-        "store_peak_bytes": peak[0],
-        "store_bound_bytes": flow.bound_bytes(NUM_LAYERS + 1),
-        "peak_rss_bytes": [usage.peak_rss_bytes for usage in usages],
-    }
+        return {
+            "bytes_per_token": sum(usage.sent_bytes / usage.sent_tokens for usage in usages),
+            "store_peak_bytes": peak,
+            "store_bound_bytes": self.stream.flow.bound_bytes(NUM_LAYERS + 1),
+            "peak_rss_bytes": [usage.peak_rss_bytes for usage in usages],
+        }
 
 
-WAYS: dict[str, dict[str, int]] = {
-    "one process, 1 thread": {"num_threads": 1},
-    "one process, 1 thread, on every core": {"num_threads": 1, "copies": CORES},
-    "one process, all cores": {"num_threads": CORES},
-    "blocks shared per trainer": {"num_shards": 1, "blocks_per_trainer": -(-NUM_LAYERS // CORES)},
-    "an actor per block": {"num_shards": 1, "blocks_per_trainer": 1},
-}
+class NoBar:
+    def advance(self, count: int = 1, **facts: float) -> None:
+        """Nothing to show."""
 
 
-def one(way: str, folder: str, steps: int) -> dict[str, Any]:
-    """One measurement in this process."""
-    options = WAYS[way]
+def take_turns(kind: str, amount: int, folder: str, steps: int, rounds: int) -> None:
+    """Serves turns: for every line on standard input `steps` micro-batches and a line of JSON; at its end, what else was seen."""
+    config = configured(steps * rounds + 1 + WATCHED)
     with tempfile.TemporaryDirectory() as scratch:
-        if "num_threads" in options:
-            return in_one_process(folder, steps, options["num_threads"], Store(scratch))
-        return on_ray(folder, steps, options["blocks_per_trainer"], options["num_shards"], Store(scratch))
+        make = OnRay if kind == "ray" else OnePlainProcess
+        stage = make(folder, config, Store(scratch), amount)
+        stage.run(3)  # calibration, validation, and a first training step
+        print(json.dumps("ready"), flush=True)
+        for _ in sys.stdin:
+            begun, before = time.monotonic(), cpu_s(tree(psutil.Process()))
+            stage.run(steps)
+            wall, after = time.monotonic() - begun, cpu_s(tree(psutil.Process()))
+            by_process = {name: (seconds - before.get(name, 0.0)) / steps for name, seconds in after.items()}
+            row = {"cpu_s": sum(by_process.values()), "wall_s": wall / steps, "cpu_s_by_process": by_process}
+            print(json.dumps(row), flush=True)
+        print(json.dumps(stage.end()), flush=True)
 
 
-def measured(way: str, folder: Path, steps: int) -> dict[str, Any]:
-    """One measurement in a process of its own, or the mean over copies that run at the same time."""
-    words = [sys.executable, "-m", "benchmarks.bld_overhead", "--way", way, "--parent", str(folder), "--steps", str(steps)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(WAYS[way].get("num_threads", 1)), "OMP_WAIT_POLICY": "PASSIVE"}
-    copies = [
-        subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(WAYS[way].get("copies", 1))
-    ]
-    found = [json.loads(copy.communicate(timeout=1800)[0].splitlines()[-1]) for copy in copies]
-    means = {name: statistics.fmean(row[name] for row in found) for name in ("cpu_s", "wall_s")}
-    return {"way": way, "steps": steps} | found[0] | means
+class Runner:
+    """A process that takes turns."""
+
+    def __init__(self, kind: str, amount: int, folder: Path, steps: int, rounds: int) -> None:
+        given = ["--serve", kind, str(amount), "--parent", str(folder), "--steps", str(steps), "--rounds", str(rounds)]
+        threads = str(amount if kind == "threads" else 1)
+        environment = {**os.environ, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}
+        words = [sys.executable, "-m", "benchmarks.bld_overhead", *given]
+        self.process = subprocess.Popen(words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def answer(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a measured process ended with exit code {self.process.wait()}; what it said stands above")
+        return json.loads(line)
+
+    def go(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+
+    def end(self) -> Any:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        return self.answer()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
 
-def summarised(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Medians over rounds; ratios are formed within a round, in which the machine is the same for all."""
-    rounds = [{row["way"]: row for row in rows if row["round"] == number} for number in sorted({row["round"] for row in rows})]
-    single, busy, cores, shared, each = WAYS
+def turn(runners: list[Runner]) -> dict[str, Any]:
+    """All of them at once; the mean, where there are several."""
+    for runner in runners:
+        runner.go()
+    found = [runner.answer() for runner in runners]
+    return found[0] | {name: statistics.fmean(row[name] for row in found) for name in ("cpu_s", "wall_s")}
 
-    def median(ratio: Any) -> float:
-        return float(statistics.median(ratio(found) for found in rounds))
 
-    on_ray_rows = [row for row in rows if "bytes_per_token" in row]
+SINGLE, BUSY, CORES_ALL = "one process, 1 thread", "one process, 1 thread, on every core", "one process, all cores"
+ON_RAY = {"blocks shared per trainer": -(-NUM_LAYERS // CORES), "an actor per block": 1}
+
+
+def measured(way: str, folder: Path, steps: int, rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows of all turns of one way on Ray and of the plain processes beside it, and what else was seen of it."""
+    kinds = [("ray", ON_RAY[way]), *[("threads", 1)] * CORES, ("threads", CORES)]
+    runners = [Runner(*kind, folder, steps, 2 * rounds + 1) for kind in kinds]
+    try:
+        for runner in runners:
+            runner.answer()
+        on_ray, *copies, cores = runners
+        rows = []
+        for number in range(rounds + 1):
+            turns = {SINGLE: copies[:1]}
+            if number < rounds:
+                turns |= {way: [on_ray], BUSY: copies, CORES_ALL: [cores]}
+            for name, runner in turns.items():
+                rows.append({"beside": way, "round": number, "way": name} | turn(runner))
+                print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+        return rows, on_ray.end()
+    finally:
+        for runner in runners:
+            runner.kill()
+
+
+def summarised(rows: list[dict[str, Any]], ends: list[dict[str, Any]]) -> dict[str, float]:
+    """Medians over rounds of ratios within a round."""
+    shared, each = ON_RAY
+
+    def turns(beside: str, way: str, what: str) -> list[float]:
+        return [row[what] for row in rows if row["beside"] == beside and row["way"] == way]
+
+    def single(beside: str, what: str) -> list[float]:
+        """The mean of the turns before and after."""
+        found = turns(beside, SINGLE, what)
+        return [(a + b) / 2 for a, b in zip(found, found[1:], strict=False)]
+
+    def median_ratio(over: list[float], under: list[float]) -> float:
+        return float(statistics.median(a / b for a, b in zip(over, under, strict=True)))
+
+    def cpu_ratio(way: str) -> float:
+        return median_ratio(turns(way, way, "cpu_s"), single(way, "cpu_s"))
+
+    best = [min(pair) for pair in zip(single(shared, "wall_s"), turns(shared, CORES_ALL, "wall_s"), strict=True)]
     return {
-        "cpu_ratio": median(lambda r: r[shared]["cpu_s"] / r[single]["cpu_s"]),
-        "cpu_ratio_actor_per_block": median(lambda r: r[each]["cpu_s"] / r[single]["cpu_s"]),
-        "cpu_ratio_cores_as_busy": median(lambda r: r[shared]["cpu_s"] / r[busy]["cpu_s"]),
-        "cpu_ratio_actor_per_block_cores_as_busy": median(lambda r: r[each]["cpu_s"] / r[busy]["cpu_s"]),
-        "wall_ratio_best_single": median(lambda r: r[shared]["wall_s"] / min(r[single]["wall_s"], r[cores]["wall_s"])),
-        "bytes_ratio": max(row["bytes_per_token"] for row in on_ray_rows) / ((NUM_LAYERS + 1) * HIDDEN_SIZE * 4),
-        "store_peak_over_bound": max(row["store_peak_bytes"] / row["store_bound_bytes"] for row in on_ray_rows),
-        "single_cpu_s_per_micro_batch": median(lambda r: r[single]["cpu_s"]),
-        "shared_cpu_s_per_micro_batch": median(lambda r: r[shared]["cpu_s"]),
+        "cpu_ratio": cpu_ratio(shared),
+        "cpu_ratio_actor_per_block": cpu_ratio(each),
+        "cpu_ratio_cores_as_busy": median_ratio(turns(shared, shared, "cpu_s"), turns(shared, BUSY, "cpu_s")),
+        "cpu_ratio_actor_per_block_cores_as_busy": median_ratio(turns(each, each, "cpu_s"), turns(each, BUSY, "cpu_s")),
+        "wall_ratio_best_single": median_ratio(turns(shared, shared, "wall_s"), best),
+        "bytes_ratio": max(end["bytes_per_token"] for end in ends) / ((NUM_LAYERS + 1) * HIDDEN_SIZE * 4),
+        "store_peak_over_bound": max(end["store_peak_bytes"] / end["store_bound_bytes"] for end in ends),
+        "single_cpu_s_per_micro_batch": statistics.median(single(shared, "cpu_s")),
+        "shared_cpu_s_per_micro_batch": statistics.median(turns(shared, shared, "cpu_s")),
+        "actor_per_block_cpu_s_per_micro_batch": statistics.median(turns(each, each, "cpu_s")),
     }
 
 
@@ -226,27 +293,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--quick", action="store_true", help="one round of few micro-batches")
-    parser.add_argument("--way", choices=WAYS, help="measure this one alone and print it")
-    parser.add_argument("--parent", type=Path)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=6, help="micro-batches of a turn")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)  # a process that is measured
+    parser.add_argument("--parent", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.way:
-        print(json.dumps(one(arguments.way, str(arguments.parent), arguments.steps)))
+    if arguments.serve:
+        kind, amount = arguments.serve
+        take_turns(kind, int(amount), str(arguments.parent), arguments.steps, arguments.rounds)
         return
     if arguments.out is None:
         parser.error("--out is needed")
-    steps, rounds = (8, 1) if arguments.quick else (arguments.steps, 3)
+    steps, rounds = (3, 1) if arguments.quick else (arguments.steps, arguments.rounds)
     rows: list[dict[str, Any]] = []
+    ends: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         save_random_llama(Path(folder))
-        for number in range(rounds):
-            for way in WAYS:
-                rows.append({"round": number} | measured(way, Path(folder), steps))
-                print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    summary = summarised(rows)
+        for way in ON_RAY:
+            found, end = measured(way, Path(folder), steps, rounds)
+            rows += found
+            ends.append({"way": way} | end)
+    summary = summarised(rows, ends)
     for name, value in summary.items():
         print(f"{name}: {value:.4g}")
-    write(arguments.out, rows, {"layers": NUM_LAYERS, "hidden_size": HIDDEN_SIZE, "cores": CORES} | summary)
+    facts = {"layers": NUM_LAYERS, "hidden_size": HIDDEN_SIZE, "cores": CORES, "steps": steps, "rounds": rounds}
+    write(arguments.out, rows + ends, facts | summary)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoTokenizer
@@ -27,7 +27,7 @@ from puzzle_ray.blocks import load_stack, search_space
 from puzzle_ray.checkpoint import locate, quiet_transformers, read_config
 from puzzle_ray.config import DataConfig, LibraryConfig, ScoringConfig
 from puzzle_ray.data import tokenise
-from puzzle_ray.distill.library import build_serially
+from puzzle_ray.distill.library import Library, build_serially
 from puzzle_ray.families import describe
 from puzzle_ray.progress import Quiet
 from puzzle_ray.scoring.metrics import mean
@@ -44,20 +44,29 @@ QUICK_TOKENS, QUICK_HELDOUT_TOKENS = 32_768, 2_048
 class Setting:
     """A parent, text in its tokens, and what all libraries have in common."""
 
-    def __init__(self, parent: str, text: str, store: Store, heldout_tokens: int, calibration_tokens: int) -> None:
+    def __init__(
+        self,
+        parent: str,
+        text: str,
+        store: Store,
+        heldout_tokens: int,
+        calibration_tokens: int,
+        variants: tuple[tuple[str, ...], tuple[str, ...]] = (ATTENTION, FFN),
+        granularity: Literal["block", "subblock"] = "block",
+    ) -> None:
         self.parent, self.store = parent, store
         self.library = LibraryConfig(calibration_tokens=calibration_tokens)
-        self.scoring = ScoringConfig(granularity="block", tokens=heldout_tokens)
+        self.scoring = ScoringConfig(granularity=granularity, tokens=heldout_tokens)
         folder = locate(parent)
         config = read_config(folder)
         data = DataConfig(train=text)
         self.train, heldout = tokenise(data, AutoTokenizer.from_pretrained(folder), config.max_position_embeddings)
         self.stack = load_stack(folder, describe(config), config, 0, config.num_hidden_layers, torch.float32)
         self.texts = heldout.first(heldout_tokens, self.scoring.micro_batch_tokens // data.sequence_length)
-        self.space = search_space(config, ATTENTION, FFN, MULTIPLE)
+        self.space = search_space(config, *variants, MULTIPLE)
 
-    def measure(self, mode: str, tokens: int) -> dict[str, Any]:
-        """One library and its scores; 0 tokens is every variant as it starts."""
+    def scored(self, mode: str, tokens: int) -> tuple[Library, dict[tuple[int, str, str], float], float]:
+        """One library, the KL of every exchange, and the CPU seconds of its training; 0 tokens is every variant as it starts."""
         layers = (replace(layer, coupled=mode == "coupled") for layer in self.space.layers)
         space = SearchSpace(tuple(layers))
         changes = {"tokens": tokens} if tokens else {"tokens": self.library.micro_batch_tokens, "learning_rate": UNTRAINED}
@@ -69,6 +78,11 @@ class Setting:
         scores_step = self.store.step("scores", {}, inputs)
         scores = score_serially(self.stack, self.texts, space, self.scoring, scores_step, library.states, Quiet())
         kl = {(r.layer, r.attention, r.ffn): r.value for r in scores.rows if r.metric == "kl"}
+        return library, kl, trained_s
+
+    def measure(self, mode: str, tokens: int) -> dict[str, Any]:
+        """One library and its scores in figures."""
+        library, kl, trained_s = self.scored(mode, tokens)
         rows = library.rows()
         return {
             "mode": mode,

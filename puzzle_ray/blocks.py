@@ -21,6 +21,8 @@ from puzzle_ray.checkpoint import Checkpoint
 from puzzle_ray.families import Descriptor, complete
 from puzzle_ray.variants import find, resolve
 
+CPU = torch.device("cpu")
+
 
 def layer_type(config: Any, index: int) -> str:
     """transformers' word for what a layer's attention sees: `full_attention`, `sliding_attention` ... (GPT-Neo: `global`, `local`)."""
@@ -110,6 +112,16 @@ class LayerStack(nn.Module):
         self.final_norm = model.get_submodule(descriptor.final_norm) if stops else None
         self.head = model.get_submodule(descriptor.head) if stops else None
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes, and where the tensors that it is given must be."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return next(self.parameters()).dtype
+
     def embed(self, input_ids: Tensor) -> Tensor:
         """What enters layer 0, positions and multiplier included: [batch, tokens] -> [batch, tokens, hidden_size]."""
         assert self.embedding is not None, "this stack does not hold the embedding"
@@ -129,9 +141,8 @@ class LayerStack(nn.Module):
             getattr(self.config, "layer_types", None) is None and getattr(self.config, "sliding_window", None) is not None
         )
         make_mask = create_sliding_window_causal_mask if sliding else create_causal_mask
-        mask = make_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=None, position_ids=position_ids
-        )
+        # the mask and the cache by position: the cache's name differs between versions of transformers
+        mask = make_mask(self.config, hidden_states, None, None, position_ids=position_ids)
         arguments: dict[str, Any] = {"attention_mask": mask, "position_ids": position_ids, "use_cache": False}
         if self.rotary is not None:
             by_type = {"layer_type": layer_type(self.config, index)} if self.descriptor.rotary_by_layer_type else {}
@@ -157,10 +168,12 @@ class LayerStack(nn.Module):
         return out if cap is None else torch.tanh(out / cap) * cap
 
 
-def _materialise(module: nn.Module, prefix: str, checkpoint: Checkpoint, dtype: torch.dtype, model: Any) -> None:
+def _materialise(
+    module: nn.Module, prefix: str, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, model: Any
+) -> None:
     """Fills a module of `model`, built on the meta device, from tensors named `prefix.*`."""
     names = {f"{prefix}.{name}": name for name in module.state_dict()}
-    module.to_empty(device="cpu")
+    module.to_empty(device=device)
     for parameter in module.parameters():
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
     for part in module.modules():  # buffers that no checkpoint holds
@@ -171,9 +184,17 @@ def _materialise(module: nn.Module, prefix: str, checkpoint: Checkpoint, dtype: 
 
 
 def load_stack(
-    folder: Path, descriptor: Descriptor, config: Any, first: int, last: int, dtype: torch.dtype, *, ends: bool = True
+    folder: Path,
+    descriptor: Descriptor,
+    config: Any,
+    first: int,
+    last: int,
+    dtype: torch.dtype,
+    *,
+    ends: bool = True,
+    device: torch.device = CPU,
 ) -> LayerStack:
-    """Reads only the layers asked for, tensor by tensor. `dtype` is the one to compute in."""
+    """Reads only the layers asked for, tensor by tensor, straight to `device`. `dtype` is the one to compute in."""
     config = copy.deepcopy(config)
     config._attn_implementation = descriptor.attn_implementation
     with torch.device("meta"):
@@ -183,12 +204,12 @@ def load_stack(
 
     def fill(module: nn.Module | None, prefix: str) -> None:
         if module is not None:
-            _materialise(module, prefix, checkpoint, dtype, model)
+            _materialise(module, prefix, checkpoint, dtype, device, model)
 
     for index in range(first, last):
         fill(stack.layer(index), f"{descriptor.layers}.{index}")
     if stack.rotary is not None:
-        stack.rotary = type(stack.rotary)(config=config)
+        stack.rotary = type(stack.rotary)(config=config).to(device)
     fill(stack.embedding, descriptor.embedding)
     fill(stack.positions, descriptor.positions)
     fill(stack.final_norm, descriptor.final_norm)

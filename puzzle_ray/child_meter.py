@@ -26,7 +26,7 @@ class ChildMeter:
     """
 
     def __init__(self, stack: LayerStack, library: Library, batches: Sequence[Tensor]) -> None:
-        self.stack, self.library, self.batches = stack, library, list(batches)
+        self.stack, self.library, self.batches = stack, library, [ids.to(stack.device) for ids in batches]
         self.blocks: OrderedDict[tuple[int, LayerChoice], nn.Module] = OrderedDict()
         self.last: Choices | None = None
         self.inputs: list[list[Tensor]] = [[] for _ in self.batches]  # per batch: every layer's input, and the last one's output

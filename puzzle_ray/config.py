@@ -102,6 +102,7 @@ class LibraryConfig(Section):
     gradient_clip: Positive = 1.0
     checkpoint_every: Count = 50  # micro-batches
     window: Count = 3  # micro-batches in flight
+    parent_dtype: DType = "float32"  # the parent computes its activations in
     activation_dtype: DType = "float32"  # of what travels
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast; weights, optimizer and loss stay float32
 
@@ -294,14 +295,6 @@ class ClusterConfig(Section):
     max_recoveries: Count = 20
     autoscaling: bool = False  # nodes are added on demand: what none has yet is waited for, up to placement_timeout_s
     transport: str = "object_store"  # of hidden states
-
-    @model_validator(mode="after")
-    def _cpu_only(self) -> ClusterConfig:
-        if self.gpus_per_trainer or self.gpus_per_shard:
-            raise ValueError(
-                "parent shards and block trainers compute on CPUs so far; leave gpus_per_trainer and gpus_per_shard at 0"
-            )
-        return self
 
 
 class RunConfig(Section):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from puzzle_ray.artifacts import BLOCK, LayerChoice, SearchSpace, SubblockKind, rows_from_parquet, rows_to_parquet
-from puzzle_ray.blocks import load_stack
+from puzzle_ray.blocks import CPU, load_stack
 from puzzle_ray.checkpoint import locate, read_config
 from puzzle_ray.config import LibraryConfig
 from puzzle_ray.data import Tokens
@@ -24,6 +24,7 @@ from puzzle_ray.distill.bld import LayerTrainer, LibraryRow, Schedule, row_metad
 from puzzle_ray.distill.candidate import by_kind
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.families import describe
+from puzzle_ray.process import compute_with
 from puzzle_ray.progress import Progress
 from puzzle_ray.store import RECORD, Step, Store
 
@@ -50,9 +51,16 @@ class GroupTrainer:
     """The trainers of some layers, their checkpoints, and the publishing of what is finished. Runs anywhere."""
 
     def __init__(
-        self, parent: str, layers: Sequence[int], space: SearchSpace, config: LibraryConfig, step: Step, num_threads: int
+        self,
+        parent: str,
+        layers: Sequence[int],
+        space: SearchSpace,
+        config: LibraryConfig,
+        step: Step,
+        num_threads: int,
+        device: torch.device = CPU,
     ) -> None:
-        torch.set_num_threads(num_threads)
+        compute_with(num_threads)
         folder = locate(parent)
         model_config = read_config(folder)
         descriptor = describe(model_config)
@@ -62,7 +70,7 @@ class GroupTrainer:
         starts = starting_library(config, space)
         self.trainers = []
         for index in (index for index in layers if index in left):
-            stack = load_stack(folder, descriptor, model_config, index, index + 1, torch.float32, ends=False)
+            stack = load_stack(folder, descriptor, model_config, index, index + 1, torch.float32, ends=False, device=device)
             trainer = LayerTrainer(index, stack, space.layers[index], config, starts.states if starts else None)
             if step.exists(checkpoint_name(index)):
                 trainer.restore(*step.read_tensors(checkpoint_name(index)))
@@ -204,6 +212,52 @@ def _metadata(step: Step, name: str) -> dict[str, str]:
     return dict(header.get("__metadata__", {}))
 
 
+class OneProcess:
+    """The library stage without Ray: the parent's layers, and the trainers of those that are left, in this process."""
+
+    def __init__(
+        self,
+        parent: str,
+        space: SearchSpace,
+        config: LibraryConfig,
+        tokens: Tokens,
+        seed: int,
+        step: Step,
+        num_threads: int = 1,
+        device: torch.device = CPU,
+    ) -> None:
+        """There must be an unfinished layer in `step`."""
+        layers = unfinished_layers(space, step)
+        self.group = GroupTrainer(parent, layers, space, config, step, num_threads, device)
+        folder = locate(parent)
+        model_config = read_config(folder)
+        dtype = getattr(torch, config.parent_dtype)
+        self.stack = load_stack(folder, describe(model_config), model_config, 0, max(layers) + 1, dtype, device=device)
+        self.schedule = Schedule.of(config)
+        self.tokens, self.seed = tokens, seed
+        self.sequences = config.micro_batch_tokens // tokens.sequences.shape[1]
+        self.travels = getattr(torch, config.activation_dtype)
+
+    def batch(self, position: int) -> Tensor:
+        """Token ids of a position, `[sequences, tokens]`."""
+        ids = self.tokens.batch(self.seed, self.schedule.data_number(position), self.sequences)
+        return ids.to(self.stack.device)
+
+    @torch.no_grad()
+    def forward(self, input_ids: Tensor) -> dict[int, Tensor]:
+        """Every layer's input, behind the last one its output, rounded as what goes through the object store is."""
+        hidden = {0: self.stack.embed(input_ids).to(self.travels)}
+        for index in range(self.stack.last):
+            hidden[index + 1] = self.stack.run_layer(self.stack.layer(index), index, hidden[index].to(self.stack.dtype)).to(
+                self.travels
+            )
+        return {index: state.float() for index, state in hidden.items()}
+
+    def step(self, position: int) -> float | None:
+        """One micro-batch through the parent and all trainers. Returns the mean training loss, if anything trained."""
+        return self.group.step(position, self.forward(self.batch(position)))
+
+
 def build_serially(
     parent: str,
     space: SearchSpace,
@@ -213,30 +267,14 @@ def build_serially(
     step: Step,
     progress: Progress,
     num_threads: int = 1,
+    device: torch.device = CPU,
 ) -> Library:
     """The library stage in this process, without Ray: the same numbers as on a cluster with the same threads per trainer."""
-    layers = unfinished_layers(space, step)
-    if layers:
-        group = GroupTrainer(parent, layers, space, config, step, num_threads)
-        folder = locate(parent)
-        model_config = read_config(folder)
-        depth = max(layers) + 1
-        stack = load_stack(folder, describe(model_config), model_config, 0, depth, torch.float32)
-        schedule = Schedule.of(config)
-        sequences = config.micro_batch_tokens // tokens.sequences.shape[1]
-
-        def travelled(hidden_states: Tensor) -> Tensor:
-            """What arrives of a hidden state that went through the object store."""
-            return hidden_states.to(getattr(torch, config.activation_dtype)).float()
-
-        with progress.stage("library", schedule.positions, "micro-batch") as bar:
-            bar.advance(group.last + 1)
-            for position in range(group.last + 1, schedule.positions):
-                ids = tokens.batch(seed, schedule.data_number(position), sequences)
-                with torch.no_grad():
-                    hidden = {0: travelled(stack.embed(ids))}
-                    for index in range(depth):
-                        hidden[index + 1] = travelled(stack.run_layer(stack.layer(index), index, hidden[index]))
-                loss = group.step(position, hidden)
+    if unfinished_layers(space, step):
+        process = OneProcess(parent, space, config, tokens, seed, step, num_threads, device)
+        with progress.stage("library", process.schedule.positions, "micro-batch") as bar:
+            bar.advance(process.group.last + 1)
+            for position in range(process.group.last + 1, process.schedule.positions):
+                loss = process.step(position)
                 bar.advance(1, **({} if loss is None else {"loss": loss}))
     return finish(space, step)

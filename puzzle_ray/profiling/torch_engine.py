@@ -7,11 +7,8 @@ our server is; engines that serve by CUDA graphs (`vllm`, `tensorrt_llm`) measur
 
 from __future__ import annotations
 
-import ctypes
-import platform
 import time
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,22 +18,10 @@ from puzzle_ray.artifacts import LayerChoice, Scenario
 from puzzle_ray.errors import ProfileError
 from puzzle_ray.export.hf import new_child
 from puzzle_ray.families import describe
+from puzzle_ray.kv_cache import cache_from, continuing
+from puzzle_ray.process import keep_freed_memory
 from puzzle_ray.profiling.engines import Timing, measure_side_by_side
 from puzzle_ray.profiling.machine import cpu_name, machine_facts
-
-
-@lru_cache(maxsize=1)
-def keep_freed_memory() -> bool:
-    """Tells glibc to keep freed memory in this process, where it is used; says whether it did.
-
-    By default every large activation is handed back to the kernel and comes again page by page, zeroed: up to a quarter of a prefill
-    on the CPU, and how much depends on what was freed before, so that layers cost more together than alone. See mallopt(3).
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-    mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(mmap_threshold, 1 << 30)) and bool(mallopt(trim_threshold, (1 << 31) - 1))
 
 
 class TorchEngine:
@@ -79,9 +64,10 @@ class TorchEngine:
         ids = torch.randint(model.config.vocab_size, shape, device=model.device)
         started = self._now(model.device)
         out = model(ids[:, :prompt], use_cache=True, logits_to_keep=1)
+        cache = cache_from(out)
         prefilled = self._now(model.device)
         for position in range(prompt, shape[1]):
-            model(ids[:, position : position + 1], past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+            model(ids[:, position : position + 1], **continuing(cache), logits_to_keep=1)
         done = self._now(model.device)
         return 1e3 * (prefilled - started), 1e3 * (done - prefilled) / max(1, steps) if steps else 0.0
 

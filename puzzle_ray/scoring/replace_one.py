@@ -51,7 +51,8 @@ class ShardScorer:
 
     def __init__(self, stack: LayerStack, texts: Sequence[Tensor], questions: Sequence[QuestionBatch] = ()) -> None:
         self.stack, self.questions, self.num_texts = stack, list(questions), len(texts)
-        self.input_ids = [*texts, *(torch.from_numpy(batch.input_ids.copy()) for batch in questions)]
+        ids = [*texts, *(torch.from_numpy(batch.input_ids.copy()) for batch in questions)]
+        self.input_ids = [batch.to(stack.device) for batch in ids]
         self.inputs: list[dict[int, Tensor]] = []  # per batch: layer -> the parent's input; behind the last one, its output
         self.parent: list[Kept] = []
         self.ends = stack.head is not None

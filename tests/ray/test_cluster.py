@@ -187,8 +187,8 @@ def test_losing_a_node_with_a_shard_and_its_trainers_changes_nothing(several_nod
         several_nodes.add(num_cpus=2)
     cluster = CLUSTER.model_copy(update={"blocks_per_trainer": 1})
     streams, seen = [], []
-    start = library_stream._start
-    monkeypatch.setattr(library_stream, "_start", lambda *a: streams.append(start(*a)) or streams[-1])
+    start = library_stream.open_stream
+    monkeypatch.setattr(library_stream, "open_stream", lambda *a: streams.append(start(*a)) or streams[-1])
 
     def nodes():
         stream = streams[-1]
@@ -216,8 +216,8 @@ def test_losing_a_node_with_a_shard_and_its_trainers_changes_nothing(several_nod
 def test_trainers_that_find_no_other_node_are_an_error(several_nodes, parent, tmp_path, monkeypatch):
     only = several_nodes.add(num_cpus=1)
     streams = []
-    start = library_stream._start
-    monkeypatch.setattr(library_stream, "_start", lambda *a: streams.append(start(*a)) or streams[-1])
+    start = library_stream.open_stream
+    monkeypatch.setattr(library_stream, "open_stream", lambda *a: streams.append(start(*a)) or streams[-1])
 
     def kill():
         streams[0].cluster = CLUSTER.model_copy(update={"placement_timeout_s": 2.0})

@@ -117,8 +117,8 @@ def test_killing_a_process_changes_nothing(local_ray, setting, coupled, victim, 
     streams = []
     setting, config = (coupled, CONFIG.model_copy(update=EVERYTHING)) if "pairs" in victim else (setting, CONFIG)
     victims = victim.split()[0]
-    start = library_stream._start
-    monkeypatch.setattr(library_stream, "_start", lambda *a: streams.append(start(*a)) or streams[-1])
+    start = library_stream.open_stream
+    monkeypatch.setattr(library_stream, "open_stream", lambda *a: streams.append(start(*a)) or streams[-1])
     killed = []
 
     def kill():
