@@ -337,6 +337,33 @@ def test_trainers_that_fit_no_node_together_are_packed_and_what_finds_no_place_i
     until(lambda: ray.available_resources().get("CPU") == 2, "what was reserved is free again")
 
 
+def test_gpus_are_reserved_for_shards_and_trainers_and_what_torch_cannot_use_is_an_error(several_nodes, parent, tmp_path):
+    """Ray believes what it is told of GPUs; the processes that get them look."""
+    node = several_nodes.add(num_cpus=4, num_gpus=2)
+    cluster = CLUSTER.model_copy(update={"gpus_per_shard": 0.5, "gpus_per_trainer": 0.5})
+    plans = plan_shards(range(4), cluster)
+    assert [plan.groups for plan in plans] == [((0, 1),), ((2, 3),)], "two shards leave room for two trainers"
+    reservation = Reservation.make(plans, cluster)
+    assert reservation.shards_of_nodes() == {node: {0, 1}}
+    reserved = [bundle for bundle in ray.util.placement_group_table(reservation.group)["bundles"].values()]
+    assert reserved == [{"CPU": 1.0, "GPU": 1.0}] * 2
+    reservation.release([])
+    until(lambda: ray.available_resources().get("GPU") == 2, "what was reserved is free again")
+    for changes, words in (
+        ({"gpus_per_trainer": 3}, "no node can hold a block trainer with CPU: 1, GPU: 3"),
+        ({"gpus_per_shard": 3}, "no node can hold a parent shard with GPU: 3"),
+        ({"blocks_per_trainer": 1}, "4 trainers of 1 CPUs and 0.5 GPUs, and the cluster holds 2 beside 2 shards of 0.5"),
+    ):
+        with pytest.raises(ClusterError, match=words):
+            plan_shards(range(4), cluster.model_copy(update=changes))
+    if not torch.cuda.is_available():
+        folder, space, tokens = parent
+        step = Store(str(tmp_path)).step("library", {}, {})
+        with pytest.raises(ClusterError, match="sees no GPU in a process that was given 0.5"):
+            library_stream.build_library(folder, space, LIBRARY, cluster, tokens, 0, step, Quiet())
+        assert not step.names()
+
+
 def test_an_interrupt_while_room_is_waited_for_leaves_nothing_reserved(several_nodes, monkeypatch):
     several_nodes.add(num_cpus=1)
 

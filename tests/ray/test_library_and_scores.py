@@ -112,6 +112,16 @@ def test_grouping_of_layers_changes_nothing(local_ray, setting):
     assert_same(setting[-1], build(setting, "one each", num_shards=1, blocks_per_trainer=4))
 
 
+def test_what_travels_in_16_bits_is_rounded_alike_wherever_shards_end(local_ray, setting):
+    """The parent computes in 16 bits too: the same numbers from one process, one shard and three."""
+    config = CONFIG.model_copy(update={"activation_dtype": "bfloat16", "parent_dtype": "bfloat16", "tokens": 320})
+    folder, space, tokens, store, exact = setting
+    serial = build_serially(str(folder), space, config, tokens, 0, store.step("library", {"by": "16 bits"}, {}), Quiet())
+    assert serial.rows() != exact.rows()
+    for num_shards in (1, 3):
+        assert_same(serial, build(setting, f"16 bits, {num_shards}", config=config, num_shards=num_shards))
+
+
 @pytest.mark.parametrize("victim", ["trainers", "shards", "trainers of pairs"])
 def test_killing_a_process_changes_nothing(local_ray, setting, coupled, victim, monkeypatch):
     streams = []
