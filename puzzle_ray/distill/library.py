@@ -118,7 +118,7 @@ class Library:
         return rows
 
     def curves(self) -> dict[tuple[int, str, str], list[float]]:
-        """(layer, kind, variant) -> normalised MSE at every training micro-batch."""
+        """(layer, kind, variant) -> what was minimised, at every training micro-batch."""
         raw = self.step.read_json("curves.json")
         return {(x["layer"], x["kind"], x["variant"]): x["losses"] for x in raw}
 

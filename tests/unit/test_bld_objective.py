@@ -47,14 +47,14 @@ def test_every_term_is_zero_for_a_copy_and_the_subblock_term_one_for_a_noop():
     x, m, y = torch.randn(3, 2, 7, 8)
     parent = LayerPass(x, m, y)
     assert float(training_loss(BlockLoss(**WEIGHTS), KINDS, parent, parent)) == pytest.approx(0.0, abs=1e-6)
-    alone = BlockLoss(block=0, subblock=1)
+    alone = BlockLoss(block=0, subblock=1, cosine=0)
     assert float(training_loss(alone, ("attention",), LayerPass(x, x, x), parent)) == 1
     assert float(training_loss(alone, ("ffn",), LayerPass(x, m, m), parent)) == 1
 
 
-def test_the_default_is_the_papers_loss_bit_for_bit():
+def test_without_the_cosine_it_is_the_papers_loss_bit_for_bit():
     x, m, y, m1, y1 = torch.randn(5, 2, 7, 8)
-    found = training_loss(BlockLoss(), ("attention",), LayerPass(x, m1, y1), LayerPass(x, m, y))
+    found = training_loss(BlockLoss(cosine=0), ("attention",), LayerPass(x, m1, y1), LayerPass(x, m, y))
     assert torch.equal(found, normalised_mse(y1, y))
 
 
@@ -102,10 +102,15 @@ def test_a_trainers_loss_is_that_of_whole_layers_and_of_their_modules_outputs(pa
 
 def test_whatever_is_minimised_variants_are_judged_by_the_block_loss(parent_folder):
     """Every objective lowers its own loss; validation is the block's output under all of them, and equal before training."""
-    losses = {"block": {}, "subblock": {"block": 0, "subblock": 1}, "cosine": {"block": 0, "cosine": 1}}
+    losses = {
+        "block": {"cosine": 0},
+        "subblock": {"block": 0, "subblock": 1, "cosine": 0},
+        "cosine": {"block": 0, "cosine": 1},
+        "default": {},
+    }
     found = {name: run(trainer(parent_folder, changed(tokens=2048, loss=loss))) for name, loss in losses.items()}
     starts = [[row.start_loss for row in rows_of(t).values()] for t in found.values()]
-    assert starts[0] == starts[1] == starts[2]
+    assert all(start == starts[0] for start in starts)
     for name, t in found.items():
         c = next(c for c in t.candidates if c.choice == LayerChoice(attention="gqa:1"))
         assert np.mean(c.course.curve[-8:]) < 0.95 * np.mean(c.course.curve[:8]), name
@@ -122,6 +127,6 @@ def test_a_trainer_with_all_terms_is_restored_to_the_same_bits(parent_folder):
 
 def test_a_loss_without_terms_is_refused():
     with pytest.raises(ConfigError, match="all loss weights are 0; set library.loss.block"):
-        load(None, None, ("library.loss={block: 0}",))
+        load(None, None, ("library.loss={block: 0, cosine: 0}",))
     with pytest.raises(ConfigError, match="did you mean 'cosine'"):
         load(None, None, ("library.loss.cosin=1",))
