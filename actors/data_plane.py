@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 import urllib.request
@@ -48,16 +47,18 @@ def plan_shards(layers: Sequence[int], cluster: ClusterConfig) -> list[ShardPlan
     num_shards, auto = cluster.num_shards, cluster.blocks_per_trainer == "auto"
     if cluster.gpus_per_shard:
         require({"num_gpus": cluster.gpus_per_shard}, "a parent shard", "library", cluster.autoscaling)
-    places = require(trainer_options(cluster), "a block trainer", "library", cluster.autoscaling) or len(layers)
-    while auto and num_shards > 1 and _room_beside(num_shards, places, cluster) < num_shards:
+    places = require(trainer_options(cluster), "a block trainer", "library", cluster.autoscaling)
+    while auto and places and num_shards > 1 and _room_beside(num_shards, places, cluster) < num_shards:
         num_shards -= 1
-    room = _room_beside(num_shards, places, cluster)
+    room = _room_beside(num_shards, places, cluster) if places else len(layers)
+    if auto and cluster.autoscaling:
+        room = max(room, num_shards)
     if num_shards < cluster.num_shards:
         say(f"{num_shards} shards in place of {cluster.num_shards}: the cluster holds no trainer for each of more")
     shards = runs(max(layers) + 1, num_shards)
     own = [[layer for layer in layers if layer in shard] for shard in shards]
     counts = [len(part) if auto else -(-len(part) // int(cluster.blocks_per_trainer)) for part in own]
-    while auto and sum(counts) > room:
+    while auto and sum(counts) > max(room, num_shards):
         several = [n for n, count in enumerate(counts) if count > 1]
         counts[min(several, key=lambda n: len(own[n]) / (counts[n] - 1))] -= 1
     if sum(counts) > room and not cluster.autoscaling:
@@ -66,7 +67,8 @@ def plan_shards(layers: Sequence[int], cluster: ClusterConfig) -> list[ShardPlan
         )
         beside = f" beside {num_shards} shards of {cluster.gpus_per_shard:g}" if cluster.gpus_per_shard else ""
         problem = f"{sum(counts)} trainers of {each}, and the cluster holds {room}{beside}: it has {nodes_in_words()}"
-        raise ClusterError("cluster.blocks_per_trainer", problem, "raise it, lower cluster.num_shards, or leave it at auto")
+        remedy = "ask for smaller shares of a GPU" if auto else "raise it, lower cluster.num_shards, or leave it at auto"
+        raise ClusterError("cluster.blocks_per_trainer", problem, remedy)
     return [
         ShardPlan(shard, tuple(tuple(part[i] for i in run) for run in runs(len(part), count)) if part else ())
         for shard, part, count in zip(shards, own, counts, strict=True)
@@ -75,8 +77,11 @@ def plan_shards(layers: Sequence[int], cluster: ClusterConfig) -> list[ShardPlan
 
 def _room_beside(num_shards: int, places: int, cluster: ClusterConfig) -> int:
     """How many of the `places` for trainers are left when shards have taken their GPUs."""
-    taken = num_shards * cluster.gpus_per_shard / cluster.gpus_per_trainer if cluster.gpus_per_trainer else 0
-    return max(0, places - math.ceil(taken - 1e-6))
+    if not cluster.gpus_per_trainer:
+        return places
+    gpus = sum(node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"])
+    left = (gpus - num_shards * cluster.gpus_per_shard) / cluster.gpus_per_trainer
+    return max(0, min(places, int(left + 1e-6)))
 
 
 def trainer_options(cluster: ClusterConfig) -> dict[str, Any]:
@@ -172,8 +177,8 @@ def _bundles(
 
 
 def _taken(bundle: Mapping[str, float]) -> dict[str, float]:
-    """Ray has no bundle with 0 of something."""
-    return {name: amount for name, amount in bundle.items() if amount}
+    """Ray has no bundle with 0 of something, and counts in ten thousandths."""
+    return {name: round(amount, 4) for name, amount in bundle.items() if amount}
 
 
 def _fit(wanted: Iterable[Mapping[str, float]]) -> bool:

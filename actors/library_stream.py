@@ -138,7 +138,7 @@ def open_stream(
         for plan, bundle, bundles in zip(plans, reservation.shards, reservation.trainers, strict=True):
             options = {"num_cpus": 0, "num_gpus": cluster.gpus_per_shard, "runtime_env": environment(1)}
             shard = ParentShard.options(**options, **reservation.options(bundle))  # type: ignore[attr-defined]
-            how = (config.parent_dtype, config.activation_dtype, 1, cluster.transport, cluster.gpus_per_shard)
+            how = (config.parent_dtype, config.activation_dtype, 1, cluster.transport, cluster.gpus_per_shard, step.key)
             shards.append(shard.remote(parent, plan.layers.start, plan.layers.stop, *how))
             for group, own in zip(plan.groups, bundles, strict=True):
                 options = trainer_options(cluster) | {"runtime_env": environment(threads)}

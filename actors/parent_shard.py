@@ -6,11 +6,13 @@ import os
 import resource
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
+from actors.turns import Turns
 from puzzle_ray.artifacts import SearchSpace
 from puzzle_ray.config import ScoringConfig
 from puzzle_ray.scoring.downstream import QuestionBatch
@@ -52,7 +54,9 @@ class Shard:
         num_threads: int,
         transport: str,
         num_gpus: float = 0,
+        run: str | None = None,
     ) -> None:
+        """With `run`, `forward` takes turns with that run's other computing processes on this node."""
         import torch
 
         from puzzle_ray.blocks import load_stack
@@ -63,6 +67,7 @@ class Shard:
 
         compute_with(num_threads)
         device = device_for(num_gpus)
+        self.turns = Turns(run, num_threads) if run and not num_gpus else None
         folder = locate(parent)
         config = read_config(folder)
         self.stack = load_stack(folder, describe(config), config, first, last, getattr(torch, dtype), device=device)
@@ -94,7 +99,7 @@ class Shard:
         """
         import torch
 
-        with torch.inference_mode():
+        with self.turns.turn() if self.turns else nullcontext(), torch.inference_mode():
             if self.stack.embedding is not None:
                 hidden = self.stack.embed(torch.from_numpy(entering.copy()).to(self.stack.device)).to(self.travels)
                 leaving = [self.transport.pack(hidden, self.travels)]

@@ -353,6 +353,10 @@ def test_gpus_are_reserved_for_shards_and_trainers_and_what_torch_cannot_use_is_
         ({"gpus_per_trainer": 3}, "no node can hold a block trainer with CPU: 1, GPU: 3"),
         ({"gpus_per_shard": 3}, "no node can hold a parent shard with GPU: 3"),
         ({"blocks_per_trainer": 1}, "4 trainers of 1 CPUs and 0.5 GPUs, and the cluster holds 2 beside 2 shards of 0.5"),
+        (
+            {"gpus_per_shard": 1.5, "gpus_per_trainer": 1},
+            "1 trainers of 1 CPUs and 1 GPUs, and the cluster holds 0 beside 1 shards",
+        ),
     ):
         with pytest.raises(ClusterError, match=words):
             plan_shards(range(4), cluster.model_copy(update=changes))
