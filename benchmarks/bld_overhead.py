@@ -4,8 +4,9 @@ The same block distillation of a random Llama (8 layers, hidden size 256, three 
 plain PyTorch process, and on Ray: shards that stream hidden states through the object store to trainers. CPU seconds are those of all
 processes together (driver, workers, raylet, GCS, agents). Once the blocks are shared by as few trainers as there are cores, once every
 block has an actor of its own. All stand ready at the same time and take turns, a few micro-batches each, so that a machine whose speed
-drifts drifts for all alike; a ratio is of two neighbouring turns, the one process' being the mean of the turns before and after. A core
-is slower while the others are busy, so one process also takes turns with a copy of it on every core.
+drifts drifts for all alike; a ratio is of two neighbouring turns, the one process' being the mean of the turns before and after. A plain
+process hands freed memory back to the kernel, as glibc does by default; ours keep it, so one process that keeps it too takes turns as
+well, and as a core is slower while the others are busy, once more with a copy of it on every core.
 """
 
 from __future__ import annotations
@@ -93,9 +94,14 @@ def random_tokens() -> Tokens:
 class OnePlainProcess:
     """The stage in this process."""
 
-    def __init__(self, folder: str, config: LibraryConfig, store: Store, num_threads: int) -> None:
+    def __init__(self, folder: str, config: LibraryConfig, store: Store, num_threads: int, keeps_memory: bool = True) -> None:
+        import torch
+
+        from puzzle_ray.distill import library
         from puzzle_ray.distill.library import OneProcess
 
+        if not keeps_memory:
+            library.compute_with = torch.set_num_threads
         self.stage = OneProcess(folder, SPACE, config, random_tokens(), 0, store.step("library", {}, {}), num_threads)
 
     def run(self, count: int) -> None:
@@ -176,8 +182,11 @@ def take_turns(kind: str, amount: int, folder: str, steps: int, rounds: int) -> 
     """Serves turns: for every line on standard input `steps` micro-batches and a line of JSON; at its end, what else was seen."""
     config = configured(steps * rounds + 1 + WATCHED)
     with tempfile.TemporaryDirectory() as scratch:
-        make = OnRay if kind == "ray" else OnePlainProcess
-        stage = make(folder, config, Store(scratch), amount)
+        stage: OnRay | OnePlainProcess
+        if kind == "ray":
+            stage = OnRay(folder, config, Store(scratch), amount)
+        else:
+            stage = OnePlainProcess(folder, config, Store(scratch), amount, keeps_memory=kind == "threads")
         stage.run(3)  # calibration, validation, and a first training step
         print(json.dumps("ready"), flush=True)
         for _ in sys.stdin:
@@ -195,7 +204,7 @@ class Runner:
 
     def __init__(self, kind: str, amount: int, folder: Path, steps: int, rounds: int) -> None:
         given = ["--serve", kind, str(amount), "--parent", str(folder), "--steps", str(steps), "--rounds", str(rounds)]
-        threads = str(amount if kind == "threads" else 1)
+        threads = str(1 if kind == "ray" else amount)
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}
         words = [sys.executable, "-m", "benchmarks.bld_overhead", *given]
         self.process = subprocess.Popen(words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -230,21 +239,22 @@ def turn(runners: list[Runner]) -> dict[str, Any]:
     return found[0] | {name: statistics.fmean(row[name] for row in found) for name in ("cpu_s", "wall_s")}
 
 
+PLAIN = "one plain process, 1 thread"
 SINGLE, BUSY, CORES_ALL = "one process, 1 thread", "one process, 1 thread, on every core", "one process, all cores"
 ON_RAY = {"blocks shared per trainer": -(-NUM_LAYERS // CORES), "an actor per block": 1}
 
 
 def measured(way: str, folder: Path, steps: int, rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows of all turns of one way on Ray and of the plain processes beside it, and what else was seen of it."""
-    kinds = [("ray", ON_RAY[way]), *[("threads", 1)] * CORES, ("threads", CORES)]
+    kinds = [("ray", ON_RAY[way]), *[("threads", 1)] * CORES, ("threads", CORES), ("plain", 1)]
     runners = [Runner(*kind, folder, steps, 2 * rounds + 1) for kind in kinds]
     try:
         for runner in runners:
             runner.answer()
-        on_ray, *copies, cores = runners
+        on_ray, *copies, cores, plain = runners
         rows = []
         for number in range(rounds + 1):
-            turns = {SINGLE: copies[:1]}
+            turns = {PLAIN: [plain], SINGLE: copies[:1]}
             if number < rounds:
                 turns |= {way: [on_ray], BUSY: copies, CORES_ALL: [cores]}
             for name, runner in turns.items():
@@ -263,26 +273,29 @@ def summarised(rows: list[dict[str, Any]], ends: list[dict[str, Any]]) -> dict[s
     def turns(beside: str, way: str, what: str) -> list[float]:
         return [row[what] for row in rows if row["beside"] == beside and row["way"] == way]
 
-    def single(beside: str, what: str) -> list[float]:
+    def single(beside: str, what: str, way: str = SINGLE) -> list[float]:
         """The mean of the turns before and after."""
-        found = turns(beside, SINGLE, what)
+        found = turns(beside, way, what)
         return [(a + b) / 2 for a, b in zip(found, found[1:], strict=False)]
 
     def median_ratio(over: list[float], under: list[float]) -> float:
         return float(statistics.median(a / b for a, b in zip(over, under, strict=True)))
 
-    def cpu_ratio(way: str) -> float:
-        return median_ratio(turns(way, way, "cpu_s"), single(way, "cpu_s"))
+    def cpu_ratio(way: str, under: str) -> float:
+        return median_ratio(turns(way, way, "cpu_s"), single(way, "cpu_s", under))
 
     best = [min(pair) for pair in zip(single(shared, "wall_s"), turns(shared, CORES_ALL, "wall_s"), strict=True)]
     return {
-        "cpu_ratio": cpu_ratio(shared),
-        "cpu_ratio_actor_per_block": cpu_ratio(each),
+        "cpu_ratio": cpu_ratio(shared, PLAIN),
+        "cpu_ratio_actor_per_block": cpu_ratio(each, PLAIN),
+        "cpu_ratio_memory_kept": cpu_ratio(shared, SINGLE),
+        "cpu_ratio_actor_per_block_memory_kept": cpu_ratio(each, SINGLE),
         "cpu_ratio_cores_as_busy": median_ratio(turns(shared, shared, "cpu_s"), turns(shared, BUSY, "cpu_s")),
         "cpu_ratio_actor_per_block_cores_as_busy": median_ratio(turns(each, each, "cpu_s"), turns(each, BUSY, "cpu_s")),
         "wall_ratio_best_single": median_ratio(turns(shared, shared, "wall_s"), best),
         "bytes_ratio": max(end["bytes_per_token"] for end in ends) / ((NUM_LAYERS + 1) * HIDDEN_SIZE * 4),
         "store_peak_over_bound": max(end["store_peak_bytes"] / end["store_bound_bytes"] for end in ends),
+        "plain_cpu_s_per_micro_batch": statistics.median(turns(shared, PLAIN, "cpu_s")),
         "single_cpu_s_per_micro_batch": statistics.median(single(shared, "cpu_s")),
         "shared_cpu_s_per_micro_batch": statistics.median(turns(shared, shared, "cpu_s")),
         "actor_per_block_cpu_s_per_micro_batch": statistics.median(turns(each, each, "cpu_s")),
