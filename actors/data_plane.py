@@ -44,17 +44,18 @@ def plan_shards(layers: Sequence[int], cluster: ClusterConfig) -> list[ShardPlan
     With `blocks_per_trainer: auto` there is a trainer for every place the nodes have, up to one per layer; where even one for each
     shard is too many, there are fewer shards, which is said.
     """
-    num_shards, auto = cluster.num_shards, cluster.blocks_per_trainer == "auto"
+    wanted = num_shards = min(cluster.num_shards, max(layers) + 1)
+    auto = cluster.blocks_per_trainer == "auto"
     if cluster.gpus_per_shard:
         require({"num_gpus": cluster.gpus_per_shard}, "a parent shard", "library", cluster.autoscaling)
     places = require(trainer_options(cluster), "a block trainer", "library", cluster.autoscaling)
-    while auto and places and num_shards > 1 and _room_beside(num_shards, places, cluster) < num_shards:
+    while auto and not cluster.autoscaling and num_shards > 1 and _room_beside(num_shards, places, cluster) < num_shards:
         num_shards -= 1
     room = _room_beside(num_shards, places, cluster) if places else len(layers)
     if auto and cluster.autoscaling:
         room = max(room, num_shards)
-    if num_shards < cluster.num_shards:
-        say(f"{num_shards} shards in place of {cluster.num_shards}: the cluster holds no trainer for each of more")
+    if num_shards < wanted:
+        say(f"{num_shards} shards in place of {wanted}: the cluster holds no trainer for each of more")
     shards = runs(max(layers) + 1, num_shards)
     own = [[layer for layer in layers if layer in shard] for shard in shards]
     counts = [len(part) if auto else -(-len(part) // int(cluster.blocks_per_trainer)) for part in own]
@@ -107,6 +108,10 @@ class Reservation:
         if _fit(together) or cluster.autoscaling:
             bundles, strategy = together, "SPREAD"
             sizes = [1] * len(together)
+        elif not _fit(apart):
+            asked = " and ".join(f"{{{in_words(bundle)}}}" for bundle in apart)
+            problem = f"{asked}, each on one node, do not fit the cluster's {nodes_in_words()}"
+            raise ClusterError("cluster", problem, "lower cluster.gpus_per_shard or cluster.gpus_per_trainer, or add nodes")
         else:
             most = max(together, key=lambda bundle: sorted(bundle.items()))
             say(
@@ -186,7 +191,7 @@ def _fit(wanted: Iterable[Mapping[str, float]]) -> bool:
     free = [{name: float(node["Resources"].get(name, 0)) for name in ("GPU", "CPU")} for node in ray.nodes() if node["Alive"]]
     for bundle in sorted(wanted, key=lambda bundle: (bundle.get("GPU", 0.0), bundle["CPU"]), reverse=True):
         best = max(
-            (node for node in free if all(node[k] >= v for k, v in bundle.items())),
+            (node for node in free if all(node[k] + 1e-6 >= v for k, v in bundle.items())),
             key=lambda n: (n["GPU"], n["CPU"]),
             default=None,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -89,8 +90,11 @@ class MeterPool:
         return [Measured(**self.step.read_json(file_name(c))["measured"]) for c in children]
 
     def _start(self, most: int) -> None:
-        """As many workers as there is room for, up to `most`."""
-        gpus = self.cluster.gpus_per_shard
+        """As many workers as there is room for, up to `most`. Each holds the whole parent: the GPU shares of all its shards, or a CPU."""
+        gpus = self.cluster.num_shards * self.cluster.gpus_per_shard
+        if gpus > 1:
+            print("  measure: a whole parent takes more than one GPU; children are measured on CPUs", file=sys.stderr, flush=True)
+            gpus = 0
         options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus}
         room = require(options, "a children's meter", "search", self.cluster.autoscaling) or 1
         self.workers += [

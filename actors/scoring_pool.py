@@ -119,13 +119,15 @@ class _Pipelines:
 
     def pool(self) -> _Pool[Any]:
         if not self.running:
-            room = cluster_cpus()
-            if self.cluster.gpus_per_shard:
-                wanted = {"num_gpus": self.cluster.gpus_per_shard}
-                room = min(room, require(wanted, "a parent shard", "scoring", self.cluster.autoscaling))
+            room, cluster = cluster_cpus(), self.cluster
+            if cluster.gpus_per_shard:
+                wanted = {"num_gpus": cluster.gpus_per_shard}
+                gpus = require(wanted, "a parent shard", "scoring", cluster.autoscaling) or cluster.num_shards
+                cluster = cluster.model_copy(update={"num_shards": min(cluster.num_shards, gpus)})
+                room = min(room, gpus)
             reference = ray.put(self.data)
-            for _ in range(min(self.most, max(1, room // self.cluster.num_shards))):
-                self.running.append(_Pipeline.start(self.parent, self.num_layers, self.cluster, reference))
+            for _ in range(min(self.most, max(1, room // cluster.num_shards))):
+                self.running.append(_Pipeline.start(self.parent, self.num_layers, cluster, reference))
             wait_ready(self.shards, "parent shards", self.cluster.placement_timeout_s)
         return _Pool(self.running, self.cluster.step_timeout_s)
 

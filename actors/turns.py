@@ -30,7 +30,7 @@ class Turns:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.width = min(num_threads, cores)
         first = int(hashlib.sha256(run.encode()).hexdigest()[:8], 16) << 16
-        self.places = range(first, first + cores - self.width + 1, self.width)
+        self.places = range(first, first + cores - self.width + 1)
         self.file = (Path(tempfile.gettempdir()) / f"puzzle-ray-turns-{os.getuid()}").open("a+b")
 
     @contextmanager

@@ -61,15 +61,23 @@ def tree(root: psutil.Process) -> list[psutil.Process]:
     return [root, *root.children(recursive=True)]
 
 
-def cpu_s(processes: list[psutil.Process]) -> dict[str, float]:
-    """CPU seconds so far, by the processes' names. Those that have ended are left out."""
-    found: dict[str, float] = {}
+def cpu_s(processes: list[psutil.Process]) -> dict[int, tuple[str, float]]:
+    """Name and CPU seconds so far of every process by its id. Those that have ended are left out."""
+    found = {}
     for process in processes:
         try:
             times, name = process.cpu_times(), process.name().partition(".")[0]  # a Ray worker adds what it is at
         except psutil.NoSuchProcess:
             continue
-        found[name] = found.get(name, 0.0) + times.user + times.system
+        found[process.pid] = (name, times.user + times.system)
+    return found
+
+
+def spent(before: dict[int, tuple[str, float]], after: dict[int, tuple[str, float]]) -> dict[str, float]:
+    """CPU seconds between two looks, by name; of those that are there at the second."""
+    found: dict[str, float] = {}
+    for pid, (name, seconds) in after.items():
+        found[name] = found.get(name, 0.0) + seconds - before.get(pid, (name, 0.0))[1]
     return found
 
 
@@ -193,7 +201,7 @@ def take_turns(kind: str, amount: int, folder: str, steps: int, rounds: int) -> 
             begun, before = time.monotonic(), cpu_s(tree(psutil.Process()))
             stage.run(steps)
             wall, after = time.monotonic() - begun, cpu_s(tree(psutil.Process()))
-            by_process = {name: (seconds - before.get(name, 0.0)) / steps for name, seconds in after.items()}
+            by_process = {name: seconds / steps for name, seconds in spent(before, after).items()}
             row = {"cpu_s": sum(by_process.values()), "wall_s": wall / steps, "cpu_s_by_process": by_process}
             print(json.dumps(row), flush=True)
         print(json.dumps(stage.end()), flush=True)

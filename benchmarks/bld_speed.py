@@ -4,7 +4,7 @@ A random Llama with the shapes of a 1B one (hidden size 2048, FFN 8192, 32 heads
 where there is one. The parent's forward and the training of its variants (half and a quarter of the KV heads, half and a quarter of the
 FFN) are timed apart, beside a large matrix product in the same dtype right before them: their share of its rate, and of the maker's
 figure where the device is known, is the model FLOPs' utilisation (MFU). FLOPs are those of matrix products and attention as
-torch.utils.flop_counter counts them, attention without the half that a causal mask spares. At the end one more micro-batch is profiled.
+torch.utils.flop_counter counts them, attention whole, with the half that a causal mask spares. At the end one more micro-batch is profiled.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from puzzle_ray.artifacts import Scenario
 from puzzle_ray.errors import ConfigError
@@ -22,6 +22,15 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+
+
+def _whole_parts(share: float) -> float:
+    if share and abs(1 / share - round(1 / share)) > 1e-2 / share:
+        raise ValueError("one process takes a whole part of one GPU; write 0, 1, 0.5, 0.333, 0.25 ...")
+    return share
+
+
+GpuShare = Annotated[float, Field(ge=0, le=1), AfterValidator(_whole_parts)]
 DType = Literal["float32", "bfloat16", "float16"]
 
 
@@ -290,8 +299,8 @@ class ClusterConfig(Section):
     num_shards: Count = 2
     blocks_per_trainer: Count | Literal["auto"] = "auto"
     cpus_per_trainer: Count = 1
-    gpus_per_trainer: NonNegative = 0
-    gpus_per_shard: NonNegative = 0
+    gpus_per_trainer: GpuShare = 0
+    gpus_per_shard: GpuShare = 0
     step_timeout_s: Positive = 600.0  # one micro-batch of any worker
     max_recoveries: Count = 20
     autoscaling: bool = False  # nodes are added on demand: what none has yet is waited for, up to placement_timeout_s

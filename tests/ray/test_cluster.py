@@ -360,6 +360,10 @@ def test_gpus_are_reserved_for_shards_and_trainers_and_what_torch_cannot_use_is_
     ):
         with pytest.raises(ClusterError, match=words):
             plan_shards(range(4), cluster.model_copy(update=changes))
+    apart = cluster.model_copy(update={"gpus_per_shard": 1, "gpus_per_trainer": 1, "autoscaling": True})
+    too_much = plan_shards(range(4), apart)
+    with pytest.raises(ClusterError, match=r"each on one node, do not fit the cluster's .*GPU: 2"):
+        Reservation.make(too_much, apart.model_copy(update={"autoscaling": False}))
     if not torch.cuda.is_available():
         folder, space, tokens = parent
         step = Store(str(tmp_path)).step("library", {}, {})

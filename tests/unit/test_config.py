@@ -31,6 +31,8 @@ def test_overrides_win_over_the_file_and_the_file_over_the_recipe(tmp_path):
         ("search.limits={}", "no limit is given"),
         ("profile.scenario.batch=3", "profile.scenario"),
         ("gkd={kl_weight: 0, cosine_weight: 0}", "all loss weights are 0"),
+        ("cluster.gpus_per_shard=0.4", "whole part of one GPU; write 0, 1, 0.5"),
+        ("cluster.gpus_per_trainer=2", "less than or equal to 1"),
         ("seed", "is no assignment"),
     ],
 )
