@@ -93,8 +93,10 @@ class MeterPool:
         """As many workers as there is room for, up to `most`. Each holds the whole parent: the GPU shares of all its shards, or a CPU."""
         gpus = self.cluster.num_shards * self.cluster.gpus_per_shard
         if gpus > 1:
-            print("  measure: a whole parent takes more than one GPU; children are measured on CPUs", file=sys.stderr, flush=True)
             gpus = 0
+            if not self.workers:
+                words = "  measure: a whole parent takes more than one GPU; children are measured on CPUs"
+                print(words, file=sys.stderr, flush=True)
         options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus}
         room = require(options, "a children's meter", "search", self.cluster.autoscaling) or 1
         self.workers += [
