@@ -15,28 +15,36 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-POLL_S = 0.01  # a turn is a tenth of a second and more
+from puzzle_ray.process import num_cores
+
+MOST_CORES = 1 << 15
+POLL_S = 0.005  # a turn is a tenth of a second and more
 
 
 class Turns:
     """A turn takes `num_threads` cores, or all where there are fewer. Processes with the same `run` on one node share its cores.
 
-    A core is a byte of a file that the holder has locked: a process that dies gives back what it held. Within one process turns do
-    not wait for each other.
+    A core is a byte of a file that the holder has locked: a process that dies gives back what it held. Of those that want equally many
+    cores, one at a time looks for them; the others wait, in the kernel, for its place in front. Within one process turns do not wait
+    for each other.
     """
 
     def __init__(self, run: str, num_threads: int, cores: int | None = None) -> None:
-        if cores is None:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = cores or num_cores()
         self.width = min(num_threads, cores)
         first = int(hashlib.sha256(run.encode()).hexdigest()[:8], 16) << 16
         self.places = range(first, first + cores - self.width + 1)
+        self.front = first + MOST_CORES + self.width
         self.file = (Path(tempfile.gettempdir()) / f"puzzle-ray-turns-{os.getuid()}").open("a+b")
 
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Waits until enough cores are free, and holds them."""
-        place = self._take()
+        fcntl.lockf(self.file, fcntl.LOCK_EX, 1, self.front)
+        try:
+            place = self._take()
+        finally:
+            fcntl.lockf(self.file, fcntl.LOCK_UN, 1, self.front)
         try:
             yield
         finally:

@@ -1,12 +1,12 @@
 """What shards and trainers cost over one process: python -m benchmarks.bld_overhead --out FILE.json [--quick]
 
 The same block distillation of a random Llama (8 layers, hidden size 256, three variants a block, 2,048 tokens a micro-batch) in one
-plain PyTorch process, and on Ray: shards that stream hidden states through the object store to trainers. CPU seconds are those of all
-processes together (driver, workers, raylet, GCS, agents). Once the blocks are shared by as few trainers as there are cores, once every
-block has an actor of its own. All stand ready at the same time and take turns, a few micro-batches each, so that a machine whose speed
-drifts drifts for all alike; a ratio is of two neighbouring turns, the one process' being the mean of the turns before and after. A plain
-process hands freed memory back to the kernel, as glibc does by default; ours keep it, so one process that keeps it too takes turns as
-well, and as a core is slower while the others are busy, once more with a copy of it on every core.
+plain PyTorch process, and on Ray, started as a local run starts it: shards that stream hidden states through the object store to
+trainers. CPU seconds are those of all processes together (driver, workers, raylet, GCS, agents). Once the blocks are shared by as few
+trainers as there are cores, once every block has an actor of its own. All stand ready at the same time and take turns, some
+micro-batches each, so that a machine whose speed drifts drifts for all alike; a ratio is of two neighbouring turns, the one process'
+being the mean of the turns before and after. A plain process hands freed memory back to the kernel, as glibc does by default; ours
+keep it, so one process that keeps it too takes turns as well.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ from benchmarks.record import write
 from puzzle_ray.artifacts import LayerSpace, SearchSpace
 from puzzle_ray.config import ClusterConfig, LibraryConfig
 from puzzle_ray.data import Tokens
+from puzzle_ray.process import num_cores
 from puzzle_ray.store import Store
 
 NUM_LAYERS, HIDDEN_SIZE, LENGTH, MICRO_BATCH_TOKENS = 8, 256, 256, 2048
 SPACE = SearchSpace((LayerSpace(("parent", "gqa:2"), ("parent", "ffn:344", "ffn:168"), "full_attention"),) * NUM_LAYERS)
 WATCHED = 6  # micro-batches of the turn in which the object store is looked at
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CORES = num_cores()
 
 
 def save_random_llama(folder: Path) -> None:
@@ -125,20 +126,12 @@ class OnRay:
     """The stage on a cluster of its own. Every trainer and shard has one thread; more trainers than cores share them."""
 
     def __init__(self, folder: str, config: LibraryConfig, store: Store, blocks_per_trainer: int) -> None:
-        import ray
-
         from actors import library_stream
+        from jobs.session import start_here
         from puzzle_ray.distill.schedule import Schedule
 
         num_trainers = -(-NUM_LAYERS // blocks_per_trainer)
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            num_cpus=max(CORES, num_trainers),
-            object_store_memory=512 << 20,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
+        start_here(max(CORES, num_trainers), 512 << 20)
         self.config, self.schedule, self.tokens = config, Schedule.of(config), random_tokens()
         cluster = ClusterConfig(num_shards=1, blocks_per_trainer=blocks_per_trainer)
         step = store.step("library", {}, {})
@@ -224,10 +217,11 @@ class Runner:
             raise RuntimeError(f"a measured process ended with exit code {self.process.wait()}; what it said stands above")
         return json.loads(line)
 
-    def go(self) -> None:
+    def turn(self) -> Any:
         assert self.process.stdin is not None
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
+        return self.answer()
 
     def end(self) -> Any:
         assert self.process.stdin is not None
@@ -239,34 +233,26 @@ class Runner:
         self.process.wait()
 
 
-def turn(runners: list[Runner]) -> dict[str, Any]:
-    """All of them at once; the mean, where there are several."""
-    for runner in runners:
-        runner.go()
-    found = [runner.answer() for runner in runners]
-    return found[0] | {name: statistics.fmean(row[name] for row in found) for name in ("cpu_s", "wall_s")}
-
-
 PLAIN = "one plain process, 1 thread"
-SINGLE, BUSY, CORES_ALL = "one process, 1 thread", "one process, 1 thread, on every core", "one process, all cores"
+SINGLE, CORES_ALL = "one process, 1 thread", "one process, all cores"
 ON_RAY = {"blocks shared per trainer": -(-NUM_LAYERS // CORES), "an actor per block": 1}
 
 
 def measured(way: str, folder: Path, steps: int, rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows of all turns of one way on Ray and of the plain processes beside it, and what else was seen of it."""
-    kinds = [("ray", ON_RAY[way]), *[("threads", 1)] * CORES, ("threads", CORES), ("plain", 1)]
-    runners = [Runner(*kind, folder, steps, 2 * rounds + 1) for kind in kinds]
+    kinds = [("ray", ON_RAY[way]), ("threads", 1), ("threads", CORES), ("plain", 1)]
+    runners = [Runner(*kind, folder, steps, rounds + 1) for kind in kinds]
     try:
         for runner in runners:
             runner.answer()
-        on_ray, *copies, cores, plain = runners
+        on_ray, single, cores, plain = runners
         rows = []
         for number in range(rounds + 1):
-            turns = {PLAIN: [plain], SINGLE: copies[:1]}
+            turns = {PLAIN: plain, SINGLE: single}
             if number < rounds:
-                turns |= {way: [on_ray], BUSY: copies, CORES_ALL: [cores]}
+                turns |= {way: on_ray, CORES_ALL: cores}
             for name, runner in turns.items():
-                rows.append({"beside": way, "round": number, "way": name} | turn(runner))
+                rows.append({"beside": way, "round": number, "way": name} | runner.turn())
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
         return rows, on_ray.end()
     finally:
@@ -298,8 +284,6 @@ def summarised(rows: list[dict[str, Any]], ends: list[dict[str, Any]]) -> dict[s
         "cpu_ratio_actor_per_block": cpu_ratio(each, PLAIN),
         "cpu_ratio_memory_kept": cpu_ratio(shared, SINGLE),
         "cpu_ratio_actor_per_block_memory_kept": cpu_ratio(each, SINGLE),
-        "cpu_ratio_cores_as_busy": median_ratio(turns(shared, shared, "cpu_s"), turns(shared, BUSY, "cpu_s")),
-        "cpu_ratio_actor_per_block_cores_as_busy": median_ratio(turns(each, each, "cpu_s"), turns(each, BUSY, "cpu_s")),
         "wall_ratio_best_single": median_ratio(turns(shared, shared, "wall_s"), best),
         "bytes_ratio": max(end["bytes_per_token"] for end in ends) / ((NUM_LAYERS + 1) * HIDDEN_SIZE * 4),
         "store_peak_over_bound": max(end["store_peak_bytes"] / end["store_bound_bytes"] for end in ends),
@@ -314,8 +298,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--quick", action="store_true", help="one round of few micro-batches")
-    parser.add_argument("--steps", type=int, default=6, help="micro-batches of a turn")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=12, help="micro-batches of a turn")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)  # a process that is measured
     parser.add_argument("--parent", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

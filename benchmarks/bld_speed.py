@@ -10,7 +10,6 @@ torch.utils.flop_counter counts them, attention whole, with the half that a caus
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import tempfile
 import time
@@ -29,6 +28,7 @@ from puzzle_ray.checkpoint import quiet_transformers, read_config
 from puzzle_ray.config import LibraryConfig
 from puzzle_ray.data import Tokens
 from puzzle_ray.distill.library import OneProcess
+from puzzle_ray.process import num_cores
 from puzzle_ray.profiling.devices import KNOWN
 from puzzle_ray.profiling.torch_engine import ENGINE
 from puzzle_ray.store import Store
@@ -165,7 +165,7 @@ def main() -> None:
         compute_dtype=dtype,
         checkpoint_every=10**6,
     )
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = num_cores()
     text = Tokens(np.random.default_rng(0).integers(0, VOCAB_SIZE, (512, LENGTH), dtype=np.int32))
     with quiet_transformers(), tempfile.TemporaryDirectory() as folder:
         save_random_llama(Path(folder), layers)

@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from puzzle_ray.process import num_cores
+
 PACKAGES = ("ray", "torch", "transformers", "numpy", "mip", "highspy", "pydantic", "safetensors", "datasets")
 
 
@@ -20,7 +22,7 @@ def machine() -> dict[str, Any]:
     return {
         "commit": _commit(),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": num_cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "platform": platform.platform(),
         "gpu": _gpu(),

@@ -5,12 +5,23 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from puzzle_ray.config import ClusterConfig
 from puzzle_ray.errors import ClusterError
+
+SILENT: Mapping[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+# A Ray of our own has no dashboard, and forwards no logs to the driver: what its processes collect for those is read by nobody, and
+# costs the cores that compute a hundredth of their time. Whoever wants it sets these variables otherwise.
+QUIET = {
+    "RAY_task_events_report_interval_ms": "0",  # no record of every task
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",  # of a node's use of its hardware; Ray itself: 5 s
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",  # new log files are looked for at the interval below, not ten times a second
+    "LOG_NAME_UPDATE_INTERVAL_S": "5",
+}
 
 
 def _probe(address: str, timeout_s: float) -> None:
@@ -48,6 +59,23 @@ def object_store_bytes(window_bytes: int) -> int:
     return max(256 << 20, 2 * window_bytes)
 
 
+def start_here(num_cpus: int, object_store_memory: int) -> None:
+    """Starts a Ray that ends with this process, on this machine alone (loopback)."""
+    import ray
+
+    # else Ray's servers listen on every interface
+    for name, value in {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", **QUIET}.items():
+        os.environ.setdefault(name, value)
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        object_store_memory=object_store_memory,
+        _node_ip_address="127.0.0.1",
+        **SILENT,
+    )
+
+
 @contextmanager
 def connected(cluster: ClusterConfig, window_bytes: int = 0) -> Iterator[None]:
     """A Ray session: joined if there is one already or an address is given, else started on this machine alone (loopback).
@@ -55,6 +83,8 @@ def connected(cluster: ClusterConfig, window_bytes: int = 0) -> Iterator[None]:
     Raises ClusterError when the address does not answer within `cluster.connect_timeout_s`.
     """
     import ray
+
+    from puzzle_ray.process import num_cores
 
     if ray.is_initialized():
         yield
@@ -66,21 +96,11 @@ def connected(cluster: ClusterConfig, window_bytes: int = 0) -> Iterator[None]:
     if known and address != "local":
         _probe(known, cluster.connect_timeout_s)
     os.environ.setdefault("RAY_gcs_server_request_timeout_seconds", str(max(1, int(cluster.connect_timeout_s))))
-    common = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     try:
         if address == "local":
-            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # else Ray's servers listen on every interface
-            cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=False,
-                object_store_memory=object_store_bytes(window_bytes),
-                _node_ip_address="127.0.0.1",
-                **common,
-            )
+            start_here(num_cores(), object_store_bytes(window_bytes))
         else:
-            ray.init(address=address, **common)
+            ray.init(address=address, **SILENT)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ClusterError("cluster.address", f"Ray cannot be reached at {address!r} ({reason})", "check the address") from None

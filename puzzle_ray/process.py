@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 from functools import lru_cache
 
 import torch
 
 from puzzle_ray.errors import ClusterError
+
+
+def num_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @lru_cache(maxsize=1)

@@ -67,3 +67,29 @@ def test_as_many_threads_hold_cores_as_there_are_and_the_dead_hold_none(holders)
         process.send_signal(signal.SIGKILL)
         process.wait()
     until(lambda: free(run, 9), "what the dead held is free")
+
+
+def waited_for(run, num_threads):
+    """Whether a process looks for so many cores."""
+    turns = Turns(run, num_threads, 4)
+    try:
+        fcntl.lockf(turns.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, turns.front)
+    except BlockingIOError:
+        return True
+    fcntl.lockf(turns.file, fcntl.LOCK_UN, 1, turns.front)
+    return False
+
+
+def test_one_that_dies_in_front_lets_the_next_look(holders):
+    run = uuid.uuid4().hex
+    everything = holders(run, 9)
+    assert everything.stdout.readline() == "held\n" and not waited_for(run, 1)
+    front = holders(run, 1)
+    until(lambda: waited_for(run, 1), "the first one looks for a core")
+    next_one = holders(run, 1)
+    front.send_signal(signal.SIGKILL)
+    front.wait()
+    until(lambda: waited_for(run, 1), "the next one looks for a core")
+    everything.stdin.write("\n")
+    everything.stdin.flush()
+    assert next_one.stdout.readline() == "held\n" and not waited_for(run, 1)
