@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import platform
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,7 +18,6 @@ from pathlib import Path
 
 from puzzle_ray.process import num_cores
 
-MOST_CORES = 1 << 15
 POLL_S = 0.005  # a turn is a tenth of a second and more
 
 
@@ -32,16 +32,16 @@ class Turns:
     def __init__(self, run: str, num_threads: int, cores: int | None = None) -> None:
         cores = cores or num_cores()
         self.width = min(num_threads, cores)
-        first = int(hashlib.sha256(run.encode()).hexdigest()[:8], 16) << 16
+        first = _offset(run)
         self.places = range(first, first + cores - self.width + 1)
-        self.front = first + MOST_CORES + self.width
+        self.front = _offset(f"{run}, {self.width} of {cores}")
         self.file = (Path(tempfile.gettempdir()) / f"puzzle-ray-turns-{os.getuid()}").open("a+b")
 
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Waits until enough cores are free, and holds them."""
-        fcntl.lockf(self.file, fcntl.LOCK_EX, 1, self.front)
         try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX, 1, self.front)
             place = self._take()
         finally:
             fcntl.lockf(self.file, fcntl.LOCK_UN, 1, self.front)
@@ -59,3 +59,8 @@ class Turns:
                 except (BlockingIOError, PermissionError):  # another process has it
                     continue
             time.sleep(POLL_S)
+
+
+def _offset(what: str) -> int:
+    """Where the bytes for `what` on this node begin; nodes may share a folder for temporary files."""
+    return int(hashlib.sha256(f"{platform.node()}, {what}".encode()).hexdigest()[:8], 16) << 16

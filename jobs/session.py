@@ -63,17 +63,21 @@ def start_here(num_cpus: int, object_store_memory: int) -> None:
     """Starts a Ray that ends with this process, on this machine alone (loopback)."""
     import ray
 
-    # else Ray's servers listen on every interface
-    for name, value in {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", **QUIET}.items():
-        os.environ.setdefault(name, value)
-    ray.init(
-        address="local",
-        num_cpus=num_cpus,
-        include_dashboard=False,
-        object_store_memory=object_store_memory,
-        _node_ip_address="127.0.0.1",
-        **SILENT,
-    )
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # else Ray's servers listen on every interface
+    quiet = {name: value for name, value in QUIET.items() if name not in os.environ}
+    os.environ.update(quiet)  # Ray's own processes inherit them
+    try:
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            object_store_memory=object_store_memory,
+            _node_ip_address="127.0.0.1",
+            **SILENT,
+        )
+    finally:
+        for name in quiet:  # a cluster that this process joins later is not ours
+            del os.environ[name]
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import uuid
+from pathlib import Path
 
 import pytest
 from waiting import until
@@ -15,6 +16,7 @@ HOLDER = """
 import sys, time
 from actors.turns import Turns
 turns = Turns(sys.argv[1], int(sys.argv[2]), 4)
+print("asks", flush=True)
 with turns.turn():
     print("held", flush=True)
     sys.stdin.readline()
@@ -31,6 +33,7 @@ def holders():
     def start(run, num_threads):
         words = [sys.executable, "-c", HOLDER, run, str(num_threads)]
         started.append(subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        assert started[-1].stdout.readline() == "asks\n"
         return started[-1]
 
     yield start
@@ -69,27 +72,29 @@ def test_as_many_threads_hold_cores_as_there_are_and_the_dead_hold_none(holders)
     until(lambda: free(run, 9), "what the dead held is free")
 
 
-def waited_for(run, num_threads):
-    """Whether a process looks for so many cores."""
-    turns = Turns(run, num_threads, 4)
-    try:
-        fcntl.lockf(turns.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, turns.front)
-    except BlockingIOError:
-        return True
-    fcntl.lockf(turns.file, fcntl.LOCK_UN, 1, turns.front)
-    return False
+def locks(process):
+    """The kernel's own list of what a process holds, and, behind an arrow, waits for."""
+    return [line for line in Path("/proc/locks").read_text().splitlines() if str(process.pid) in line.split()]
 
 
-def test_one_that_dies_in_front_lets_the_next_look(holders):
+def sleeps(process):
+    return any("->" in line for line in locks(process))
+
+
+@pytest.mark.skipif(not Path("/proc/locks").is_file(), reason="the kernel does not tell who waits")
+def test_one_looks_for_a_core_and_the_others_sleep_until_it_has_one_or_dies(holders):
     run = uuid.uuid4().hex
     everything = holders(run, 9)
-    assert everything.stdout.readline() == "held\n" and not waited_for(run, 1)
-    front = holders(run, 1)
-    until(lambda: waited_for(run, 1), "the first one looks for a core")
-    next_one = holders(run, 1)
-    front.send_signal(signal.SIGKILL)
-    front.wait()
-    until(lambda: waited_for(run, 1), "the next one looks for a core")
+    assert everything.stdout.readline() == "held\n"
+    looking = holders(run, 1)
+    until(lambda: locks(looking), "the first looks for a core")
+    asleep = [holders(run, 1) for _ in range(2)]
+    for process in asleep:
+        until(lambda process=process: sleeps(process), "who comes later sleeps")
+    assert not sleeps(looking)
+    looking.send_signal(signal.SIGKILL)
+    looking.wait()
+    until(lambda: [sleeps(process) for process in asleep].count(False) == 1, "one of them looks for a core instead")
     everything.stdin.write("\n")
     everything.stdin.flush()
-    assert next_one.stdout.readline() == "held\n" and not waited_for(run, 1)
+    assert [process.stdout.readline() for process in asleep] == ["held\n"] * 2
