@@ -12,6 +12,7 @@ from typing import Any
 
 from puzzle_ray.config import ClusterConfig
 from puzzle_ray.errors import ClusterError
+from puzzle_ray.process import num_cores
 
 SILENT: Mapping[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
 # A Ray of our own has no dashboard, and forwards no logs to the driver: what its processes collect for those is read by nobody, and
@@ -87,8 +88,6 @@ def connected(cluster: ClusterConfig, window_bytes: int = 0) -> Iterator[None]:
     Raises ClusterError when the address does not answer within `cluster.connect_timeout_s`.
     """
     import ray
-
-    from puzzle_ray.process import num_cores
 
     if ray.is_initialized():
         yield

@@ -6,10 +6,12 @@ import ctypes
 import os
 import platform
 from functools import lru_cache
-
-import torch
+from typing import TYPE_CHECKING
 
 from puzzle_ray.errors import ClusterError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def num_cores() -> int:
@@ -34,6 +36,8 @@ def keep_freed_memory() -> bool:
 
 def compute_with(num_threads: int) -> None:
     """Readies a process that is there to compute: so many threads, and freed memory is kept for the next activations."""
+    import torch
+
     torch.set_num_threads(num_threads)
     keep_freed_memory()
 
@@ -43,6 +47,8 @@ def device_for(num_gpus: float) -> torch.device:
 
     Raises ClusterError where one was and torch cannot use it.
     """
+    import torch
+
     if not num_gpus:
         return torch.device("cpu")
     if not torch.cuda.is_available():
