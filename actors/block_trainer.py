@@ -8,11 +8,11 @@ from contextlib import nullcontext
 
 import ray
 
+from actors.transport import Container
 from actors.turns import Turns
 from puzzle_ray.artifacts import SearchSpace
-from puzzle_ray.config import LibraryConfig
-from puzzle_ray.store import Step
-from puzzle_ray.transport import Container
+from puzzle_ray.distill.settings import LibraryConfig
+from puzzle_ray.store import Artifact
 
 
 class Trainer:
@@ -24,22 +24,22 @@ class Trainer:
         layers: Sequence[int],
         space: SearchSpace,
         config: LibraryConfig,
-        step: Step,
+        artifact: Artifact,
         num_threads: int,
         transport: str,
         num_gpus: float = 0,
     ) -> None:
         import torch
 
+        from actors.transport import find_transport
         from puzzle_ray.distill.library import GroupTrainer
         from puzzle_ray.process import device_for
-        from puzzle_ray.transport import find_transport
 
         self.device = device_for(num_gpus)
-        self.turns = None if num_gpus else Turns(step.key, num_threads)
+        self.turns = None if num_gpus else Turns(artifact.key, num_threads)
         self.transport = find_transport(transport)
         self.travels = getattr(torch, config.activation_dtype)
-        self.group = GroupTrainer(parent, layers, space, config, step, num_threads, self.device)
+        self.group = GroupTrainer(parent, layers, space, config, artifact, num_threads, self.device)
 
     def pid(self) -> int:
         return os.getpid()

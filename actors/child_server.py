@@ -63,7 +63,7 @@ class ChildServer:
         import torch
         from transformers import AutoTokenizer
 
-        from puzzle_ray.export.hf import load_model
+        from puzzle_ray.models.child import load_model
         from puzzle_ray.serving.engine import Engine
         from puzzle_ray.serving.fetch import fetch_model
 

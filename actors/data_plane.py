@@ -17,7 +17,8 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.placement import await_free_cpus, in_words, nodes_in_words, not_placed, require, runs
-from puzzle_ray.config import ClusterConfig, LibraryConfig
+from puzzle_ray.cluster import ClusterConfig
+from puzzle_ray.distill.settings import LibraryConfig
 from puzzle_ray.errors import ClusterError
 
 SPILLS_AT = 0.8  # of a store: Ray's default of when it begins to move objects to disk

@@ -20,7 +20,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from puzzle_ray.config import ClusterConfig
+from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.distill.gkd import GkdJob, distill, load_trainer, publish, total_steps
 from puzzle_ray.errors import ClusterError, PuzzleError
 from puzzle_ray.progress import Bar, Progress, Quiet
@@ -87,7 +87,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     progress = _Pings(config["run"]) if rank == 0 else Quiet()
     compute_with(config["cpus"])
     trainer = load_trainer(job, ranks=[rank], all_reduce=distributed.all_reduce, device=str(get_device()))
-    distill(trainer, job.step, progress, writes=rank == 0)
+    distill(trainer, job.artifact, progress, writes=rank == 0)
     if rank == 0:
         publish(trainer, job)
 
@@ -107,12 +107,12 @@ def _trainer(job: GkdJob, cpus: int, step_timeout_s: float, run: Any) -> Any:
                     raise error
 
     resources = {"CPU": cpus} | ({"GPU": 1} if job.config.use_gpu else {})
-    storage: dict[str, Any] = {"storage_path": job.step.path(STORAGE)}
-    if not job.step.store.is_local:
+    storage: dict[str, Any] = {"storage_path": job.artifact.path(STORAGE)}
+    if not job.artifact.store.is_local:
         from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-        storage["storage_path"] = fsspec.core.url_to_fs(job.step.path(STORAGE))[1]
-        storage["storage_filesystem"] = PyFileSystem(FSSpecHandler(job.step.store.filesystem))
+        storage["storage_path"] = fsspec.core.url_to_fs(job.artifact.path(STORAGE))[1]
+        storage["storage_filesystem"] = PyFileSystem(FSSpecHandler(job.artifact.store.filesystem))
     return TorchTrainer(
         train_loop_per_worker,
         train_loop_config={"job": job, "run": run, "cpus": cpus},
@@ -121,7 +121,7 @@ def _trainer(job: GkdJob, cpus: int, step_timeout_s: float, run: Any) -> Any:
             num_workers=job.config.num_workers, use_gpu=job.config.use_gpu, resources_per_worker=resources
         ),
         run_config=train.RunConfig(
-            name=f"gkd-{job.step.key}-{uuid.uuid4().hex[:8]}",
+            name=f"gkd-{job.artifact.key}-{uuid.uuid4().hex[:8]}",
             failure_config=train.FailureConfig(max_failures=job.config.max_failures),
             callbacks=[GiveUp()],
             **storage,
@@ -188,7 +188,7 @@ def run_gkd(job: GkdJob, *, cluster: ClusterConfig, progress: Progress, cpus_per
     ClusterError when they cannot be placed, die more than `gkd.max_failures` times, or fall silent for
     `cluster.step_timeout_s`.
     """
-    if job.step.finished:
+    if job.artifact.finished:
         return
     folder = Path(job.parent).expanduser()
     if folder.is_dir():  # workers have a working directory of their own
@@ -207,7 +207,7 @@ def run_gkd(job: GkdJob, *, cluster: ClusterConfig, progress: Progress, cpus_per
         raise ClusterError("gkd", f"the run's actor is gone ({type(error).__name__})", CONTINUE) from None
     finally:
         _end(run, ended)
-        job.step.remove(STORAGE)
+        job.artifact.remove(STORAGE)
 
 
 def _follow(run: Any, ended: Any, job: GkdJob, cluster: ClusterConfig, progress: Progress, cpus: int) -> None:

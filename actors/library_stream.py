@@ -24,16 +24,18 @@ from actors.block_trainer import BlockTrainer
 from actors.data_plane import MIB, Flow, Reservation, ShardPlan, SpillWatch, check_stores, plan_shards, say, trainer_options
 from actors.parent_shard import ParentShard, ShardUsage, environment
 from actors.placement import DIED, not_placed, wait_ready
+from actors.transport import find_transport
 from puzzle_ray.artifacts import SearchSpace
-from puzzle_ray.checkpoint import locate, read_config
-from puzzle_ray.config import ClusterConfig, LibraryConfig
-from puzzle_ray.data import Tokens
+from puzzle_ray.cluster import ClusterConfig
+from puzzle_ray.data.order import Tokens
 from puzzle_ray.distill.bld import Schedule
 from puzzle_ray.distill.library import Library, finish, unfinished_layers
+from puzzle_ray.distill.settings import LibraryConfig
 from puzzle_ray.errors import ClusterError, OutOfOrder
+from puzzle_ray.models.checkpoint import locate
+from puzzle_ray.models.child import read_config
 from puzzle_ray.progress import Bar, Progress
-from puzzle_ray.store import Step
-from puzzle_ray.transport import find_transport
+from puzzle_ray.store import Artifact
 
 LOST = (*DIED, ObjectLostError, NodeDiedError, WorkerCrashedError)
 
@@ -118,7 +120,7 @@ class Stream:
 
 
 def open_stream(
-    parent: str, layers: Sequence[int], space: SearchSpace, config: LibraryConfig, cluster: ClusterConfig, step: Step
+    parent: str, layers: Sequence[int], space: SearchSpace, config: LibraryConfig, cluster: ClusterConfig, artifact: Artifact
 ) -> Stream:
     """Starts the actors that train `layers`, and waits for them; whoever opens a stream releases it.
 
@@ -138,13 +140,13 @@ def open_stream(
         for plan, bundle, bundles in zip(plans, reservation.shards, reservation.trainers, strict=True):
             options = {"num_cpus": 0, "num_gpus": cluster.gpus_per_shard, "runtime_env": environment(1)}
             shard = ParentShard.options(**options, **reservation.options(bundle))  # type: ignore[attr-defined]
-            how = (config.parent_dtype, config.activation_dtype, 1, cluster.transport, cluster.gpus_per_shard, step.key)
+            how = (config.parent_dtype, config.activation_dtype, 1, cluster.transport, cluster.gpus_per_shard, artifact.key)
             shards.append(shard.remote(parent, plan.layers.start, plan.layers.stop, *how))
             for group, own in zip(plan.groups, bundles, strict=True):
                 options = trainer_options(cluster) | {"runtime_env": environment(threads)}
                 trainer = BlockTrainer.options(**options, **reservation.options(own))  # type: ignore[attr-defined]
                 how = (threads, cluster.transport, cluster.gpus_per_trainer)
-                trainers.append(trainer.remote(parent, group, space, config, step, *how))
+                trainers.append(trainer.remote(parent, group, space, config, artifact, *how))
         wait_ready([*shards, *trainers], "parent shards and block trainers", cluster.placement_timeout_s)
     except BaseException:
         reservation.release([*shards, *trainers])
@@ -187,24 +189,24 @@ def build_library(
     cluster: ClusterConfig,
     tokens: Tokens,
     seed: int,
-    step: Step,
+    artifact: Artifact,
     progress: Progress,
 ) -> Library:
     """Trains every variant that is not in the step yet. Survives the death of any shard or trainer.
 
     Raises ClusterError when the actors cannot be placed, or when more of them die than `cluster.max_recoveries`.
     """
-    layers = unfinished_layers(space, step)
+    layers = unfinished_layers(space, artifact)
     schedule = Schedule.of(config)
     if layers:
-        stream = open_stream(parent, layers, space, config, cluster, step)
+        stream = open_stream(parent, layers, space, config, cluster, artifact)
         try:
             with progress.stage("library", schedule.positions, "micro-batch") as bar:
                 _run(stream, schedule, tokens, seed, config, bar)
             _say_usage(stream)
         finally:
             stream.release()
-    return finish(space, step)
+    return finish(space, artifact)
 
 
 def _say_usage(stream: Stream) -> None:

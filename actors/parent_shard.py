@@ -12,14 +12,14 @@ from typing import Any
 
 import ray
 
+from actors.transport import Container
 from actors.turns import Turns
 from puzzle_ray.artifacts import SearchSpace
-from puzzle_ray.config import ScoringConfig
 from puzzle_ray.scoring.downstream import QuestionBatch
-from puzzle_ray.scoring.fisher import Found
-from puzzle_ray.scoring.items import Damage, Task
-from puzzle_ray.store import Step
-from puzzle_ray.transport import Container
+from puzzle_ray.scoring.fisher import Estimates
+from puzzle_ray.scoring.items import Damage, ScoringTask
+from puzzle_ray.scoring.settings import ScoringConfig
+from puzzle_ray.store import Artifact
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,12 @@ class Shard:
         """With `run`, `forward` takes turns with that run's other computing processes on this node."""
         import torch
 
-        from puzzle_ray.blocks import load_stack
-        from puzzle_ray.checkpoint import locate, read_config
-        from puzzle_ray.families import describe
+        from actors.transport import find_transport
+        from puzzle_ray.models.blocks import load_stack
+        from puzzle_ray.models.checkpoint import locate
+        from puzzle_ray.models.child import read_config
+        from puzzle_ray.models.describe import describe
         from puzzle_ray.process import compute_with, device_for
-        from puzzle_ray.transport import find_transport
 
         compute_with(num_threads)
         device = device_for(num_gpus)
@@ -121,14 +122,14 @@ class Shard:
         """Prepares scoring: remembers the parent's activations; returns what the next shard is entered with."""
         import torch
 
-        from puzzle_ray.scoring.replace_one import ShardScorer
+        from puzzle_ray.scoring.shard import ShardScorer
 
         self.scorer = ShardScorer(self.stack, [torch.from_numpy(batch.copy()) for batch in data.texts], data.questions)
         first = self.stack.embedding is not None
         batches = self.scorer.input_ids if first else [self._arrived(batch, torch.float32) for batch in entering]
         return [self.transport.pack(batch, torch.float32) for batch in self.scorer.run_parent(batches)]
 
-    def exchange(self, task: Task, library: Step, data: EvaluationData, entering: Sequence[Container]) -> Any:
+    def exchange(self, task: ScoringTask, library: Artifact, data: EvaluationData, entering: Sequence[Container]) -> Any:
         """Scores exchanges as far as this shard reaches: hidden states for the next shard, or at the end the damage."""
         from puzzle_ray.distill.library import Library
 
@@ -136,7 +137,7 @@ class Shard:
             self.run_parent(data, entering)
         return self._leave(task, self.scorer.exchange(task, Library(library).states))
 
-    def suffix(self, task: Task, damaged: Sequence[Container], data: EvaluationData, entering: Sequence[Container]) -> Any:
+    def suffix(self, task: ScoringTask, damaged: Sequence[Container], data: EvaluationData, entering: Sequence[Container]) -> Any:
         """The same for a shard behind the one that exchanged."""
         import torch
 
@@ -144,7 +145,7 @@ class Shard:
             self.run_parent(data, entering)
         return self._leave(task, self.scorer.suffix([self._arrived(batch, torch.float32) for batch in damaged]))
 
-    def _leave(self, task: Task, leaving: Sequence[Any]) -> list[Container] | list[Damage]:
+    def _leave(self, task: ScoringTask, leaving: Sequence[Any]) -> list[Container] | list[Damage]:
         import torch
 
         if not self.scorer.ends:
@@ -158,10 +159,10 @@ class Shard:
         gradients: Sequence[Sequence[Container]] | None,
         space: SearchSpace,
         config: ScoringConfig,
-        library: Step,
+        library: Artifact,
         data: EvaluationData,
         entering: Sequence[Container],
-    ) -> tuple[Found, list[list[Container]]]:
+    ) -> tuple[Estimates, list[list[Container]]]:
         """Fisher estimates of this shard's candidates, and the gradients that the shard before it needs. Two returns."""
         import torch
 

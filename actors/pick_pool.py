@@ -16,23 +16,24 @@ from ray.actor import ActorHandle
 
 from actors.parent_shard import environment
 from actors.placement import end, require, wait_ready
-from puzzle_ray.config import ClusterConfig
+from actors.transport import Container
+from puzzle_ray.artifacts import Choices, Measured
+from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.errors import ClusterError
-from puzzle_ray.pick import Choices, Measured
 from puzzle_ray.progress import Progress
-from puzzle_ray.store import Step
-from puzzle_ray.transport import Container
+from puzzle_ray.store import Artifact
 
 
 class Meter:
     """A whole parent, and the library's blocks as they are asked for."""
 
-    def __init__(self, parent: str, library: Step, num_threads: int, num_gpus: float = 0) -> None:
+    def __init__(self, parent: str, library: Artifact, num_threads: int, num_gpus: float = 0) -> None:
         import torch
 
-        from puzzle_ray.blocks import load_stack
-        from puzzle_ray.checkpoint import locate, read_config
-        from puzzle_ray.families import describe
+        from puzzle_ray.models.blocks import load_stack
+        from puzzle_ray.models.checkpoint import locate
+        from puzzle_ray.models.child import read_config
+        from puzzle_ray.models.describe import describe
         from puzzle_ray.process import compute_with, device_for
 
         compute_with(num_threads)
@@ -51,8 +52,8 @@ class Meter:
         """`batches` are the same in every call; a process that was restarted runs the parent on them again."""
         import torch
 
-        from puzzle_ray.child_meter import ChildMeter
         from puzzle_ray.distill.library import Library
+        from puzzle_ray.evaluation.child_meter import ChildMeter
 
         if self.meter is None:
             self.meter = ChildMeter(self.stack, Library(self.library), [torch.from_numpy(batch.copy()) for batch in batches])
@@ -75,19 +76,25 @@ class MeterPool:
     """Measures children that the step has no file of yet; workers start when the first is met."""
 
     def __init__(
-        self, parent: str, library: Step, batches: Sequence[Container], cluster: ClusterConfig, step: Step, progress: Progress
+        self,
+        parent: str,
+        library: Artifact,
+        batches: Sequence[Container],
+        cluster: ClusterConfig,
+        artifact: Artifact,
+        progress: Progress,
     ) -> None:
         self.parent, self.library, self.batches = parent, library, list(batches)
-        self.cluster, self.step, self.progress = cluster, step, progress
+        self.cluster, self.artifact, self.progress = cluster, artifact, progress
         self.workers: list[ActorHandle[Any]] = []
 
     def __call__(self, children: Sequence[Choices]) -> list[Measured]:
         """In the order asked for. Raises ClusterError when workers cannot be placed or stop answering."""
-        todo = [c for c in dict.fromkeys(children) if not self.step.exists(file_name(c))]
+        todo = [c for c in dict.fromkeys(children) if not self.artifact.exists(file_name(c))]
         if todo:
             self._start(len(todo))
             self._measure(todo)
-        return [Measured(**self.step.read_json(file_name(c))["measured"]) for c in children]
+        return [Measured(**self.artifact.read_json(file_name(c))["measured"]) for c in children]
 
     def _start(self, most: int) -> None:
         """As many workers as there is room for, up to `most`. Each holds the whole parent: the GPU shares of all its shards, or a CPU."""
@@ -125,7 +132,9 @@ class MeterPool:
                     raise ClusterError("search", problem, "raise cluster.step_timeout_s")
                 choices, worker = running.pop(done[0])
                 measured = ray.get(done[0], timeout=timeout_s)
-                self.step.write_json(file_name(choices), {"choices": [c.label for c in choices], "measured": asdict(measured)})
+                self.artifact.write_json(
+                    file_name(choices), {"choices": [c.label for c in choices], "measured": asdict(measured)}
+                )
                 bar.advance()
                 start(worker)
 
@@ -136,10 +145,10 @@ class MeterPool:
 
 @contextmanager
 def measuring(
-    parent: str, library: Step, batches: Sequence[Container], cluster: ClusterConfig, step: Step, progress: Progress
+    parent: str, library: Artifact, batches: Sequence[Container], cluster: ClusterConfig, artifact: Artifact, progress: Progress
 ) -> Iterator[MeterPool]:
     """A pool for as long as it is needed."""
-    pool = MeterPool(parent, library, batches, cluster, step, progress)
+    pool = MeterPool(parent, library, batches, cluster, artifact, progress)
     try:
         yield pool
     finally:

@@ -17,12 +17,14 @@ from actors.parent_shard import environment
 from actors.placement import DIED, end, not_placed, not_started, require
 from actors.remote_work import node_cpus
 from puzzle_ray.artifacts import Profile, SearchSpace
-from puzzle_ray.checkpoint import locate, read_config
-from puzzle_ray.config import ClusterConfig, ProfileConfig
+from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.errors import ClusterError, ProfileError
-from puzzle_ray.profiling.measure import Item, Result, measure, merge, plan, runs_of, save_item, unfinished
+from puzzle_ray.models.checkpoint import locate
+from puzzle_ray.models.child import read_config
+from puzzle_ray.profiling.measure import Measurement, ProfileTask, measure, merge, profile_tasks, runs_of, save_item, unfinished
+from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.progress import Bar, Progress
-from puzzle_ray.store import Step
+from puzzle_ray.store import Artifact
 
 MAX_DEATHS = 3  # of the process that measures one item, or that starts
 
@@ -38,7 +40,7 @@ class ShapeProfiler:
     def pid(self) -> int:
         return os.getpid()
 
-    def work(self, item: Item) -> Result:
+    def work(self, item: ProfileTask) -> Measurement:
         """All shapes of one layer type at one batch size."""
         import torch
 
@@ -63,7 +65,7 @@ class Profiler(ShapeProfiler):
 class _Work:
     """An item: who is at it, what that one answered last and since when, how many runs the bar has seen, how often it was lost."""
 
-    item: Item
+    item: ProfileTask
     profiler: ActorHandle[Any] | None = None
     since: float = 0.0
     count: int = 0
@@ -72,16 +74,16 @@ class _Work:
 
 
 def profile_blocks(
-    parent: str, space: SearchSpace, config: ProfileConfig, cluster: ClusterConfig, step: Step, progress: Progress
+    parent: str, space: SearchSpace, config: ProfileConfig, cluster: ClusterConfig, artifact: Artifact, progress: Progress
 ) -> Profile:
     """Measures every item that is not in the step yet.
 
     Raises ClusterError when profilers cannot be placed or stop answering, ProfileError when they cannot measure.
     """
-    items = plan(space, config)
-    todo = unfinished(items, step)
+    items = profile_tasks(space, config)
+    todo = unfinished(items, artifact)
     if todo:
-        pool = _Pool(parent, config, cluster, step)
+        pool = _Pool(parent, config, cluster, artifact)
         try:
             pool.start(min(config.num_profilers, len(todo)))
             with progress.stage("profile", sum(runs_of(item, config) for item in items), "run") as bar:
@@ -89,7 +91,7 @@ def profile_blocks(
                 pool.measure(todo, bar)
         finally:
             pool.end()
-    return merge(items, config, step)
+    return merge(items, config, artifact)
 
 
 def options_of(config: ProfileConfig) -> dict[str, Any]:
@@ -110,12 +112,12 @@ def options_of(config: ProfileConfig) -> dict[str, Any]:
 class _Pool:
     """Profilers that work as soon as they are placed. Where one dies its item goes to whoever is free, itself to a node that has room."""
 
-    def __init__(self, parent: str, config: ProfileConfig, cluster: ClusterConfig, step: Step) -> None:
-        self.parent, self.config, self.cluster, self.step = parent, config, cluster, step
+    def __init__(self, parent: str, config: ProfileConfig, cluster: ClusterConfig, artifact: Artifact) -> None:
+        self.parent, self.config, self.cluster, self.artifact = parent, config, cluster, artifact
         self.options = options_of(config)
         self.starting: dict[ObjectRef[int], ActorHandle[Any]] = {}
         self.idle: list[ActorHandle[Any]] = []
-        self.running: dict[ObjectRef[Result], _Work] = {}
+        self.running: dict[ObjectRef[Measurement], _Work] = {}
         self.failed_starts = 0
 
     def start(self, count: int) -> None:
@@ -135,7 +137,7 @@ class _Pool:
         profiler = actor.remote(self.parent, self.config, self.options["num_cpus"])
         self.starting[profiler.pid.remote()] = profiler
 
-    def measure(self, todo: Sequence[Item], bar: Bar) -> None:
+    def measure(self, todo: Sequence[ProfileTask], bar: Bar) -> None:
         """Until every item is in the step. Each is saved when it is measured; what is saved is not measured again."""
         waiting = [_Work(item) for item in reversed(todo)]
         alone_since = time.monotonic()
@@ -172,7 +174,7 @@ class _Pool:
         work.profiler, work.count, work.since = profiler, 0, time.monotonic()
         self.running[profiler.work.remote(work.item)] = work
 
-    def _ended(self, ref: ObjectRef[Result], waiting: list[_Work], bar: Bar) -> None:
+    def _ended(self, ref: ObjectRef[Measurement], waiting: list[_Work], bar: Bar) -> None:
         work = self.running.pop(ref)
         assert work.profiler is not None
         try:
@@ -185,7 +187,7 @@ class _Pool:
             waiting.append(work)
             self._add()
             return
-        save_item(self.step, result)
+        save_item(self.artifact, result)
         bar.advance(runs_of(work.item, self.config) - work.shown)
         self.idle.append(work.profiler)
 

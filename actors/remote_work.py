@@ -11,22 +11,24 @@ import ray
 
 from actors.parent_shard import environment
 from actors.placement import DIED, end, matching_nodes, require, wait_ready
+from actors.transport import Container
 from puzzle_ray.artifacts import Architecture, LayerChoice, Scenario
-from puzzle_ray.config import ClusterConfig, EvaluateConfig, ProfileConfig
+from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.errors import ClusterError
+from puzzle_ray.evaluation.settings import EvaluateConfig
+from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.progress import Quiet
 from puzzle_ray.scoring.downstream import QuestionBatch
-from puzzle_ray.store import Step
-from puzzle_ray.transport import Container
+from puzzle_ray.store import Artifact
 
 
-def realize(num_threads: int, parent: str, choices: Sequence[LayerChoice], library: Step, step: Step) -> None:
+def realize(num_threads: int, parent: str, choices: Sequence[LayerChoice], library: Artifact, artifact: Artifact) -> None:
     """Assembles and publishes a child."""
-    from puzzle_ray.export import hf
+    from puzzle_ray.models import child as hf
     from puzzle_ray.process import compute_with
 
     compute_with(num_threads)
-    hf.realize(parent, choices, library, step)
+    hf.realize(parent, choices, library, artifact)
 
 
 def evaluate(
@@ -43,7 +45,7 @@ def evaluate(
     """Measures the parent and its children side by side."""
     import torch
 
-    from puzzle_ray import evaluate as library
+    from puzzle_ray.evaluation import evaluate as library
     from puzzle_ray.process import compute_with
 
     compute_with(num_threads)
@@ -55,8 +57,8 @@ def predict(num_threads: int, folders: Mapping[str, str], batches: Sequence[Cont
     """Held-out predictions of the parent and its children, nothing timed."""
     import torch
 
-    from puzzle_ray.evaluate import predictions
-    from puzzle_ray.export.hf import load_model
+    from puzzle_ray.evaluation.evaluate import predictions
+    from puzzle_ray.models.child import load_model
     from puzzle_ray.process import compute_with
 
     compute_with(num_threads)

@@ -14,17 +14,19 @@ from ray.actor import ActorHandle
 from actors.parent_shard import EvaluationData, ParentShard, environment
 from actors.placement import cluster_cpus, end, require, runs, wait_ready
 from puzzle_ray.artifacts import ScoreRow, Scores, SearchSpace
-from puzzle_ray.checkpoint import locate, read_config
-from puzzle_ray.config import ClusterConfig, ScoringConfig
-from puzzle_ray.data import Tokens
+from puzzle_ray.cluster import ClusterConfig
+from puzzle_ray.data.order import Tokens
 from puzzle_ray.errors import ClusterError
-from puzzle_ray.families import describe
+from puzzle_ray.models.checkpoint import locate
+from puzzle_ray.models.child import read_config
+from puzzle_ray.models.describe import describe
 from puzzle_ray.progress import Bar, Progress
 from puzzle_ray.scoring import fisher
-from puzzle_ray.scoring.items import Damage, Group, Item, Task, groups, merge, plan, saved_rows, unfinished
-from puzzle_ray.scoring.replace_one import load_questions
-from puzzle_ray.scoring.shortlist import Shortlist, sizes
-from puzzle_ray.store import Step
+from puzzle_ray.scoring.downstream import load_questions
+from puzzle_ray.scoring.items import Damage, Group, Replacement, ScoringTask, groups, merge, replacements, saved_rows, unfinished
+from puzzle_ray.scoring.settings import ScoringConfig
+from puzzle_ray.scoring.shortlist import Shortlist, footprints
+from puzzle_ray.store import Artifact
 
 Work = TypeVar("Work")
 
@@ -50,7 +52,7 @@ class _Pipeline:
             entering.append(shard.run_parent.remote(data, entering[-1]))
         return cls(shards, layers, data, entering)
 
-    def score(self, task: Task, library: Step) -> ObjectRef[list[Damage]]:
+    def score(self, task: ScoringTask, library: Artifact) -> ObjectRef[list[Damage]]:
         """Sends exchanges through; the reference is their damage."""
         first = next(n for n, layers in enumerate(self.shard_layers) if task.layer in layers)
         out = self.shards[first].exchange.remote(task, library, self.data, self.entering[first])
@@ -59,8 +61,8 @@ class _Pipeline:
         return out
 
     def estimate(
-        self, batches: Sequence[int], space: SearchSpace, config: ScoringConfig, library: Step
-    ) -> list[ObjectRef[fisher.Found]]:
+        self, batches: Sequence[int], space: SearchSpace, config: ScoringConfig, library: Artifact
+    ) -> list[ObjectRef[fisher.Estimates]]:
         """Sends gradients back, from the last shard to the first; the references are each shard's estimates, the first one's last."""
         found, gradients = [], None
         for n in reversed(range(len(self.shards))):
@@ -141,75 +143,80 @@ def _evaluation_data(parent: str, model_config: Any, config: ScoringConfig, toke
 def score_blocks(
     parent: str,
     space: SearchSpace,
-    library: Step,
+    library: Artifact,
     config: ScoringConfig,
     cluster: ClusterConfig,
     tokens: Tokens,
-    step: Step,
+    artifact: Artifact,
     progress: Progress,
 ) -> Scores:
     """Scores every item that is not in the step yet. Raises ClusterError when shards cannot be placed or stop answering."""
     model_config = read_config(locate(parent))
     data = _evaluation_data(parent, model_config, config, tokens)
-    items = plan(space, config.granularity)
+    items = replacements(space, config.granularity)
     num_texts = len(data.texts)
-    estimates = fisher.unfinished(num_texts, step) if config.shortlist == "fisher" else []
+    estimates = fisher.unfinished(num_texts, artifact) if config.shortlist == "fisher" else []
     wanted, shortlist = items, None
     pipelines = _Pipelines(parent, len(space.layers), cluster, data, len(items))
     try:
         if estimates:
-            _estimate_all(pipelines.pool(), estimates, space, config, library, step)
+            _estimate_all(pipelines.pool(), estimates, space, config, library, artifact)
         if config.shortlist == "fisher":
-            found = fisher.load(num_texts, step)
-            weights = sizes(space, describe(model_config), model_config)
+            found = fisher.load(num_texts, artifact)
+            weights = footprints(space, describe(model_config), model_config)
             shortlist = Shortlist.of(items, found, sum(batch.size for batch in data.texts), weights, space, config)
             wanted = list(shortlist.exact)
-        rows = _score(pipelines, wanted, config, library, step, progress)
+        rows = _score(pipelines, wanted, config, library, artifact, progress)
     finally:
         end(pipelines.shards)
-    return merge(rows + shortlist.rows(rows) if shortlist else rows, config, step)
+    return merge(rows + shortlist.rows(rows) if shortlist else rows, config, artifact)
 
 
 @contextmanager
 def scoring(
     parent: str,
     space: SearchSpace,
-    library: Step,
+    library: Artifact,
     config: ScoringConfig,
     cluster: ClusterConfig,
     tokens: Tokens,
-    step: Step,
+    artifact: Artifact,
     progress: Progress,
-) -> Iterator[Callable[[Sequence[Item]], list[ScoreRow]]]:
+) -> Iterator[Callable[[Sequence[Replacement]], list[ScoreRow]]]:
     """A function that scores items exactly, one at a time, as they are asked for; what it found is kept in the step."""
     data = _evaluation_data(parent, read_config(locate(parent)), config, tokens)
-    pipelines = _Pipelines(parent, len(space.layers), cluster, data, len(plan(space, config.granularity)))
+    pipelines = _Pipelines(parent, len(space.layers), cluster, data, len(replacements(space, config.granularity)))
     alone = config.model_copy(update={"candidate_batch": 1})  # whom an item would share a batch with depends on who asks
     try:
-        yield lambda items: _score(pipelines, items, alone, library, step, progress)
+        yield lambda items: _score(pipelines, items, alone, library, artifact, progress)
     finally:
         end(pipelines.shards)
 
 
 def _score(
-    pipelines: _Pipelines, wanted: Sequence[Item], config: ScoringConfig, library: Step, step: Step, progress: Progress
+    pipelines: _Pipelines,
+    wanted: Sequence[Replacement],
+    config: ScoringConfig,
+    library: Artifact,
+    artifact: Artifact,
+    progress: Progress,
 ) -> list[ScoreRow]:
     """The rows of items, those that are not in the step yet scored first."""
-    todo = unfinished(groups(wanted, config, len(pipelines.data.texts), len(pipelines.data.questions)), step)
+    todo = unfinished(groups(wanted, config, len(pipelines.data.texts), len(pipelines.data.questions)), artifact)
     with progress.stage("score", len(wanted), "block") as bar:
         bar.advance(len(wanted) - sum(len(group.items) for group in todo))
         if todo:
-            _score_all(pipelines.pool(), todo, library, step, bar)
-    return saved_rows(wanted, step)
+            _score_all(pipelines.pool(), todo, library, artifact, bar)
+    return saved_rows(wanted, artifact)
 
 
-def _score_all(pool: _Pool[Group], todo: Sequence[Group], library: Step, step: Step, bar: Bar) -> None:
-    tasks: dict[tuple[Item, ...], Task] = {}
+def _score_all(pool: _Pool[Group], todo: Sequence[Group], library: Artifact, artifact: Artifact, bar: Bar) -> None:
+    tasks: dict[tuple[Replacement, ...], ScoringTask] = {}
 
     def send(pipeline: _Pipeline, group: Group) -> ObjectRef[list[Damage]] | None:
         task = group.next_task()
         if task is None:
-            group.save(step)
+            group.save(artifact)
             bar.advance(len(group.items))
             return None
         tasks[group.items] = task
@@ -226,19 +233,19 @@ def _estimate_all(
     todo: Sequence[tuple[str, tuple[int, ...]]],
     space: SearchSpace,
     config: ScoringConfig,
-    library: Step,
-    step: Step,
+    library: Artifact,
+    artifact: Artifact,
 ) -> None:
-    sent: dict[str, list[ObjectRef[fisher.Found]]] = {}
+    sent: dict[str, list[ObjectRef[fisher.Estimates]]] = {}
 
-    def send(pipeline: _Pipeline, work: tuple[str, tuple[int, ...]]) -> ObjectRef[fisher.Found] | None:
+    def send(pipeline: _Pipeline, work: tuple[str, tuple[int, ...]]) -> ObjectRef[fisher.Estimates] | None:
         name, batches = work
         if name in sent:
             return None
         sent[name] = pipeline.estimate(batches, space, config, library)
         return sent[name][-1]  # the first shard's: the others are there when it is
 
-    def receive(work: tuple[str, tuple[int, ...]], reference: ObjectRef[fisher.Found]) -> None:
-        fisher.save(step, work[0], ray.get(sent[work[0]], timeout=pool.timeout_s))
+    def receive(work: tuple[str, tuple[int, ...]], reference: ObjectRef[fisher.Estimates]) -> None:
+        fisher.save(artifact, work[0], ray.get(sent[work[0]], timeout=pool.timeout_s))
 
     pool.run(todo, send, receive)

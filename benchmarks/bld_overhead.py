@@ -27,8 +27,9 @@ import psutil
 
 from benchmarks.record import write
 from puzzle_ray.artifacts import LayerSpace, SearchSpace
-from puzzle_ray.config import ClusterConfig, LibraryConfig
-from puzzle_ray.data import Tokens
+from puzzle_ray.cluster import ClusterConfig
+from puzzle_ray.data.order import Tokens
+from puzzle_ray.distill.settings import LibraryConfig
 from puzzle_ray.process import num_cores
 from puzzle_ray.store import Store
 
@@ -111,7 +112,7 @@ class OnePlainProcess:
 
         if not keeps_memory:
             library.compute_with = torch.set_num_threads
-        self.stage = OneProcess(folder, SPACE, config, random_tokens(), 0, store.step("library", {}, {}), num_threads)
+        self.stage = OneProcess(folder, SPACE, config, random_tokens(), 0, store.artifact("library", {}, {}), num_threads)
 
     def run(self, count: int) -> None:
         """The next `count` micro-batches."""
@@ -134,7 +135,7 @@ class OnRay:
         start_here(max(CORES, num_trainers), 512 << 20)
         self.config, self.schedule, self.tokens = config, Schedule.of(config), random_tokens()
         cluster = ClusterConfig(num_shards=1, blocks_per_trainer=blocks_per_trainer)
-        step = store.step("library", {}, {})
+        step = store.artifact("library", {}, {})
         self.stream = library_stream.open_stream(folder, range(NUM_LAYERS), SPACE, config, cluster, step)
         self.flow, self.done = library_stream.flow, 0
 

@@ -23,15 +23,15 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
 from benchmarks.record import write
-from puzzle_ray.blocks import search_space
-from puzzle_ray.checkpoint import quiet_transformers, read_config
-from puzzle_ray.config import LibraryConfig
-from puzzle_ray.data import Tokens
+from puzzle_ray.data.order import Tokens
 from puzzle_ray.distill.library import OneProcess
+from puzzle_ray.distill.settings import LibraryConfig
+from puzzle_ray.models.child import quiet_transformers, read_config
 from puzzle_ray.process import num_cores
 from puzzle_ray.profiling.devices import KNOWN
-from puzzle_ray.profiling.torch_engine import ENGINE
+from puzzle_ray.profiling.engines.torch_engine import ENGINE
 from puzzle_ray.store import Store
+from puzzle_ray.variants.space import search_space
 
 SPACE = (("gqa:4", "gqa:2"), ("ffn:50%", "ffn:25%"))
 LENGTH, VOCAB_SIZE, MATRIX = 1024, 8192, 4096
@@ -170,7 +170,7 @@ def main() -> None:
     with quiet_transformers(), tempfile.TemporaryDirectory() as folder:
         save_random_llama(Path(folder), layers)
         space = search_space(read_config(Path(folder)), *SPACE, 8)
-        step = Store(f"{folder}/store").step("library", {}, {})
+        step = Store(f"{folder}/store").artifact("library", {}, {})
         stage = OneProcess(folder, space, config, text, 0, step, threads, device)
         rows = measured(stage, getattr(torch, dtype), steps, warm=1)
         position = stage.group.last + 1

@@ -23,16 +23,20 @@ from transformers import AutoTokenizer
 
 from benchmarks.record import write
 from puzzle_ray.artifacts import PARENT, SearchSpace
-from puzzle_ray.blocks import load_stack, search_space
-from puzzle_ray.checkpoint import locate, quiet_transformers, read_config
-from puzzle_ray.config import DataConfig, LibraryConfig, ScoringConfig
-from puzzle_ray.data import tokenise
+from puzzle_ray.data.settings import DataConfig
+from puzzle_ray.data.tokenising import tokenise
 from puzzle_ray.distill.library import Library, build_serially
-from puzzle_ray.families import describe
+from puzzle_ray.distill.settings import LibraryConfig
+from puzzle_ray.models.blocks import load_stack
+from puzzle_ray.models.checkpoint import locate
+from puzzle_ray.models.child import quiet_transformers, read_config
+from puzzle_ray.models.describe import describe
 from puzzle_ray.progress import Quiet
 from puzzle_ray.scoring.metrics import mean
-from puzzle_ray.scoring.replace_one import score_serially
+from puzzle_ray.scoring.serial import score_serially
+from puzzle_ray.scoring.settings import ScoringConfig
 from puzzle_ray.store import Store
+from puzzle_ray.variants.space import search_space
 
 ATTENTION, FFN, MULTIPLE = ("gqa:50%", "linear"), ("ffn:50%", "ffn:25%"), 4
 SHARES = (0.125, 0.25, 0.5, 1.0)
@@ -72,10 +76,10 @@ class Setting:
         changes = {"tokens": tokens} if tokens else {"tokens": self.library.micro_batch_tokens, "learning_rate": UNTRAINED}
         inputs = {"mode": mode, "tokens": str(tokens)}
         started = time.process_time()
-        step = self.store.step("library", {}, inputs)
+        step = self.store.artifact("library", {}, inputs)
         library = build_serially(self.parent, space, self.library.model_copy(update=changes), self.train, 0, step, Quiet())
         trained_s = time.process_time() - started
-        scores_step = self.store.step("scores", {}, inputs)
+        scores_step = self.store.artifact("scores", {}, inputs)
         scores = score_serially(self.stack, self.texts, space, self.scoring, scores_step, library.states, Quiet())
         kl = {(r.layer, r.attention, r.ffn): r.value for r in scores.rows if r.metric == "kl"}
         return library, kl, trained_s

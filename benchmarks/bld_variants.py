@@ -18,8 +18,8 @@ import torch
 from benchmarks.bld_tokens import QUICK_HELDOUT_TOKENS, QUICK_TOKENS, Setting
 from benchmarks.record import write
 from puzzle_ray.artifacts import PARENT
-from puzzle_ray.checkpoint import quiet_transformers
 from puzzle_ray.distill.bld import LibraryRow
+from puzzle_ray.models.child import quiet_transformers
 from puzzle_ray.scoring.metrics import mean
 from puzzle_ray.store import Store
 

@@ -23,12 +23,12 @@ from jobs.stages import Run
 from puzzle_ray.artifacts import Scores
 from puzzle_ray.config import load
 from puzzle_ray.search.limits import Limits
-from puzzle_ray.sweep import SweepSetup, solve
+from puzzle_ray.search.setup import SearchSetup, solve
 
 KINDS = {"exact": "none", "fisher": "fisher"}
 
 
-def settle(run: Run) -> SweepSetup:
+def settle(run: Run) -> SearchSetup:
     """What a run searches, with exact scores for all that its answers to the budgets use."""
     setup = run.sweep_setup
     scores = run.settled(

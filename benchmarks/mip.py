@@ -17,16 +17,17 @@ import numpy as np
 
 from actors.placement import cluster_cpus
 from actors.sweep import sweep
+from benchmarks.nvlabs import NvlabsLibrary, as_run, read_nvlabs
 from benchmarks.record import write
 from jobs.session import connected
 from puzzle_ray.artifacts import Architecture
-from puzzle_ray.config import ClusterConfig
+from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.search.limits import Limits
 from puzzle_ray.search.mip import solve, solve_diverse
-from puzzle_ray.search.nvlabs import NvlabsLibrary, as_run, read_nvlabs
 from puzzle_ray.search.problem import Problem
+from puzzle_ray.search.setup import SearchSetup
+from puzzle_ray.search.sweep import Grid, finish, gathered, points_of
 from puzzle_ray.store import Store
-from puzzle_ray.sweep import Grid, SweepSetup, finish, gathered, points_of
 
 PLAIN = {"CBC": ("CBC", None), "HiGHS": ("HiGHS", None), "HiGHS gap 0": ("HiGHS", 0.0)}
 MAX_SECONDS = 60.0
@@ -137,13 +138,13 @@ def sweep_budgets(library: NvlabsLibrary, count: int) -> tuple[list[Architecture
     """The answers to a square grid of `count` budgets by the sweep on Ray Tune, and its seconds in all: the cluster runs already."""
     space, scores, profile, scenario = as_run(library)
     limits = Limits(memory_fraction=1.0)
-    grid = Grid({(scenario.input_tokens, scenario.output_tokens): SweepSetup(
+    grid = Grid({(scenario.input_tokens, scenario.output_tokens): SearchSetup(
         space, scores, profile, scenario, "kl_div", "mip", MAX_SECONDS, limits
     )})  # fmt: skip
     shares = [float(x) for x in np.linspace(0.2, 0.95, math.isqrt(count))]
     points = points_of({"memory_fraction": shares, "latency_fraction": shares})
     with tempfile.TemporaryDirectory() as folder, connected(ClusterConfig()):
-        step = Store(folder).step("sweep", {}, {})
+        step = Store(folder).artifact("sweep", {}, {})
         started = time.perf_counter()
         sweep(grid, points, step, cluster_cpus())
         found = gathered(points, step)

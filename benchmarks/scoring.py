@@ -23,15 +23,16 @@ from benchmarks.record import write
 from jobs.session import connected
 from jobs.stages import Run
 from puzzle_ray.artifacts import LayerChoice
-from puzzle_ray.blocks import load_stack
-from puzzle_ray.config import ScoringConfig, load
+from puzzle_ray.config import load
 from puzzle_ray.distill.library import Library
-from puzzle_ray.export.hf import assemble
-from puzzle_ray.families import describe
+from puzzle_ray.models.blocks import load_stack
+from puzzle_ray.models.child import assemble
+from puzzle_ray.models.describe import describe
 from puzzle_ray.scoring import fisher
-from puzzle_ray.scoring.items import Damage, Item, Task, plan
+from puzzle_ray.scoring.items import Damage, Replacement, ScoringTask, replacements
 from puzzle_ray.scoring.metrics import compare, mean
-from puzzle_ray.scoring.replace_one import ShardScorer
+from puzzle_ray.scoring.settings import ScoringConfig
+from puzzle_ray.scoring.shard import ShardScorer
 
 QUICK = ("library.tokens=20480", "scoring.tokens=4096")
 
@@ -43,7 +44,7 @@ class Setting:
         self.folder, self.config, self.space = Path(run.parent), run.model_config, run.space
         self.library, self.texts = Library(run.library), list(texts)
         self.stack = load_stack(self.folder, describe(self.config), self.config, 0, self.config.num_hidden_layers, torch.float32)
-        self.items = plan(self.space, "subblock")
+        self.items = replacements(self.space, "subblock")
         self.batches = tuple(range(len(self.texts)))
         self.scorer = ShardScorer(self.stack, self.texts)
 
@@ -51,7 +52,7 @@ class Setting:
     def num_layers(self) -> int:
         return len(self.space.layers)
 
-    def child(self, item: Item) -> Any:
+    def child(self, item: Replacement) -> Any:
         choices = [item.choice if index == item.layer else LayerChoice() for index in range(self.num_layers)]
         states = {(item.layer, kind): state for kind, state in self.library.states(item.layer, item.choice).items()}
         return assemble(self.folder, self.config, choices, states, torch.float32)
@@ -65,7 +66,7 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
 
 
 @torch.no_grad()
-def whole_forward(setting: Setting, item: Item) -> tuple[Damage, float, float]:
+def whole_forward(setting: Setting, item: Replacement) -> tuple[Damage, float, float]:
     """(damage, seconds in the layers, seconds in head and metrics) of a whole child, as transformers runs it."""
     child, parts, layers_s, head_s = setting.child(item), [], 0.0, 0.0
     for number, ids in enumerate(setting.texts):
@@ -83,13 +84,13 @@ def whole_forward(setting: Setting, item: Item) -> tuple[Damage, float, float]:
     return Damage.joined(parts), layers_s, head_s
 
 
-def score_each(setting: Setting) -> tuple[list[dict[str, Any]], dict[Item, Damage]]:
+def score_each(setting: Setting) -> tuple[list[dict[str, Any]], dict[Replacement, Damage]]:
     """Every item by the whole forward and by prefix reuse, one right after the other."""
     rows, exact = [], {}
     for item in setting.items:
         states = setting.library.states(item.layer, item.choice)
         whole, whole_layers_s, whole_head_s = whole_forward(setting, item)
-        task = Task((item,), setting.batches)
+        task = ScoringTask((item,), setting.batches)
         leaving, layers_s = timed(lambda task=task, states=states: setting.scorer.exchange(task, lambda *_: states))
         (damage,), head_s = timed(lambda task=task, leaving=leaving: setting.scorer.measure(task, leaving))
         exact[item] = damage
@@ -109,10 +110,10 @@ def score_each(setting: Setting) -> tuple[list[dict[str, Any]], dict[Item, Damag
     return rows, exact
 
 
-def fisher_estimates(setting: Setting, samples: int) -> tuple[dict[Item, float], float]:
+def fisher_estimates(setting: Setting, samples: int) -> tuple[dict[Replacement, float], float]:
     """(estimates, seconds), as the product cuts the work."""
     config = ScoringConfig(granularity="subblock", shortlist="fisher", fisher_samples=samples)
-    found: fisher.Found = {}
+    found: fisher.Estimates = {}
 
     def work() -> None:
         for _, batches in fisher.tasks(len(setting.texts)):
@@ -136,9 +137,9 @@ def candidate_batches(run: Run, setting: Setting, sequences: Sequence[int]) -> l
         batches = tuple(range(len(texts)))
         row: dict[str, Any] = {"tokens_per_batch": int(texts[0].numel())}
         for size in (1, 4):
-            tasks = [Task(items[start : start + size], batches) for start in range(0, len(items), size)]
+            tasks = [ScoringTask(items[start : start + size], batches) for start in range(0, len(items), size)]
 
-            def work(scorer: ShardScorer = scorer, tasks: Sequence[Task] = tasks) -> None:
+            def work(scorer: ShardScorer = scorer, tasks: Sequence[ScoringTask] = tasks) -> None:
                 for task in tasks:
                     scorer.measure(task, scorer.exchange(task, setting.library.states))
 

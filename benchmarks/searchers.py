@@ -18,11 +18,12 @@ from typing import Any
 from benchmarks.record import write
 from jobs.session import connected
 from jobs.stages import Run
+from puzzle_ray.artifacts import Measure
 from puzzle_ray.config import load
 from puzzle_ray.errors import ConfigError, Infeasible
-from puzzle_ray.pick import Measure, PickOptions, pick
-from puzzle_ray.search import searchers
 from puzzle_ray.search.limits import Limits
+from puzzle_ray.search.pick import PickOptions, pick
+from puzzle_ray.search.searcher import searchers
 
 BUDGETS = (1.2, 1.5, 1.75, 2.0, 2.5)
 PICKED = "mip, picked"
@@ -89,7 +90,7 @@ def unseen(run: Run) -> Any:
     each = max(1, run.config.scoring.micro_batch_tokens // length)
     batches = [sequences[i : i + each].astype("int64") for i in range(0, len(sequences), each)]
     inputs = {"library": run.library.key, "tokens": run.tokens_step.key}
-    step = run.store.step("measured", {"tokens": tokens, "sequences": each, "from": tokens // length}, inputs)
+    step = run.store.artifact("measured", {"tokens": tokens, "sequences": each, "from": tokens // length}, inputs)
     return measuring(run.parent, run.library, batches, run.config.cluster, step, run.progress)
 
 

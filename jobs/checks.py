@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from puzzle_ray.config import TINY, RunConfig, ScoringConfig
-from puzzle_ray.data import check_source
+from puzzle_ray.config import TINY, RunConfig
+from puzzle_ray.data.sources import check_source
 from puzzle_ray.errors import ClusterError, ConfigError, ParentError
+from puzzle_ray.scoring.settings import ScoringConfig
 from puzzle_ray.store import Store
 
 
 def check(config: RunConfig, store: Store) -> None:
     """What needs no cluster. Raises a PuzzleError with one clear line."""
-    from puzzle_ray.profiling.engines import engine_of
-    from puzzle_ray.search import find
-    from puzzle_ray.transport import find_transport
+    from actors.transport import find_transport
+    from puzzle_ray.profiling.engine import engine_of
+    from puzzle_ray.search.searcher import find_searcher
 
     store.check()
-    find(config.search.searcher)
+    find_searcher(config.search.searcher)
     engine_of(config.profile)
     find_transport(config.cluster.transport)
     data = config.data
@@ -45,19 +46,19 @@ def _check_questions(scoring: ScoringConfig) -> None:
 
 
 def _check_space(config: RunConfig, model_config: Any) -> None:
-    from puzzle_ray.blocks import search_space
     from puzzle_ray.distill.library import starting_library
-    from puzzle_ray.narrow import library_space
-    from puzzle_ray.profiling.batch_sizes import resolved
+    from puzzle_ray.profiling.batch_sizes import with_batch_sizes
     from puzzle_ray.profiling.measure import check_shapes
-    from puzzle_ray.search.architectures import check_limits
-    from puzzle_ray.sweep import longest_context
+    from puzzle_ray.search.narrow import library_space
+    from puzzle_ray.search.sweep import longest_context
+    from puzzle_ray.search.tables import check_limits
+    from puzzle_ray.variants.space import search_space
 
     space = search_space(model_config, config.space.attention, config.space.ffn, config.space.ffn_multiple_of)
     narrowed = library_space(space, config.library)
     check_limits(narrowed, config.search.limits)
     starting_library(config.library, narrowed)
-    profile = resolved(config.profile, model_config, space, config.search.limits)
+    profile = with_batch_sizes(config.profile, model_config, space, config.search.limits.memory_mib)
     check_shapes(space, model_config, profile)
     needed = max(config.data.sequence_length, longest_context(config.search.grid, profile))
     positions = getattr(model_config, "max_position_embeddings", None)
@@ -67,7 +68,7 @@ def _check_space(config: RunConfig, model_config: Any) -> None:
 
 
 def _tiny_config() -> Any:
-    from puzzle_ray.tiny_parent import TinyParentSpec, model_config
+    from puzzle_ray.recipes.tiny_parent import TinyParentSpec, model_config
 
     return model_config(TinyParentSpec())
 
@@ -76,8 +77,9 @@ def _checked_parent(config: RunConfig) -> Any:
     """The parent's config, after a look at its family, weights and tokenizer."""
     from transformers import AutoTokenizer
 
-    from puzzle_ray.checkpoint import Checkpoint, locate, read_config
-    from puzzle_ray.families import describe
+    from puzzle_ray.models.checkpoint import Checkpoint, locate
+    from puzzle_ray.models.child import read_config
+    from puzzle_ray.models.describe import describe
 
     folder = locate(config.parent, config.revision)
     model_config = read_config(folder)

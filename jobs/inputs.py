@@ -13,9 +13,11 @@ from typing import Any
 from jobs.checks import check
 from puzzle_ray.artifacts import SearchSpace, to_json
 from puzzle_ray.config import TINY, RunConfig
-from puzzle_ray.data import Tokens, source_fingerprint, tokenise
+from puzzle_ray.data.order import Tokens
+from puzzle_ray.data.sources import source_fingerprint
+from puzzle_ray.data.tokenising import tokenise
 from puzzle_ray.progress import Lines, Progress
-from puzzle_ray.store import Step, Store
+from puzzle_ray.store import Artifact, Store
 
 TOKENS = "tokens.safetensors"
 
@@ -33,7 +35,7 @@ class Inputs:
         """Raises a PuzzleError for what can be known to be wrong before work starts."""
         check(self.config, self.store)
 
-    def _stage(self, step: Step, work: Callable[[Step], None]) -> Step:
+    def _stage(self, step: Artifact, work: Callable[[Artifact], None]) -> Artifact:
         """Does `work` unless the step is finished, and says in one line where the result is."""
         started = time.monotonic()
         done = step.finished
@@ -53,17 +55,17 @@ class Inputs:
     # parent, text, search space
 
     @cached_property
-    def _tiny_parent_step(self) -> Step:
-        from puzzle_ray.tiny_parent import TinyParentSpec, build_tiny_parent, source_fingerprint
+    def _tiny_parent_step(self) -> Artifact:
+        from puzzle_ray.recipes.tiny_parent import TinyParentSpec, build_tiny_parent, source_fingerprint
 
         spec = TinyParentSpec(seed=self.config.seed, steps=self.config.tiny_parent_steps)
 
-        def work(step: Step) -> None:
+        def work(step: Artifact) -> None:
             with step.folder_to_publish("parent") as folder:
                 summary = build_tiny_parent(folder, spec, self.progress)
             step.finish(asdict(summary))
 
-        step = self._stage(self.store.step("tiny_parent", {"fingerprint": source_fingerprint(spec)}, {}), work)
+        step = self._stage(self.store.artifact("tiny_parent", {"fingerprint": source_fingerprint(spec)}, {}), work)
         facts = step.facts()
         print(
             f"  tiny parent: {facts['num_parameters'] / 1e6:.2f}M parameters, held-out loss {facts['heldout_loss']:.3f} nats a token "
@@ -76,7 +78,7 @@ class Inputs:
     @cached_property
     def parent(self) -> str:
         """The parent as every node can find it: a folder, a URL, or a hub id with the commit this run is about."""
-        from puzzle_ray.checkpoint import locate
+        from puzzle_ray.models.checkpoint import locate
 
         if self.config.parent == TINY:
             return f"{self._tiny_parent_step.path('parent')}/model"
@@ -90,31 +92,31 @@ class Inputs:
     @cached_property
     def _parent_folder(self) -> Path:
         """On this machine."""
-        from puzzle_ray.checkpoint import locate
+        from puzzle_ray.models.checkpoint import locate
 
         return locate(self.parent)
 
     @cached_property
     def parent_key(self) -> str:
-        from puzzle_ray.checkpoint import fingerprint
+        from puzzle_ray.models.checkpoint import fingerprint
 
         return fingerprint(self._parent_folder)
 
     @cached_property
     def model_config(self) -> Any:
-        from puzzle_ray.checkpoint import read_config
+        from puzzle_ray.models.child import read_config
 
         return read_config(self._parent_folder)
 
     @cached_property
-    def tokens_step(self) -> Step:
+    def tokens_step(self) -> Artifact:
         data = self.config.data
         if self.config.parent == TINY and data.train is None:
             folder = self._tiny_parent_step.local_folder("parent")
             data = data.model_copy(update={"train": str(folder / "train.jsonl"), "heldout": str(folder / "heldout.jsonl")})
         sources = {name: source_fingerprint(s) for name, s in (("train", data.train), ("heldout", data.heldout)) if s}
 
-        def work(step: Step) -> None:
+        def work(step: Artifact) -> None:
             import torch
             from transformers import AutoTokenizer
 
@@ -126,7 +128,7 @@ class Inputs:
             step.finish({"train_tokens": train.num_tokens, "heldout_tokens": heldout.num_tokens})
 
         settings = data.model_dump(mode="json", exclude={"train", "heldout"})
-        return self._stage(self.store.step("tokens", settings, {"parent": self.parent_key, **sources}), work)
+        return self._stage(self.store.artifact("tokens", settings, {"parent": self.parent_key, **sources}), work)
 
     @cached_property
     def tokens(self) -> tuple[Tokens, Tokens]:
@@ -135,7 +137,7 @@ class Inputs:
         return Tokens(tensors["train"].numpy()), Tokens(tensors["heldout"].numpy())
 
     def _space_of(self, model_config: Any) -> SearchSpace:
-        from puzzle_ray.blocks import search_space
+        from puzzle_ray.variants.space import search_space
 
         space = self.config.space
         return search_space(model_config, space.attention, space.ffn, space.ffn_multiple_of)
@@ -147,7 +149,7 @@ class Inputs:
     @cached_property
     def space(self) -> SearchSpace:
         """What is trained, scored and searched."""
-        from puzzle_ray.narrow import library_space
+        from puzzle_ray.search.narrow import library_space
 
         return library_space(self._whole_space, self.config.library)
 

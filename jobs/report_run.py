@@ -14,7 +14,7 @@ from puzzle_ray.artifacts import rows_from_parquet
 from puzzle_ray.distill.gkd import CURVE, GkdRow
 from puzzle_ray.distill.library import Library
 from puzzle_ray.report.page import ReportData, SweepPoint
-from puzzle_ray.sweep import read
+from puzzle_ray.search.sweep import read
 
 if TYPE_CHECKING:
     from jobs.stages import Run

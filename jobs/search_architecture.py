@@ -8,7 +8,7 @@ from typing import Any
 from jobs.cli import run_main, stage_command
 from jobs.stages import Run
 from puzzle_ray.artifacts import Architecture
-from puzzle_ray.pick import PICKED
+from puzzle_ray.search.pick import PICKED
 
 
 def describe(architecture: Architecture) -> str:

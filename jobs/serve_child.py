@@ -20,7 +20,7 @@ import typer
 
 from jobs.cli import run_main
 from jobs.session import connected
-from puzzle_ray.config import ClusterConfig
+from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.errors import ClusterError, ConfigError
 
 _APPLICATION = "puzzle-ray-child"

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from puzzle_ray.config import ClusterConfig
+from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.errors import ClusterError
 from puzzle_ray.process import num_cores
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from jobs.inputs import Inputs
 from puzzle_ray.artifacts import Architecture, LayerChoice, Profile, Scores, to_json
-from puzzle_ray.config import ProfileConfig
-from puzzle_ray.data import source_fingerprint
-from puzzle_ray.store import Step
+from puzzle_ray.data.sources import source_fingerprint
+from puzzle_ray.profiling.settings import ProfileConfig
+from puzzle_ray.store import Artifact
 
 ARCHITECTURE = "architecture.json"
 SCORES = "scores.parquet"
@@ -26,17 +26,17 @@ class Run(Inputs):
     # library, profile, scores
 
     @cached_property
-    def library(self) -> Step:
+    def library(self) -> Artifact:
         from puzzle_ray.distill.library import starting_library, summary
 
         config = self.config.library
         inputs = {"parent": self.parent_key, "tokens": self.tokens_step.key, "space": self._space_key}
         start = starting_library(config, self.space, self.parent_key)
         if start:
-            config = config.model_copy(update={"start_from": start.step.url})  # every node finds it there
-            inputs["start"] = start.step.key
+            config = config.model_copy(update={"start_from": start.artifact.url})  # every node finds it there
+            inputs["start"] = start.artifact.key
 
-        def work(step: Step) -> None:
+        def work(step: Artifact) -> None:
             from actors.library_stream import build_library
 
             build_library(
@@ -53,28 +53,28 @@ class Run(Inputs):
         # what has no part in the result, or stands among the inputs
         elsewhere = {"window", "checkpoint_every", "max_pairs", "narrow_from", "start_from"}
         settings = config.model_dump(mode="json", exclude=elsewhere)
-        step = self._stage(self.store.step("library", settings | {"seed": self.config.seed}, inputs), work)
+        step = self._stage(self.store.artifact("library", settings | {"seed": self.config.seed}, inputs), work)
         print(f"  {summary(step.facts())}", file=sys.stderr, flush=True)
         return step
 
     @cached_property
     def profile_config(self) -> ProfileConfig:
         """How to profile, with numbers in place of `auto`."""
-        from puzzle_ray.profiling.batch_sizes import resolved
+        from puzzle_ray.profiling.batch_sizes import with_batch_sizes
 
-        return resolved(self.config.profile, self.model_config, self._whole_space, self.config.search.limits)
+        return with_batch_sizes(self.config.profile, self.model_config, self._whole_space, self.config.search.limits.memory_mib)
 
     @cached_property
-    def profile_step(self) -> Step:
+    def profile_step(self) -> Artifact:
         """Of the whole space: a narrowed one is part of it, so what was measured for the run before counts here."""
 
-        def work(step: Step) -> None:
+        def work(step: Artifact) -> None:
             from actors.profiler import profile_blocks
 
             profile_blocks(self.parent, self._whole_space, self.profile_config, self.config.cluster, step, self.progress)
 
         from actors.remote_work import node_cpus
-        from puzzle_ray.profiling.engines import engine_of
+        from puzzle_ray.profiling.engine import engine_of
 
         profile = self.profile_config
         engine = engine_of(profile)
@@ -87,22 +87,22 @@ class Run(Inputs):
             "target": target,
         }
         settings = profile.model_dump(mode="json", exclude={"num_profilers"})
-        return self._stage(self.store.step("profile", settings, inputs), work)
+        return self._stage(self.store.artifact("profile", settings, inputs), work)
 
     @cached_property
     def profile(self) -> Profile:
-        from puzzle_ray.profiling.measure import TABLE
+        from puzzle_ray.profiling.measure import PROFILE_TABLE
 
-        profile = Profile.from_parquet(self.profile_step.read(TABLE))
+        profile = Profile.from_parquet(self.profile_step.read(PROFILE_TABLE))
         if profile.estimated:
             print(f"  costs are ESTIMATED by {profile.engine} for {profile.device}, not measured", file=sys.stderr, flush=True)
         return profile
 
     @cached_property
-    def scores_step(self) -> Step:
+    def scores_step(self) -> Artifact:
         library = self.library
 
-        def work(step: Step) -> None:
+        def work(step: Artifact) -> None:
             from actors.scoring_pool import score_blocks
 
             score_blocks(
@@ -113,32 +113,32 @@ class Run(Inputs):
         if self.config.scoring.downstream is not None:
             inputs["downstream"] = source_fingerprint(self.config.scoring.downstream)
         settings = self.config.scoring.model_dump(mode="json", exclude={"shortlist_settle"})
-        return self._stage(self.store.step("scores", {"scoring": settings}, inputs), work)
+        return self._stage(self.store.artifact("scores", {"scoring": settings}, inputs), work)
 
     @cached_property
     def scores(self) -> Scores:
-        from puzzle_ray.scoring.replace_one import TABLE
+        from puzzle_ray.scoring.shard import PROFILE_TABLE
 
-        return Scores.from_parquet(self.scores_step.read(TABLE))
+        return Scores.from_parquet(self.scores_step.read(PROFILE_TABLE))
 
     # search, child
 
     @cached_property
-    def architecture_step(self) -> Step:
+    def architecture_step(self) -> Artifact:
         profile_step = self.profile_step  # fails first where the target cannot be profiled
         scores_step = self.scores_step
         search = self.config.search
 
-        def work(step: Step) -> None:
-            from puzzle_ray.pick import PICKED, answers, pick_as_told
-            from puzzle_ray.sweep import solve
+        def work(step: Artifact) -> None:
+            from puzzle_ray.search.pick import PICKED, answers, pick_as_configured
+            from puzzle_ray.search.setup import solve
 
             setup = self.sweep_setup
             scores = self.settled(self.scores, lambda seen: answers(replace(setup, scores=seen), search))
             setup = replace(setup, scores=scores)
             if search.measures:
                 with self.measuring() as measure:
-                    architecture, report = pick_as_told(setup, search, measure)
+                    architecture, report = pick_as_configured(setup, search, measure)
                 step.write_json(PICKED, report)
                 if self._how_scored["settle"]:  # local search may have taken what is only estimated
                     scores = self.settled(scores, lambda _: [architecture.choices])
@@ -152,7 +152,7 @@ class Run(Inputs):
 
         inputs = {"scores": scores_step.key, "profile": profile_step.key}
         settings = search.model_dump(mode="json", exclude={"sweep", "sweep_measure", "sweep_gkd"}) | self._how_scored
-        return self._stage(self.store.step("architecture", settings, inputs), work)
+        return self._stage(self.store.artifact("architecture", settings, inputs), work)
 
     @property
     def _how_scored(self) -> dict[str, Any]:
@@ -169,7 +169,7 @@ class Run(Inputs):
         from actors.scoring_pool import scoring as exact_scoring
         from puzzle_ray.scoring.settle import settle
 
-        step = self.store.step("settled", {}, {"scores": self.scores_step.key})
+        step = self.store.artifact("settled", {}, {"scores": self.scores_step.key})
         numbers = (self.parent, self.space, self.library, scoring, self.config.cluster, self.tokens[1], step, self.progress)
         with exact_scoring(*numbers) as score:
             return settle(scores, scoring.metric, answers, score)
@@ -182,17 +182,17 @@ class Run(Inputs):
         tokens = self.config.search.measure_tokens
         batches = [batch.numpy() for batch in self.tokens[1].first(tokens, max(1, sequences))]
         inputs = {"library": self.library.key, "tokens": self.tokens_step.key}
-        step = self.store.step("measured", {"tokens": tokens, "sequences": sequences}, inputs)
+        step = self.store.artifact("measured", {"tokens": tokens, "sequences": sequences}, inputs)
         return measuring(self.parent, self.library, batches, self.config.cluster, step, self.progress)
 
     @cached_property
     def sweep_setup(self) -> Any:
         """A `SweepSetup` of this run's own scenario."""
-        from puzzle_ray.sweep import SweepSetup
+        from puzzle_ray.search.setup import SearchSetup
 
         config, search = self.config, self.config.search
         numbers = (self.space, self.scores, self.profile, self.profile_config.scenario, config.scoring.metric)
-        return SweepSetup(*numbers, search.searcher, search.time_limit_s, search.limits, config.seed)
+        return SearchSetup(*numbers, search.searcher, search.time_limit_s, search.limits, config.seed)
 
     @cached_property
     def searched_scores(self) -> Scores:
@@ -213,14 +213,14 @@ class Run(Inputs):
         return Run(self.config.model_copy(update={"profile": profile}), self.progress)
 
     @cached_property
-    def sweep(self) -> Step:
-        from puzzle_ray.sweep import Grid, contexts_of, finish, gathered, points_of, with_distilled, with_measured
+    def sweep(self) -> Artifact:
+        from puzzle_ray.search.sweep import Grid, contexts_of, finish, gathered, points_of, with_distilled, with_measured
 
         search = self.config.search
         runs = {c: self.in_context(*c) for c in contexts_of(search.grid, self.profile_config.scenario)}
         profiles = {f"profile {c[0]}+{c[1]}": run.profile_step.key for c, run in runs.items()}
 
-        def work(step: Step) -> None:
+        def work(step: Artifact) -> None:
             from actors.placement import cluster_cpus
             from actors.sweep import sweep
 
@@ -241,36 +241,36 @@ class Run(Inputs):
         settings |= self._how_scored
         if search.sweep_gkd:
             settings |= self._settings("gkd", "evaluate")
-        return self._stage(self.store.step("sweep", settings, {"scores": self.scores_step.key} | profiles), work)
+        return self._stage(self.store.artifact("sweep", settings, {"scores": self.scores_step.key} | profiles), work)
 
     @cached_property
-    def child(self) -> Step:
+    def child(self) -> Artifact:
         """The child as assembled from the library."""
         self.architecture_step  # noqa: B018  (shown before the child)
         return self.child_of(self.architecture.choices)
 
-    def child_of(self, choices: Sequence[LayerChoice]) -> Step:
+    def child_of(self, choices: Sequence[LayerChoice]) -> Artifact:
         """A child of any choices in the search space."""
         library = self.library
 
-        def work(step: Step) -> None:
+        def work(step: Artifact) -> None:
             from actors.remote_work import realize, run_alone
 
             run_alone(realize, self.parent, choices, library, step, cluster=self.config.cluster, what="realize")
 
         inputs = {"library": library.key, "parent": self.parent_key, "choices": ", ".join(choice.label for choice in choices)}
-        return self._stage(self.store.step("child", {}, inputs), work)
+        return self._stage(self.store.artifact("child", {}, inputs), work)
 
     @cached_property
-    def distilled(self) -> Step:
+    def distilled(self) -> Artifact:
         """The child after global knowledge distillation."""
         return self.distilled_of(self.child)
 
-    def distilled_of(self, child: Step) -> Step:
+    def distilled_of(self, child: Artifact) -> Artifact:
         """Any child after global knowledge distillation."""
         config = self.config.gkd
 
-        def work(step: Step) -> None:
+        def work(step: Artifact) -> None:
             from actors.gkd_worker import run_gkd
             from puzzle_ray.distill.gkd import GkdJob
 
@@ -278,13 +278,13 @@ class Run(Inputs):
             run_gkd(job, cluster=self.config.cluster, progress=self.progress)
 
         settings = config.model_dump(mode="json", exclude={"checkpoint_every", "max_failures"}) | {"seed": self.config.seed}
-        return self._stage(self.store.step("gkd", settings, {"child": child.key, "tokens": self.tokens_step.key}), work)
+        return self._stage(self.store.artifact("gkd", settings, {"child": child.key, "tokens": self.tokens_step.key}), work)
 
-    def heldout_of(self, distilled: Step) -> Mapping[str, float]:
+    def heldout_of(self, distilled: Artifact) -> Mapping[str, float]:
         """Held-out loss, KL and agreement of a distilled child."""
         tokens = self.config.evaluate.tokens
 
-        def work(step: Step) -> None:
+        def work(step: Artifact) -> None:
             from actors.remote_work import predict, run_alone
 
             batches = [batch.numpy() for batch in self.tokens[1].first(tokens, 8)]
@@ -293,16 +293,16 @@ class Run(Inputs):
             step.finish(found["child"])
 
         inputs = {"child": distilled.key, "tokens": self.tokens_step.key}
-        return self._stage(self.store.step("heldout", {"tokens": tokens}, inputs), work).facts()
+        return self._stage(self.store.artifact("heldout", {"tokens": tokens}, inputs), work).facts()
 
     # evaluation, report
 
     @cached_property
-    def evaluation_step(self) -> Step:
+    def evaluation_step(self) -> Artifact:
         distilled = self.distilled
         folders = {"parent": self.parent, "child_before_gkd": self.child.path("child"), "child": distilled.path("child")}
 
-        def work(step: Step) -> None:
+        def work(step: Artifact) -> None:
             with self.progress.stage("evaluate", 1, "comparison") as bar:
                 found = self.compare(folders)
                 bar.advance()
@@ -314,13 +314,13 @@ class Run(Inputs):
         if self.config.scoring.downstream is not None:
             settings["downstream_questions"] = self.config.scoring.downstream_questions
             inputs["downstream"] = source_fingerprint(self.config.scoring.downstream)
-        return self._stage(self.store.step("evaluation", settings, inputs), work)
+        return self._stage(self.store.artifact("evaluation", settings, inputs), work)
 
     def compare(self, folders: Mapping[str, str]) -> dict[str, Any]:
         """Held-out predictions and measured speed of models by name, `parent` and `child` among them, side by side; their answers to
         the half of the downstream questions that no block was scored by."""
         from actors.remote_work import evaluate, run_alone
-        from puzzle_ray.scoring.replace_one import load_questions
+        from puzzle_ray.scoring.downstream import load_questions
 
         profile = self.profile_config
         batches = [batch.numpy() for batch in self.tokens[1].first(self.config.evaluate.tokens, 8)]
@@ -345,14 +345,14 @@ class Run(Inputs):
         return dict(self.evaluation_step.read_json(EVALUATION))
 
     @cached_property
-    def report(self) -> Step:
+    def report(self) -> Artifact:
         from jobs.report_run import report_data
         from puzzle_ray.report.page import render
 
         inputs = {"evaluation": self.evaluation_step.key, "sweep": self.sweep.key, "architecture": self.architecture_step.key}
 
-        def work(step: Step) -> None:
+        def work(step: Artifact) -> None:
             step.write("index.html", render(report_data(self)).encode())
             step.finish({})
 
-        return self._stage(self.store.step("report", {}, inputs), work)
+        return self._stage(self.store.artifact("report", {}, inputs), work)

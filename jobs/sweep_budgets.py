@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jobs.cli import run_main, stage_command
 from jobs.stages import Run
-from puzzle_ray.sweep import SweepPoint, read
+from puzzle_ray.search.sweep import SweepPoint, read
 
 
 def line(point: SweepPoint, width: int) -> str:

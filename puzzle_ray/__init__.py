@@ -1,3 +1,5 @@
 """Puzzle (arXiv 2411.19146): search a faster child for a trained language model. This package never imports Ray."""
 
-__version__ = "0.1.0"
+from puzzle_ray.version import __version__
+
+__all__ = ["__version__"]

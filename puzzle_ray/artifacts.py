@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal, TypeVar
@@ -359,3 +359,21 @@ class Architecture:
         raw["predicted"] = Costs(**raw["predicted"])
         raw["parent_predicted"] = Costs(**raw["parent_predicted"])
         return cls(**raw)
+
+
+Choices = tuple[LayerChoice, ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A whole child against the parent on held-out text: KL(parent || child) in nats per token with its standard error over
+    sequences, the rise of the next-token loss, the share of equal top-1 predictions."""
+
+    kl: float
+    stderr: float
+    lm_loss: float
+    top1_agreement: float
+    tokens: int
+
+
+Measure = Callable[[Sequence[Choices]], list[Measured]]

@@ -1,4 +1,4 @@
-"""One file is one plugin: every public module of a folder is loaded, no list to edit; a user's own comes by dotted path."""
+"""One file is one plug-in: every public module of a folder is looked at, no list to edit; a user's own comes by dotted path."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Iterable
-from types import ModuleType
+from typing import Any
 
 
-def modules_of(package: ModuleType) -> list[ModuleType]:
-    """Imports every public module of a package, in the order of their names."""
-    names = sorted(info.name for info in pkgutil.iter_modules(package.__path__) if not info.name.startswith("_"))
-    return [importlib.import_module(f"{package.__name__}.{name}") for name in names]
+def declared(package: str, attribute: str) -> list[Any]:
+    """What the public modules of `package` declare as `attribute`, in the order of the modules' names; others may stand beside them."""
+    folder = importlib.import_module(package)
+    names = sorted(info.name for info in pkgutil.iter_modules(folder.__path__) if not info.name.startswith("_"))
+    modules = [importlib.import_module(f"{package}.{name}") for name in names]
+    return [getattr(module, attribute) for module in modules if hasattr(module, attribute)]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

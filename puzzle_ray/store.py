@@ -68,12 +68,12 @@ class Store:
             reason = f"{type(error).__name__}: {error}"
             raise StoreError("store", f"{self.root!r} cannot be written ({reason})", "name a writable folder or URL") from None
 
-    def step(self, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> Step:
+    def artifact(self, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> Artifact:
         """The folder of one stage run, finished or not."""
-        return Step(self, stage, content_key(stage, settings, inputs), dict(settings), dict(inputs))
+        return Artifact(self, stage, content_key(stage, settings, inputs), dict(settings), dict(inputs))
 
 
-class Step:
+class Artifact:
     """One stage run's folder."""
 
     def __init__(self, store: Store, stage: str, key: str, settings: dict[str, Any], inputs: dict[str, str]) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from puzzle_ray.blocks import load_stack, search_space
-from puzzle_ray.checkpoint import read_config
-from puzzle_ray.config import LibraryConfig
 from puzzle_ray.distill.bld import LayerTrainer
-from puzzle_ray.families import describe
+from puzzle_ray.distill.settings import LibraryConfig
+from puzzle_ray.models.blocks import load_stack
+from puzzle_ray.models.child import read_config
+from puzzle_ray.models.describe import describe
+from puzzle_ray.variants.space import search_space
 
 CONFIG = LibraryConfig(
     tokens=256, calibration_tokens=64, validation_tokens=64, micro_batch_tokens=32, learning_rate=3e-3, checkpoint_every=3

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice, LayerSpace, SubblockKind
-from puzzle_ray.blocks import LayerStack, swapped
-from puzzle_ray.config import LibraryConfig
+from puzzle_ray.calibration import Statistics
 from puzzle_ray.distill.candidate import Candidate
-from puzzle_ray.distill.objective import LayerPass, block_loss, training_loss
+from puzzle_ray.distill.losses import LayerPass, block_loss, training_loss
 from puzzle_ray.distill.schedule import Phase, Schedule, is_flat, learning_rate, warmup_steps
+from puzzle_ray.distill.settings import LibraryConfig
 from puzzle_ray.errors import NotFinite, OutOfOrder
-from puzzle_ray.variants import needs
-from puzzle_ray.variants._statistics import Statistics
+from puzzle_ray.models.blocks import LayerStack, swapped
+from puzzle_ray.variants.base import needs
 
 __all__ = ["LayerTrainer", "LibraryRow", "Schedule", "row_metadata"]
 

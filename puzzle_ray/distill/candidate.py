@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from puzzle_ray.artifacts import LayerChoice, SubblockKind
-from puzzle_ray.blocks import LayerStack, load_subblock, subblock_state, swapped
-from puzzle_ray.config import LibraryConfig
-from puzzle_ray.families import Descriptor
-from puzzle_ray.variants import find
-from puzzle_ray.variants._statistics import Statistics
+from puzzle_ray.calibration import Statistics
+from puzzle_ray.distill.settings import LibraryConfig
+from puzzle_ray.families.descriptor import Descriptor
+from puzzle_ray.models.blocks import LayerStack, load_subblock, subblock_state, swapped
+from puzzle_ray.variants.base import find_variant
 
 
 @dataclass
-class Course:
+class TrainingRecord:
     """Losses and fate. `curve` is the training loss of every micro-batch; start and final loss are means over validation."""
 
     initialisation: str = ""
@@ -30,7 +30,7 @@ class Course:
 
 
 def by_kind(weights: Mapping[str, Tensor]) -> dict[SubblockKind, dict[str, Tensor]]:
-    """`attention/self_attn.o_proj.weight` ... -> the states that `puzzle_ray.blocks.swapped` takes."""
+    """`attention/self_attn.o_proj.weight` ... -> the states that `puzzle_ray.models.blocks.swapped` takes."""
     found: dict[SubblockKind, dict[str, Tensor]] = {}
     for key, value in weights.items():
         kind, _, name = key.partition("/")
@@ -47,7 +47,7 @@ class Candidate:
     descriptor: Descriptor
     halves: Mapping[SubblockKind, nn.Module]
     optimizer: torch.optim.AdamW | None
-    course: Course = field(default_factory=Course)
+    course: TrainingRecord = field(default_factory=TrainingRecord)
     start: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -59,7 +59,7 @@ class Candidate:
             variant = choice.variant(kind)
             half = swapped(layer, LayerChoice.half(kind, variant), descriptor, stack.config)
             halves[kind] = half
-            if find(variant, kind)[0].trainable:
+            if find_variant(variant, kind)[0].trainable:
                 own = descriptor.prefixes(kind)
                 parameters += [p.requires_grad_() for name, p in half.named_parameters() if name.startswith(own)]
         optimizer = None
@@ -82,7 +82,7 @@ class Candidate:
         """Fills the weights from the parent layer's, every half by its variant's own method."""
         words = []
         for kind, half in self.halves.items():
-            variant, argument = find(self.choice.variant(kind), kind)
+            variant, argument = find_variant(self.choice.variant(kind), kind)
             words.append(variant.initialise(half, parent, argument, kind, self.descriptor, statistics))
         self.course.initialisation = "; ".join(words)
         self.start = self.weights()
@@ -135,7 +135,7 @@ class Candidate:
         def part(word: str) -> dict[str, Tensor]:
             return {key.removeprefix(f"{word}/"): value for key, value in tensors.items() if key.startswith(f"{word}/")}
 
-        self.course, self.start = Course(**facts), part("start")
+        self.course, self.start = TrainingRecord(**facts), part("start")
         self._load(part("now"))
         slots: dict[int, dict[str, Tensor]] = {}
         for key, value in part("adam").items():

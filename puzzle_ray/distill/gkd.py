@@ -14,24 +14,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from puzzle_ray.artifacts import rows_to_parquet
-from puzzle_ray.checkpoint import locate, quiet_transformers, read_config
-from puzzle_ray.config import GkdConfig
-from puzzle_ray.data import Tokens
+from puzzle_ray.data.order import Tokens
+from puzzle_ray.distill.losses import cosine_distance, token_losses
+from puzzle_ray.distill.settings import GkdConfig
 from puzzle_ray.errors import ConfigError, PuzzleError, StoreError
-from puzzle_ray.export.hf import load_model, save_child
-from puzzle_ray.families import describe
+from puzzle_ray.models.checkpoint import locate
+from puzzle_ray.models.child import load_model, quiet_transformers, read_config, save_child
+from puzzle_ray.models.describe import describe
 from puzzle_ray.progress import Progress
-from puzzle_ray.store import Step
+from puzzle_ray.store import Artifact
 
 CHILD = "child"  # folder of a step
 TOKENS = "tokens.safetensors"
 CHECKPOINT = "checkpoint.safetensors"
 CURVE = "losses.parquet"
-NO_LABEL = -100
-_CHUNK_ELEMENTS = 1 << 22  # logits turned into fp32 at a time
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -64,69 +62,12 @@ class GkdJob:
     """What a distillation reads and writes: `child` holds the folder `child`, `data` the file `tokens.safetensors`."""
 
     parent: str
-    child: Step
-    data: Step
-    step: Step
+    child: Artifact
+    data: Artifact
+    artifact: Artifact
     config: GkdConfig
     seed: int
     revision: str | None = None
-
-
-class _TokenLosses(torch.autograd.Function):
-    """KL(parent || child) and next-token loss; their gradient, softmax(child) - target, is written in the same pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, child_logits: Tensor, parent_logits: Tensor, labels: Tensor, kl_weight: float, lm_weight: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        tokens, vocab_size = child_logits.shape
-        labelled = max(1, int((labels != NO_LABEL).sum()))
-        gradient = torch.empty_like(child_logits)
-        kl, lm = torch.zeros(2, dtype=torch.float32, device=child_logits.device)
-        size = max(1, _CHUNK_ELEMENTS // vocab_size)
-        for start in range(0, tokens, size):
-            chunk = slice(start, start + size)
-            child = child_logits[chunk].float().log_softmax(-1)
-            parent = parent_logits[chunk].float().log_softmax(-1)
-            known = (labels[chunk] != NO_LABEL).float().unsqueeze(1)
-            label = labels[chunk].clamp(min=0).unsqueeze(1)
-            lm -= (child.gather(1, label) * known).sum() / labelled
-            target = parent.exp()
-            kl += (target * parent.sub_(child)).sum() / tokens
-            child.exp_()
-            slope = (child - target).mul_(kl_weight / tokens)
-            if lm_weight:
-                known *= lm_weight / labelled
-                slope.addcmul_(child, known).scatter_add_(1, label, -known)
-            gradient[chunk] = slope
-        ctx.gradient = gradient
-        ctx.mark_non_differentiable(kl, lm)
-        return kl_weight * kl + lm_weight * lm, kl, lm
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.gradient.mul_(outer[0]), None, None, None, None
-
-
-def token_losses(
-    child_logits: Tensor, parent_logits: Tensor, input_ids: Tensor, kl_weight: float, lm_weight: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(weighted sum, KL, next-token loss) in nats, fp32; logits `[batch, tokens, vocab_size]`, ids `[batch, tokens]`.
-
-    KL(parent || child) is a mean over all tokens, the next-token loss over those that have a next one. Only the sum has
-    a gradient, only towards the child. Memory beside the logits: one tensor of their size and dtype, a chunk in fp32.
-    """
-    labels = functional.pad(input_ids[:, 1:], (0, 1), value=NO_LABEL).flatten()
-    flat = child_logits.flatten(0, 1), parent_logits.detach().flatten(0, 1)
-    total, kl, lm = _TokenLosses.apply(*flat, labels, kl_weight, lm_weight)
-    return total, kl, lm
-
-
-def cosine_distance(child: Sequence[Tensor], parent: Sequence[Tensor]) -> Tensor:
-    """Mean over layers and tokens of 1 - cos(child, parent); entries are outputs `[batch, tokens, hidden_size]`."""
-    pairs = zip(child, parent, strict=True)
-    similarity = [functional.cosine_similarity(c.float(), p.detach().float(), dim=-1).mean() for c, p in pairs]
-    return 1 - torch.stack(similarity).mean()
 
 
 @contextmanager
@@ -276,27 +217,27 @@ class GkdTrainer:
                 slots[moment].copy_(state[f"{moment}.{name}"])
         self.curve = [GkdRow(int(row[0]), *row[1:]) for row in state["curve"].tolist()]
 
-    def resume(self, step: Step) -> None:
+    def resume(self, artifact: Artifact) -> None:
         """Continues from the step's checkpoint, if any. Raises StoreError when processes find different ones."""
-        if step.exists(CHECKPOINT):
-            self.load_state_tensors(step.read_tensors(CHECKPOINT)[0])
+        if artifact.exists(CHECKPOINT):
+            self.load_state_tensors(artifact.read_tensors(CHECKPOINT)[0])
         if self.all_reduce is not None:
             done = torch.tensor([float(self.next_step)], device=self.device)
             self.all_reduce(done)
             if float(done) != self.next_step * self.config.num_workers:
-                problem = f"{step.url} is not the same on every node"
+                problem = f"{artifact.url} is not the same on every node"
                 raise StoreError("store", problem, "use a shared folder or an fsspec URL")
 
 
-def distill(trainer: GkdTrainer, step: Step, progress: Progress, *, writes: bool = True) -> None:
+def distill(trainer: GkdTrainer, artifact: Artifact, progress: Progress, *, writes: bool = True) -> None:
     """Trains to the end, from the step's checkpoint where it has one. With `writes=False` it saves none itself."""
-    trainer.resume(step)
+    trainer.resume(artifact)
     with progress.stage("distill", trainer.total_steps, "steps") as bar:
         bar.advance(trainer.next_step)
         while trainer.next_step < trainer.total_steps:
             row = trainer.step()
             if writes and trainer.next_step % trainer.config.checkpoint_every == 0:
-                step.write_tensors(CHECKPOINT, trainer.state_tensors())
+                artifact.write_tensors(CHECKPOINT, trainer.state_tensors())
             bar.advance(loss=row.loss, kl=row.kl, cosine=row.cosine)
 
 
@@ -321,18 +262,18 @@ def publish(trainer: GkdTrainer, job: GkdJob) -> None:
     """Writes the distilled child in its own dtype, its tokenizer and the loss curve, and finishes the step."""
     source = job.child.local_folder(CHILD)
     child = trainer.child.to(read_config(source).dtype or torch.float32)
-    with quiet_transformers(), job.step.folder_to_publish(CHILD) as folder:
+    with quiet_transformers(), job.artifact.folder_to_publish(CHILD) as folder:
         save_child(child, source, folder)
-    job.step.write(CURVE, rows_to_parquet(trainer.curve, GkdRow, {}))
+    job.artifact.write(CURVE, rows_to_parquet(trainer.curve, GkdRow, {}))
     last = {f"last_{name}": getattr(row, name) for row in trainer.curve[-1:] for name in ("loss", "kl", "cosine", "lm")}
     tokens = trainer.total_steps * trainer.num_sequences * trainer.tokens.sequences.shape[1] * job.config.num_workers
-    job.step.finish({"steps": trainer.total_steps, "tokens": tokens, **last})
-    job.step.remove(CHECKPOINT)
+    job.artifact.finish({"steps": trainer.total_steps, "tokens": tokens, **last})
+    job.artifact.remove(CHECKPOINT)
 
 
 def distill_child(job: GkdJob, progress: Progress) -> None:
     """The whole stage in this process, whatever `gkd.num_workers` is. Does nothing when the step is finished."""
-    if not job.step.finished:
+    if not job.artifact.finished:
         trainer = load_trainer(job, device="cuda" if job.config.use_gpu else "cpu")
-        distill(trainer, job.step, progress)
+        distill(trainer, job.artifact, progress)
         publish(trainer, job)

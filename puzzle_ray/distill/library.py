@@ -16,19 +16,20 @@ import torch
 from torch import Tensor
 
 from puzzle_ray.artifacts import BLOCK, LayerChoice, SearchSpace, SubblockKind, rows_from_parquet, rows_to_parquet
-from puzzle_ray.blocks import CPU, load_stack
-from puzzle_ray.checkpoint import locate, read_config
-from puzzle_ray.config import LibraryConfig
-from puzzle_ray.data import Tokens
+from puzzle_ray.data.order import Tokens
 from puzzle_ray.distill.bld import LayerTrainer, LibraryRow, Schedule, row_metadata
 from puzzle_ray.distill.candidate import by_kind
+from puzzle_ray.distill.settings import LibraryConfig
 from puzzle_ray.errors import ConfigError
-from puzzle_ray.families import describe
+from puzzle_ray.models.blocks import CPU, load_stack
+from puzzle_ray.models.checkpoint import locate
+from puzzle_ray.models.child import read_config
+from puzzle_ray.models.describe import describe
 from puzzle_ray.process import compute_with
 from puzzle_ray.progress import Progress
-from puzzle_ray.store import RECORD, Step, Store
+from puzzle_ray.store import RECORD, Artifact, Store
 
-TABLE = "library.parquet"
+LIBRARY_TABLE = "library.parquet"
 
 
 def file_name(layer: int, kind: str, variant: str) -> str:
@@ -41,9 +42,9 @@ def checkpoint_name(layer: int) -> str:
     return f"checkpoints/layer_{layer:03d}.safetensors"
 
 
-def unfinished_layers(space: SearchSpace, step: Step) -> list[int]:
+def unfinished_layers(space: SearchSpace, artifact: Artifact) -> list[int]:
     """Layers with an entry whose file is not there yet."""
-    there = set(step.names())
+    there = set(artifact.names())
     return sorted({entry[0] for entry in space.entries() if file_name(*entry) not in there})
 
 
@@ -56,7 +57,7 @@ class GroupTrainer:
         layers: Sequence[int],
         space: SearchSpace,
         config: LibraryConfig,
-        step: Step,
+        artifact: Artifact,
         num_threads: int,
         device: torch.device = CPU,
     ) -> None:
@@ -64,16 +65,16 @@ class GroupTrainer:
         folder = locate(parent)
         model_config = read_config(folder)
         descriptor = describe(model_config)
-        self.step_files, self.config = step, config
+        self.artifact, self.config = artifact, config
         self.positions = Schedule.of(config).positions
-        left = unfinished_layers(space, step)  # a process that is started again may have finished some
+        left = unfinished_layers(space, artifact)  # a process that is started again may have finished some
         starts = starting_library(config, space)
         self.trainers = []
         for index in (index for index in layers if index in left):
             stack = load_stack(folder, descriptor, model_config, index, index + 1, torch.float32, ends=False, device=device)
             trainer = LayerTrainer(index, stack, space.layers[index], config, starts.states if starts else None)
-            if step.exists(checkpoint_name(index)):
-                trainer.restore(*step.read_tensors(checkpoint_name(index)))
+            if artifact.exists(checkpoint_name(index)):
+                trainer.restore(*artifact.read_tensors(checkpoint_name(index)))
             self.trainers.append(trainer)
 
     @property
@@ -97,35 +98,35 @@ class GroupTrainer:
     def _save(self, trainer: LayerTrainer) -> None:
         saved = trainer.checkpoint()
         if saved is not None:
-            self.step_files.write_tensors(checkpoint_name(trainer.index), *saved)
+            self.artifact.write_tensors(checkpoint_name(trainer.index), *saved)
 
     def _publish(self, trainer: LayerTrainer) -> None:
         for row, state, curve in trainer.results():
             name = file_name(row.layer, row.kind, row.variant)
-            if not self.step_files.exists(name):
-                self.step_files.write_tensors(name, state, row_metadata(row, curve))
-        self.step_files.remove(checkpoint_name(trainer.index))
+            if not self.artifact.exists(name):
+                self.artifact.write_tensors(name, state, row_metadata(row, curve))
+        self.artifact.remove(checkpoint_name(trainer.index))
 
 
 @dataclass(frozen=True)
 class Library:
     """A finished block library in the store."""
 
-    step: Step
+    artifact: Artifact
 
     def rows(self) -> tuple[LibraryRow, ...]:
-        rows, _ = rows_from_parquet(self.step.read(TABLE), LibraryRow)
+        rows, _ = rows_from_parquet(self.artifact.read(LIBRARY_TABLE), LibraryRow)
         return rows
 
     def curves(self) -> dict[tuple[int, str, str], list[float]]:
         """(layer, kind, variant) -> what was minimised, at every training micro-batch."""
-        raw = self.step.read_json("curves.json")
+        raw = self.artifact.read_json("curves.json")
         return {(x["layer"], x["kind"], x["variant"]): x["losses"] for x in raw}
 
     @cached_property
     def coupled(self) -> bool:
         """Whether pairs were trained as wholes, so that a half's weights differ from pair to pair."""
-        return bool(self.step.facts()["coupled"])
+        return bool(self.artifact.facts()["coupled"])
 
     def states(self, layer: int, choice: LayerChoice) -> dict[SubblockKind, dict[str, Tensor]]:
         """The weights of a choice's replaced subblocks; of a coupled library the pair's own."""
@@ -134,7 +135,7 @@ class Library:
             files = [file_name(layer, BLOCK, choice.label)]
         else:
             files = [file_name(layer, kind, variant) for kind, variant in entries]
-        weights = {name: value for file in files for name, value in self.step.read_tensors(file)[0].items()}
+        weights = {name: value for file in files for name, value in self.artifact.read_tensors(file)[0].items()}
         return {kind: by_kind(weights).get(kind, {}) for kind in choice.replaced}
 
 
@@ -145,7 +146,7 @@ def starting_library(config: LibraryConfig, space: SearchSpace, parent_key: str 
         return None
     root, _, folder = config.start_from.rstrip("/").rpartition("/")
     stage, _, key = folder.rpartition("-")
-    step = Step(Store(root or "."), stage, key, {}, {})
+    step = Artifact(Store(root or "."), stage, key, {}, {})
     where, remedy = "library.start_from", "name the folder library-... of a decoupled run in its store"
     try:
         finished = stage == "library" and step.finished
@@ -169,17 +170,17 @@ def starting_library(config: LibraryConfig, space: SearchSpace, parent_key: str 
     return library
 
 
-def finish(space: SearchSpace, step: Step) -> Library:
+def finish(space: SearchSpace, artifact: Artifact) -> Library:
     """Gathers every published variant's row and curve into tables, and closes the step."""
     rows, curves = [], []
     for layer, kind, variant in space.entries():
-        header = _metadata(step, file_name(layer, kind, variant))
+        header = _metadata(artifact, file_name(layer, kind, variant))
         rows.append(LibraryRow(**json.loads(header["row"])))
         curves.append({"layer": layer, "kind": kind, "variant": variant, "losses": json.loads(header["curve"])})
-    step.write(TABLE, rows_to_parquet(rows, LibraryRow, {}))
-    step.write_json("curves.json", curves)
+    artifact.write(LIBRARY_TABLE, rows_to_parquet(rows, LibraryRow, {}))
+    artifact.write_json("curves.json", curves)
     trained = [row for row in rows if row.kept == "trained"]
-    step.finish(
+    artifact.finish(
         {
             "variants": len(rows),
             "trained": len(trained),
@@ -190,7 +191,7 @@ def finish(space: SearchSpace, step: Step) -> Library:
             "failures": [asdict(row) for row in rows if row.failure],
         }
     )
-    return Library(step)
+    return Library(artifact)
 
 
 def summary(facts: Mapping[str, Any]) -> str:
@@ -204,9 +205,9 @@ def summary(facts: Mapping[str, Any]) -> str:
     return "; ".join(words)
 
 
-def _metadata(step: Step, name: str) -> dict[str, str]:
+def _metadata(artifact: Artifact, name: str) -> dict[str, str]:
     """The header of a safetensors file, without its tensors."""
-    with step.store.filesystem.open(step.path(name), "rb") as file:
+    with artifact.store.filesystem.open(artifact.path(name), "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(size))
     return dict(header.get("__metadata__", {}))
@@ -222,13 +223,13 @@ class OneProcess:
         config: LibraryConfig,
         tokens: Tokens,
         seed: int,
-        step: Step,
+        artifact: Artifact,
         num_threads: int = 1,
         device: torch.device = CPU,
     ) -> None:
         """There must be an unfinished layer in `step`."""
-        layers = unfinished_layers(space, step)
-        self.group = GroupTrainer(parent, layers, space, config, step, num_threads, device)
+        layers = unfinished_layers(space, artifact)
+        self.group = GroupTrainer(parent, layers, space, config, artifact, num_threads, device)
         folder = locate(parent)
         model_config = read_config(folder)
         dtype = getattr(torch, config.parent_dtype)
@@ -264,17 +265,17 @@ def build_serially(
     config: LibraryConfig,
     tokens: Tokens,
     seed: int,
-    step: Step,
+    artifact: Artifact,
     progress: Progress,
     num_threads: int = 1,
     device: torch.device = CPU,
 ) -> Library:
     """The library stage in this process, without Ray: the same numbers as on a cluster with the same threads per trainer."""
-    if unfinished_layers(space, step):
-        process = OneProcess(parent, space, config, tokens, seed, step, num_threads, device)
+    if unfinished_layers(space, artifact):
+        process = OneProcess(parent, space, config, tokens, seed, artifact, num_threads, device)
         with progress.stage("library", process.schedule.positions, "micro-batch") as bar:
             bar.advance(process.group.last + 1)
             for position in range(process.group.last + 1, process.schedule.positions):
                 loss = process.step(position)
                 bar.advance(1, **({} if loss is None else {"loss": loss}))
-    return finish(space, step)
+    return finish(space, artifact)

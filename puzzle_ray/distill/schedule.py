@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from puzzle_ray.config import EarlyStop, LibraryConfig
+from puzzle_ray.distill.settings import EarlyStop, LibraryConfig
 
 Phase = Literal["calibrate", "validate_start", "train", "validate_end"]
 

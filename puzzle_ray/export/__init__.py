@@ -1,1 +1,5 @@
-"""Children as files other programs can read."""
+"""Children in formats of other programs, one file each.
+
+The native format is `puzzle_ray.models.child`.
+May import: the ground, families, variants.
+"""

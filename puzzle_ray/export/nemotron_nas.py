@@ -18,8 +18,8 @@ from typing import Any
 from puzzle_ray.artifacts import PARENT, LayerChoice
 from puzzle_ray.errors import ConfigError, ParentError
 from puzzle_ray.export import configuration_nemotron_nas as remote
-from puzzle_ray.families import complete
-from puzzle_ray.variants import split_name
+from puzzle_ray.families.registry import complete
+from puzzle_ray.variants.base import split_name
 
 WIDTH_MULTIPLE = 256
 FAMILIES = ("llama", "mistral", "qwen2")  # what DeciLM can compute; the others have norms, scales or biases that it lacks

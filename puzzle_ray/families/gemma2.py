@@ -3,7 +3,7 @@
 The cap on attention scores exists in transformers' eager attention only, so that is what runs.
 """
 
-from puzzle_ray.families import Descriptor
+from puzzle_ray.families.descriptor import Descriptor
 
 DESCRIPTOR = Descriptor(
     "gemma2",

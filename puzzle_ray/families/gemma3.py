@@ -1,6 +1,6 @@
 """Gemma 3, text only: Gemma 2's norms, a norm over each query and key head, and a rotary embedding for each type of layer."""
 
-from puzzle_ray.families import Descriptor
+from puzzle_ray.families.descriptor import Descriptor
 
 DESCRIPTOR = Descriptor(
     "gemma3_text",

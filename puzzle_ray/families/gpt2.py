@@ -4,7 +4,7 @@ Its attention cuts the fused projection by `split_size` and, under sdpa, shares 
 where KV heads are cut, so grouped attention needs no forward of its own.
 """
 
-from puzzle_ray.families import Descriptor
+from puzzle_ray.families.descriptor import Descriptor
 
 DESCRIPTOR = Descriptor(
     "gpt2",

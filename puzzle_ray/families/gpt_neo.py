@@ -1,6 +1,6 @@
 """GPT-Neo: learned positions, unscaled attention with its own eager forward, alternating global and local layers, no gate."""
 
-from puzzle_ray.families import Descriptor
+from puzzle_ray.families.descriptor import Descriptor
 
 DESCRIPTOR = Descriptor(
     "gpt_neo",

@@ -1,6 +1,6 @@
 """Granite 3 (dense): Llama's layer with multipliers on embedding, attention scores, residual and logits."""
 
-from puzzle_ray.families import Descriptor
+from puzzle_ray.families.descriptor import Descriptor
 
 DESCRIPTOR = Descriptor(
     "granite",

@@ -1,6 +1,6 @@
 """OLMo 2: norms after each half only, and one norm over all query heads and one over all key heads."""
 
-from puzzle_ray.families import Descriptor
+from puzzle_ray.families.descriptor import Descriptor
 
 DESCRIPTOR = Descriptor(
     "olmo2",

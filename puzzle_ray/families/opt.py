@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from puzzle_ray.families import Descriptor
+from puzzle_ray.families.descriptor import Descriptor
 
 
 def _check(config: Any) -> str:

@@ -7,38 +7,37 @@ from dataclasses import replace
 from typing import Any
 
 from puzzle_ray.artifacts import FIXED, KINDS, MIB, PARENT, SearchSpace
-from puzzle_ray.config import ProfileConfig
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.profiling.devices import device_of
-from puzzle_ray.profiling.measure import Size, activation_bytes, plan, sizes_of
+from puzzle_ray.profiling.measure import SubblockSize, activation_bytes, profile_tasks, sizes_of
 from puzzle_ray.profiling.scenarios import AUTO
-from puzzle_ray.search.limits import Limits
+from puzzle_ray.profiling.settings import ProfileConfig
 
-SizesByType = dict[str, dict[tuple[str, str], Size]]
+SizesByType = dict[str, dict[tuple[str, str], SubblockSize]]
 
 
-def resolved(config: ProfileConfig, model_config: Any, space: SearchSpace, limits: Limits) -> ProfileConfig:
+def with_batch_sizes(config: ProfileConfig, model_config: Any, space: SearchSpace, limit_mib: float | None) -> ProfileConfig:
     """The config with numbers in place of `auto`: all powers of two at which some child of the space fits in memory, up to
     `max_batch_size`; the scenario's own, at which the parent is taken, is the largest of them that the parent fits.
 
-    Memory is `memory_mib` or a known device's own, less `reserved_mib` and the activations of a prefill, and `limits.memory_mib`: the
-    least of what is given. The device's becomes the config's `memory_mib`, so that whole answers fit as well. Raises ConfigError where
-    neither is known, or where the parent does not fit at all.
+    Memory is the least of what is given: `memory_mib` or a known device's own, less `reserved_mib` and the activations of a prefill;
+    and `limit_mib`, what the search allows (`search.limits.memory_mib`). The device's becomes the config's `memory_mib`, so that whole
+    answers fit as well. Raises ConfigError where neither is known, or where the parent does not fit at all.
     """
     if config.batch_sizes != AUTO:
         return config
     device = device_of(config.device) if config.device is not None else None
     own_mib = config.memory_mib or (device.memory_mib if device else None)
-    if own_mib is None and limits.memory_mib is None:
+    if own_mib is None and limit_mib is None:
         raise ConfigError("profile.batch_sizes", "auto needs to know how much memory there is", "set profile.memory_mib")
     numbers = config.model_copy(update={"batch_sizes": ()})
-    by_type, items = _sizes_by_type(numbers, model_config, space), plan(space, numbers)
+    by_type, items = _sizes_by_type(numbers, model_config, space), profile_tasks(space, numbers)
 
     def room_mib(size: int) -> float:
         if own_mib is None:
-            return limits.memory_mib or 0.0
+            return limit_mib or 0.0
         activations = max(activation_bytes(replace(item, batch_size=size), model_config, numbers) for item in items) / MIB
-        return min(own_mib - config.reserved_mib - activations, limits.memory_mib or math.inf)
+        return min(own_mib - config.reserved_mib - activations, limit_mib or math.inf)
 
     powers = [1 << i for i in range(config.max_batch_size.bit_length())]
     room = {size: room_mib(size) for size in powers}
@@ -54,11 +53,11 @@ def resolved(config: ProfileConfig, model_config: Any, space: SearchSpace, limit
 
 
 def _sizes_by_type(config: ProfileConfig, model_config: Any, space: SearchSpace) -> SizesByType:
-    items = plan(space, config)
+    items = profile_tasks(space, config)
     return {i.layer_type: {(s.subblock, s.variant): s for s in sizes_of(i, model_config, config)} for i in items}
 
 
-def _mib(size: Size, config: ProfileConfig, batch_size: int) -> float:
+def _mib(size: SubblockSize, config: ProfileConfig, batch_size: int) -> float:
     return (size.weight_bytes + batch_size * config.scenario.kv_tokens_per_sequence * size.kv_bytes_per_token) / MIB
 
 

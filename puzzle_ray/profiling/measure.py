@@ -40,21 +40,21 @@ from puzzle_ray.artifacts import (
     SubblockKind,
     to_json,
 )
-from puzzle_ray.config import ProfileConfig
 from puzzle_ray.errors import ProfileError
-from puzzle_ray.families import describe
-from puzzle_ray.profiling.engines import Series, Timing, engine_of, find_engine, is_estimate, measure_side_by_side, spread
+from puzzle_ray.models.describe import describe
+from puzzle_ray.profiling.engine import Series, Timing, engine_of, find_engine, is_estimate, measure_side_by_side, spread
 from puzzle_ray.profiling.memory import Weights, fixed_weights, kept_tokens, peak_bytes, subblock_weights
+from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.progress import Bar, Progress
-from puzzle_ray.store import Step
+from puzzle_ray.store import Artifact
 
-TABLE = "profile.parquet"
+PROFILE_TABLE = "profile.parquet"
 NOOP = "noop"
 NOTHING = LayerChoice(NOOP, NOOP)
 
 
 @dataclass(frozen=True)
-class Item:
+class ProfileTask:
     """All shapes of one layer type at one batch size: what must be timed in turn to be comparable."""
 
     layer_type: str
@@ -72,7 +72,7 @@ class Item:
         return ((NOTHING, n), *((choice, 2 * n) for choice in dict.fromkeys([NOTHING, *pairs])))
 
 
-def plan(space: SearchSpace, config: ProfileConfig) -> list[Item]:
+def profile_tasks(space: SearchSpace, config: ProfileConfig) -> list[ProfileTask]:
     """One item per layer type and batch size; every distinct shape is in one of them."""
     assert config.batch_sizes != "auto", "batch sizes are still to be resolved"
     items = []
@@ -80,7 +80,7 @@ def plan(space: SearchSpace, config: ProfileConfig) -> list[Item]:
         for layer_type in dict.fromkeys(layer.layer_type for layer in space.layers):
             layers = [layer for layer in space.layers if layer.layer_type == layer_type]
             a, f = (tuple(dict.fromkeys(v for x in layers for v in x.variants(kind))) for kind in KINDS)
-            items.append(Item(layer_type, batch_size, a, f))
+            items.append(ProfileTask(layer_type, batch_size, a, f))
     return items
 
 
@@ -88,11 +88,11 @@ def check_shapes(space: SearchSpace, model_config: Any, config: ProfileConfig) -
     """Raises ConfigError or ParentError for a parent or a variant that the engine cannot run."""
     check = getattr(find_engine(config.engine), "check", None)
     if check is not None:
-        for item in plan(space, config):
+        for item in profile_tasks(space, config):
             check(item, model_config)
 
 
-def runs_of(item: Item, config: ProfileConfig) -> int:
+def runs_of(item: ProfileTask, config: ProfileConfig) -> int:
     """How many times `measure` runs a model, its warm-ups included."""
     return len(item.stacks(config.stack)) * (_repeats(config) + 1)
 
@@ -112,7 +112,7 @@ class StackTiming:
 
 
 @dataclass(frozen=True)
-class Size:
+class SubblockSize:
     """What one subblock (or, as `fixed`, all that is in none) takes."""
 
     subblock: str
@@ -123,12 +123,12 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Result:
+class Measurement:
     """All that was measured for an item, before anything is computed from it."""
 
-    item: Item
+    item: ProfileTask
     stacks: tuple[StackTiming, ...]
-    sizes: tuple[Size, ...]
+    sizes: tuple[SubblockSize, ...]
     engine_version: str
     device: str
     machine: Mapping[str, Any] = field(default_factory=dict)
@@ -136,15 +136,15 @@ class Result:
     activation_bytes: int = 0  # of the parent's prefill, see `activation_bytes`
 
     @classmethod
-    def from_json(cls, data: bytes) -> Result:
+    def from_json(cls, data: bytes) -> Measurement:
         raw = json.loads(data)
         item = raw["item"]
         item |= {"attention": tuple(item["attention"]), "ffn": tuple(item["ffn"])}
         stacks = [s | {"timing": Timing(*(tuple(v) for v in s["timing"].values()))} for s in raw["stacks"]]
         return cls(
-            Item(**item),
+            ProfileTask(**item),
             tuple(StackTiming(**s) for s in stacks),
-            tuple(Size(**s) for s in raw["sizes"]),
+            tuple(SubblockSize(**s) for s in raw["sizes"]),
             raw["engine_version"],
             raw["device"],
             raw["machine"],
@@ -164,7 +164,7 @@ def stack_config(model_config: Any, layer_type: str, num_layers: int) -> Any:
     return config
 
 
-def measure(item: Item, model_config: Any, config: ProfileConfig, bar: Bar | None = None) -> Result:
+def measure(item: ProfileTask, model_config: Any, config: ProfileConfig, bar: Bar | None = None) -> Measurement:
     """Builds the item's stacks and times them. Raises ProfileError where the device is missing or too small."""
     engine, use_gpu, activations = engine_of(config), config.num_gpus > 0, activation_bytes(item, model_config, config)
     scenario = replace(config.scenario, batch_size=item.batch_size)
@@ -173,7 +173,7 @@ def measure(item: Item, model_config: Any, config: ProfileConfig, bar: Bar | Non
     if alone is not None:
         timed, sizes = alone(item, model_config, config, bar), sizes_of(item, model_config, config)
         about = (engine.version(), engine.device_name(use_gpu), engine.facts(use_gpu))
-        return Result(item, tuple(timed), sizes, *about, 1, activations)
+        return Measurement(item, tuple(timed), sizes, *about, 1, activations)
     stacks: dict[tuple[LayerChoice, int], Any] = {}
     try:
         for choice, depth in item.stacks(config.stack):
@@ -191,7 +191,7 @@ def measure(item: Item, model_config: Any, config: ProfileConfig, bar: Bar | Non
         ) from None
     timed = [StackTiming(c.attention, c.ffn, d, timings[f"{c.label} x {d}"]) for c, d in stacks]
     about = (engine.version(), engine.device_name(use_gpu), engine.facts(use_gpu))
-    return Result(item, tuple(timed), sizes, *about, 0, activations)
+    return Measurement(item, tuple(timed), sizes, *about, 0, activations)
 
 
 def _check_length(model_config: Any, scenario: Scenario) -> None:
@@ -204,9 +204,9 @@ def _check_length(model_config: Any, scenario: Scenario) -> None:
         )
 
 
-def sizes_of(item: Item, model_config: Any, config: ProfileConfig) -> tuple[Size, ...]:
+def sizes_of(item: ProfileTask, model_config: Any, config: ProfileConfig) -> tuple[SubblockSize, ...]:
     """What the item's shapes take, from models without memory: their parameters and caches are only shapes."""
-    from puzzle_ray.export.hf import new_child
+    from puzzle_ray.models.child import new_child
 
     dtype = torch.bfloat16 if config.dtype == "fp8" else getattr(torch, config.dtype)
     shape = stack_config(model_config, item.layer_type, 1)
@@ -215,9 +215,9 @@ def sizes_of(item: Item, model_config: Any, config: ProfileConfig) -> tuple[Size
     return _sizes(item, model_config, stacks, config)
 
 
-def activation_bytes(item: Item, model_config: Any, config: ProfileConfig) -> int:
+def activation_bytes(item: ProfileTask, model_config: Any, config: ProfileConfig) -> int:
     """The most that the longest prefill of the parent's own layers holds beside weights and KV cache; children have nothing larger."""
-    from puzzle_ray.export.hf import new_child
+    from puzzle_ray.models.child import new_child
 
     dtype = "bfloat16" if config.dtype == "fp8" else config.dtype
     prompt = max(int(shape.input_tokens) for shape, _ in config.scenario.shapes)
@@ -225,26 +225,28 @@ def activation_bytes(item: Item, model_config: Any, config: ProfileConfig) -> in
     return peak_bytes(lambda: new_child(shape, layers, getattr(torch, dtype)).eval(), item.batch_size, prompt)
 
 
-def _sizes(item: Item, model_config: Any, stacks: Mapping[LayerChoice, Any], config: ProfileConfig) -> tuple[Size, ...]:
+def _sizes(
+    item: ProfileTask, model_config: Any, stacks: Mapping[LayerChoice, Any], config: ProfileConfig
+) -> tuple[SubblockSize, ...]:
     """In fp8, models of 16 bits stand for what is half as large, but for embedding and head, which are not."""
     descriptor, tokens = describe(model_config), config.scenario.kv_tokens_per_sequence
     narrower = 2 if config.dtype == "fp8" else 1
 
-    def size(kind: SubblockKind, variant: str, choice: LayerChoice) -> Size:
+    def size(kind: SubblockKind, variant: str, choice: LayerChoice) -> SubblockSize:
         model = stacks[choice]
         found = subblock_weights(model.get_submodule(descriptor.layers)[0], kind, descriptor)
         kv_bytes = kept_tokens(model)[0].in_dtype(config.dtype).bytes_per_token(tokens) if kind == "attention" else 0
-        return Size(kind, variant, found.weight_bytes // narrower, found.num_params, kv_bytes)
+        return SubblockSize(kind, variant, found.weight_bytes // narrower, found.num_params, kv_bytes)
 
     fixed: Weights = fixed_weights(next(iter(stacks.values())), descriptor)
     return (
         *(size("attention", a, LayerChoice(a, PARENT)) for a in item.attention),
         *(size("ffn", f, LayerChoice(NOOP, f)) for f in item.ffn),
-        Size(FIXED, FIXED, fixed.weight_bytes, fixed.num_params, 0),
+        SubblockSize(FIXED, FIXED, fixed.weight_bytes, fixed.num_params, 0),
     )
 
 
-def subblock_series(result: Result, phase: str) -> dict[tuple[str, str], Series]:
+def subblock_series(result: Measurement, phase: str) -> dict[tuple[str, str], Series]:
     """(subblock, variant), (`fixed`, `fixed`) among them -> its cost in ms in every round. `phase`: `prefill` or `decode`."""
     times: dict[tuple[LayerChoice, int], Series] = {}
     for s in result.stacks:
@@ -262,7 +264,7 @@ def subblock_series(result: Result, phase: str) -> dict[tuple[str, str], Series]
     return series | {(FIXED, FIXED): fixed - result.base_layers * layer(PARENT, PARENT)}
 
 
-def _rows(result: Result, scenario: Scenario, estimated: bool) -> list[ProfileRow]:
+def _rows(result: Measurement, scenario: Scenario, estimated: bool) -> list[ProfileRow]:
     """A cost below zero is noise around one that is nearly nothing; it is set to 0, lest a search earns time by adding layers."""
     prefill, decode = (subblock_series(result, phase) for phase in ("prefill", "decode"))
     rows = []
@@ -295,7 +297,7 @@ def _one_fixed(rows: Sequence[ProfileRow]) -> ProfileRow:
     return ProfileRow(**asdict(rows[0]) | {name: fmean(getattr(row, name) for row in rows) for name in times})
 
 
-def profile_of(results: Iterable[Result], config: ProfileConfig) -> Profile:
+def profile_of(results: Iterable[Measurement], config: ProfileConfig) -> Profile:
     """The results, in any order, as one table. Raises ProfileError when they come from devices or versions of different kinds."""
     results = sorted(results, key=lambda r: r.item.name)
     sources = {(r.device, r.engine_version) for r in results}
@@ -317,7 +319,7 @@ def profile_of(results: Iterable[Result], config: ProfileConfig) -> Profile:
     return Profile((*measured, *fixed), config.engine, version, device, config.dtype, estimated, details)
 
 
-def _about(results: Sequence[Result]) -> dict[str, Any]:
+def _about(results: Sequence[Measurement]) -> dict[str, Any]:
     """The machines measured on, each item's with its clocks, and how far repeats of one stack lay apart, as a share of their median."""
     machines = {result.item.name.partition("/")[2].removesuffix(".json"): dict(result.machine) for result in results}
     shares: dict[str, list[float]] = {"prefill": [], "decode": []}
@@ -333,30 +335,32 @@ def _about(results: Sequence[Result]) -> dict[str, Any]:
     return {"machines": machines, "relative_spread": spreads, "activation_mib": activations}
 
 
-def unfinished(items: Sequence[Item], step: Step) -> list[Item]:
-    there = set(step.names("items"))
+def unfinished(items: Sequence[ProfileTask], artifact: Artifact) -> list[ProfileTask]:
+    there = set(artifact.names("items"))
     return [item for item in items if item.name.removeprefix("items/") not in there]
 
 
-def save_item(step: Step, result: Result) -> None:
-    step.write(result.item.name, to_json(result))
+def save_item(artifact: Artifact, result: Measurement) -> None:
+    artifact.write(result.item.name, to_json(result))
 
 
-def merge(items: Sequence[Item], config: ProfileConfig, step: Step) -> Profile:
+def merge(items: Sequence[ProfileTask], config: ProfileConfig, artifact: Artifact) -> Profile:
     """All item files as one profile; closes the step."""
-    profile = profile_of([Result.from_json(step.read(item.name)) for item in items], config)
-    step.write(TABLE, profile.to_parquet())
+    profile = profile_of([Measurement.from_json(artifact.read(item.name)) for item in items], config)
+    artifact.write(PROFILE_TABLE, profile.to_parquet())
     about = {name: getattr(profile, name) for name in ("device", "engine", "engine_version", "estimated")}
-    step.finish({"items": len(items), "rows": len(profile.rows)} | about)
+    artifact.finish({"items": len(items), "rows": len(profile.rows)} | about)
     return profile
 
 
-def profile_serially(model_config: Any, space: SearchSpace, config: ProfileConfig, step: Step, progress: Progress) -> Profile:
+def profile_serially(
+    model_config: Any, space: SearchSpace, config: ProfileConfig, artifact: Artifact, progress: Progress
+) -> Profile:
     """The profile stage in this process, without Ray."""
-    items = plan(space, config)
+    items = profile_tasks(space, config)
     with progress.stage("profile", sum(runs_of(item, config) for item in items), "run") as bar:
-        todo = unfinished(items, step)
+        todo = unfinished(items, artifact)
         bar.advance(sum(runs_of(item, config) for item in items if item not in todo))
         for item in todo:
-            save_item(step, measure(item, model_config, config, bar))
-    return merge(items, config, step)
+            save_item(artifact, measure(item, model_config, config, bar))
+    return merge(items, config, artifact)

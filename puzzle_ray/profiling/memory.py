@@ -1,7 +1,7 @@
 """Bytes of weights and of KV cache, counted on real modules and real cache tensors: exact, not estimated.
 
 Weights are parameters, each counted once however many modules share it. KV is what must be kept per token of a sequence. The
-`[batch, 1, tokens, 1]` stub by which a layer without attention counts tokens (see `puzzle_ray.modules`) holds no keys or values
+`[batch, 1, tokens, 1]` stub by which a layer without attention counts tokens (see `puzzle_ray.surgery.subblocks`) holds no keys or values
 and is no KV: a server need not store it.
 """
 
@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from puzzle_ray.artifacts import KINDS, MIB, Scenario, SubblockKind
-from puzzle_ray.families import Descriptor
-from puzzle_ray.kv_cache import cache_from
+from puzzle_ray.families.descriptor import Descriptor
+from puzzle_ray.surgery.kv_cache import cache_from
 
 _PROBE_TOKENS = 2
 

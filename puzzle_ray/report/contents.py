@@ -70,7 +70,7 @@ class SweepPoint:
 class ReportData:
     """One run.
 
-    `evaluation` is what `puzzle_ray.evaluate` returns: `models` (`parent`, `child_before_gkd`, `child` ... -> figures),
+    `evaluation` is what `puzzle_ray.evaluation.evaluate` returns: `models` (`parent`, `child_before_gkd`, `child` ... -> figures),
     `predicted_speedup`, `measured_speedup`, `prompt` and `samples` (model -> text). `bld_curves`: (layer, kind, variant) -> loss
     per micro-batch. `gkd_curve`: rows with `step` and any of `loss`, `kl`, `cosine`, `lm`. `num_key_value_heads` and
     `intermediate_size` are the parent's.

@@ -21,7 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from puzzle_ray.errors import DataError
+from puzzle_ray.models.checkpoint import locate
 from puzzle_ray.scoring.metrics import mean, standard_error
+from puzzle_ray.scoring.settings import ScoringConfig
 
 # R rows (a choice of a question each), T tokens, V vocabulary
 Half = Literal["score", "test"]
@@ -178,3 +180,13 @@ def answer(model: Any, batches: Sequence[QuestionBatch]) -> Answers:
         tuple(v for part in parts for v in part.correct),
         tuple(v for part in parts for v in part.gold_log_prob),
     )
+
+
+def load_questions(parent: str, config: ScoringConfig, max_tokens: int | None, half: Half = "score") -> list[QuestionBatch]:
+    """Half of `scoring.downstream` in the parent's tokens; none where it is not set. Raises DataError."""
+    if config.downstream is None:
+        return []
+    from transformers import AutoTokenizer
+
+    questions = read_questions(config.downstream, half, config.downstream_questions)
+    return question_batches(questions, AutoTokenizer.from_pretrained(locate(parent)), config.micro_batch_tokens, max_tokens)

@@ -26,22 +26,22 @@ import torch
 from torch import Tensor, nn
 
 from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice, LayerSpace, SearchSpace, SubblockKind
-from puzzle_ray.blocks import LayerStack, swapped
-from puzzle_ray.config import ScoringConfig
 from puzzle_ray.errors import ConfigError
-from puzzle_ray.scoring.items import Item, plan
-from puzzle_ray.store import Step
+from puzzle_ray.models.blocks import LayerStack, swapped
+from puzzle_ray.scoring.items import Replacement, replacements
+from puzzle_ray.scoring.settings import ScoringConfig
+from puzzle_ray.store import Artifact
 
 if TYPE_CHECKING:
-    from puzzle_ray.scoring.replace_one import ShardScorer, StatesOf
+    from puzzle_ray.scoring.shard import ShardScorer, StatesOf
 
 TASKS = 8  # the text batches are cut into at most so many tasks; one task's gradients are in memory at once
 
 Gradients = list[list[Tensor]]  # per batch, per sample: [batch, tokens, hidden_size]
-Found = dict[str, list[float]]  # key of an item -> one estimate per sequence
+Estimates = dict[str, list[float]]  # key of an item -> one estimate per sequence
 
 
-def key_of(item: Item) -> str:
+def key_of(item: Replacement) -> str:
     return f"{item.layer}/{item.choice.attention}/{item.choice.ffn}"
 
 
@@ -55,7 +55,7 @@ def shard_estimates(
     space: SearchSpace,
     config: ScoringConfig,
     states_of: StatesOf,
-) -> tuple[Found, Gradients]:
+) -> tuple[Estimates, Gradients]:
     """Estimates for a shard's items on some text batches, and the gradients at what enters the shard.
 
     `gradients` are those at what leaves it; None for the last shard, which draws labels and makes them.
@@ -63,9 +63,9 @@ def shard_estimates(
     stack = scorer.stack
     if gradients is None:
         gradients = [_label_gradients(scorer, number, config.fisher_samples) for number in batches]
-    found: Found = {}
+    found: Estimates = {}
     for index in reversed(range(stack.first, stack.last)):
-        choices = [item.choice for item in plan(SearchSpace((space.layers[index],)), config.granularity)]
+        choices = [item.choice for item in replacements(SearchSpace((space.layers[index],)), config.granularity)]
         half = _Halves.of(stack, index, space.layers[index], states_of)
         estimates: dict[LayerChoice, list[float]] = {choice: [] for choice in choices}
         entering = []
@@ -77,7 +77,7 @@ def shard_estimates(
                 change = own[0] if len(own) == 1 else own[0] + own[1]
                 values += (change.square().mean((0, 2)) / 2).tolist()
         gradients = entering
-        found |= {key_of(Item(index, choice)): values for choice, values in estimates.items()}
+        found |= {key_of(Replacement(index, choice)): values for choice, values in estimates.items()}
     return found, gradients
 
 
@@ -160,20 +160,20 @@ def tasks(num_texts: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield f"fisher/batches_{start:05d}.json", tuple(range(start, min(start + size, num_texts)))
 
 
-def unfinished(num_texts: int, step: Step) -> list[tuple[str, tuple[int, ...]]]:
-    there = set(step.names("fisher"))
+def unfinished(num_texts: int, artifact: Artifact) -> list[tuple[str, tuple[int, ...]]]:
+    there = set(artifact.names("fisher"))
     return [(name, batches) for name, batches in tasks(num_texts) if name.removeprefix("fisher/") not in there]
 
 
-def save(step: Step, name: str, found: Sequence[Found]) -> None:
+def save(artifact: Artifact, name: str, found: Sequence[Estimates]) -> None:
     """One task's estimates, of all shards."""
-    step.write_json(name, {key: values for part in found for key, values in part.items()})
+    artifact.write_json(name, {key: values for part in found for key, values in part.items()})
 
 
-def load(num_texts: int, step: Step) -> Found:
+def load(num_texts: int, artifact: Artifact) -> Estimates:
     """The estimates of all tasks, sequences in order."""
-    joined: Found = {}
+    joined: Estimates = {}
     for name, _ in tasks(num_texts):
-        for key, values in step.read_json(name).items():
+        for key, values in artifact.read_json(name).items():
             joined.setdefault(key, []).extend(values)
     return joined

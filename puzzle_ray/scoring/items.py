@@ -11,18 +11,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from puzzle_ray.artifacts import LayerChoice, ScoreRow, Scores, SearchSpace
-from puzzle_ray.config import ScoringConfig
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.scoring.metrics import PredictionMetrics, mean, standard_error
-from puzzle_ray.store import Step
+from puzzle_ray.scoring.settings import ScoringConfig
+from puzzle_ray.store import Artifact
 
-TABLE = "scores.parquet"
+SCORES_TABLE = "scores.parquet"
 DOWNSTREAM = "downstream"
 RACING_SEQUENCES = 8  # fewer say too little about their own standard error
 
 
 @dataclass(frozen=True)
-class Item:
+class Replacement:
     """One exchange to score."""
 
     layer: int
@@ -34,7 +34,7 @@ class Item:
         return f"items/layer_{self.layer:03d}.{''.join(c if c.isalnum() or c in '+._' else '-' for c in words)}.json"
 
 
-def plan(space: SearchSpace, granularity: str) -> list[Item]:
+def replacements(space: SearchSpace, granularity: str) -> list[Replacement]:
     """`block`: every pair of variants; `subblock`: each variant beside the parent's other half. Raises ConfigError for coupled pairs
     that would be scored by halves."""
     items = []
@@ -44,7 +44,7 @@ def plan(space: SearchSpace, granularity: str) -> list[Item]:
         for choice in layer.choices:
             one_half = "parent" in (choice.attention, choice.ffn)
             if choice != LayerChoice() and (granularity == "block" or one_half):
-                items.append(Item(index, choice))
+                items.append(Replacement(index, choice))
     return items
 
 
@@ -77,10 +77,10 @@ class Damage:
 
 
 @dataclass(frozen=True)
-class Task:
+class ScoringTask:
     """Candidates of one layer, and the evaluation batches they are to be run on now."""
 
-    items: tuple[Item, ...]
+    items: tuple[Replacement, ...]
     batches: tuple[int, ...]
 
     @property
@@ -110,34 +110,34 @@ def settled(values: Sequence[float], relative_stderr: float) -> bool:
 class Group:
     """Candidates on their way. Ask for the next task, add what was measured, until there is no task."""
 
-    items: tuple[Item, ...]
+    items: tuple[Replacement, ...]
     rounds: Sequence[tuple[int, ...]]
     config: ScoringConfig
-    measured: dict[Item, list[Damage]] = field(default_factory=dict)
+    measured: dict[Replacement, list[Damage]] = field(default_factory=dict)
     done: int = 0
 
-    def next_task(self) -> Task | None:
+    def next_task(self) -> ScoringTask | None:
         if self.done == len(self.rounds):
             return None
         racing = tuple(item for item in self.items if self.done == 0 or not self._settled(item))
-        return Task(racing, self.rounds[self.done]) if racing else None
+        return ScoringTask(racing, self.rounds[self.done]) if racing else None
 
-    def add(self, task: Task, found: Sequence[Damage]) -> None:
+    def add(self, task: ScoringTask, found: Sequence[Damage]) -> None:
         for item, damage in zip(task.items, found, strict=True):
             self.measured.setdefault(item, []).append(damage)
         self.done += 1
 
-    def _settled(self, item: Item) -> bool:
+    def _settled(self, item: Replacement) -> bool:
         damage = Damage.joined(self.measured[item])
         metric = self.config.metric if self.config.metric in damage.values and self.config.metric != DOWNSTREAM else "kl"
         return settled(damage.values[metric], self.config.racing_stderr)
 
-    def save(self, step: Step) -> None:
+    def save(self, artifact: Artifact) -> None:
         for item in self.items:
-            step.write_json(item.name, [asdict(row) for row in rows_of(item, Damage.joined(self.measured[item]))])
+            artifact.write_json(item.name, [asdict(row) for row in rows_of(item, Damage.joined(self.measured[item]))])
 
 
-def groups(items: Sequence[Item], config: ScoringConfig, num_texts: int, num_questions: int) -> list[Group]:
+def groups(items: Sequence[Replacement], config: ScoringConfig, num_texts: int, num_questions: int) -> list[Group]:
     """Up to `candidate_batch` candidates of one layer each, in order."""
     schedule = rounds(num_texts, num_questions, config.racing)
     found: list[Group] = []
@@ -150,7 +150,7 @@ def groups(items: Sequence[Item], config: ScoringConfig, num_texts: int, num_que
     return found
 
 
-def rows_of(item: Item, damage: Damage) -> list[ScoreRow]:
+def rows_of(item: Replacement, damage: Damage) -> list[ScoreRow]:
     """One row per metric. `tokens` is what was really read: with racing, it differs between candidates."""
     choice = item.choice
     return [
@@ -159,20 +159,20 @@ def rows_of(item: Item, damage: Damage) -> list[ScoreRow]:
     ]
 
 
-def unfinished(found: Iterable[Group], step: Step) -> list[Group]:
+def unfinished(found: Iterable[Group], artifact: Artifact) -> list[Group]:
     """Groups with a candidate that is not in the step yet: they are done again whole, so that the numbers stay the same bits."""
-    there = set(step.names("items"))
+    there = set(artifact.names("items"))
     return [group for group in found if any(item.name.removeprefix("items/") not in there for item in group.items)]
 
 
-def saved_rows(items: Sequence[Item], step: Step) -> list[ScoreRow]:
-    return [ScoreRow(**row) for item in items for row in step.read_json(item.name)]
+def saved_rows(items: Sequence[Replacement], artifact: Artifact) -> list[ScoreRow]:
+    return [ScoreRow(**row) for item in items for row in artifact.read_json(item.name)]
 
 
-def merge(rows: Sequence[ScoreRow], config: ScoringConfig, step: Step) -> Scores:
+def merge(rows: Sequence[ScoreRow], config: ScoringConfig, artifact: Artifact) -> Scores:
     """All rows as one table; closes the step."""
     scores = Scores(tuple(rows), config.granularity)
-    step.write(TABLE, scores.to_parquet())
+    artifact.write(SCORES_TABLE, scores.to_parquet())
     of_metric = [row for row in rows if row.metric == config.metric]
     worst = max(of_metric, key=lambda row: row.value, default=None)
     facts = {
@@ -180,5 +180,5 @@ def merge(rows: Sequence[ScoreRow], config: ScoringConfig, step: Step) -> Scores
         "estimated": sum(row.tokens == 0 for row in of_metric),
         "tokens": sum(r.tokens for r in of_metric),
     }
-    step.finish(facts | {"worst": asdict(worst) if worst else None})
+    artifact.finish(facts | {"worst": asdict(worst) if worst else None})
     return scores

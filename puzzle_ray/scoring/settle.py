@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from puzzle_ray.artifacts import LayerChoice, ScoreRow, Scores
-from puzzle_ray.scoring.items import Item
+from puzzle_ray.scoring.items import Replacement
 from puzzle_ray.scoring.shortlist import METRIC, Calibration
 
 OPTIMISM = 2.0
@@ -42,11 +42,11 @@ def lowered(scores: Scores, metric: str) -> Scores:
     return Scores(tuple(map(seen, scores.rows)), scores.granularity)
 
 
-def estimated(scores: Scores, metric: str, architectures: Iterable[Choices]) -> list[Item]:
+def estimated(scores: Scores, metric: str, architectures: Iterable[Choices]) -> list[Replacement]:
     """The exchanges that these architectures are made of and whose score is an estimate, each once, in order."""
     used = {(layer, choice) for choices in architectures for layer, choice in enumerate(choices)}
     rows = {row for layer, choice in used for row in scores.parts(layer, choice, metric) if not row.tokens}
-    return [Item(row.layer, LayerChoice(row.attention, row.ffn)) for row in sorted(rows, key=_exchange)]
+    return [Replacement(row.layer, LayerChoice(row.attention, row.ffn)) for row in sorted(rows, key=_exchange)]
 
 
 def with_exact(scores: Scores, rows: Sequence[ScoreRow], metric: str) -> Scores:
@@ -60,7 +60,7 @@ def settle(
     scores: Scores,
     metric: str,
     answers: Callable[[Scores], Iterable[Choices]],
-    score: Callable[[Sequence[Item]], Sequence[ScoreRow]],
+    score: Callable[[Sequence[Replacement]], Sequence[ScoreRow]],
 ) -> Scores:
     """Scores by which `answers` rest on exact values only; of what they do not use, the lowered estimates stay.
 

@@ -12,27 +12,27 @@ import transformers
 from torch import nn
 
 from puzzle_ray.artifacts import KINDS, LayerChoice, LayerSpace, ScoreRow, SearchSpace, SubblockKind
-from puzzle_ray.blocks import swapped
-from puzzle_ray.config import ScoringConfig
-from puzzle_ray.families import Descriptor
-from puzzle_ray.modules import LinearAttention, NoopAttention
+from puzzle_ray.families.descriptor import Descriptor
+from puzzle_ray.models.blocks import swapped
 from puzzle_ray.profiling.memory import subblock_weights
-from puzzle_ray.scoring.fisher import Found, key_of
-from puzzle_ray.scoring.items import Item
+from puzzle_ray.scoring.fisher import Estimates, key_of
+from puzzle_ray.scoring.items import Replacement
 from puzzle_ray.scoring.metrics import mean, standard_error
-from puzzle_ray.variants._projections import AttentionProjections
+from puzzle_ray.scoring.settings import ScoringConfig
+from puzzle_ray.surgery.projections import AttentionProjections
+from puzzle_ray.surgery.subblocks import LinearAttention, NoopAttention
 
 METRIC = "fisher"
 STEEPEST = 4.0  # exponent: a fit to estimates that hardly differ finds any
-Size = tuple[int, int]  # parameters, width of keys and values per token
-Sizes = Mapping[tuple[LayerSpace, SubblockKind, str], Size]
+Footprint = tuple[int, int]  # parameters, width of keys and values per token
+Footprints = Mapping[tuple[LayerSpace, SubblockKind, str], Footprint]
 
 
-def sizes(space: SearchSpace, descriptor: Descriptor, config: Any) -> Sizes:
+def footprints(space: SearchSpace, descriptor: Descriptor, config: Any) -> Footprints:
     """What every subblock variant weighs; nothing is allocated."""
     with torch.device("meta"):
         model = getattr(transformers, descriptor.model_class)._from_config(config)
-        found: dict[tuple[LayerSpace, SubblockKind, str], Size] = {}
+        found: dict[tuple[LayerSpace, SubblockKind, str], Footprint] = {}
         for index, layer_space in enumerate(space.layers):
             parent = model.get_submodule(f"{descriptor.layers}.{index}")
             for kind in KINDS:
@@ -43,7 +43,7 @@ def sizes(space: SearchSpace, descriptor: Descriptor, config: Any) -> Sizes:
     return found
 
 
-def _size(layer: nn.Module, kind: SubblockKind, descriptor: Descriptor) -> Size:
+def _size(layer: nn.Module, kind: SubblockKind, descriptor: Descriptor) -> Footprint:
     params = subblock_weights(layer, kind, descriptor).num_params
     without = isinstance(layer.get_submodule(descriptor.attention), (NoopAttention, LinearAttention))
     if kind == "ffn" or without:
@@ -51,16 +51,18 @@ def _size(layer: nn.Module, kind: SubblockKind, descriptor: Descriptor) -> Size:
     return params, AttentionProjections.of(layer, descriptor).key.weight_OI.shape[0]
 
 
-def choose(items: Sequence[Item], values: Mapping[Item, float], weigh: Mapping[Item, Size], keep: float) -> tuple[Item, ...]:
+def choose(
+    items: Sequence[Replacement], values: Mapping[Replacement, float], weigh: Mapping[Replacement, Footprint], keep: float
+) -> tuple[Replacement, ...]:
     """Per layer, `keep` of the items, rounded up: first those that no other beats in estimate and both sizes at once, by
     estimate; then the beaten ones, by estimate. In the order of `items`."""
 
-    def beaten(item: Item, rivals: Sequence[Item]) -> bool:
+    def beaten(item: Replacement, rivals: Sequence[Replacement]) -> bool:
         own = (values[item], *weigh[item])
         others = ((values[rival], *weigh[rival]) for rival in rivals)
         return any(other != own and all(a <= b for a, b in zip(other, own, strict=True)) for other in others)
 
-    chosen: set[Item] = set()
+    chosen: set[Replacement] = set()
     for layer in sorted({item.layer for item in items}):
         rivals = [item for item in items if item.layer == layer]
         ordered = sorted(rivals, key=lambda item: (beaten(item, rivals), values[item]))
@@ -98,20 +100,26 @@ class Calibration:
 class Shortlist:
     """`exact`: the items to score in full. `estimates`: of all items, one value per sequence."""
 
-    items: tuple[Item, ...]
-    exact: tuple[Item, ...]
-    estimates: Mapping[Item, tuple[float, ...]]
+    items: tuple[Replacement, ...]
+    exact: tuple[Replacement, ...]
+    estimates: Mapping[Replacement, tuple[float, ...]]
     tokens: int
     metric: str
 
     @classmethod
     def of(
-        cls, items: Sequence[Item], found: Found, tokens: int, weights: Sizes, space: SearchSpace, config: ScoringConfig
+        cls,
+        items: Sequence[Replacement],
+        found: Estimates,
+        tokens: int,
+        weights: Footprints,
+        space: SearchSpace,
+        config: ScoringConfig,
     ) -> Shortlist:
         """`found`: the estimates read back from the store, over `tokens` tokens."""
         estimates = {item: tuple(found[key_of(item)]) for item in items}
 
-        def weigh(item: Item) -> Size:
+        def weigh(item: Replacement) -> Footprint:
             layer = space.layers[item.layer]
             parts = [weights[layer, kind, item.choice.variant(kind)] for kind in KINDS]
             return sum(p for p, _ in parts), sum(w for _, w in parts)
@@ -138,5 +146,5 @@ class Shortlist:
         return rows
 
 
-def _row(item: Item, metric: str, value: float, stderr: float, tokens: int) -> ScoreRow:
+def _row(item: Replacement, metric: str, value: float, stderr: float, tokens: int) -> ScoreRow:
     return ScoreRow(item.layer, item.choice.attention, item.choice.ffn, metric, value, stderr, tokens)

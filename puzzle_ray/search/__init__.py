@@ -1,56 +1,5 @@
-"""Choosing one variant per layer within a budget.
+"""One variant per layer within a budget: the problem in numbers, its exact solution, sweeps, and the pick by measurement.
 
-A searcher is one file here that defines `SEARCHER`, an object with the members of `Searcher`; or a dotted path
-`package.module:ATTRIBUTE` to such an object elsewhere. It gets a `Problem` (numbers only) and returns a `Solution`.
+`tables.py` makes the numbers, `mip.py` solves them, `setup.py` joins both for one budget.
+May import: the ground.
 """
-
-from __future__ import annotations
-
-import importlib
-import sys
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Protocol
-
-from puzzle_ray.errors import ConfigError
-from puzzle_ray.plugins import did_you_mean, modules_of
-from puzzle_ray.search.problem import Problem, Solution
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a searcher may be told besides the problem. `samples` is for those that draw at random."""
-
-    time_limit_s: float | None = 60.0
-    seed: int = 0
-    samples: int = 1000
-
-
-class Searcher(Protocol):
-    """One way to choose."""
-
-    name: str
-
-    def solve(self, problem: Problem, options: Options) -> Solution:
-        """One choice per row of the problem, within every limit. Raises Infeasible."""
-
-
-@lru_cache(maxsize=1)
-def searchers() -> dict[str, Searcher]:
-    """Every searcher of this folder by its name."""
-    found = [m.SEARCHER for m in modules_of(sys.modules[__name__]) if hasattr(m, "SEARCHER")]
-    return {searcher.name: searcher for searcher in found}
-
-
-def find(name: str) -> Searcher:
-    """The searcher of that name, or at that dotted path. Raises ConfigError."""
-    if name in searchers():
-        return searchers()[name]
-    if ":" not in name:
-        raise ConfigError("search.searcher", f"unknown searcher {name!r}", did_you_mean(name, searchers()))
-    module, _, attribute = name.partition(":")
-    try:
-        found: Searcher = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError("search.searcher", f"{name!r} cannot be imported ({error})", "write package.module:ATTRIBUTE") from None
-    return found

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from puzzle_ray.errors import ConfigError, Infeasible
-from puzzle_ray.search import Options
 from puzzle_ray.search.enumeration import Outcome, minimise
 from puzzle_ray.search.problem import Choice, Floats, Limit, Problem, Solution, verified
 from puzzle_ray.search.relaxation import useful
@@ -154,13 +153,3 @@ def _infeasible_together(problem: Problem, max_states: int) -> Infeasible:
     _, limit, spent = nearest
     note = f"each limit alone can be met, but not {names}; this is the best while the others hold"
     return Infeasible(limit.name, limit.sense, limit.asked, limit.reached(spent), limit.unit, note)
-
-
-class _Mip:
-    name = "mip"
-
-    def solve(self, problem: Problem, options: Options) -> Solution:
-        return solve(problem, time_limit_s=options.time_limit_s)
-
-
-SEARCHER = _Mip()

@@ -19,11 +19,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from puzzle_ray.errors import ConfigError
-from puzzle_ray.kv_cache import continuing
 from puzzle_ray.serving.generation import Delta, EngineBusy, EngineFailed, FinishReason, Generation
 from puzzle_ray.serving.sampling import SamplingParams, choose_tokens
 from puzzle_ray.serving.slots import DecodeMasks, SlotCache
 from puzzle_ray.serving.text import TextStream
+from puzzle_ray.surgery.kv_cache import continuing
 
 _log = logging.getLogger(__name__)
 

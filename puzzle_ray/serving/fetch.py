@@ -8,8 +8,8 @@ from typing import Any
 
 import fsspec
 
-from puzzle_ray.checkpoint import locate
 from puzzle_ray.errors import ParentError
+from puzzle_ray.models.checkpoint import locate
 
 
 def check_model(model: str) -> str:

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from puzzle_ray.artifacts import SubblockKind
+from puzzle_ray.calibration import Statistics
 from puzzle_ray.errors import ConfigError
-from puzzle_ray.families import Descriptor, ffn_width
-from puzzle_ray.variants import fraction_or_count
-from puzzle_ray.variants._projections import FFNProjections, resize_ffn
-from puzzle_ray.variants._statistics import Statistics
+from puzzle_ray.families.descriptor import Descriptor
+from puzzle_ray.families.registry import ffn_width
+from puzzle_ray.surgery.projections import FFNProjections, resize_ffn
+from puzzle_ray.variants.base import fraction_or_count
 
 
 class NarrowFFN:

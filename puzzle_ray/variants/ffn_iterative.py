@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from puzzle_ray.artifacts import SubblockKind
-from puzzle_ray.families import Descriptor
-from puzzle_ray.variants._projections import FFNProjections
-from puzzle_ray.variants._statistics import CHANNELS, Statistics, refit, ridge
+from puzzle_ray.calibration import CHANNELS, Statistics, refit, ridge
+from puzzle_ray.families.descriptor import Descriptor
+from puzzle_ray.surgery.projections import FFNProjections
 from puzzle_ray.variants.ffn import NarrowFFN
 
 ROUNDS = 8

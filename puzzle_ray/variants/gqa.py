@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from puzzle_ray.artifacts import SubblockKind
+from puzzle_ray.calibration import Statistics
 from puzzle_ray.errors import ConfigError
-from puzzle_ray.families import Descriptor, kv_heads
-from puzzle_ray.modules import copy_
-from puzzle_ray.variants import fraction_or_count
-from puzzle_ray.variants._projections import AttentionProjections, resize_attention
-from puzzle_ray.variants._statistics import Statistics
+from puzzle_ray.families.descriptor import Descriptor
+from puzzle_ray.families.registry import kv_heads
+from puzzle_ray.surgery.projections import AttentionProjections, copy_, resize_attention
+from puzzle_ray.variants.base import fraction_or_count
 
 
 class GroupedQueryAttention:

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from puzzle_ray.artifacts import SubblockKind
-from puzzle_ray.families import Descriptor
-from puzzle_ray.modules import copy_
-from puzzle_ray.variants._projections import AttentionProjections
-from puzzle_ray.variants._statistics import HEADS, Statistics, refit
+from puzzle_ray.calibration import HEADS, Statistics, refit
+from puzzle_ray.families.descriptor import Descriptor
+from puzzle_ray.surgery.projections import AttentionProjections, copy_
 from puzzle_ray.variants.gqa import GroupedQueryAttention
 
 

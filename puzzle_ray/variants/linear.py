@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from puzzle_ray.artifacts import KINDS, SubblockKind
-from puzzle_ray.families import Descriptor
-from puzzle_ray.modules import LinearAttention, LinearFFN, copy_
-from puzzle_ray.variants._projections import AttentionProjections, FFNProjections, Projection
-from puzzle_ray.variants._statistics import INPUTS, Statistics
+from puzzle_ray.calibration import INPUTS, Statistics
+from puzzle_ray.families.descriptor import Descriptor
+from puzzle_ray.surgery.projections import AttentionProjections, FFNProjections, Projection, copy_
+from puzzle_ray.surgery.subblocks import LinearAttention, LinearFFN
 
 
 def _product(last: Projection, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:

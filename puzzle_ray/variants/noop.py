@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from puzzle_ray.artifacts import KINDS, SubblockKind
-from puzzle_ray.families import Descriptor
-from puzzle_ray.modules import NoopAttention, NoopFFN
-from puzzle_ray.variants._statistics import Statistics
+from puzzle_ray.calibration import Statistics
+from puzzle_ray.families.descriptor import Descriptor
+from puzzle_ray.surgery.subblocks import NoopAttention, NoopFFN
 
 
 class Noop:

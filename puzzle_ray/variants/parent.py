@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from puzzle_ray.artifacts import KINDS, SubblockKind
-from puzzle_ray.families import Descriptor
-from puzzle_ray.variants._statistics import Statistics
+from puzzle_ray.calibration import Statistics
+from puzzle_ray.families.descriptor import Descriptor
 
 
 class Parent:

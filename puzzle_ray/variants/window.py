@@ -11,11 +11,11 @@ from typing import Any
 from torch import nn
 
 from puzzle_ray.artifacts import SubblockKind
+from puzzle_ray.calibration import Statistics
 from puzzle_ray.errors import ConfigError
-from puzzle_ray.families import Descriptor
-from puzzle_ray.variants import fraction_or_count
-from puzzle_ray.variants._statistics import Statistics
-from puzzle_ray.window import look_back
+from puzzle_ray.families.descriptor import Descriptor
+from puzzle_ray.surgery.window import look_back
+from puzzle_ray.variants.base import fraction_or_count
 
 
 class SlidingWindow:

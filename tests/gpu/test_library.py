@@ -7,15 +7,18 @@ import torch
 from small_models import save_parent
 
 from actors import library_stream
-from puzzle_ray.blocks import load_stack, search_space
-from puzzle_ray.checkpoint import read_config
-from puzzle_ray.config import ClusterConfig, LibraryConfig, ScoringConfig
-from puzzle_ray.data import Tokens
+from puzzle_ray.cluster import ClusterConfig
+from puzzle_ray.data.order import Tokens
 from puzzle_ray.distill.library import build_serially
-from puzzle_ray.families import describe
+from puzzle_ray.distill.settings import LibraryConfig
+from puzzle_ray.models.blocks import load_stack
+from puzzle_ray.models.child import read_config
+from puzzle_ray.models.describe import describe
 from puzzle_ray.progress import Quiet
-from puzzle_ray.scoring.replace_one import score_serially
+from puzzle_ray.scoring.serial import score_serially
+from puzzle_ray.scoring.settings import ScoringConfig
 from puzzle_ray.store import Store
+from puzzle_ray.variants.space import search_space
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 CONFIG = LibraryConfig(tokens=960, calibration_tokens=64, validation_tokens=64, micro_batch_tokens=32, checkpoint_every=4)
@@ -28,7 +31,9 @@ def setting(tmp_path_factory):
     space = search_space(read_config(folder), ("gqa:1", "window:8", "linear", "noop"), ("ffn:24", "linear", "noop"), 8)
     tokens = Tokens(np.random.default_rng(0).integers(0, 96, (64, 16), dtype=np.int32))
     store = Store(str(tmp_path_factory.mktemp("store")))
-    on_gpu = build_serially(str(folder), space, CONFIG, tokens, 0, store.step("library", {"on": "gpu"}, {}), Quiet(), device=GPU)
+    on_gpu = build_serially(
+        str(folder), space, CONFIG, tokens, 0, store.artifact("library", {"on": "gpu"}, {}), Quiet(), device=GPU
+    )
     return str(folder), space, tokens, store, on_gpu
 
 
@@ -38,7 +43,7 @@ def losses(library):
 
 def test_a_library_is_that_of_a_cpu(setting):
     folder, space, tokens, store, on_gpu = setting
-    on_cpu = build_serially(folder, space, CONFIG, tokens, 0, store.step("library", {"on": "cpu"}, {}), Quiet())
+    on_cpu = build_serially(folder, space, CONFIG, tokens, 0, store.artifact("library", {"on": "cpu"}, {}), Quiet())
     np.testing.assert_allclose(losses(on_gpu), losses(on_cpu), rtol=2e-2, atol=1e-4)
 
 
@@ -50,7 +55,7 @@ def test_scores_are_those_of_a_cpu(setting):
     found = []
     for device in (torch.device("cpu"), GPU):
         stack = load_stack(folder, describe(config), config, 0, 4, torch.float32, device=device)
-        step = store.step("scores", {"on": device.type}, {})
+        step = store.artifact("scores", {"on": device.type}, {})
         found.append(score_serially(stack, texts, space, scoring, step, library.states, Quiet()))
     cpu, gpu = ([row.value for row in scores.rows if row.metric == "kl"] for scores in found)
     np.testing.assert_allclose(gpu, cpu, rtol=1e-2, atol=1e-4)
@@ -61,7 +66,7 @@ def test_shards_and_trainers_share_a_gpu(setting):
     ray.init(address="local", include_dashboard=False, num_cpus=4, object_store_memory=256 << 20, log_to_driver=False)
     try:
         cluster = ClusterConfig(num_shards=2, blocks_per_trainer=2, gpus_per_shard=0.1, gpus_per_trainer=0.1)
-        step = store.step("library", {"on": "ray"}, {})
+        step = store.artifact("library", {"on": "ray"}, {})
         library = library_stream.build_library(folder, space, CONFIG, cluster, tokens, 0, step, Quiet())
     finally:
         ray.shutdown()

@@ -29,16 +29,19 @@ from actors.data_plane import Flow, Reservation, ShardPlan, SpillWatch, check_st
 from actors.placement import places
 from jobs.stages import Run
 from puzzle_ray.artifacts import Scenario
-from puzzle_ray.blocks import search_space
-from puzzle_ray.checkpoint import read_config
-from puzzle_ray.config import ClusterConfig, LibraryConfig, ProfileConfig, load
-from puzzle_ray.data import Tokens
+from puzzle_ray.cluster import ClusterConfig
+from puzzle_ray.config import load
+from puzzle_ray.data.order import Tokens
 from puzzle_ray.distill.bld import Schedule
 from puzzle_ray.distill.library import Library, build_serially, checkpoint_name
+from puzzle_ray.distill.settings import LibraryConfig
 from puzzle_ray.errors import ClusterError
-from puzzle_ray.profiling.measure import plan
+from puzzle_ray.models.child import read_config
+from puzzle_ray.profiling.measure import profile_tasks
+from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.progress import Quiet
 from puzzle_ray.store import Store
+from puzzle_ray.variants.space import search_space
 
 ROOT = Path(__file__).parents[2]
 H100 = {"ray.io/accelerator-type": "H100"}
@@ -111,8 +114,8 @@ def small(tmp_path_factory):
 def test_profilers_use_the_nodes_that_have_the_device_and_outlive_one_of_them(several_nodes, small, tmp_path, measured):
     several_nodes.add(num_cpus=2)
     devices = {several_nodes.add(num_cpus=1, resources={"H100": 1}, labels=H100) for _ in range(2)}
-    step = Store(str(tmp_path)).step("profile", {}, {})
-    items = plan(small[1], PROFILE)
+    step = Store(str(tmp_path)).artifact("profile", {}, {})
+    items = profile_tasks(small[1], PROFILE)
     kept, lost = {}, []
 
     def at_work():
@@ -145,14 +148,14 @@ def test_profilers_use_the_nodes_that_have_the_device_and_outlive_one_of_them(se
 def test_losing_the_last_node_with_the_device_is_an_error_at_once(several_nodes, small, tmp_path, measured):
     several_nodes.add(num_cpus=1)
     only = several_nodes.add(num_cpus=1, resources={"H100": 1})
-    step = Store(str(tmp_path)).step("profile", {}, {})
+    step = Store(str(tmp_path)).artifact("profile", {}, {})
     with pytest.raises(ClusterError, match=r"no node can hold a profiler with CPU: 1, H100: 1; the cluster has .*\{CPU: 1\}"):
         profiler.profile_blocks(*small, PROFILE, PATIENT, step, When(lambda done: True, lambda: several_nodes.kill(only)))
 
 
 def test_a_device_no_node_has_is_refused_at_once_with_what_there_is(several_nodes, small, tmp_path):
     several_nodes.add(num_cpus=1, resources={"H100": 1}, labels=H100)
-    step = Store(str(tmp_path)).step("profile", {}, {})
+    step = Store(str(tmp_path)).artifact("profile", {}, {})
     for asked in ({"resources": {"A100": 1}}, {"label_selector": {"ray.io/accelerator-type": "in(A100, B200)"}}, {"num_gpus": 1}):
         wanted = PROFILE.model_copy(update={"resources": {}} | asked)
         with pytest.raises(ClusterError, match=r"the cluster has .*\{CPU: 1, H100: 1, ray.io/accelerator-type: H100\}"):
@@ -175,9 +178,9 @@ def parent(tmp_path_factory):
 
 def assert_same(a: Library, b: Library):
     assert a.rows() == b.rows() and a.curves() == b.curves()
-    for name in a.step.names():
+    for name in a.artifact.names():
         if name.endswith(".safetensors"):
-            x, y = a.step.read_tensors(name)[0], b.step.read_tensors(name)[0]
+            x, y = a.artifact.read_tensors(name)[0], b.artifact.read_tensors(name)[0]
             assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x), name
 
 
@@ -202,11 +205,13 @@ def test_losing_a_node_with_a_shard_and_its_trainers_changes_nothing(several_nod
     store = Store(str(tmp_path))
     progress = When(lambda done: done >= 15, kill)
     folder, space, tokens = parent
-    library = library_stream.build_library(folder, space, LIBRARY, cluster, tokens, 0, store.step("library", {}, {}), progress)
+    library = library_stream.build_library(
+        folder, space, LIBRARY, cluster, tokens, 0, store.artifact("library", {}, {}), progress
+    )
     (before,) = seen
     assert [len(set(group)) for group in before] == [1, 1] and before[0] != before[1]
     torch.set_num_threads(1)
-    serial = build_serially(folder, space, LIBRARY, tokens, 0, store.step("library", {"by": "one process"}, {}), Quiet())
+    serial = build_serially(folder, space, LIBRARY, tokens, 0, store.artifact("library", {"by": "one process"}, {}), Quiet())
     assert_same(serial, library)
     said = capsys.readouterr().err
     assert "MiB in a node's object store" in said and "shard 1, layers 2 to 3: " in said
@@ -224,7 +229,7 @@ def test_trainers_that_find_no_other_node_are_an_error(several_nodes, parent, tm
         several_nodes.kill(only)
 
     folder, space, tokens = parent
-    step = Store(str(tmp_path)).step("library", {}, {})
+    step = Store(str(tmp_path)).artifact("library", {}, {})
     progress = When(lambda done: done >= 9, kill)
     with pytest.raises(ClusterError, match=r"trainers that died did not start within 2 s; the cluster has \{\}"):
         library_stream.build_library(folder, space, LIBRARY, CLUSTER, tokens, 0, step, progress)
@@ -294,7 +299,7 @@ def test_slow_trainers_hold_the_shard_back_and_a_store_that_spills_ends_the_run(
     sampler = threading.Thread(target=sample)
     sampler.start()
     folder, space, tokens = parent
-    step = Store(str(tmp_path)).step("library", {}, {})
+    step = Store(str(tmp_path)).artifact("library", {}, {})
     try:
         with pytest.raises(ClusterError, match="object store of node .* is full: .* MiB went to its disk"):
             library_stream.build_library(
@@ -314,7 +319,7 @@ def test_a_store_that_is_too_small_is_refused_before_work(several_nodes, parent,
     several_nodes.add(num_cpus=1)
     folder, space, tokens = parent
     config = LIBRARY.model_copy(update={"window": 200, "micro_batch_tokens": 1024})
-    step = Store(str(tmp_path)).step("library", {}, {})
+    step = Store(str(tmp_path)).artifact("library", {}, {})
     words = "200 micro-batches x 5 hidden states x 0.125 MiB = .* of 80 MiB.*library.window.*bfloat16.*--object-store-memory"
     with pytest.raises(ClusterError, match=words):
         library_stream.build_library(folder, space, config, CLUSTER, tokens, 0, step, Quiet())
@@ -366,7 +371,7 @@ def test_gpus_are_reserved_for_shards_and_trainers_and_what_torch_cannot_use_is_
         Reservation.make(too_much, apart.model_copy(update={"autoscaling": False}))
     if not torch.cuda.is_available():
         folder, space, tokens = parent
-        step = Store(str(tmp_path)).step("library", {}, {})
+        step = Store(str(tmp_path)).artifact("library", {}, {})
         with pytest.raises(ClusterError, match="sees no GPU in a process that was given 0.5"):
             library_stream.build_library(folder, space, LIBRARY, cluster, tokens, 0, step, Quiet())
         assert not step.names()
@@ -423,7 +428,7 @@ def test_a_driver_killed_at_any_moment_goes_on_from_the_last_checkpoints(several
         *(f"parent={folder}", f"data.train={text}"),
     ]
     run = Run(load(None, None, (*settings, f"store={tmp_path / 'store'}")), Quiet())
-    serial = Store(str(tmp_path)).step("library", {"by": "one process"}, {})
+    serial = Store(str(tmp_path)).artifact("library", {"by": "one process"}, {})
     torch.set_num_threads(1)
     serial = build_serially(folder, run.space, LIBRARY, run.tokens[0], 0, serial, Quiet())
 
@@ -437,7 +442,7 @@ def test_a_driver_killed_at_any_moment_goes_on_from_the_last_checkpoints(several
 
     def library():
         found = [path.name.partition("-")[2] for path in (tmp_path / "store").glob("library-*")]
-        step = Store(str(tmp_path / "store")).step("library", {}, {})
+        step = Store(str(tmp_path / "store")).artifact("library", {}, {})
         step.key = found[0] if found else "none"
         return step
 

@@ -12,10 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from actors.gkd_worker import run_gkd
 from puzzle_ray.artifacts import LayerChoice
-from puzzle_ray.config import ClusterConfig, GkdConfig
+from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.distill.gkd import CHECKPOINT, CHILD, CURVE, TOKENS, Diverged, GkdJob, distill_child
+from puzzle_ray.distill.settings import GkdConfig
 from puzzle_ray.errors import ClusterError
-from puzzle_ray.export.hf import load_model, new_child, save_child
+from puzzle_ray.models.child import load_model, new_child, save_child
 from puzzle_ray.progress import Quiet
 from puzzle_ray.store import Store
 
@@ -40,12 +41,12 @@ def job(tmp_path_factory):
     child = new_child(config, [LayerChoice("gqa:1", "ffn:24"), LayerChoice("linear", "noop")], torch.float32)
     for parameter in child.parameters():
         parameter.data = 0.05 * torch.randn(parameter.shape) + (parameter.ndim == 1)
-    realized, data = store.step("realize", {}, {}), store.step("data", {}, {})
+    realized, data = store.artifact("realize", {}, {}), store.artifact("data", {}, {})
     with realized.folder_to_publish(CHILD) as target:
         save_child(child, folder / "parent", target)
     sequences = torch.from_numpy(np.random.default_rng(0).integers(0, VOCAB_SIZE, (100, LENGTH)).astype(np.int32))
     data.write_tensors(TOKENS, {"train": sequences, "heldout": sequences[:4].clone()})
-    return GkdJob(str(folder / "parent"), realized, data, store.step("gkd", {}, {}), CONFIG, seed=3)
+    return GkdJob(str(folder / "parent"), realized, data, store.artifact("gkd", {}, {}), CONFIG, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def serial(job):
     torch.set_num_threads(1)
     distill_child(job, Quiet())
     torch.set_num_threads(threads)
-    return published(job.step)
+    return published(job.artifact)
 
 
 def published(step):
@@ -72,7 +73,7 @@ def assert_same(run, expected):
 
 def another(job, name, **changes):
     return dataclasses.replace(
-        job, step=job.step.store.step("gkd", {"test": name}, {}), config=job.config.model_copy(update=changes)
+        job, artifact=job.artifact.store.artifact("gkd", {"test": name}, {}), config=job.config.model_copy(update=changes)
     )
 
 
@@ -80,7 +81,7 @@ class Midway:
     """Progress that does something once, as soon as there is a checkpoint."""
 
     def __init__(self, step, action):
-        self.step, self.action, self.steps_shown, self.acted_at = step, action, 0, None
+        self.artifact, self.action, self.steps_shown, self.acted_at = step, action, 0, None
 
     @contextmanager
     def stage(self, name, total, unit):
@@ -89,7 +90,7 @@ class Midway:
 
     def advance(self, count=1, **facts):
         self.steps_shown += count
-        if self.steps_shown and self.acted_at is None and self.step.exists(CHECKPOINT) and not self.step.finished:
+        if self.steps_shown and self.acted_at is None and self.artifact.exists(CHECKPOINT) and not self.artifact.finished:
             self.acted_at = self.steps_shown
             self.action()
 
@@ -108,32 +109,32 @@ def test_two_workers_do_what_one_process_does(local_ray, job, serial, monkeypatc
     mine = dataclasses.replace(another(job, "undisturbed"), parent="parent")
     monkeypatch.chdir(Path(job.parent).parent)
     run_gkd(mine, cluster=CLUSTER, progress=Quiet(), cpus_per_worker=1)
-    assert_same(published(mine.step), serial)
+    assert_same(published(mine.artifact), serial)
 
 
 def test_a_killed_worker_changes_nothing(local_ray, job, serial):
     mine = another(job, "killed")
-    progress = Midway(mine.step, kill_a_worker)
+    progress = Midway(mine.artifact, kill_a_worker)
     run_gkd(mine, cluster=CLUSTER, progress=progress, cpus_per_worker=1)
     assert 0 < progress.acted_at < STEPS and progress.steps_shown == STEPS
-    assert_same(published(mine.step), serial)
+    assert_same(published(mine.artifact), serial)
 
 
 def test_an_interrupted_driver_continues(local_ray, job, serial):
     mine = another(job, "interrupted")
-    progress = Midway(mine.step, interrupt)
+    progress = Midway(mine.artifact, interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_gkd(mine, cluster=CLUSTER, progress=progress, cpus_per_worker=1)
-    assert 0 < progress.acted_at < STEPS and not mine.step.finished
+    assert 0 < progress.acted_at < STEPS and not mine.artifact.finished
     run_gkd(mine, cluster=CLUSTER, progress=Quiet(), cpus_per_worker=1)
-    assert_same(published(mine.step), serial)
+    assert_same(published(mine.artifact), serial)
 
 
 def test_a_diverging_run_is_not_tried_again(local_ray, job):
     mine = another(job, "diverged", learning_rate=1e30, max_failures=-1)
     with pytest.raises(Diverged, match="lower gkd.learning_rate"):
         run_gkd(mine, cluster=CLUSTER, progress=Quiet(), cpus_per_worker=1)
-    assert not mine.step.finished
+    assert not mine.artifact.finished
 
 
 def test_workers_that_cannot_be_placed_are_not_waited_for(local_ray, job):

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from puzzle_ray.artifacts import Scores
-from puzzle_ray.export.hf import load_model
+from puzzle_ray.models.child import load_model
 from puzzle_ray.scoring.downstream import read_questions
 
 ROOT = Path(__file__).parents[2]

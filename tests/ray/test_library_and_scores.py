@@ -18,17 +18,21 @@ from actors import library_stream, scoring_pool
 from actors.data_plane import plan_shards
 from actors.placement import runs
 from puzzle_ray.artifacts import SearchSpace
-from puzzle_ray.blocks import load_stack, search_space
-from puzzle_ray.checkpoint import read_config
-from puzzle_ray.config import BlockLoss, ClusterConfig, EarlyStop, LibraryConfig, ScoringConfig
-from puzzle_ray.data import Tokens
+from puzzle_ray.cluster import ClusterConfig
+from puzzle_ray.data.order import Tokens
 from puzzle_ray.distill.library import Library, build_serially
+from puzzle_ray.distill.settings import BlockLoss, EarlyStop, LibraryConfig
 from puzzle_ray.errors import ClusterError
-from puzzle_ray.families import describe
+from puzzle_ray.models.blocks import load_stack
+from puzzle_ray.models.child import read_config
+from puzzle_ray.models.describe import describe
 from puzzle_ray.progress import Quiet
-from puzzle_ray.scoring.items import plan
-from puzzle_ray.scoring.replace_one import load_questions, score_serially
+from puzzle_ray.scoring.downstream import load_questions
+from puzzle_ray.scoring.items import replacements
+from puzzle_ray.scoring.serial import score_serially
+from puzzle_ray.scoring.settings import ScoringConfig
 from puzzle_ray.store import Store
+from puzzle_ray.variants.space import search_space
 
 CONFIG = LibraryConfig(tokens=960, calibration_tokens=64, validation_tokens=64, micro_batch_tokens=32, checkpoint_every=4)
 CLUSTER = ClusterConfig(num_shards=2, blocks_per_trainer=2, placement_timeout_s=240, step_timeout_s=120)
@@ -49,7 +53,7 @@ def setting(tmp_path_factory):
     tokens = Tokens(rng.integers(0, 96, (64, 16), dtype=np.int32))
     store = Store(str(tmp_path_factory.mktemp("store")))
     torch.set_num_threads(1)
-    serial = build_serially(str(folder), space, CONFIG, tokens, 0, store.step("library", {"by": "one process"}, {}), Quiet())
+    serial = build_serially(str(folder), space, CONFIG, tokens, 0, store.artifact("library", {"by": "one process"}, {}), Quiet())
     return folder, space, tokens, store, serial
 
 
@@ -61,7 +65,7 @@ def coupled(setting):
         replace(layer, attention=("parent", "gqa:1"), ffn=("parent", "ffn:24"), coupled=True) for layer in space.layers
     )
     config = CONFIG.model_copy(update=EVERYTHING)
-    step = store.step("library", {"by": "one process, coupled"}, {})
+    step = store.artifact("library", {"by": "one process, coupled"}, {})
     serial = build_serially(str(folder), SearchSpace(narrow), config, tokens, 0, step, Quiet())
     assert step.facts()["coupled"] and step.facts()["stopped_early"] > 0
     return folder, SearchSpace(narrow), tokens, store, serial
@@ -69,9 +73,9 @@ def coupled(setting):
 
 def assert_same(a: Library, b: Library) -> None:
     assert a.rows() == b.rows() and a.curves() == b.curves()
-    for name in a.step.names():
+    for name in a.artifact.names():
         if name.endswith(".safetensors"):
-            x, y = a.step.read_tensors(name)[0], b.step.read_tensors(name)[0]
+            x, y = a.artifact.read_tensors(name)[0], b.artifact.read_tensors(name)[0]
             assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x), name
 
 
@@ -99,7 +103,7 @@ class At(Quiet):
 
 def build(setting, name, progress=None, config=CONFIG, **changes):
     folder, space, tokens, store, _ = setting
-    step = store.step("library", {"by": name}, {})
+    step = store.artifact("library", {"by": name}, {})
     cluster = CLUSTER.model_copy(update=changes)
     return library_stream.build_library(str(folder), space, config, cluster, tokens, 0, step, progress or Quiet())
 
@@ -116,7 +120,7 @@ def test_what_travels_in_16_bits_is_rounded_alike_wherever_shards_end(local_ray,
     """The parent computes in 16 bits too: the same numbers from one process, one shard and three."""
     config = CONFIG.model_copy(update={"activation_dtype": "bfloat16", "parent_dtype": "bfloat16", "tokens": 320})
     folder, space, tokens, store, exact = setting
-    serial = build_serially(str(folder), space, config, tokens, 0, store.step("library", {"by": "16 bits"}, {}), Quiet())
+    serial = build_serially(str(folder), space, config, tokens, 0, store.artifact("library", {"by": "16 bits"}, {}), Quiet())
     assert serial.rows() != exact.rows()
     for num_shards in (1, 3):
         assert_same(serial, build(setting, f"16 bits, {num_shards}", config=config, num_shards=num_shards))
@@ -162,7 +166,9 @@ def score_in_one_process(setting, config, name):
     stack = load_stack(folder, describe(model_config), model_config, 0, 4, torch.float32)
     texts = tokens.first(config.tokens, config.micro_batch_tokens // 16)
     questions = load_questions(str(folder), config, 128)
-    return score_serially(stack, texts, space, config, store.step("scores", {"by": name}, {}), library.states, Quiet(), questions)
+    return score_serially(
+        stack, texts, space, config, store.artifact("scores", {"by": name}, {}), library.states, Quiet(), questions
+    )
 
 
 @pytest.fixture(scope="module")
@@ -189,8 +195,8 @@ def test_scores_equal_one_processes(local_ray, setting, name, questions_file):
     if "downstream" in options:
         options["downstream"] = questions_file
     config = ScoringConfig(**options)
-    step = store.step("scores", {"by": f"ray, {name}"}, {})
-    on_ray = scoring_pool.score_blocks(str(folder), space, library.step, config, CLUSTER, tokens, step, Quiet())
+    step = store.artifact("scores", {"by": f"ray, {name}"}, {})
+    on_ray = scoring_pool.score_blocks(str(folder), space, library.artifact, config, CLUSTER, tokens, step, Quiet())
     assert on_ray == score_in_one_process(setting, config, f"serial, {name}")
     if name == "racing":
         assert len({row.tokens for row in on_ray.rows}) > 1
@@ -201,8 +207,8 @@ def test_items_scored_when_they_are_asked_for_have_the_scores_of_the_stage_and_a
     folder, space, tokens, store, library = setting
     config = ScoringConfig(granularity="block", tokens=64, micro_batch_tokens=32, candidate_batch=3)
     alone = score_in_one_process(setting, config.model_copy(update={"candidate_batch": 1}), "serial, alone")
-    items, step = plan(space, "block"), store.step("settled", {}, {})
-    arguments = (str(folder), space, library.step, config, CLUSTER, tokens, step, Quiet())
+    items, step = replacements(space, "block"), store.artifact("settled", {}, {})
+    arguments = (str(folder), space, library.artifact, config, CLUSTER, tokens, step, Quiet())
     with scoring_pool.scoring(*arguments) as score:
         found = score([items[7], items[2]]) + score([items[3], items[2]])
     asked = [items[i] for i in (7, 2, 3, 2)]
@@ -218,8 +224,8 @@ def of(item) -> tuple[int, str, str]:
 def test_scores_of_coupled_pairs_equal_one_processes(local_ray, coupled):
     folder, space, tokens, store, library = coupled
     config = ScoringConfig(granularity="block", tokens=64, micro_batch_tokens=32)
-    step = store.step("scores", {"by": "ray, coupled"}, {})
-    on_ray = scoring_pool.score_blocks(str(folder), space, library.step, config, CLUSTER, tokens, step, Quiet())
+    step = store.artifact("scores", {"by": "ray, coupled"}, {})
+    on_ray = scoring_pool.score_blocks(str(folder), space, library.artifact, config, CLUSTER, tokens, step, Quiet())
     assert on_ray == score_in_one_process(coupled, config, "serial, coupled")
     assert len({(row.layer, row.attention, row.ffn) for row in on_ray.rows}) == 4 * 3
 
@@ -244,11 +250,11 @@ def test_killing_a_shard_while_scoring_changes_nothing(local_ray, setting, monke
         return scoring_pool.score_blocks(
             str(folder),
             space,
-            library.step,
+            library.artifact,
             config,
             CLUSTER,
             tokens,
-            store.step("scores", {"by": name, "shortlist": shortlist}, {}),
+            store.artifact("scores", {"by": name, "shortlist": shortlist}, {}),
             progress,
         )
 

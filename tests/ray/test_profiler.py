@@ -12,13 +12,14 @@ from small_models import save_parent
 from actors import profiler
 from actors.profiler import profile_blocks
 from puzzle_ray.artifacts import Profile, Scenario
-from puzzle_ray.blocks import search_space
-from puzzle_ray.checkpoint import read_config
-from puzzle_ray.config import ClusterConfig, ProfileConfig
+from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.errors import ClusterError, ProfileError
-from puzzle_ray.profiling.measure import TABLE, plan, profile_serially, runs_of
+from puzzle_ray.models.child import read_config
+from puzzle_ray.profiling.measure import PROFILE_TABLE, profile_serially, profile_tasks, runs_of
+from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.progress import Quiet
 from puzzle_ray.store import Store
+from puzzle_ray.variants.space import search_space
 
 CONFIG = ProfileConfig(scenario=Scenario(2, 6, 3), batch_sizes=(1, 4), repeats=2, stack=1)
 CLUSTER = ClusterConfig(placement_timeout_s=300, step_timeout_s=300)
@@ -67,19 +68,21 @@ def pools(monkeypatch):
 def test_the_profile_covers_what_one_processes_does(local_ray, setting, tmp_path):
     folder, space = setting
     store, heard = Store(str(tmp_path)), Heard()
-    serial = profile_serially(read_config(Path(folder)), space, CONFIG, store.step("profile", {"by": "one process"}, {}), Quiet())
-    step = store.step("profile", {"by": "ray"}, {})
+    serial = profile_serially(
+        read_config(Path(folder)), space, CONFIG, store.artifact("profile", {"by": "one process"}, {}), Quiet()
+    )
+    step = store.artifact("profile", {"by": "ray"}, {})
     on_ray = profile_blocks(folder, space, CONFIG, CLUSTER, step, heard)
     assert without_times(on_ray) == without_times(serial)
-    assert Profile.from_parquet(step.read(TABLE)) == on_ray and step.finished
-    assert heard.done == heard.total == sum(runs_of(item, CONFIG) for item in plan(space, CONFIG))
+    assert Profile.from_parquet(step.read(PROFILE_TABLE)) == on_ray and step.finished
+    assert heard.done == heard.total == sum(runs_of(item, CONFIG) for item in profile_tasks(space, CONFIG))
     assert on_ray.device.endswith(f"{int(ray.cluster_resources()['CPU'])} threads")  # the whole node is the profiler's
 
 
 def test_a_driver_that_is_stopped_measures_only_the_rest(local_ray, setting, tmp_path):
     folder, space = setting
-    step = Store(str(tmp_path)).step("profile", {}, {})
-    each = runs_of(plan(space, CONFIG)[0], CONFIG)
+    step = Store(str(tmp_path)).artifact("profile", {}, {})
+    each = runs_of(profile_tasks(space, CONFIG)[0], CONFIG)
 
     class Stop(Exception):
         pass
@@ -99,7 +102,7 @@ def test_a_driver_that_is_stopped_measures_only_the_rest(local_ray, setting, tmp
 
 def test_killing_a_profiler_loses_at_most_the_item_it_was_at(local_ray, setting, tmp_path, pools):
     folder, space = setting
-    step = Store(str(tmp_path)).step("profile", {}, {})
+    step = Store(str(tmp_path)).artifact("profile", {}, {})
     long = CONFIG.model_copy(update={"batch_sizes": (1,), "repeats": 200})  # so that it dies in the middle of an item
     kept = {}
 
@@ -109,7 +112,7 @@ def test_killing_a_profiler_loses_at_most_the_item_it_was_at(local_ray, setting,
         status = work.profiler.pid.options(concurrency_group="status")
         os.kill(ray.get(status.remote(), timeout=30), signal.SIGKILL)
 
-    heard = Heard(runs_of(plan(space, long)[0], long) + 1, kill)
+    heard = Heard(runs_of(profile_tasks(space, long)[0], long) + 1, kill)
     profile = profile_blocks(folder, space, long, CLUSTER, step, heard)
     assert len(kept) == 1 and profile.batch_sizes == (1, 2)
     assert all(step.read(f"items/{name}") == data for name, data in kept.items())
@@ -118,14 +121,14 @@ def test_killing_a_profiler_loses_at_most_the_item_it_was_at(local_ray, setting,
 
 def test_a_finished_table_starts_no_actor(local_ray, setting, tmp_path, pools):
     folder, space = setting
-    step = Store(str(tmp_path)).step("profile", {}, {})
+    step = Store(str(tmp_path)).artifact("profile", {}, {})
     first = profile_blocks(folder, space, CONFIG, CLUSTER, step, Quiet())
     assert profile_blocks(folder, space, CONFIG, CLUSTER, step, Quiet()) == first and len(pools) == 1
 
 
 def test_a_device_that_may_be_added_on_demand_is_waited_for(local_ray, setting, tmp_path):
     folder, space = setting
-    step = Store(str(tmp_path)).step("profile", {}, {})
+    step = Store(str(tmp_path)).artifact("profile", {}, {})
     wanted = CONFIG.model_copy(update={"label_selector": {"ray.io/accelerator-type": "H100"}})
     with pytest.raises(ClusterError, match="1 profilers did not start within 2 s; the cluster has .*CPU: 4"):
         autoscaling = {"autoscaling": True, "placement_timeout_s": 2.0}
@@ -137,4 +140,4 @@ def test_an_error_of_the_measurement_comes_back_as_itself(local_ray, setting, tm
     folder, space = setting
     long = CONFIG.model_copy(update={"scenario": Scenario(2, 100, 100)})
     with pytest.raises(ProfileError, match="200 tokens in and out do not fit the parent's 128 positions"):
-        profile_blocks(folder, space, long, CLUSTER, Store(str(tmp_path)).step("profile", {}, {}), Quiet())
+        profile_blocks(folder, space, long, CLUSTER, Store(str(tmp_path)).artifact("profile", {}, {}), Quiet())

@@ -21,7 +21,7 @@ from small_models import tiny_config
 
 from actors.child_server import ChildServer
 from puzzle_ray.artifacts import LayerChoice
-from puzzle_ray.export.hf import load_model, new_child
+from puzzle_ray.models.child import load_model, new_child
 from puzzle_ray.serving.text import TextStream
 
 ROOT = Path(__file__).parents[2]

@@ -15,25 +15,28 @@ from small_models import save_parent
 from actors.pick_pool import file_name, measuring
 from actors.sweep import FOLDER, solve_points, sweep
 from puzzle_ray.artifacts import LayerChoice
-from puzzle_ray.blocks import load_stack, search_space
-from puzzle_ray.checkpoint import read_config
-from puzzle_ray.child_meter import ChildMeter
-from puzzle_ray.config import ClusterConfig, LibraryConfig
-from puzzle_ray.data import Tokens
+from puzzle_ray.cluster import ClusterConfig
+from puzzle_ray.data.order import Tokens
 from puzzle_ray.distill.library import build_serially
+from puzzle_ray.distill.settings import LibraryConfig
 from puzzle_ray.errors import ClusterError, ProfileError
-from puzzle_ray.families import describe
+from puzzle_ray.evaluation.child_meter import ChildMeter
+from puzzle_ray.models.blocks import load_stack
+from puzzle_ray.models.child import read_config
+from puzzle_ray.models.describe import describe
 from puzzle_ray.progress import Quiet
 from puzzle_ray.search.limits import Limits
+from puzzle_ray.search.setup import SearchSetup
+from puzzle_ray.search.sweep import Grid, finish, gathered, point_name, points_of, read, unsolved
 from puzzle_ray.store import Store
-from puzzle_ray.sweep import Grid, SweepSetup, finish, gathered, point_name, points_of, read, unsolved
+from puzzle_ray.variants.space import search_space
 
 AXES = {"speedup": [1.1, 1.3, 1.5, 2.0, 9.0], "memory_mib": [6.0, 10.0, 14.0]}
 
 
 @pytest.fixture
 def grid():
-    setup = SweepSetup(SPACE, SCORES, make_profile(4), SCENARIO, "kl", "mip", 60.0, Limits(speedup=1.5))
+    setup = SearchSetup(SPACE, SCORES, make_profile(4), SCENARIO, "kl", "mip", 60.0, Limits(speedup=1.5))
     return Grid({(SCENARIO.input_tokens, SCENARIO.output_tokens): setup})
 
 
@@ -46,7 +49,7 @@ def untimed(point):
 
 def test_a_sweep_by_tune_gives_what_one_process_gives(local_ray, grid, tmp_path):
     points = points_of(AXES)
-    by_tune, alone = (Store(str(tmp_path)).step("sweep", {"by": name}, {}) for name in ("tune", "loop"))
+    by_tune, alone = (Store(str(tmp_path)).artifact("sweep", {"by": name}, {}) for name in ("tune", "loop"))
     sweep(grid, points, by_tune, 2)
     assert solve_points(grid, points, alone) == len(points)
     found = gathered(points, by_tune)
@@ -59,7 +62,7 @@ def test_a_sweep_by_tune_gives_what_one_process_gives(local_ray, grid, tmp_path)
 
 def test_a_sweep_that_was_broken_off_goes_on(local_ray, grid, tmp_path):
     """Solved points stay as they are; what is missing is solved, by the restored experiment or by new trials."""
-    step, points = Store(str(tmp_path)).step("sweep", {}, {}), points_of(AXES)
+    step, points = Store(str(tmp_path)).artifact("sweep", {}, {}), points_of(AXES)
     sweep(grid, points[:6], step, 1)
     marked = step.read_json(point_name(points[0])) | {"measured_kl": 123.0}
     step.write_json(point_name(points[0]), marked)
@@ -77,12 +80,12 @@ def test_a_sweep_that_does_not_end_in_time_is_an_error(local_ray, grid, tmp_path
     context, setup = next(iter(grid.setups.items()))
     stuck = Stuck({context: replace(setup, time_limit_s=0.01)})
     with pytest.raises(ClusterError, match="15 of 15 points were not solved within 1 s"):
-        sweep(stuck, points_of(AXES), Store(str(tmp_path)).step("sweep", {}, {}), 1)
+        sweep(stuck, points_of(AXES), Store(str(tmp_path)).artifact("sweep", {}, {}), 1)
 
 
 def test_a_sweep_whose_trial_failed_is_restored(local_ray, grid, tmp_path):
     """The same command again, mended, starts the failed trial anew; it does not cut the points into new trials."""
-    step, points = Store(str(tmp_path)).step("sweep", {}, {}), points_of(AXES)
+    step, points = Store(str(tmp_path)).artifact("sweep", {}, {}), points_of(AXES)
     context, setup = next(iter(grid.setups.items()))
     with pytest.raises(RuntimeError, match="trial failed"):
         sweep(Grid({context: replace(setup, searcher="puzzle_ray.nowhere:SEARCHER")}), points, step, 1)
@@ -92,7 +95,7 @@ def test_a_sweep_whose_trial_failed_is_restored(local_ray, grid, tmp_path):
 
 
 def test_a_point_that_was_not_profiled_is_refused_before_any_trial(local_ray, grid, tmp_path):
-    step = Store(str(tmp_path)).step("sweep", {}, {})
+    step = Store(str(tmp_path)).artifact("sweep", {}, {})
     with pytest.raises(ProfileError, match="16 was not profiled"):
         sweep(grid, points_of({"speedup": [1.5], "batch_size": [16]}), step, 1)
     assert not step.names(FOLDER)
@@ -105,13 +108,13 @@ def test_workers_measure_what_one_process_measures_and_nothing_twice(local_ray, 
     tokens = Tokens(np.random.default_rng(0).integers(0, 96, (64, 16), dtype=np.int32))
     store = Store(str(tmp_path / "store"))
     settings = LibraryConfig(tokens=128, calibration_tokens=64, validation_tokens=64, micro_batch_tokens=64)
-    library = build_serially(str(parent), space, settings, tokens, 0, store.step("library", {}, {}), Quiet())
+    library = build_serially(str(parent), space, settings, tokens, 0, store.artifact("library", {}, {}), Quiet())
     batches = tokens.first(64, 2)
     a, b = LayerChoice("gqa:1", "noop"), LayerChoice("parent", "noop")
     parents = LayerChoice()
     children = [(a, b, parents), (parents, a, a), (a, b, parents), (parents, parents, parents)]
-    step = store.step("measured", {}, {})
-    with measuring(str(parent), library.step, [x.numpy() for x in batches], ClusterConfig(), step, Quiet()) as measure:
+    step = store.artifact("measured", {}, {})
+    with measuring(str(parent), library.artifact, [x.numpy() for x in batches], ClusterConfig(), step, Quiet()) as measure:
         found = measure(children)
         assert measure(children[:1]) == found[:1]
     torch.set_num_threads(1)
@@ -121,6 +124,6 @@ def test_workers_measure_what_one_process_measures_and_nothing_twice(local_ray, 
 
     name = file_name(children[1])
     step.write(name, json.dumps(step.read_json(name) | {"measured": asdict(found[0])}).encode())
-    with measuring(str(parent), library.step, [], ClusterConfig(), step, Quiet()) as measure:
+    with measuring(str(parent), library.artifact, [], ClusterConfig(), step, Quiet()) as measure:
         assert measure(children) == [found[0], found[0], found[0], found[3]], "files are read, no worker starts"
         assert measure.workers == []

@@ -35,7 +35,7 @@ def shared_data() -> Path:
 def random_tokens():
     import numpy as np
 
-    from puzzle_ray.data import Tokens
+    from puzzle_ray.data.order import Tokens
 
     rng = np.random.default_rng(0)
     return Tokens(rng.integers(0, 96, (64, 16), dtype=np.int32))

@@ -10,14 +10,14 @@ from layer_trainers import CONFIG, SPACE, assert_same, changed, restored, rows_o
 from small_models import save_parent
 
 from puzzle_ray.artifacts import LayerChoice, SearchSpace
-from puzzle_ray.blocks import search_space
-from puzzle_ray.checkpoint import read_config
-from puzzle_ray.distill.library import TABLE, build_serially, checkpoint_name, unfinished_layers
-from puzzle_ray.distill.objective import normalised_mse
+from puzzle_ray.distill.library import LIBRARY_TABLE, build_serially, checkpoint_name, unfinished_layers
+from puzzle_ray.distill.losses import normalised_mse
 from puzzle_ray.distill.schedule import Schedule, learning_rate
 from puzzle_ray.errors import NotFinite, OutOfOrder, StoreError
+from puzzle_ray.models.child import read_config
 from puzzle_ray.progress import Quiet
 from puzzle_ray.store import Store
+from puzzle_ray.variants.space import search_space
 
 
 def test_normalised_mse_is_zero_for_a_copy_and_one_for_zeros():
@@ -142,10 +142,10 @@ class Interrupting(Quiet):
 
 
 def assert_same_library(a, b):
-    assert a.rows() == b.rows() and a.curves() == b.curves() and a.step.names() == b.step.names()
-    for name in a.step.names():
+    assert a.rows() == b.rows() and a.curves() == b.curves() and a.artifact.names() == b.artifact.names()
+    for name in a.artifact.names():
         if name.endswith(".safetensors"):
-            x, y = a.step.read_tensors(name)[0], b.step.read_tensors(name)[0]
+            x, y = a.artifact.read_tensors(name)[0], b.artifact.read_tensors(name)[0]
             assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
 
 
@@ -165,14 +165,14 @@ def test_an_interrupted_library_goes_on_and_equals_an_undisturbed_one(parent_fol
     space, config, store = search_space(read_config(parent_folder), *SPACE, 8), changed(**VARIATIONS[name]), Store(str(tmp_path))
     if name == "coupled":
         space = SearchSpace(tuple(replace(layer, coupled=True) for layer in space.layers))
-    whole = build_serially(str(parent_folder), space, config, random_tokens, 0, store.step("whole", {}, {}), Quiet())
-    step = store.step("cut", {}, {})
+    whole = build_serially(str(parent_folder), space, config, random_tokens, 0, store.artifact("whole", {}, {}), Quiet())
+    step = store.artifact("cut", {}, {})
     with pytest.raises(Stop):
         build_serially(str(parent_folder), space, config, random_tokens, 0, step, Interrupting(7))
     assert step.exists(checkpoint_name(0)) and not step.finished and len(unfinished_layers(space, step)) == 3
     cut = build_serially(str(parent_folder), space, config, random_tokens, 0, step, Quiet())
     assert_same_library(whole, cut)
-    assert TABLE in step.names() and step.names("checkpoints") == []
+    assert LIBRARY_TABLE in step.names() and step.names("checkpoints") == []
 
 
 @pytest.mark.parametrize("writes", [1, 9, 14, 20, 30, 32])
@@ -181,8 +181,8 @@ def test_a_full_disk_is_said_and_loses_nothing(parent_folder, random_tokens, tmp
     from puzzle_ray import store as stores
 
     space, store = search_space(read_config(parent_folder), *SPACE, 8), Store(str(tmp_path))
-    whole = build_serially(str(parent_folder), space, CONFIG, random_tokens, 0, store.step("whole", {}, {}), Quiet())
-    step, write, done = store.step("cut", {}, {}), stores._write_atomically, []
+    whole = build_serially(str(parent_folder), space, CONFIG, random_tokens, 0, store.artifact("whole", {}, {}), Quiet())
+    step, write, done = store.artifact("cut", {}, {}), stores._write_atomically, []
 
     def until_full(target, data):
         if len(done) == writes:

@@ -50,8 +50,8 @@ def test_questions_of_which_none_is_left_to_test_the_child_on_are_refused(parent
 def test_key_value_heads_that_do_not_divide_name_those_that_do(tmp_path):
     from small_models import save_parent
 
-    from puzzle_ray.blocks import search_space
-    from puzzle_ray.checkpoint import read_config
+    from puzzle_ray.models.child import read_config
+    from puzzle_ray.variants.space import search_space
 
     config = read_config(save_parent(tmp_path, "gpt2"))
     with pytest.raises(ConfigError, match="gqa:3: 3 does not divide 4 KV heads; use one of 1, 2"):

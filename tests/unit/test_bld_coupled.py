@@ -9,19 +9,20 @@ from layer_trainers import CONFIG, SPACE, assert_same, changed, restored, rows_o
 from torch.nn import functional as F
 
 from puzzle_ray.artifacts import BLOCK, PARENT, LayerChoice, SearchSpace
-from puzzle_ray.blocks import load_stack, search_space, swapped
-from puzzle_ray.checkpoint import read_config
-from puzzle_ray.child_meter import ChildMeter
-from puzzle_ray.config import ScoringConfig
 from puzzle_ray.distill.bld import Schedule
 from puzzle_ray.distill.library import Library, build_serially, file_name, starting_library, summary, unfinished_layers
-from puzzle_ray.distill.objective import normalised_mse
+from puzzle_ray.distill.losses import normalised_mse
+from puzzle_ray.distill.realize import realize
 from puzzle_ray.errors import ConfigError
-from puzzle_ray.export.hf import load_model, realize
-from puzzle_ray.families import describe
+from puzzle_ray.evaluation.child_meter import ChildMeter
+from puzzle_ray.models.blocks import load_stack, swapped
+from puzzle_ray.models.child import load_model, read_config
+from puzzle_ray.models.describe import describe
 from puzzle_ray.progress import Quiet
-from puzzle_ray.scoring.replace_one import score_serially
+from puzzle_ray.scoring.serial import score_serially
+from puzzle_ray.scoring.settings import ScoringConfig
 from puzzle_ray.store import Store
+from puzzle_ray.variants.space import search_space
 
 PAIR = LayerChoice("gqa:1", "ffn:24")
 
@@ -110,7 +111,7 @@ def test_a_pair_that_diverges_is_named_and_the_others_go_on(parent_folder):
 
 @pytest.fixture(scope="module")
 def library(parent_folder, tmp_path_factory):
-    from puzzle_ray.data import Tokens
+    from puzzle_ray.data.order import Tokens
 
     tokens = Tokens(np.random.default_rng(0).integers(0, 96, (64, 16), dtype=np.int32))
     space = coupled(parent_folder, (("gqa:1", "noop"), ("ffn:24", "noop")))
@@ -120,15 +121,15 @@ def library(parent_folder, tmp_path_factory):
 
 def test_a_pairs_weights_are_its_own(library, parent_folder):
     found, space, tokens = library
-    assert found.coupled and Library(found.step).coupled and unfinished_layers(space, found.step) == []
+    assert found.coupled and Library(found.artifact).coupled and unfinished_layers(space, found.artifact) == []
     pair, single = found.states(1, PAIR), found.states(1, LayerChoice(attention="gqa:1"))
     assert pair.keys() == {"attention", "ffn"} and single.keys() == {"attention"}
     assert pair["attention"].keys() == single["attention"].keys()
     assert any(not torch.equal(pair["attention"][k], v) for k, v in single["attention"].items())
     assert found.states(1, LayerChoice()) == {} and found.states(1, LayerChoice("noop", "noop")) == {"attention": {}, "ffn": {}}
-    assert found.step.exists("layer_001.block.gqa-1+ffn-24.safetensors")
+    assert found.artifact.exists("layer_001.block.gqa-1+ffn-24.safetensors")
     assert file_name(1, BLOCK, PAIR.label) == "layer_001.block.gqa-1+ffn-24.safetensors"
-    facts = found.step.facts()
+    facts = found.artifact.facts()
     assert facts["coupled"] and facts["variants"] == 3 * 8 and summary(facts).startswith("24 pairs, ")
 
 
@@ -154,7 +155,7 @@ def test_scores_and_children_are_made_of_exactly_these_pairs(library, parent_fol
     stack = load_stack(parent_folder, describe(config), config, 0, 3, torch.float32)
     scoring = ScoringConfig(granularity="block", tokens=64, micro_batch_tokens=32)
     texts, store = tokens.first(64, 2), Store(str(tmp_path))
-    scores = score_serially(stack, texts, space, scoring, store.step("scores", {}, {}), found.states, Quiet())
+    scores = score_serially(stack, texts, space, scoring, store.artifact("scores", {}, {}), found.states, Quiet())
     assert {(r.layer, r.attention, r.ffn) for r in scores.rows} == {
         (i, *vars(c).values()) for i in range(3) for c in space.layers[i].trained
     }
@@ -164,8 +165,8 @@ def test_scores_and_children_are_made_of_exactly_these_pairs(library, parent_fol
         "all": (PAIR, LayerChoice("noop", "ffn:24"), LayerChoice("gqa:1", "noop")),
     }
     for name, choices in children.items():
-        step = store.step("child", {"name": name}, {})
-        realize(str(parent_folder), choices, found.step, step)
+        step = store.artifact("child", {"name": name}, {})
+        realize(str(parent_folder), choices, found.artifact, step)
         with torch.inference_mode():
             ids = torch.cat(texts)
             p, q = (F.log_softmax(m(ids).logits.double(), dim=-1) for m in (parent, load_model(step.path("child"))))
@@ -186,8 +187,8 @@ def halves(parent_folder, library, tmp_path_factory):
 def test_pairs_may_start_from_halves_that_are_trained_already(library, halves, parent_folder, tmp_path):
     """What a pair starts from is then the decoupled library's own weights; so a single half's start loss is its final one there."""
     fresh, space, tokens = library
-    config = changed(start_from=halves.step.url)
-    step = Store(str(tmp_path)).step("library", {}, {})
+    config = changed(start_from=halves.artifact.url)
+    step = Store(str(tmp_path)).artifact("library", {}, {})
     found = build_serially(str(parent_folder), space, config, tokens, 0, step, Quiet())
     before = {(row.layer, row.kind, row.variant): row for row in halves.rows()}
     own = {(row.layer, row.variant): row for row in fresh.rows()}
@@ -204,15 +205,15 @@ def test_pairs_may_start_from_halves_that_are_trained_already(library, halves, p
 def test_a_start_that_does_not_fit_is_refused(library, halves, tmp_path):
     fresh, space, _ = library
     with pytest.raises(ConfigError, match="holds coupled pairs"):
-        starting_library(changed(start_from=fresh.step.url), space)
+        starting_library(changed(start_from=fresh.artifact.url), space)
     with pytest.raises(ConfigError, match="was made for another parent; name a library of this one"):
-        starting_library(changed(start_from=halves.step.url), space, "another one")
-    old = Store(str(tmp_path)).step("library", {}, {})
+        starting_library(changed(start_from=halves.artifact.url), space, "another one")
+    old = Store(str(tmp_path)).artifact("library", {}, {})
     old.finish({"variants": 12, "trained": 9, "failures": []})
     with pytest.raises(ConfigError, match="was made by an older version; train it again"):
         starting_library(changed(start_from=old.url), space)
     wide = SearchSpace(tuple(replace(layer, ffn=(*layer.ffn, "linear")) for layer in space.layers))
     with pytest.raises(ConfigError, match="has no linear for layer 0; narrow the space, or name another"):
-        starting_library(changed(start_from=halves.step.url), wide)
-    assert starting_library(changed(start_from=halves.step.url), space, "this one").step.url == halves.step.url
+        starting_library(changed(start_from=halves.artifact.url), wide)
+    assert starting_library(changed(start_from=halves.artifact.url), space, "this one").artifact.url == halves.artifact.url
     assert starting_library(CONFIG, space) is None

@@ -6,14 +6,15 @@ import pytest
 import torch
 from layer_trainers import assert_same, changed, restored, rows_of, run, stream, trainer
 
-from puzzle_ray.blocks import search_space
-from puzzle_ray.checkpoint import read_config
-from puzzle_ray.config import EarlyStop, LibraryConfig, load
+from puzzle_ray.config import load
 from puzzle_ray.distill.library import build_serially, summary
 from puzzle_ray.distill.schedule import is_flat, warmup_steps
+from puzzle_ray.distill.settings import EarlyStop, LibraryConfig
 from puzzle_ray.errors import ConfigError
+from puzzle_ray.models.child import read_config
 from puzzle_ray.progress import Quiet
 from puzzle_ray.store import Store
+from puzzle_ray.variants.space import search_space
 
 RULE = EarlyStop(min_improvement=0.1, window=4, patience=2)
 
@@ -104,10 +105,10 @@ def test_tables_facts_and_the_printed_line_say_what_was_spared(parent_folder, ra
     space = search_space(read_config(parent_folder), ("gqa:1", "noop"), ("ffn:24",), 8)
     found = {}
     for name, stop in (("whole", None), ("stopped", {"min_improvement": 0.5, "window": 4, "patience": 1})):
-        step = Store(str(tmp_path)).step("library", {"by": name}, {})
+        step = Store(str(tmp_path)).artifact("library", {"by": name}, {})
         config = changed(tokens=64 * 32, early_stop=stop)
         found[name] = build_serially(str(parent_folder), space, config, random_tokens, 0, step, Quiet())
-    facts = found["stopped"].step.facts()
+    facts = found["stopped"].artifact.facts()
     rows = found["stopped"].rows()
     curves = found["stopped"].curves()
     assert all(len(curves[row.layer, row.kind, row.variant]) * 32 == row.tokens for row in rows)
@@ -116,7 +117,7 @@ def test_tables_facts_and_the_printed_line_say_what_was_spared(parent_folder, ra
     assert facts["stopped_early"] == sum(row.tokens_saved > 0 for row in rows)
     share = facts["tokens_saved"] / (6 * 64 * 32)
     assert f"{facts['stopped_early']} stopped early, which spared {share:.0%} of the training tokens" in summary(facts)
-    assert "stopped" not in summary(found["whole"].step.facts()) and "9 variants" in summary(facts)
+    assert "stopped" not in summary(found["whole"].artifact.facts()) and "9 variants" in summary(facts)
 
 
 def test_settings_that_make_no_sense_are_refused():

@@ -6,11 +6,12 @@ import torch
 from layer_trainers import assert_same, changed, restored, rows_of, run, stream, trainer
 
 from puzzle_ray.artifacts import KINDS, LayerChoice
-from puzzle_ray.blocks import swapped
-from puzzle_ray.config import BlockLoss, load
+from puzzle_ray.config import load
 from puzzle_ray.distill.candidate import by_kind
-from puzzle_ray.distill.objective import LayerPass, normalised_mse, training_loss
+from puzzle_ray.distill.losses import LayerPass, normalised_mse, training_loss
+from puzzle_ray.distill.settings import BlockLoss
 from puzzle_ray.errors import ConfigError
+from puzzle_ray.models.blocks import swapped
 
 WEIGHTS = {"block": 0.5, "subblock": 2.0, "cosine": 0.25}
 

@@ -9,12 +9,12 @@ from layer_trainers import CONFIG
 from small_models import tiny_config
 from torch.nn import functional as F
 
-from puzzle_ray.blocks import search_space
-from puzzle_ray.checkpoint import read_config
-from puzzle_ray.data import Tokens
+from puzzle_ray.data.order import Tokens
 from puzzle_ray.distill.library import build_serially
+from puzzle_ray.models.child import read_config
 from puzzle_ray.progress import Quiet
 from puzzle_ray.store import Store
+from puzzle_ray.variants.space import search_space
 
 VOCAB, LENGTH = 32, 32
 STEP_OF = np.random.default_rng(7).permutation(VOCAB)
@@ -57,7 +57,7 @@ def test_every_trained_variant_ends_below_its_training_free_start(tmp_path, mode
     config = CONFIG.model_copy(
         update={"tokens": 16_384, "micro_batch_tokens": 256, "calibration_tokens": 2_048, "validation_tokens": 1_024}
     )
-    step = Store(str(tmp_path)).step("library", {}, {})
+    step = Store(str(tmp_path)).artifact("library", {}, {})
     rows = build_serially(str(folder), space, config, Tokens(language(256, 2)), 0, step, Quiet()).rows()
     trained = [row for row in rows if row.tokens]
     assert len(trained) == 2 * 5 and {row.variant for row in rows} - {row.variant for row in trained} == {"noop"}

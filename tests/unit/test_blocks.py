@@ -5,13 +5,15 @@ import torch
 from small_models import save_parent, tiny_config
 
 from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice
-from puzzle_ray.blocks import load_stack, load_subblock, search_space, subblock_state, swapped
-from puzzle_ray.checkpoint import Checkpoint, fingerprint, locate, read_config
+from puzzle_ray.calibration import Statistics
 from puzzle_ray.errors import ConfigError, ParentError
-from puzzle_ray.export.hf import assemble, load_model, new_child, save_child
-from puzzle_ray.families import describe, families
-from puzzle_ray.variants import find, resolve
-from puzzle_ray.variants._statistics import Statistics
+from puzzle_ray.families.registry import families
+from puzzle_ray.models.blocks import load_stack, load_subblock, subblock_state, swapped
+from puzzle_ray.models.checkpoint import Checkpoint, fingerprint, locate
+from puzzle_ray.models.child import assemble, load_model, new_child, read_config, save_child
+from puzzle_ray.models.describe import describe
+from puzzle_ray.variants.base import find_variant, resolve
+from puzzle_ray.variants.space import search_space
 
 ATTENTION = ("parent", "gqa:50%", "gqa_prune:50%", "linear", "noop")
 FFN = ("parent", "ffn:50%", "ffn:25%", "ffn_iterative:50%", "linear", "noop")
@@ -36,7 +38,7 @@ def initialised(stack, index, choice, hidden):
         stack.run_layer(stack.layer(index), index, hidden)
     child = swapped(stack.layer(index), choice, stack.descriptor, stack.config)
     for kind in KINDS:
-        variant, argument = find(choice.variant(kind), kind)
+        variant, argument = find_variant(choice.variant(kind), kind)
         variant.initialise(child, stack.layer(index), argument, kind, stack.descriptor, statistics)
     return child
 

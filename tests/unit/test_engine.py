@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from puzzle_ray.artifacts import LayerChoice
 from puzzle_ray.errors import ConfigError
-from puzzle_ray.export.hf import load_model, new_child
+from puzzle_ray.models.child import load_model, new_child
 from puzzle_ray.serving.engine import Engine
 from puzzle_ray.serving.generation import EngineBusy, EngineFailed
 from puzzle_ray.serving.sampling import SamplingParams, choose_tokens

@@ -10,12 +10,13 @@ import torch
 from small_models import save_parent, tiny_config
 
 from puzzle_ray.artifacts import PARENT, LayerChoice
-from puzzle_ray.blocks import load_stack, search_space
-from puzzle_ray.checkpoint import read_config
 from puzzle_ray.errors import ParentError
-from puzzle_ray.export.hf import assemble, child_classes, load_model, new_child, save_child
-from puzzle_ray.families import describe, ffn_width, kv_heads
-from puzzle_ray.kv_cache import cache_from
+from puzzle_ray.families.registry import ffn_width, kv_heads
+from puzzle_ray.models.blocks import load_stack
+from puzzle_ray.models.child import assemble, child_classes, load_model, new_child, read_config, save_child
+from puzzle_ray.models.describe import describe
+from puzzle_ray.surgery.kv_cache import cache_from
+from puzzle_ray.variants.space import search_space
 
 IDS = torch.arange(60).remainder(96).reshape(2, 30)
 
@@ -76,7 +77,7 @@ def test_a_child_of_an_unknown_type_loads_in_a_process_that_has_not_seen_its_par
     child = new_child(read_config(folder), choices, torch.float32).eval()
     save_child(child, folder, tmp_path / "child")
     script = (
-        "import sys, torch; from puzzle_ray.export.hf import load_model;"
+        "import sys, torch; from puzzle_ray.models.child import load_model;"
         f"print(float(load_model({str(tmp_path / 'child')!r})(torch.arange(30)[None]).logits.double().sum()))"
     )
     fresh = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[2])

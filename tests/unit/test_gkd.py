@@ -12,8 +12,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from puzzle_ray.artifacts import LayerChoice, rows_from_parquet
-from puzzle_ray.config import GkdConfig
-from puzzle_ray.data import Tokens
+from puzzle_ray.data.order import Tokens
 from puzzle_ray.distill.gkd import (
     CHECKPOINT,
     CHILD,
@@ -23,16 +22,16 @@ from puzzle_ray.distill.gkd import (
     GkdJob,
     GkdRow,
     GkdTrainer,
-    cosine_distance,
     distill,
     distill_child,
     layer_outputs,
     learning_rate,
-    token_losses,
     total_steps,
 )
+from puzzle_ray.distill.losses import cosine_distance, token_losses
+from puzzle_ray.distill.settings import GkdConfig
 from puzzle_ray.errors import StoreError
-from puzzle_ray.export.hf import load_model, new_child, save_child
+from puzzle_ray.models.child import load_model, new_child, save_child
 from puzzle_ray.progress import Quiet
 from puzzle_ray.store import Store
 
@@ -88,7 +87,7 @@ def reference_losses(child_logits, parent_logits, ids):
 @pytest.mark.parametrize(("kl_weight", "lm_weight"), [(1.0, 0.0), (0.0, 1.0), (0.7, 0.3)])
 @pytest.mark.parametrize("chunk", [1, 1 << 22])
 def test_token_losses_and_their_gradient_are_those_of_the_formulas(kl_weight, lm_weight, chunk, monkeypatch):
-    monkeypatch.setattr("puzzle_ray.distill.gkd._CHUNK_ELEMENTS", chunk * 11)
+    monkeypatch.setattr("puzzle_ray.distill.losses._CHUNK_ELEMENTS", chunk * 11)
     generator = torch.Generator().manual_seed(0)
     child = (3 * torch.randn(2, 5, 11, generator=generator)).requires_grad_()
     parent = 3 * torch.randn(2, 5, 11, generator=generator)
@@ -170,7 +169,7 @@ def test_resuming_ends_in_the_same_bits(tmp_path, tied):
     for _ in range(6):
         whole.step()
 
-    step = Store(str(tmp_path)).step("gkd", {}, {})
+    step = Store(str(tmp_path)).artifact("gkd", {}, {})
     first = new_trainer(tied=tied)
     for _ in range(3):
         first.step()
@@ -195,7 +194,7 @@ def summing_over_two(rank, tensors, barrier):
 def test_one_process_does_what_two_do(tmp_path, tied):
     config = CONFIG.model_copy(update={"num_workers": 2, "tokens": 3 * 128})
     alone = new_trainer(config, tied)
-    tensors, barrier, step = {}, threading.Barrier(2), Store(str(tmp_path)).step("gkd", {}, {})
+    tensors, barrier, step = {}, threading.Barrier(2), Store(str(tmp_path)).artifact("gkd", {}, {})
     two = [new_trainer(config, tied, ranks=[r], all_reduce=summing_over_two(r, tensors, barrier)) for r in range(2)]
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda trainer: distill(trainer, step, Quiet(), writes=False), two))
@@ -216,7 +215,7 @@ def test_a_checkpoint_of_another_child_is_refused():
 def test_processes_that_see_different_checkpoints_are_refused(tmp_path):
     trainer = new_trainer(CONFIG.model_copy(update={"num_workers": 2}), ranks=[0], all_reduce=lambda done: done.add_(3))
     with pytest.raises(StoreError, match="not the same on every node"):
-        trainer.resume(Store(str(tmp_path)).step("gkd", {}, {}))
+        trainer.resume(Store(str(tmp_path)).artifact("gkd", {}, {}))
 
 
 def test_a_loss_that_is_not_finite_changes_no_weight():
@@ -242,28 +241,28 @@ def job(tmp_path):
     parent = new_parent()
     parent.save_pretrained(tmp_path / "parent")
     (tmp_path / "parent" / "tokenizer.json").write_text("{}")
-    child, data = store.step("realize", {}, {}), store.step("data", {}, {})
+    child, data = store.artifact("realize", {}, {}), store.artifact("data", {}, {})
     with child.folder_to_publish(CHILD) as folder:
         save_child(random_child(parent).to(torch.bfloat16), tmp_path / "parent", folder)
     sequences = torch.from_numpy(random_tokens().sequences)
     data.write_tensors(TOKENS, {"train": sequences, "heldout": sequences[:2].clone()})
-    return GkdJob(str(tmp_path / "parent"), child, data, store.step("gkd", {}, {}), CONFIG, seed=3)
+    return GkdJob(str(tmp_path / "parent"), child, data, store.artifact("gkd", {}, {}), CONFIG, seed=3)
 
 
 def test_the_whole_stage(job):
     distill_child(job, Quiet())
-    assert job.step.finished and not job.step.exists(CHECKPOINT)
-    before, after = load_model(job.child.local_folder(CHILD)), load_model(job.step.local_folder(CHILD))
+    assert job.artifact.finished and not job.artifact.exists(CHECKPOINT)
+    before, after = load_model(job.child.local_folder(CHILD)), load_model(job.artifact.local_folder(CHILD))
     assert after.dtype == torch.bfloat16 and after.config.puzzle_layers == before.config.puzzle_layers
     changed = [not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
     assert sum(changed) > len(changed) / 2
-    assert (job.step.local_folder(CHILD) / "tokenizer.json").is_file()
-    rows, _ = rows_from_parquet(job.step.read(CURVE), GkdRow)
-    assert len(rows) == 6 and job.step.facts()["last_kl"] == rows[-1].kl and job.step.facts()["tokens"] == CONFIG.tokens
+    assert (job.artifact.local_folder(CHILD) / "tokenizer.json").is_file()
+    rows, _ = rows_from_parquet(job.artifact.read(CURVE), GkdRow)
+    assert len(rows) == 6 and job.artifact.facts()["last_kl"] == rows[-1].kl and job.artifact.facts()["tokens"] == CONFIG.tokens
 
 
 def test_without_tokens_the_child_stays_as_it_is(job):
     job = dataclasses.replace(job, config=CONFIG.model_copy(update={"tokens": 0}))
     distill_child(job, Quiet())
-    before, after = load_model(job.child.local_folder(CHILD)), load_model(job.step.local_folder(CHILD))
+    before, after = load_model(job.child.local_folder(CHILD)), load_model(job.artifact.local_folder(CHILD))
     assert_same(before.state_dict(), after.state_dict())

@@ -11,15 +11,17 @@ from small_runs import make_run, save_parent_with_text
 
 from jobs.checks import check
 from puzzle_ray.artifacts import PARENT, LayerChoice, LayerSpace, Scores, SearchSpace, to_json
-from puzzle_ray.config import LibraryConfig, load
+from puzzle_ray.config import load
+from puzzle_ray.distill.settings import LibraryConfig
 from puzzle_ray.errors import ConfigError
-from puzzle_ray.narrow import architectures, library_space, narrowed
 from puzzle_ray.scoring import fisher
-from puzzle_ray.scoring.items import plan
-from puzzle_ray.search.architectures import search
+from puzzle_ray.scoring.items import replacements
 from puzzle_ray.search.limits import Limits
+from puzzle_ray.search.narrow import architectures, library_space, narrowed
+from puzzle_ray.search.setup import SearchSetup
+from puzzle_ray.search.sweep import Grid, finish, gathered, point_name, points_of
+from puzzle_ray.search.tables import search
 from puzzle_ray.store import Store
-from puzzle_ray.sweep import Grid, SweepSetup, finish, gathered, point_name, points_of
 
 HARD = Limits(speedup=1.5)
 
@@ -32,7 +34,7 @@ def found_within(limits=HARD, space=SPACE, scores=SCORES):
 def sweep(tmp_path_factory):
     """A finished sweep, one of its budgets out of reach."""
     step = Store(str(tmp_path_factory.mktemp("store"))).step("sweep", {}, {})
-    grid = Grid({(30, 11): SweepSetup(SPACE, SCORES, PROFILE, SCENARIO, "kl", "mip", 60.0, HARD)})
+    grid = Grid({(30, 11): SearchSetup(SPACE, SCORES, PROFILE, SCENARIO, "kl", "mip", 60.0, HARD)})
     points = points_of({"speedup": [1.2, 1.5, 1000.0]})
     for point in points:
         step.write_json(point_name(point), grid.solve(point))
@@ -59,7 +61,7 @@ def test_files_and_folders_of_a_sweep_say_the_same(sweep):
 
 def test_an_architecture_may_come_from_any_url(architecture_file):
     store = Store("memory://narrow")
-    step = store.step("architecture", {}, {})
+    step = store.artifact("architecture", {}, {})
     step.write("architecture.json", architecture_file.read_bytes())
     assert architectures(step.url) == architectures(str(architecture_file)) == [found_within().choices]
 
@@ -77,7 +79,7 @@ def test_every_layer_keeps_the_parent_and_what_some_architecture_has_there(sweep
 def test_the_optimum_of_the_whole_space_is_the_narrowed_ones_too(architecture_file):
     space = library_space(SPACE, settings(architecture_file, mode="coupled"))
     assert all(layer.coupled for layer in space.layers)
-    scored = {(item.layer, item.choice) for item in plan(space, "block")}
+    scored = {(item.layer, item.choice) for item in replacements(space, "block")}
     own = Scores(tuple(row for row in SCORES.rows if (row.layer, LayerChoice(row.attention, row.ffn)) in scored), "block")
     assert len(own.rows) < len(SCORES.rows)
     whole = found_within()
@@ -105,9 +107,9 @@ def test_a_coupled_space_holds_pairs_and_a_decoupled_one_halves():
 
 def test_coupled_pairs_are_never_scored_by_halves():
     space = SearchSpace((LayerSpace((PARENT, "noop"), (PARENT, "ffn:64"), coupled=True),))
-    assert len(plan(space, "block")) == 3
+    assert len(replacements(space, "block")) == 3
     with pytest.raises(ConfigError, match="write scoring.granularity: block"):
-        plan(space, "subblock")
+        replacements(space, "subblock")
     with pytest.raises(ConfigError, match="write scoring.shortlist: none"):
         fisher._Halves.of(None, 0, space.layers[0], None)
 

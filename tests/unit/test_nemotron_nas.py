@@ -9,8 +9,8 @@ from transformers import AutoConfig, LlamaConfig
 
 from puzzle_ray.artifacts import LayerChoice
 from puzzle_ray.errors import ConfigError, ParentError
-from puzzle_ray.export.hf import new_child
 from puzzle_ray.export.nemotron_nas import WIDTH_MULTIPLE, ffn_mult, nas_config, write_config
+from puzzle_ray.models.child import new_child
 
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

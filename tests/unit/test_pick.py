@@ -15,6 +15,7 @@ from puzzle_ray.artifacts import (
     FIXED,
     LayerChoice,
     LayerSpace,
+    Measured,
     Profile,
     ProfileRow,
     Scenario,
@@ -22,20 +23,20 @@ from puzzle_ray.artifacts import (
     Scores,
     SearchSpace,
 )
-from puzzle_ray.blocks import load_stack, search_space
-from puzzle_ray.checkpoint import read_config
-from puzzle_ray.child_meter import ChildMeter
-from puzzle_ray.config import LibraryConfig
 from puzzle_ray.distill.library import build_serially
+from puzzle_ray.distill.settings import LibraryConfig
 from puzzle_ray.errors import Infeasible
-from puzzle_ray.export.hf import assemble, load_model
-from puzzle_ray.families import describe
-from puzzle_ray.pick import Measured, PickOptions, exchanges, interactions, pick, prediction, swaps
+from puzzle_ray.evaluation.child_meter import ChildMeter
+from puzzle_ray.models.blocks import load_stack
+from puzzle_ray.models.child import assemble, load_model, read_config
+from puzzle_ray.models.describe import describe
 from puzzle_ray.progress import Quiet
-from puzzle_ray.search import Options
-from puzzle_ray.search.architectures import Tables
 from puzzle_ray.search.limits import Limits
+from puzzle_ray.search.pick import PickOptions, exchanges, interactions, pick, prediction, swaps
+from puzzle_ray.search.searcher import Options
+from puzzle_ray.search.tables import Tables
 from puzzle_ray.store import Store
+from puzzle_ray.variants.space import search_space
 
 SCENARIO = Scenario(batch_size=1, input_tokens=8, output_tokens=1)
 COST = {"parent": 4.0, "gqa:1": 2.0, "noop": 0.0}
@@ -193,7 +194,7 @@ def test_exchanges_are_named():
 @pytest.fixture(scope="module")
 def trained(parent_folder, tmp_path_factory):
     """A parent's stack, a library of its blocks, and batches."""
-    from puzzle_ray.data import Tokens
+    from puzzle_ray.data.order import Tokens
 
     tokens = Tokens(np.random.default_rng(0).integers(0, 96, (64, 16), dtype=np.int32))
     config = read_config(parent_folder)

@@ -10,35 +10,35 @@ import torch
 from small_models import tiny_config
 
 from puzzle_ray.artifacts import MIB, LayerChoice, Profile, Scenario
-from puzzle_ray.blocks import search_space
-from puzzle_ray.config import ProfileConfig
 from puzzle_ray.errors import ConfigError, ProfileError
-from puzzle_ray.export.hf import new_child
-from puzzle_ray.kv_cache import cache_from
+from puzzle_ray.models.child import new_child
 from puzzle_ray.profiling import measure as profiling
-from puzzle_ray.profiling.engines import Timing, find_engine, measure_side_by_side, spread
+from puzzle_ray.profiling.engine import Timing, find_engine, measure_side_by_side, spread
+from puzzle_ray.profiling.engines.torch_engine import ENGINE
 from puzzle_ray.profiling.machine import GPU_FACTS, machine_facts, parsed
 from puzzle_ray.profiling.measure import (
-    Item,
-    Result,
-    Size,
+    Measurement,
+    ProfileTask,
     StackTiming,
+    SubblockSize,
     activation_bytes,
     measure,
     merge,
-    plan,
     profile_of,
     profile_serially,
+    profile_tasks,
     runs_of,
     sizes_of,
     stack_config,
 )
 from puzzle_ray.profiling.memory import _Live, kv_bytes_per_token, model_memory_mib
-from puzzle_ray.profiling.torch_engine import ENGINE
+from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.progress import Quiet
-from puzzle_ray.search.architectures import Tables, predicted_costs
 from puzzle_ray.search.limits import Limits
+from puzzle_ray.search.tables import Tables, predicted_costs
 from puzzle_ray.store import Store
+from puzzle_ray.surgery.kv_cache import cache_from
+from puzzle_ray.variants.space import search_space
 
 CONFIG = ProfileConfig(scenario=Scenario(2, 6, 3), repeats=2, stack=1)
 ATTENTION, FFN = ("gqa:1", "linear", "noop"), ("ffn:24", "linear", "noop")
@@ -49,16 +49,16 @@ def space_of(config):
 
 
 @pytest.fixture(scope="module")
-def measured() -> Result:
+def measured() -> Measurement:
     torch.set_num_threads(1)
     config = tiny_config()
-    (item,) = plan(space_of(config), CONFIG)
+    (item,) = profile_tasks(space_of(config), CONFIG)
     return measure(item, config, CONFIG)
 
 
 def test_activations_are_those_of_a_real_prefill_and_a_known_device_keeps_room_for_them():
     config = tiny_config()
-    (item,) = plan(space_of(config), CONFIG)
+    (item,) = profile_tasks(space_of(config), CONFIG)
     found = activation_bytes(item, config, CONFIG)
     tokens = 2 * 6
     assert found >= 4 * tokens * (2 * config.hidden_size + 2 * config.intermediate_size), "residual, gate and up at once"
@@ -71,7 +71,9 @@ def test_activations_are_those_of_a_real_prefill_and_a_known_device_keeps_room_f
             model(ids, use_cache=False, logits_to_keep=1)
         assert 0 < live.peak <= found, choice
 
-    profile = profile_serially(config, space_of(config), CONFIG, Store("memory://activations").step("profile", {}, {}), Quiet())
+    profile = profile_serially(
+        config, space_of(config), CONFIG, Store("memory://activations").artifact("profile", {}, {}), Quiet()
+    )
     assert profile.details["activation_mib"] == {"2": found / MIB}
     known = dataclasses.replace(profile, details=profile.details | {"memory_mib": 10.0, "reserved_mib": 1.0})
     tables = Tables(space_of(config), known, "kl", None, ())
@@ -115,7 +117,7 @@ class Paced:
 def test_every_shape_of_the_space_is_in_exactly_one_item_per_batch_size():
     config = tiny_config("qwen3", layer_types=["full_attention", "sliding_attention", "full_attention"], sliding_window=4)
     space = space_of(config)
-    items = plan(space, CONFIG.model_copy(update={"batch_sizes": (1, 2, 8)}))
+    items = profile_tasks(space, CONFIG.model_copy(update={"batch_sizes": (1, 2, 8)}))
     assert [(i.layer_type, i.batch_size) for i in items] == [
         (t, b) for b in (1, 2, 8) for t in ("full_attention", "sliding_attention")
     ]
@@ -129,7 +131,7 @@ def test_every_shape_of_the_space_is_in_exactly_one_item_per_batch_size():
 
 def test_a_space_without_no_ops_still_gets_its_base_stack_but_no_row_for_it():
     config = tiny_config()
-    (item,) = plan(search_space(config, ("parent",), ("parent",), 8), CONFIG)
+    (item,) = profile_tasks(search_space(config, ("parent",), ("parent",), 8), CONFIG)
     nothing = LayerChoice("noop", "noop")
     assert item.stacks(2) == ((nothing, 2), (nothing, 4), (LayerChoice("noop"), 4), (LayerChoice(), 4))
     profile = profile_of([measure(item, config, CONFIG)], CONFIG)
@@ -151,7 +153,7 @@ def test_a_stack_has_the_layers_of_its_type_only():
 def test_predicted_sizes_of_any_architecture_are_those_of_its_tensors(model_type, tied):
     config = tiny_config(model_type, tie_word_embeddings=tied)
     space = space_of(config)
-    profile = profile_of([measure(item, config, CONFIG) for item in plan(space, CONFIG)], CONFIG)
+    profile = profile_of([measure(item, config, CONFIG) for item in profile_tasks(space, CONFIG)], CONFIG)
     rng = random.Random(0)
     for _ in range(4):
         choices = [rng.choice(layer.choices) for layer in space.layers]
@@ -189,13 +191,13 @@ def test_a_no_op_has_no_weights_and_no_cache(measured):
 
 def test_sizes_without_memory_are_those_of_the_models_that_were_timed(measured):
     config = tiny_config()
-    (item,) = plan(space_of(config), CONFIG)
+    (item,) = profile_tasks(space_of(config), CONFIG)
     assert sizes_of(item, config, CONFIG) == measured.sizes
 
 
 def test_weights_follow_the_dtype():
     config = tiny_config()
-    (item,) = plan(space_of(config), CONFIG)
+    (item,) = profile_tasks(space_of(config), CONFIG)
     half = measure(item, config, CONFIG.model_copy(update={"dtype": "bfloat16"}))
     whole = measure(item, config, CONFIG)
     assert [(2 * h.weight_bytes, 2 * h.kv_bytes_per_token, h.num_params) for h in half.sizes] == [
@@ -206,18 +208,18 @@ def test_weights_follow_the_dtype():
 # costs
 
 
-def result_of(layer_ms, fixed_ms, drift=(1.0, 1.0, 1.0), noise=0.0, batch_size=2, device="cpu", layer_type="full") -> Result:
+def result_of(layer_ms, fixed_ms, drift=(1.0, 1.0, 1.0), noise=0.0, batch_size=2, device="cpu", layer_type="full") -> Measurement:
     """What would be measured if a layer cost the sum of its halves, on a machine whose pace changes from round to round."""
     rng = random.Random(0)
     attention, ffn = (tuple(v for k, v in layer_ms if k == kind) for kind in ("attention", "ffn"))
-    item = Item(layer_type, batch_size, attention, ffn)
+    item = ProfileTask(layer_type, batch_size, attention, ffn)
     stacks = []
     for choice, depth in item.stacks(4):
         ms = fixed_ms + depth * (layer_ms["attention", choice.attention] + layer_ms["ffn", choice.ffn])
         samples = tuple(d * ms * (1 + rng.uniform(-noise, noise)) for d in drift)
         stacks.append(StackTiming(choice.attention, choice.ffn, depth, Timing(samples, tuple(s / 10 for s in samples))))
-    sizes = tuple(Size(kind, variant, 0, 0, 0) for kind, variant in [*layer_ms, ("fixed", "fixed")])
-    return Result(item, tuple(stacks), sizes, "1.0", device)
+    sizes = tuple(SubblockSize(kind, variant, 0, 0, 0) for kind, variant in [*layer_ms, ("fixed", "fixed")])
+    return Measurement(item, tuple(stacks), sizes, "1.0", device)
 
 
 LAYER_MS = {
@@ -379,7 +381,7 @@ def test_stacks_share_what_is_in_no_layer():
 
 def test_what_cannot_be_measured_is_refused_in_words():
     config = tiny_config()
-    (item,) = plan(space_of(config), CONFIG)
+    (item,) = profile_tasks(space_of(config), CONFIG)
     with pytest.raises(ConfigError, match="unknown engine 'toch'; did you mean 'torch'"):
         measure(item, config, CONFIG.model_copy(update={"engine": "toch"}))
     with pytest.raises(ConfigError, match="cannot be imported.*package.module:ATTRIBUTE"):
@@ -393,7 +395,7 @@ def test_what_cannot_be_measured_is_refused_in_words():
 
 
 def test_engines_are_found_by_name_and_by_dotted_path():
-    assert find_engine("torch") is find_engine("puzzle_ray.profiling.torch_engine:ENGINE") is ENGINE
+    assert find_engine("torch") is find_engine("puzzle_ray.profiling.engines.torch_engine:ENGINE") is ENGINE
     assert "torch" in ENGINE.version() and "threads" in ENGINE.device_name()
 
 
@@ -403,7 +405,7 @@ def test_engines_are_found_by_name_and_by_dotted_path():
 def test_a_result_survives_its_file(measured):
     from puzzle_ray.artifacts import to_json
 
-    assert Result.from_json(to_json(measured)) == measured
+    assert Measurement.from_json(to_json(measured)) == measured
     assert {len(s.timing.prefill_samples_ms) for s in measured.stacks} == {CONFIG.repeats}
     assert {s.num_layers for s in measured.stacks} == {CONFIG.stack, 2 * CONFIG.stack}
 
@@ -412,10 +414,10 @@ def test_the_stage_leaves_a_table_that_covers_the_space(tmp_path):
     config = tiny_config()
     space, heard = space_of(config), Heard()
     several = CONFIG.model_copy(update={"batch_sizes": (1,)})
-    step = Store(str(tmp_path)).step("profile", {}, {})
+    step = Store(str(tmp_path)).artifact("profile", {}, {})
     profile = profile_serially(config, space, several, step, heard)
-    assert Profile.from_parquet(step.read(profiling.TABLE)) == profile and step.finished
-    assert heard.done == heard.total == sum(runs_of(item, several) for item in plan(space, several))
+    assert Profile.from_parquet(step.read(profiling.PROFILE_TABLE)) == profile and step.finished
+    assert heard.done == heard.total == sum(runs_of(item, several) for item in profile_tasks(space, several))
     for batch_size in (1, 2):
         scenario = dataclasses.replace(CONFIG.scenario, batch_size=batch_size)
         for choice in space.layers[0].choices:
@@ -427,10 +429,10 @@ def test_an_item_that_is_there_is_not_measured_again(tmp_path, measured):
     config = tiny_config()
     space = space_of(config)
     several = CONFIG.model_copy(update={"batch_sizes": (1,)})
-    step = Store(str(tmp_path)).step("profile", {}, {})
+    step = Store(str(tmp_path)).artifact("profile", {}, {})
     profiling.save_item(step, measured)
-    assert [item.batch_size for item in profiling.unfinished(plan(space, several), step)] == [1]
+    assert [item.batch_size for item in profiling.unfinished(profile_tasks(space, several), step)] == [1]
     profile = profile_serially(config, space, several, step, Quiet())
     expected = profile_of([measured], CONFIG)
     assert [r for r in profile.rows if r.batch_size == 2] == list(expected.rows)
-    assert merge(plan(space, several), several, step) == profile
+    assert merge(profile_tasks(space, several), several, step) == profile

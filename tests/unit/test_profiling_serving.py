@@ -12,17 +12,18 @@ from small_models import tiny_config
 
 from jobs.checks import check
 from puzzle_ray.artifacts import LayerChoice, Lengths, Scenario, to_json
-from puzzle_ray.blocks import search_space
-from puzzle_ray.config import ProfileConfig, load
+from puzzle_ray.config import load
 from puzzle_ray.errors import ConfigError, ParentError, ProfileError
 from puzzle_ray.export.nemotron_nas import write_config
 from puzzle_ray.profiling import measure as profiling
-from puzzle_ray.profiling._serving import ServingEngine, time_one
-from puzzle_ray.profiling.engines import engine_of
-from puzzle_ray.profiling.measure import Result, check_shapes, measure, plan, profile_of, runs_of
-from puzzle_ray.profiling.tensorrt_llm import ENGINE as TENSORRT
-from puzzle_ray.profiling.vllm import ENGINE as VLLM
+from puzzle_ray.profiling.engine import engine_of
+from puzzle_ray.profiling.engines.tensorrt_llm import ENGINE as TENSORRT
+from puzzle_ray.profiling.engines.vllm import ENGINE as VLLM
+from puzzle_ray.profiling.measure import Measurement, check_shapes, measure, profile_of, profile_tasks, runs_of
+from puzzle_ray.profiling.serving_engine import ServingEngine, time_one
+from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.store import Store
+from puzzle_ray.variants.space import search_space
 
 CONFIG = ProfileConfig(engine="vllm", num_gpus=1, scenario=Scenario(2, 6, 4), repeats=2, stack=2, dtype="bfloat16")
 FIXED_MS, PER_TOKEN = 7.0, 0.5  # what is in no layer; what a prompt token costs of a step
@@ -84,8 +85,8 @@ def parent(**changes):
 
 def profiled(config=CONFIG, attention=("gqa:1", "noop"), ffn=("ffn:512", "linear", "noop")):
     space = search_space(parent(), attention, ffn, 256)
-    results = [measure(item, parent(), config) for item in plan(space, config)]
-    return profile_of([Result.from_json(to_json(result)) for result in results], config), space
+    results = [measure(item, parent(), config) for item in profile_tasks(space, config)]
+    return profile_of([Measurement.from_json(to_json(result)) for result in results], config), space
 
 
 def test_slopes_are_block_costs_and_the_layer_all_stacks_stand_on_is_not_in_the_rest(engine):
@@ -105,7 +106,7 @@ def test_slopes_are_block_costs_and_the_layer_all_stacks_stand_on_is_not_in_the_
 
 def test_every_stack_begins_with_the_parents_own_layer_and_is_asked_for_whole_batches(engine):
     _, space = profiled()
-    (item,) = plan(space, CONFIG)
+    (item,) = profile_tasks(space, CONFIG)
     stacks = item.stacks(CONFIG.stack)
     standard = engine.blocks[0][0]
     assert not standard["attention"]["no_op"] and not standard["ffn"]["no_op"]
@@ -136,7 +137,7 @@ def test_what_an_engine_lacks_is_refused_before_it_is_started(engine):
         profiled()
     engine.linear, engine.biases = True, False
     config = parent(attention_bias=True)
-    (item,) = plan(search_space(config, (), (), 8), CONFIG)
+    (item,) = profile_tasks(search_space(config, (), (), 8), CONFIG)
     with pytest.raises(ParentError, match="attention_bias"):
         measure(item, config, CONFIG)
     with pytest.raises(ConfigError, match="no 'window:64'"):

@@ -18,20 +18,22 @@ from jobs.search_architecture import describe
 from jobs.stages import Run
 from jobs.sweep_budgets import line
 from puzzle_ray.artifacts import Profile, Scenario
-from puzzle_ray.blocks import search_space
-from puzzle_ray.config import ProfileConfig, load
+from puzzle_ray.config import load
 from puzzle_ray.errors import ConfigError
-from puzzle_ray.export.hf import new_child
+from puzzle_ray.models.child import new_child
 from puzzle_ray.profiling.devices import KNOWN, Device, device_of
-from puzzle_ray.profiling.engines import engine_of
-from puzzle_ray.profiling.measure import TABLE, measure, plan, profile_of, profile_serially, runs_of
+from puzzle_ray.profiling.engine import engine_of
+from puzzle_ray.profiling.engines.roofline import _best_s, this_cpu
+from puzzle_ray.profiling.measure import PROFILE_TABLE, measure, profile_of, profile_serially, profile_tasks, runs_of
 from puzzle_ray.profiling.memory import model_memory_mib
-from puzzle_ray.profiling.roofline import _best_s, this_cpu
+from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.progress import Quiet
-from puzzle_ray.search.architectures import predicted_costs, search
 from puzzle_ray.search.limits import Limits
+from puzzle_ray.search.setup import SearchSetup
+from puzzle_ray.search.sweep import Grid, finish, gathered, point_name, points_of
+from puzzle_ray.search.tables import predicted_costs, search
 from puzzle_ray.store import Store
-from puzzle_ray.sweep import Grid, SweepSetup, finish, gathered, point_name, points_of
+from puzzle_ray.variants.space import search_space
 
 B, T, STEPS = 2, 6, 3
 HIDDEN, WIDTH, VOCAB = 32, 48, 96
@@ -50,7 +52,7 @@ def estimated(
     device, model_config=None, attention=("gqa:1", "linear", "noop"), ffn=("ffn:24", "linear", "noop"), **more
 ) -> Profile:
     model_config, config = model_config or tiny_config(), config_of(device, **more)
-    items = plan(search_space(model_config, attention, ffn, 8), config)
+    items = profile_tasks(search_space(model_config, attention, ffn, 8), config)
     return profile_of([measure(item, model_config, config) for item in items], config)
 
 
@@ -170,7 +172,7 @@ def test_every_family_is_estimated_and_its_sizes_are_those_of_real_tensors(model
     config = tiny_config(model_type)
     space = search_space(config, ("gqa:1", "linear", "noop"), ("ffn:24", "noop"), 8)
     settings = config_of("H100")
-    profile = profile_of([measure(item, config, settings) for item in plan(space, settings)], settings)
+    profile = profile_of([measure(item, config, settings) for item in profile_tasks(space, settings)], settings)
     choices = [layer.choices[(3 * index + 1) % len(layer.choices)] for index, layer in enumerate(space.layers)]
     costs = predicted_costs(space, profile, settings.scenario, choices)
     model = new_child(config, choices, torch.float32)
@@ -278,13 +280,13 @@ def test_a_probe_ends_when_it_has_taken_long_enough():
 def test_nothing_is_timed_and_the_assumptions_are_kept(tmp_path):
     config, settings = tiny_config(), config_of("H100", repeats=50)
     space = search_space(config, ("noop",), ("noop",), 8)
-    (item,) = plan(space, settings)
+    (item,) = profile_tasks(space, settings)
     assert runs_of(item, settings) == 2 * len(item.stacks(settings.stack))  # not 50: they would all be the same
-    step = Store(str(tmp_path)).step("profile", {}, {})
+    step = Store(str(tmp_path)).artifact("profile", {}, {})
     profile = profile_serially(config, space, settings, step, Quiet())
     assert profile.estimated and profile.device == "H100 (estimated)" and step.facts()["estimated"]
-    assert Profile.from_parquet(step.read(TABLE)) == profile
-    assert pq.read_table(io.BytesIO(step.read(TABLE)), columns=["estimated"])["estimated"].to_pylist() == [True] * len(
+    assert Profile.from_parquet(step.read(PROFILE_TABLE)) == profile
+    assert pq.read_table(io.BytesIO(step.read(PROFILE_TABLE)), columns=["estimated"])["estimated"].to_pylist() == [True] * len(
         profile.rows
     )
     assumed = profile.details["machines"]["full_attention.batch_2"]
@@ -297,8 +299,8 @@ ESTIMATE = replace(make_profile(4), estimated=True, engine="roofline", device="H
 
 def test_a_run_warns_once_that_costs_are_estimated(tmp_path, capsys):
     for profile, lines in ((ESTIMATE, 1), (make_profile(4), 0)):
-        step = Store(str(tmp_path)).step("profile", {"lines": lines}, {})
-        step.write(TABLE, profile.to_parquet())
+        step = Store(str(tmp_path)).artifact("profile", {"lines": lines}, {})
+        step.write(PROFILE_TABLE, profile.to_parquet())
         assert Run.profile.func(SimpleNamespace(profile_step=step)) == profile
         said = capsys.readouterr().err
         assert said.count("\n") == lines and ("costs are ESTIMATED by roofline for H100" in said) == bool(lines)
@@ -312,8 +314,8 @@ def test_architectures_and_what_is_printed_of_them_say_so():
 
 def test_a_sweeps_tables_and_lines_say_so(tmp_path):
     for name, profile in (("yes", ESTIMATE), ("no", make_profile(4))):
-        setup = SweepSetup(SPACE, SCORES, profile, SCENARIO, "kl", "mip", 60.0, Limits(speedup=1.5))
-        step, grid = Store(str(tmp_path / name)).step("sweep", {}, {}), Grid({(30, 11): setup})
+        setup = SearchSetup(SPACE, SCORES, profile, SCENARIO, "kl", "mip", 60.0, Limits(speedup=1.5))
+        step, grid = Store(str(tmp_path / name)).artifact("sweep", {}, {}), Grid({(30, 11): setup})
         points = points_of({"speedup": [1.2, 50.0]})
         for point in points:
             step.write_json(point_name(point), grid.solve(point))

@@ -14,19 +14,20 @@ from small_models import tiny_config
 from jobs.checks import check
 from jobs.stages import Run
 from puzzle_ray.artifacts import MIB, LayerChoice, Lengths, Profile, Scenario, ScoreRow, Scores
-from puzzle_ray.blocks import search_space
-from puzzle_ray.config import ProfileConfig, RunConfig, load, validated
+from puzzle_ray.config import RunConfig, load, validated
 from puzzle_ray.errors import ConfigError, Infeasible, ProfileError
-from puzzle_ray.export.hf import new_child
-from puzzle_ray.profiling.batch_sizes import resolved
-from puzzle_ray.profiling.engines import mean_over_lengths, measure_side_by_side
-from puzzle_ray.profiling.measure import activation_bytes, measure, plan, profile_of
+from puzzle_ray.models.child import new_child
+from puzzle_ray.profiling.batch_sizes import with_batch_sizes
+from puzzle_ray.profiling.engine import mean_over_lengths, measure_side_by_side
+from puzzle_ray.profiling.measure import activation_bytes, measure, profile_of, profile_tasks
 from puzzle_ray.profiling.memory import model_memory_mib
 from puzzle_ray.profiling.scenarios import NAMED, grouped, scenario_of
-from puzzle_ray.search.architectures import Tables, predicted_costs, search
+from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.search.limits import Limits
+from puzzle_ray.search.sweep import contexts_of, longest_context
+from puzzle_ray.search.tables import Tables, predicted_costs, search
 from puzzle_ray.store import Store
-from puzzle_ray.sweep import contexts_of, longest_context
+from puzzle_ray.variants.space import search_space
 
 MIX = (Lengths(10, 2, 3.0), Lengths(4, 11, 1.0))
 LOG = [(10, 2)] * 3 + [(4, 11)]
@@ -176,7 +177,7 @@ def test_samples_are_means_such_that_prefill_and_steps_take_what_requests_take()
 
 
 def profiled(config: ProfileConfig, model_config, space) -> Profile:
-    return profile_of([measure(item, model_config, config) for item in plan(space, config)], config)
+    return profile_of([measure(item, model_config, config) for item in profile_tasks(space, config)], config)
 
 
 def roofline(**more) -> ProfileConfig:
@@ -238,36 +239,36 @@ def test_auto_takes_powers_of_two_up_to_what_fits():
         return model_memory_mib(new_child(model_config, [choice] * 3, torch.float32), Scenario(size, 20, 12))
 
     room = mib(LayerChoice(), 8) * 1.01
-    found = resolved(config, model_config, space, limits(room))
+    found = with_batch_sizes(config, model_config, space, room)
     sizes = [1 << i for i in range(9)]
     assert found.batch_sizes == tuple(size for size in sizes if mib(LayerChoice("gqa:1", "ffn:24"), size) <= room)
     assert found.scenario == Scenario(max(size for size in sizes if mib(LayerChoice(), size) <= room), 20, 12)
     assert found.scenario.batch_size == 8 < found.batch_sizes[-1] < 256
-    assert found.memory_mib is None and resolved(found, model_config, space, limits(1.0)) is found
+    assert found.memory_mib is None and with_batch_sizes(found, model_config, space, 1.0) is found
 
     device = config.model_copy(update={"memory_mib": 2.0, "reserved_mib": 0.3})
-    item = plan(space, config.model_copy(update={"batch_sizes": ()}))[0]
+    item = profile_tasks(space, config.model_copy(update={"batch_sizes": ()}))[0]
 
     def fits(size) -> bool:
         """On a device activations and what is reserved take room, too."""
         held = activation_bytes(replace(item, batch_size=size), model_config, config) / MIB
         return mib(LayerChoice("gqa:1", "ffn:24"), size) + held + 0.3 <= 2.0
 
-    found = resolved(device, model_config, space, Limits(speedup=2))
+    found = with_batch_sizes(device, model_config, space, None)
     assert found.batch_sizes == tuple(size for size in sizes if fits(size)) and found.memory_mib == 2.0
-    assert resolved(device.model_copy(update={"reserved_mib": 1.5}), model_config, space, Limits(speedup=2)).batch_sizes[
-        -1
-    ] < max(found.batch_sizes)
+    assert with_batch_sizes(device.model_copy(update={"reserved_mib": 1.5}), model_config, space, None).batch_sizes[-1] < max(
+        found.batch_sizes
+    )
 
 
 def test_auto_stops_at_max_batch_size_and_knows_a_devices_memory():
     model_config = tiny_config()
     space = search_space(model_config, ("noop",), ("noop",), 8)
-    found = resolved(roofline(batch_sizes="auto", max_batch_size=48), model_config, space, Limits(speedup=2))
+    found = with_batch_sizes(roofline(batch_sizes="auto", max_batch_size=48), model_config, space, None)
     assert found.batch_sizes == (1, 2, 4, 8, 16, 32) and found.scenario.batch_size == 32
     assert found.memory_mib == 46_068.0
-    assert found == resolved(roofline(batch_sizes="auto", max_batch_size=63), model_config, space, Limits(speedup=2))
-    own = resolved(roofline(batch_sizes="auto", memory_mib=4.0), model_config, space, Limits(speedup=2))
+    assert found == with_batch_sizes(roofline(batch_sizes="auto", max_batch_size=63), model_config, space, None)
+    own = with_batch_sizes(roofline(batch_sizes="auto", memory_mib=4.0), model_config, space, None)
     assert own.memory_mib == 4.0 and own.scenario.batch_size < 32
 
 
@@ -275,9 +276,9 @@ def test_auto_is_refused_where_memory_is_unknown_or_too_small():
     model_config = tiny_config()
     space = search_space(model_config, ("noop",), ("noop",), 8)
     with pytest.raises(ConfigError, match="auto needs to know how much memory there is; set profile.memory_mib"):
-        resolved(profile_config(batch_sizes="auto"), model_config, space, Limits(speedup=2))
+        with_batch_sizes(profile_config(batch_sizes="auto"), model_config, space, None)
     with pytest.raises(ConfigError, match=r"the parent needs 0\.\d MiB at batch size 1 and there are 0\.0"):
-        resolved(profile_config(batch_sizes="auto"), model_config, space, limits(0.01))
+        with_batch_sizes(profile_config(batch_sizes="auto"), model_config, space, 0.01)
     assert profile_config(scenario={"name": "chat", "batch_size": "auto"}, batch_sizes=[]).batch_sizes == "auto"
     with pytest.raises(ConfigError, match=r"batch_sizes = 'all': write whole numbers, such as \[8, 16\], or auto"):
         profile_config(batch_sizes="all")
@@ -291,7 +292,12 @@ def test_a_run_profiles_the_sizes_that_were_found_and_a_check_says_what_is_missi
     config = validated({"profile": {"batch_sizes": "auto", "memory_mib": 2.0}, "search": {"limits": {"speedup": 2}}})
     run = SimpleNamespace(config=config, model_config=model_config, space=space, _whole_space=space)
     found = Run.profile_config.func(run)
-    assert found == resolved(config.profile, model_config, space, config.search.limits) and found.batch_sizes[:2] == (1, 2)
+    assert found == with_batch_sizes(config.profile, model_config, space, config.search.limits.memory_mib) and found.batch_sizes[
+        :2
+    ] == (
+        1,
+        2,
+    )
     store = Store(str(tmp_path))
     with pytest.raises(ConfigError, match="profile.batch_sizes: auto needs to know"):
         check(load("tiny", None, ("profile.batch_sizes=auto",)), store)
@@ -324,7 +330,7 @@ def test_the_search_chooses_among_the_batch_sizes_that_were_found():
         device={"name": "L40S", "memory_mib": 5.0},
         max_batch_size=512,
     )
-    config = resolved(asked, model_config, space, Limits(speedup=1.5))
+    config = with_batch_sizes(asked, model_config, space, None)
     profile = profiled(config, model_config, space)
     assert profile.batch_sizes == config.batch_sizes == tuple(1 << i for i in range(10)) and profile.details["memory_mib"] == 5.0
     damage = {"gqa:1": 0.3, "gqa:2": 0.3, "noop": 1.0, "ffn:24": 0.2, "parent": 0.0}

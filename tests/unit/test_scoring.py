@@ -7,16 +7,17 @@ import torch
 from torch.nn import functional as F
 
 from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice, Scores
-from puzzle_ray.blocks import load_stack, search_space, subblock_state
-from puzzle_ray.checkpoint import read_config
-from puzzle_ray.config import ScoringConfig
-from puzzle_ray.export.hf import assemble, load_model, new_child
-from puzzle_ray.families import describe
+from puzzle_ray.models.blocks import load_stack, subblock_state
+from puzzle_ray.models.child import assemble, load_model, new_child, read_config
+from puzzle_ray.models.describe import describe
 from puzzle_ray.progress import Quiet
-from puzzle_ray.scoring.items import Damage, Item, Task, groups, plan, rounds, rows_of, settled
+from puzzle_ray.scoring.items import Damage, Replacement, ScoringTask, groups, replacements, rounds, rows_of, settled
 from puzzle_ray.scoring.metrics import compare, standard_error
-from puzzle_ray.scoring.replace_one import ShardScorer, score_serially
+from puzzle_ray.scoring.serial import score_serially
+from puzzle_ray.scoring.settings import ScoringConfig
+from puzzle_ray.scoring.shard import ShardScorer
 from puzzle_ray.store import Store
+from puzzle_ray.variants.space import search_space
 
 BATCHES = [torch.arange(32).remainder(96).reshape(2, 16), torch.arange(50, 82).remainder(96).reshape(2, 16)]
 
@@ -49,10 +50,10 @@ def test_scores_equal_the_whole_models_bit_for_bit(parent, borders):
         shards.append(ShardScorer(load_stack(folder, descriptor, config, first, last, torch.float32), BATCHES))
         entering = shards[-1].run_parent(entering)
     reference = load_model(folder, torch.float32)
-    for item in plan(space, "block"):
+    for item in replacements(space, "block"):
         own = states(config, descriptor, item.choice)
         at = next(n for n, shard in enumerate(shards) if item.layer in range(shard.stack.first, shard.stack.last))
-        task = Task((item,), (0, 1))
+        task = ScoringTask((item,), (0, 1))
         leaving = shards[at].exchange(task, lambda *_, own=own: own)
         for shard in shards[at + 1 :]:
             leaving = shard.suffix(leaving)
@@ -103,7 +104,7 @@ def test_standard_error_of_the_mean():
 
 def test_plan_covers_each_exchange_once(parent):
     *_, space = parent
-    block, subblock = plan(space, "block"), plan(space, "subblock")
+    block, subblock = replacements(space, "block"), replacements(space, "subblock")
     assert len(block) == len(set(block)) == 3 * (3 * 3 - 1) and len(subblock) == 3 * (2 + 2)
     assert set(subblock) <= set(block) and not any(item.choice == LayerChoice() for item in block)
     assert len({item.name for item in block}) == len(block)
@@ -113,8 +114,8 @@ def test_differences_from_the_parent_are_zero_for_the_parent(parent):
     folder, config, descriptor, _ = parent
     scorer = ShardScorer(load_stack(folder, descriptor, config, 0, 3, torch.float32), BATCHES)
     leaving = scorer.run_parent(BATCHES)
-    item = Item(0, LayerChoice())
-    rows = rows_of(item, *scorer.measure(Task((item,), (0, 1)), leaving))
+    item = Replacement(0, LayerChoice())
+    rows = rows_of(item, *scorer.measure(ScoringTask((item,), (0, 1)), leaving))
     assert len(rows) == 7 and all(abs(row.value) < 1e-6 for row in rows)
 
 
@@ -123,7 +124,7 @@ def test_candidates_that_share_a_pass_score_as_alone(parent, tmp_path):
     stack = load_stack(folder, descriptor, config, 0, 3, torch.float32)
     found = []
     for number in (1, 3):
-        step = Store(str(tmp_path)).step("scores", {"candidate_batch": number}, {})
+        step = Store(str(tmp_path)).artifact("scores", {"candidate_batch": number}, {})
         settings = ScoringConfig(granularity="block", candidate_batch=number)
         found.append(score_serially(stack, BATCHES, space, settings, step, lambda _, c: states(config, descriptor, c), Quiet()))
     for alone, together in zip(found[0].rows, found[1].rows, strict=True):
@@ -133,7 +134,7 @@ def test_candidates_that_share_a_pass_score_as_alone(parent, tmp_path):
 
 def test_groups_hold_candidates_of_one_layer(parent):
     *_, space = parent
-    items = plan(space, "block")
+    items = replacements(space, "block")
     found = groups(items, ScoringConfig(candidate_batch=3), 2, 0)
     assert [item for group in found for item in group.items] == items
     assert all(len(group.items) <= 3 and len({item.layer for item in group.items}) == 1 for group in found)
@@ -154,7 +155,7 @@ def test_racing_reads_more_only_where_the_error_is_still_large(parent, tmp_path)
     texts = [torch.randint(0, 96, (8, 16), generator=torch.Generator().manual_seed(n)) for n in range(4)]
 
     def score(**settings):
-        step = Store(str(tmp_path)).step("scores", settings, {})
+        step = Store(str(tmp_path)).artifact("scores", settings, {})
         options = ScoringConfig(granularity="subblock", **settings)
         return score_serially(stack, texts, space, options, step, lambda _, c: states(config, descriptor, c), Quiet())
 
@@ -196,7 +197,7 @@ def test_an_interrupted_scoring_scores_nothing_twice(parent, tmp_path):
             raise KeyboardInterrupt
         return states(config, descriptor, choice)
 
-    step = Store(str(tmp_path)).step("scores", {}, {})
+    step = Store(str(tmp_path)).artifact("scores", {}, {})
     arguments = (stack, BATCHES, space, ScoringConfig(granularity="block"), step, states_of, Quiet())
     with pytest.raises(KeyboardInterrupt):
         score_serially(*arguments)

@@ -9,17 +9,17 @@ from byte_tokenizer import byte_tokenizer
 from torch.nn import functional as F
 
 from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice
-from puzzle_ray.blocks import load_stack, search_space
-from puzzle_ray.checkpoint import read_config
-from puzzle_ray.config import ScoringConfig
 from puzzle_ray.errors import DataError
-from puzzle_ray.export.hf import assemble, load_model
-from puzzle_ray.families import describe
+from puzzle_ray.models.blocks import load_stack
+from puzzle_ray.models.child import assemble, load_model, read_config
+from puzzle_ray.models.describe import describe
 from puzzle_ray.progress import Quiet
-from puzzle_ray.scoring.downstream import Question, answer, question_batches, read_questions
+from puzzle_ray.scoring.downstream import Question, answer, load_questions, question_batches, read_questions
 from puzzle_ray.scoring.metrics import mean
-from puzzle_ray.scoring.replace_one import load_questions, score_serially
+from puzzle_ray.scoring.serial import score_serially
+from puzzle_ray.scoring.settings import ScoringConfig
 from puzzle_ray.store import Store
+from puzzle_ray.variants.space import search_space
 
 
 class Letters:
@@ -117,7 +117,7 @@ def test_damage_is_what_the_gold_choice_loses_in_the_whole_model(parent_folder, 
     def states_of(layer, choice):
         return {kind: {} for kind in KINDS if choice.variant(kind) != PARENT}
 
-    step = Store(str(tmp_path)).step("scores", {"racing": racing}, {})
+    step = Store(str(tmp_path)).artifact("scores", {"racing": racing}, {})
     settings = ScoringConfig(granularity="subblock", racing=racing)
     scores = score_serially(stack, TEXTS * 3, space, settings, step, states_of, Quiet(), batches)
     gold = answer(load_model(parent_folder, torch.float32), batches).gold_log_prob

@@ -8,18 +8,20 @@ import torch
 from torch.nn import functional as F
 
 from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice, SearchSpace
-from puzzle_ray.blocks import load_stack, search_space, subblock_state
-from puzzle_ray.checkpoint import read_config
-from puzzle_ray.config import ScoringConfig
 from puzzle_ray.errors import ConfigError
-from puzzle_ray.families import describe
+from puzzle_ray.models.blocks import load_stack, subblock_state
+from puzzle_ray.models.child import read_config
+from puzzle_ray.models.describe import describe
 from puzzle_ray.progress import Quiet
 from puzzle_ray.scoring import fisher
-from puzzle_ray.scoring.items import Item, Task, plan
+from puzzle_ray.scoring.items import Replacement, ScoringTask, replacements
 from puzzle_ray.scoring.metrics import mean
-from puzzle_ray.scoring.replace_one import ShardScorer, score_serially
-from puzzle_ray.scoring.shortlist import Calibration, choose, sizes
+from puzzle_ray.scoring.serial import score_serially
+from puzzle_ray.scoring.settings import ScoringConfig
+from puzzle_ray.scoring.shard import ShardScorer
+from puzzle_ray.scoring.shortlist import Calibration, choose, footprints
 from puzzle_ray.store import Store
+from puzzle_ray.variants.space import search_space
 
 TEXTS = [torch.randint(0, 96, (4, 16), generator=torch.Generator().manual_seed(n)) for n in range(3)]
 
@@ -69,8 +71,8 @@ def test_the_estimate_nears_the_exact_kl_of_small_changes(parent):
     (scorer,) = scorers(parent, [0, 3])
     config = ScoringConfig(granularity="block", fisher_samples=200)
     found, _ = fisher.shard_estimates(scorer, (0, 1, 2), None, space, config, states_of)
-    for item in plan(space, "block"):
-        task = Task((item,), (0, 1, 2))
+    for item in replacements(space, "block"):
+        task = ScoringTask((item,), (0, 1, 2))
         (damage,) = scorer.measure(task, scorer.exchange(task, states_of))
         assert mean(found[fisher.key_of(item)]) == pytest.approx(mean(damage.values["kl"]), rel=0.3)
 
@@ -87,8 +89,8 @@ def test_one_layers_ffn_at_one_position_is_unbiased(parent):
     states_of = nearly(parent, 0.1)
     settings = ScoringConfig(granularity="subblock", fisher_samples=4_000)
     found, _ = fisher.shard_estimates(scorer, (0,), None, space, settings, states_of)
-    item = Item(2, LayerChoice(ffn="ffn:48"))
-    changed = scorer.exchange(Task((item,), (0,)), states_of)[0]
+    item = Replacement(2, LayerChoice(ffn="ffn:48"))
+    changed = scorer.exchange(ScoringTask((item,), (0,)), states_of)[0]
     end = scorer.inputs[0][3]
     jacobian = torch.autograd.functional.jvp(stack.logits, end, changed - end)[1]
     p = F.softmax(stack.logits(end), -1)
@@ -109,7 +111,7 @@ def test_cutting_the_model_changes_no_bit(parent, borders):
 
 
 def random_states(parent):
-    from puzzle_ray.export.hf import new_child
+    from puzzle_ray.models.child import new_child
 
     _, config, descriptor, _ = parent
 
@@ -128,12 +130,12 @@ def test_a_shortlist_scores_its_share_exactly_and_the_rest_by_estimate(parent, t
     stack = load_stack(folder, descriptor, config, 0, 3, torch.float32)
 
     def score(**settings):
-        step = Store(str(tmp_path)).step("scores", settings, {})
+        step = Store(str(tmp_path)).artifact("scores", settings, {})
         options = ScoringConfig(granularity=granularity, **settings)
         return score_serially(stack, TEXTS, space, options, step, random_states(parent), Quiet()), step
 
     (exact, _), (short, step) = score(), score(shortlist="fisher", shortlist_keep=keep)
-    items = plan(space, granularity)
+    items = replacements(space, granularity)
     kl = {(r.layer, r.attention, r.ffn): r for r in short.rows if r.metric == "kl"}
     estimates = {(r.layer, r.attention, r.ffn): r.value for r in short.rows if r.metric == "fisher"}
     assert len(kl) == len(estimates) == len(items) and step.facts()["estimated"] == sum(r.tokens == 0 for r in kl.values())
@@ -150,8 +152,8 @@ def test_a_shortlist_scores_its_share_exactly_and_the_rest_by_estimate(parent, t
 
 
 def test_beaten_candidates_come_last_and_cheap_ones_are_not_beaten():
-    small, large, bad = (Item(0, LayerChoice(ffn=f"ffn:{n}")) for n in (8, 16, 24))
-    noop = Item(0, LayerChoice(ffn="noop"))
+    small, large, bad = (Replacement(0, LayerChoice(ffn=f"ffn:{n}")) for n in (8, 16, 24))
+    noop = Replacement(0, LayerChoice(ffn="noop"))
     weigh = {small: (8, 0), large: (16, 0), bad: (24, 0), noop: (0, 0)}
     values = {small: 0.3, large: 0.1, bad: 0.2, noop: 5.0}
     items = [small, large, bad, noop]
@@ -174,7 +176,7 @@ def test_calibration_finds_a_power_law_and_always_increases():
 
 def test_sizes_are_those_of_the_real_modules(parent):
     folder, config, descriptor, space = parent
-    found = sizes(space, descriptor, config)
+    found = footprints(space, descriptor, config)
     layer = load_stack(folder, descriptor, config, 0, 1, torch.float32).layer(0)
     parents = sum(p.numel() for p in layer.mlp.parameters()) + layer.post_attention_layernorm.weight.numel()
     assert found[space.layers[0], "ffn", PARENT] == (parents, 0) and found[space.layers[0], "ffn", "noop"] == (0, 0)

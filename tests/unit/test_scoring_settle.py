@@ -10,10 +10,10 @@ from jobs.stages import Run
 from puzzle_ray.artifacts import LayerChoice, ScoreRow, Scores
 from puzzle_ray.config import load
 from puzzle_ray.errors import Infeasible
-from puzzle_ray.scoring.items import Item
+from puzzle_ray.scoring.items import Replacement
 from puzzle_ray.scoring.settle import estimated, lowered, settle
-from puzzle_ray.search.architectures import search
 from puzzle_ray.search.limits import Limits
+from puzzle_ray.search.tables import search
 
 TRUTH = {(row.layer, row.attention, row.ffn): row for row in SCORES.rows}
 
@@ -29,8 +29,8 @@ def shortlisted(noise: float, share: float, seed: int) -> Scores:
     return Scores(tuple(rows), "block")
 
 
-def settled(scores: Scores, speedup: float) -> tuple[Scores, list[Item]]:
-    asked: list[Item] = []
+def settled(scores: Scores, speedup: float) -> tuple[Scores, list[Replacement]]:
+    asked: list[Replacement] = []
 
     def answers(seen):
         return [a.choices for a in search(SPACE, seen, PROFILE, SCENARIO, Limits(speedup=speedup))]

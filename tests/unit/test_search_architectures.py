@@ -11,9 +11,9 @@ from search_inputs import LAYERS, PROFILE, SCENARIO, SCORES, SPACE, make_profile
 
 from puzzle_ray.artifacts import LayerChoice, LayerSpace, Scores, SearchSpace
 from puzzle_ray.errors import ConfigError, Infeasible, ProfileError
-from puzzle_ray.search.architectures import predicted_costs, search
 from puzzle_ray.search.limits import FixedChoice, Limits
-from puzzle_ray.search.uniform import uniform_architectures
+from puzzle_ray.search.searchers.uniform import uniform_architectures
+from puzzle_ray.search.tables import predicted_costs, search
 
 PARENT = predicted_costs(SPACE, PROFILE, SCENARIO, [LayerChoice()] * LAYERS)
 

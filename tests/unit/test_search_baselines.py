@@ -10,7 +10,7 @@ import pytest
 from search_problems import make_problem, random_problem
 
 from puzzle_ray.errors import ConfigError, Infeasible
-from puzzle_ray.search import Options, find, searchers
+from puzzle_ray.search.searcher import Options, find_searcher, searchers
 
 
 def choose(name, problem, **options):
@@ -119,10 +119,10 @@ def test_learning_searchers_find_the_best_of_a_small_problem(name):
 
 def test_an_unknown_searcher_is_refused_with_the_nearest_name():
     with pytest.raises(ConfigError, match="did you mean 'greedy'"):
-        find("gredy")
+        find_searcher("gredy")
 
 
 def test_a_searcher_may_live_elsewhere():
-    assert find("puzzle_ray.search.greedy:SEARCHER").name == "greedy"
+    assert find_searcher("puzzle_ray.search.searchers.greedy:SEARCHER").name == "greedy"
     with pytest.raises(ConfigError, match="cannot be imported"):
-        find("puzzle_ray.search.nowhere:SEARCHER")
+        find_searcher("puzzle_ray.search.searchers.nowhere:SEARCHER")

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from search_problems import make_problem, random_problem
 
 from puzzle_ray.errors import ConfigError, Infeasible
-from puzzle_ray.search import Options, enumeration, searchers
+from puzzle_ray.search import enumeration
 from puzzle_ray.search.mip import solve, solve_diverse
 from puzzle_ray.search.problem import Limit, Problem
 from puzzle_ray.search.relaxation import best_multipliers, lower_bound
+from puzzle_ray.search.searcher import Options, searchers
 
 EXACT = {
     "presolve": {},

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
+from benchmarks.nvlabs import read_nvlabs
 from puzzle_ray.errors import ConfigError
-from puzzle_ray.search import Options, find
 from puzzle_ray.search.mip import solve, solve_diverse
-from puzzle_ray.search.nvlabs import read_nvlabs
+from puzzle_ray.search.searcher import Options, find_searcher
 
 OPTIMA = {
     "80 GB, 6000 tokens/s": ({"memory_mib": 80000, "throughput_tokens_per_s": 6000}, 6.861455318910885),
@@ -50,9 +50,9 @@ def test_ten_answers_ten_layers_apart(library):
 
 def test_baselines_at_46_percent_of_the_runtime(library):
     problem = library.problem(runtime_fraction=0.46)
-    assert find("mip").solve(problem, Options()).objective == pytest.approx(15.634, abs=5e-4)
-    assert find("greedy").solve(problem, Options()).objective == pytest.approx(52.26, abs=5e-3)
-    most = find("max_params").solve(problem, Options())
+    assert find_searcher("mip").solve(problem, Options()).objective == pytest.approx(15.634, abs=5e-4)
+    assert find_searcher("greedy").solve(problem, Options()).objective == pytest.approx(52.26, abs=5e-3)
+    most = find_searcher("max_params").solve(problem, Options())
     assert problem.spent(most.choice)[2] == 45_890_535_424  # most parameters; 58.86 is one of many scores they can have
     assert most.objective < 58.86
 

@@ -33,7 +33,7 @@ def test_key_refuses_what_has_no_stable_form():
 
 
 def test_a_step_is_finished_only_by_its_record(tmp_path):
-    step = Store(str(tmp_path)).step("s", {}, {})
+    step = Store(str(tmp_path)).artifact("s", {}, {})
     step.write("a.bin", b"1")
     assert not step.finished
     step.finish({"n": 3})
@@ -41,7 +41,7 @@ def test_a_step_is_finished_only_by_its_record(tmp_path):
 
 
 def test_tensors_and_metadata_round_trip(tmp_path):
-    step = Store(str(tmp_path)).step("s", {}, {})
+    step = Store(str(tmp_path)).artifact("s", {}, {})
     tensors = {"a": torch.randn(3, 4), "b": torch.arange(5, dtype=torch.int32), "c": torch.randn(2).bfloat16()}
     step.write_tensors("t.safetensors", tensors, {"k": "v"})
     back, about = step.read_tensors("t.safetensors")
@@ -49,7 +49,7 @@ def test_tensors_and_metadata_round_trip(tmp_path):
 
 
 def test_full_disk_leaves_the_old_file_and_no_scraps(tmp_path, monkeypatch):
-    step = Store(str(tmp_path)).step("s", {}, {})
+    step = Store(str(tmp_path)).artifact("s", {}, {})
     step.write("a.bin", b"old")
 
     def full(fd):
@@ -62,7 +62,7 @@ def test_full_disk_leaves_the_old_file_and_no_scraps(tmp_path, monkeypatch):
 
 
 def test_a_published_folder_appears_whole_or_not_at_all(tmp_path):
-    step = Store(str(tmp_path)).step("s", {}, {})
+    step = Store(str(tmp_path)).artifact("s", {}, {})
     with pytest.raises(ValueError), step.folder_to_publish("child") as folder:
         (folder / "half").write_text("x")
         raise ValueError
@@ -74,11 +74,11 @@ def test_a_published_folder_appears_whole_or_not_at_all(tmp_path):
 
 def test_scratch_of_a_killed_process_goes_and_that_of_a_living_one_stays(tmp_path):
     code = (
-        "import os, signal, sys; from puzzle_ray.store import Store; step = Store(sys.argv[1]).step('s', {}, {})\n"
+        "import os, signal, sys; from puzzle_ray.store import Store; step = Store(sys.argv[1]).artifact('s', {}, {})\n"
         "with step.folder_to_publish('child') as folder: (folder / 'half').write_text('x'); os.kill(os.getpid(), signal.SIGKILL)"
     )
     killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60)
-    step = Store(str(tmp_path)).step("s", {}, {})
+    step = Store(str(tmp_path)).artifact("s", {}, {})
     (left,) = os.listdir(step.url)
     assert killed.returncode == -signal.SIGKILL and left.startswith(".child~")
     namesake = f".child~{socket.gethostname()}~{2**22 + 1}~0"  # containers may share a host's name, and not its process ids
@@ -110,7 +110,7 @@ def test_unwritable_store_is_refused_with_its_name(tmp_path):
 
 def test_missing_file_says_which(tmp_path):
     with pytest.raises(StoreError, match="nothing.bin is missing"):
-        Store(str(tmp_path)).step("s", {}, {}).read("nothing.bin")
+        Store(str(tmp_path)).artifact("s", {}, {}).read("nothing.bin")
 
 
 @pytest.fixture(scope="module")
@@ -140,12 +140,12 @@ def s3_url():
 def test_an_s3_store_behaves_like_a_folder(s3_url):
     store = Store(s3_url)
     store.check()
-    step = store.step("s", {"a": 1}, {})
+    step = store.artifact("s", {"a": 1}, {})
     assert not step.finished and step.names() == []
     step.write_json("items/one.json", [1, 2])
     with step.folder_to_publish("child") as folder:
         (folder / "config.json").write_text("{}")
     step.finish({"n": 1})
-    again = Store(s3_url).step("s", {"a": 1}, {})
+    again = Store(s3_url).artifact("s", {"a": 1}, {})
     assert again.finished and again.names("items") == ["one.json"] and again.read_json("items/one.json") == [1, 2]
     assert (again.local_folder("child") / "config.json").read_text() == "{}"

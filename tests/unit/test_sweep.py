@@ -10,13 +10,13 @@ import pytest
 from search_inputs import LAYERS, SCENARIO, SCORES, SPACE, make_profile
 
 from puzzle_ray.artifacts import LayerChoice
-from puzzle_ray.config import ProfileConfig, SearchConfig
 from puzzle_ray.errors import ConfigError, ProfileError
+from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.search.limits import FixedChoice, Limits
-from puzzle_ray.store import Store
-from puzzle_ray.sweep import (
+from puzzle_ray.search.settings import SearchConfig
+from puzzle_ray.search.setup import SearchSetup
+from puzzle_ray.search.sweep import (
     Grid,
-    SweepSetup,
     contexts_of,
     finish,
     gathered,
@@ -29,17 +29,18 @@ from puzzle_ray.sweep import (
     with_distilled,
     with_measured,
 )
+from puzzle_ray.store import Store
 
 CONTEXT = (SCENARIO.input_tokens, SCENARIO.output_tokens)
 
 
 def make_grid(limits=Limits(speedup=1.5)) -> Grid:  # noqa: B008  (frozen)
-    setup = SweepSetup(SPACE, SCORES, make_profile(4, 8), SCENARIO, "kl", "mip", 60.0, limits)
+    setup = SearchSetup(SPACE, SCORES, make_profile(4, 8), SCENARIO, "kl", "mip", 60.0, limits)
     return Grid({CONTEXT: setup})
 
 
 def swept(tmp_path, sweep, grid=None):
-    step, grid = Store(str(tmp_path)).step("sweep", sweep, {}), grid or make_grid()
+    step, grid = Store(str(tmp_path)).artifact("sweep", sweep, {}), grid or make_grid()
     points = points_of(sweep)
     for point in unsolved(points, step):
         step.write_json(point_name(point), grid.solve(point))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from puzzle_ray.errors import DataError, StoreError
-from puzzle_ray.tiny_parent import (
+from puzzle_ray.recipes.tiny_parent import (
     BOS_ID,
     EOS_ID,
     TinyParentSpec,

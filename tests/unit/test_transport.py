@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from actors.transport import TRANSPORTS, find_transport
 from jobs.checks import check
 from puzzle_ray.config import load
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.store import Store
-from puzzle_ray.transport import TRANSPORTS, find_transport
 
 
 @pytest.mark.parametrize("name", TRANSPORTS)

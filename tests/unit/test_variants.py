@@ -9,24 +9,24 @@ import pytest
 import torch
 from small_models import save_parent, tiny_config
 
-from puzzle_ray import variants
 from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice, LayerSpace, SearchSpace
-from puzzle_ray.blocks import load_stack, search_space, subblock_state, swapped
-from puzzle_ray.checkpoint import read_config
-from puzzle_ray.config import LibraryConfig
-from puzzle_ray.data import Tokens
+from puzzle_ray.calibration import Moments, Statistics, refit
+from puzzle_ray.data.order import Tokens
 from puzzle_ray.distill.library import build_serially
+from puzzle_ray.distill.settings import LibraryConfig
 from puzzle_ray.errors import ConfigError
-from puzzle_ray.export.hf import assemble, load_model, new_child, save_child
-from puzzle_ray.families import describe
-from puzzle_ray.kv_cache import cache_from, continuing
+from puzzle_ray.models.blocks import load_stack, subblock_state, swapped
+from puzzle_ray.models.child import assemble, load_model, new_child, read_config, save_child
+from puzzle_ray.models.describe import describe
 from puzzle_ray.progress import Quiet
 from puzzle_ray.store import Store
-from puzzle_ray.variants import find, resolve
-from puzzle_ray.variants._projections import AttentionProjections, FFNProjections
-from puzzle_ray.variants._statistics import Moments, Statistics, refit
+from puzzle_ray.surgery.kv_cache import cache_from, continuing
+from puzzle_ray.surgery.projections import AttentionProjections, FFNProjections
+from puzzle_ray.variants import base as variants
+from puzzle_ray.variants.base import find_variant, resolve
 from puzzle_ray.variants.ffn_iterative import least_missed
 from puzzle_ray.variants.gqa_prune import importance_K
+from puzzle_ray.variants.space import search_space
 
 IDS = torch.arange(60).remainder(96).reshape(2, 30)
 WINDOWED = ("gpt2", "llama", "olmo2", "opt", "phi3")
@@ -45,7 +45,7 @@ def started(stack, choice, hidden, index=0):
     child = swapped(layer, choice, stack.descriptor, stack.config)
     words = {}
     for kind in KINDS:
-        variant, argument = find(choice.variant(kind), kind)
+        variant, argument = find_variant(choice.variant(kind), kind)
         words[kind] = variant.initialise(child, layer, argument, kind, stack.descriptor, statistics)
     return child, words, statistics
 
@@ -342,7 +342,7 @@ def test_a_users_own_variant_goes_all_the_way(name, own_package, parent_folder, 
         tokens=512, calibration_tokens=64, validation_tokens=64, micro_batch_tokens=64, learning_rate=3e-3, checkpoint_every=100
     )
     tokens = Tokens(torch.randint(96, (24, 16), generator=torch.Generator().manual_seed(0)).numpy())
-    step = Store(str(tmp_path / "store")).step("library", {}, {})
+    step = Store(str(tmp_path / "store")).artifact("library", {}, {})
     library = build_serially(str(parent_folder), only, settings, tokens, 0, step, Quiet())
     rows = library.rows()
     assert [(row.layer, row.variant, row.initialisation, row.failure) for row in rows] == [
@@ -363,4 +363,4 @@ def test_a_taken_name_is_refused(own_package, tmp_path):
     points = tmp_path / "our_variants-1.0.dist-info/entry_points.txt"
     points.write_text("[puzzle_ray.variants]\ngqa = our_variants.low_rank:VARIANT\n")
     with pytest.raises(ConfigError, match="two variants are named 'gqa'"):
-        find("low_rank:4", "ffn")
+        find_variant("low_rank:4", "ffn")

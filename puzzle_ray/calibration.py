@@ -1,0 +1,162 @@
+"""What is gathered about a parent layer on calibration tokens, to start its variants well without training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from puzzle_ray.artifacts import KINDS, SubblockKind
+from puzzle_ray.families.descriptor import Descriptor
+
+INPUTS, HEADS, CHANNELS = "inputs", "heads", "channels"
+EVERYTHING = frozenset({INPUTS, HEADS, CHANNELS})
+
+
+def _sum_to(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total + part
+
+
+def _second_moment(x_ND: Tensor) -> Tensor:
+    return (x_ND.T @ x_ND).double()
+
+
+def ridge(moment: Tensor, share: float = 1e-6) -> Tensor:
+    """A moment matrix, made safely invertible by a small share of its mean diagonal."""
+    damping = share * moment.diagonal().mean().clamp_min(1e-30)
+    return moment + damping * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+
+
+class Moments:
+    """Second moments of a subblock's input X (with a column of ones behind it) and output Y, tokens as rows."""
+
+    def __init__(self) -> None:
+        self.xx: Tensor | None = None
+        self.xy: Tensor | None = None
+        self.yy = 0.0
+
+    def add(self, x_ND: Tensor, y_ND: Tensor) -> None:
+        x_ND = torch.nn.functional.pad(x_ND.float(), (0, 1), value=1.0)
+        y_ND = y_ND.float()
+        self.xx = _sum_to(self.xx, _second_moment(x_ND))
+        self.xy = _sum_to(self.xy, (x_ND.T @ y_ND).double())
+        self.yy += float(y_ND.square().sum(dtype=torch.float64))
+
+    def __add__(self, other: Moments) -> Moments:
+        both = Moments()
+        parts = [m for m in (self, other) if m.xx is not None and m.xy is not None]
+        for m in parts:
+            both.xx, both.xy = _sum_to(both.xx, m.xx), _sum_to(both.xy, m.xy)  # type: ignore[arg-type]
+            both.yy += m.yy
+        return both
+
+    def _of(self, width: int) -> tuple[Tensor, Tensor]:
+        assert self.xx is not None and self.xy is not None, "no calibration tokens were seen"
+        return self.xx[:width, :width], self.xy[:width]
+
+    def least_squares(self, bias: bool = False) -> Tensor:
+        """The `[out, in]` weight that predicts Y from X best, with a little ridge; with a bias as its last column if asked for."""
+        assert self.xx is not None, "no calibration tokens were seen"
+        xx, xy = self._of(len(self.xx) - (not bias))
+        return torch.linalg.solve(ridge(xx), xy).T
+
+    def relative_error(self, weight_OI: Tensor) -> float:
+        """||Y - X W'||^2 / ||Y||^2 of a linear map, from the moments alone. 1 is no better than predicting zero."""
+        weight = weight_OI.double()
+        xx, xy = self._of(weight.shape[1])
+        squared = self.yy - 2 * (weight.T * xy).sum() + ((weight @ xx) * weight).sum()
+        return float(squared) / max(self.yy, 1e-30)
+
+
+class Statistics:
+    """Moments of both subblocks, and what their inner activations say of heads and channels.
+
+    `needs` names what to gather (variants say what they need, see `puzzle_ray.variants.base.needs`): `inputs` fills `moments`, `heads`
+    and `channels` the second moments of what enters the attention's output and the FFN's down projection. The mean |activation|
+    of every FFN channel is always there. Each half of the tokens of a batch goes to moments of its own, so that what was fitted
+    on one half can be judged on the other.
+    """
+
+    def __init__(self, needs: Iterable[str] = EVERYTHING) -> None:
+        self.needs = frozenset(needs)
+        self.halves: dict[SubblockKind, tuple[Moments, Moments]] = {kind: (Moments(), Moments()) for kind in KINDS}
+        self.channel_sum: Tensor | None = None
+        self.channel_moment: Tensor | None = None  # [channels, channels]
+        self.head_moment: Tensor | None = None  # [heads * head_dim, heads * head_dim]
+        self.tokens = 0
+
+    @property
+    def moments(self) -> dict[SubblockKind, Moments]:
+        """Over all tokens."""
+        return {kind: first + second for kind, (first, second) in self.halves.items()}
+
+    @property
+    def channel_mean_F(self) -> Tensor:
+        """Mean |X_i| over tokens for every FFN channel i."""
+        assert self.channel_sum is not None, "no calibration tokens were seen"
+        return self.channel_sum / max(1, self.tokens)
+
+    def _add_channels(self, x_NF: Tensor) -> None:
+        self.channel_sum = _sum_to(self.channel_sum, x_NF.abs().sum(dim=0, dtype=torch.float64))
+        self.tokens += len(x_NF)
+        if CHANNELS in self.needs:
+            self.channel_moment = _sum_to(self.channel_moment, _second_moment(x_NF.float()))
+
+    def _add_heads(self, x_NF: Tensor) -> None:
+        if HEADS in self.needs:
+            self.head_moment = _sum_to(self.head_moment, _second_moment(x_NF.float()))
+
+    def _add_subblock(self, kind: SubblockKind, x_ND: Tensor, y_ND: Tensor) -> None:
+        if INPUTS in self.needs:
+            middle = (len(x_ND) + 1) // 2
+            for moments, part in zip(self.halves[kind], (slice(0, middle), slice(middle, None)), strict=True):
+                moments.add(x_ND[part], y_ND[part])
+
+    @contextmanager
+    def watch(self, layer: nn.Module, descriptor: Descriptor) -> Iterator[None]:
+        """While open, every forward of `layer` adds to the statistics."""
+        handles = []
+
+        def rows(hidden_states: Tensor) -> Tensor:
+            return hidden_states.detach().flatten(0, -2)
+
+        def watch_input(module: nn.Module, add: Any) -> None:
+            handles.append(module.register_forward_pre_hook(lambda _, args: add(rows(args[0]))))
+
+        def watch_subblock(kind: SubblockKind) -> None:
+            entered: list[Tensor] = []
+
+            def on_entry(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+                entered.append(rows(args[0] if args else kwargs["hidden_states"]))
+
+            def on_exit(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+                self._add_subblock(kind, entered.pop(), rows(output[0] if isinstance(output, tuple) else output))
+
+            entry = layer.get_submodule(descriptor.entry(kind))
+            handles.append(entry.register_forward_pre_hook(on_entry, with_kwargs=True))
+            handles.append(layer.get_submodule(descriptor.module(kind)).register_forward_hook(on_exit))
+
+        watch_input(getattr(descriptor.core(layer, "ffn"), descriptor.ffn_down), self._add_channels)
+        watch_input(getattr(descriptor.core(layer, "attention"), descriptor.output), self._add_heads)
+        for kind in KINDS:
+            watch_subblock(kind)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def refit(weight_OI: Tensor, moment: Tensor, kept: Tensor) -> Tensor:
+    """The `[out, kept]` weight that best does the work of the whole `[out, in]` one when only some of its inputs are left.
+
+    Least squares from the inputs' second moment M: W_kept + W_gone M_gone,kept M_kept,kept^-1, the inverse with a little ridge.
+    """
+    weight = weight_OI.double()
+    gone = torch.ones(len(moment), dtype=torch.bool, device=moment.device)
+    gone[kept] = False
+    cross = weight[:, gone] @ moment[gone][:, kept]
+    return weight[:, kept] + torch.linalg.solve(ridge(moment[kept][:, kept], 1e-4), cross.T).T

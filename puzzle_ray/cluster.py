@@ -1,0 +1,24 @@
+"""Settings of the cluster. Only `actors` and `jobs` read them: the library itself runs in one process."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from puzzle_ray.settings import Count, GpuShare, Positive, Section
+
+
+class ClusterConfig(Section):
+    """Ray. `address`: `local` starts a cluster on this machine; `auto` or host:port joins one. RAY_ADDRESS wins over `local`."""
+
+    address: str = "local"
+    connect_timeout_s: Positive = 30.0
+    placement_timeout_s: Positive = 300.0
+    num_shards: Count = 2
+    blocks_per_trainer: Count | Literal["auto"] = "auto"
+    cpus_per_trainer: Count = 1
+    gpus_per_trainer: GpuShare = 0
+    gpus_per_shard: GpuShare = 0
+    step_timeout_s: Positive = 600.0  # one micro-batch of any worker
+    max_recoveries: Count = 20
+    autoscaling: bool = False  # nodes are added on demand: what none has yet is waited for, up to placement_timeout_s
+    transport: str = "object_store"  # of hidden states

@@ -1,0 +1,98 @@
+"""Settings of both distillations: of blocks (BLD) and of whole children (GKD)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from puzzle_ray.settings import Count, DType, Fraction, NonNegative, Positive, Section
+
+
+class BlockLoss(Section):
+    """Weights of the terms that a block variant minimises; each is 0 for a perfect copy of the parent.
+
+    `block`: normalised MSE of the layer's output (paper, section 3.2). `subblock`: of what each replaced subblock adds to the
+    residual. `cosine`: cosine distance of the layer's output, mean over tokens; tokens of small norm, which hardly count in the MSE,
+    count as much as others there, as they do behind a norm (0 is the paper's loss; `benchmarks.bld_variants` compares them).
+    """
+
+    block: NonNegative = 1.0
+    subblock: NonNegative = 0.0
+    cosine: NonNegative = 1.0
+
+    @model_validator(mode="after")
+    def _some_term(self) -> BlockLoss:
+        if self.block + self.subblock + self.cosine == 0:
+            raise ValueError("all loss weights are 0; set library.loss.block, library.loss.subblock or library.loss.cosine")
+        return self
+
+
+class EarlyStop(Section):
+    """When a variant's training ends before its time: see `puzzle_ray.distill.schedule.is_flat`. Counted from the end of warm-up."""
+
+    min_improvement: Fraction = 0.01  # of the mean loss of a window
+    window: Count = 32  # micro-batches
+    patience: Count = 2  # windows without improvement
+
+
+class LibraryConfig(Section):
+    """Blockwise local distillation.
+
+    `decoupled` trains every attention and every FFN variant beside the parent's other half; `coupled` every pair of them, both
+    halves together, and needs `narrow_from`: an architecture.json, a sweep.json or sweep.parquet, or the folder of such a step
+    (path or URL), to whose variants every layer's space is narrowed. `start_from`, the folder of a decoupled library of the same
+    parent (path or URL), gives halves that are trained already to start from. With `early_stop` a variant keeps the weights it has
+    when its loss is flat, and misses what is left of the learning rate's decay: quality is the price, so it is off unless asked for.
+    """
+
+    mode: Literal["decoupled", "coupled"] = "decoupled"
+    narrow_from: str | None = None
+    start_from: str | None = None
+    max_pairs: Count = 24  # of any layer, coupled: each is a block with gradients and two moments in its trainer's memory
+    loss: BlockLoss = BlockLoss()
+    early_stop: EarlyStop | None = None
+    tokens: Count = 1_000_000
+    calibration_tokens: Count = 16_384
+    validation_tokens: Count = 8_192
+    micro_batch_tokens: Count = 2048
+    learning_rate: Positive = 1e-3
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    weight_decay: NonNegative = 0.0
+    gradient_clip: Positive = 1.0
+    checkpoint_every: Count = 50  # micro-batches
+    window: Count = 3  # micro-batches in flight
+    parent_dtype: DType = "float32"  # the parent computes its activations in
+    activation_dtype: DType = "float32"  # of what travels
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast; weights, optimizer and loss stay float32
+
+    @model_validator(mode="after")
+    def _coupled_is_narrow(self) -> LibraryConfig:
+        if self.mode == "coupled" and self.narrow_from is None:
+            problem = "mode coupled trains whole pairs, too many of them in a whole search space"
+            raise ValueError(f"{problem}; set narrow_from to an architecture.json or a sweep of a decoupled run")
+        return self
+
+
+class GkdConfig(Section):
+    """Global knowledge distillation: weights of the loss' terms, and training."""
+
+    tokens: Annotated[int, Field(ge=0)] = 1_000_000
+    micro_batch_tokens: Count = 2048  # per worker and step
+    num_workers: Count = 1
+    learning_rate: Positive = 3e-4
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    weight_decay: NonNegative = 0.0
+    gradient_clip: Positive = 1.0
+    kl_weight: NonNegative = 1.0
+    cosine_weight: NonNegative = 1.0
+    lm_weight: NonNegative = 0.0
+    checkpoint_every: Count = 50  # steps
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    use_gpu: bool = False
+
+    @model_validator(mode="after")
+    def _some_loss(self) -> GkdConfig:
+        if self.kl_weight + self.cosine_weight + self.lm_weight == 0:
+            raise ValueError("all loss weights are 0; set gkd.kl_weight, gkd.cosine_weight or gkd.lm_weight")
+        return self

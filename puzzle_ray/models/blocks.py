@@ -1,0 +1,202 @@
+"""A layer as (attention, ffn) that can be swapped, and a run of layers that can be driven without the rest of the model.
+
+Every forward here is the family's own: a layer's attention half is the layer with a no-op FFN, its FFN half the layer with a
+no-op attention. What transformers computes is therefore what is trained, scored, profiled and served.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice, SubblockKind
+from puzzle_ray.families.descriptor import Descriptor
+from puzzle_ray.families.registry import layer_type
+from puzzle_ray.models.checkpoint import Checkpoint
+from puzzle_ray.variants.base import find_variant
+
+CPU = torch.device("cpu")
+
+
+def reshape(layer: nn.Module, choice: LayerChoice, descriptor: Descriptor, config: Any) -> None:
+    """Shape-only surgery on one layer, in place."""
+    for kind in KINDS:
+        variant, argument = find_variant(choice.variant(kind), kind)
+        variant.reshape(layer, argument, kind, descriptor, config)
+
+
+def subblock_state(layer: nn.Module, kind: SubblockKind, descriptor: Descriptor) -> dict[str, Tensor]:
+    """The weights of one subblock and its norms, by their names inside the layer."""
+    prefixes = descriptor.prefixes(kind)
+    return {name: value for name, value in layer.state_dict().items() if name.startswith(prefixes)}
+
+
+def load_subblock(layer: nn.Module, kind: SubblockKind, descriptor: Descriptor, state: Mapping[str, Tensor]) -> None:
+    """Writes a subblock's weights into a layer of the same shape. Raises ValueError where names or shapes differ."""
+    own = subblock_state(layer, kind, descriptor)
+    if own.keys() != state.keys():
+        raise ValueError(f"{kind}: expected {sorted(own)}, got {sorted(state)}")
+    with torch.no_grad():
+        for name, value in state.items():
+            if own[name].shape != value.shape:
+                raise ValueError(f"{kind}: {name} is {tuple(value.shape)}, expected {tuple(own[name].shape)}")
+            own[name].copy_(value)
+
+
+def swapped(
+    layer: nn.Module,
+    choice: LayerChoice,
+    descriptor: Descriptor,
+    config: Any,
+    states: Mapping[SubblockKind, Mapping[str, Tensor]] | None = None,
+) -> nn.Module:
+    """A layer with some subblocks replaced. What stays the parent's is shared with `layer`, not copied.
+
+    `states` holds the weights of the replaced subblocks; without it they are left as allocated.
+    """
+    memo: dict[int, Any] = {}
+    for kind in KINDS:
+        if choice.variant(kind) == PARENT:
+            for name in (descriptor.module(kind), *descriptor.norms(kind)):
+                module = layer.get_submodule(name)
+                memo[id(module)] = module
+    child = copy.deepcopy(layer, memo)
+    reshape(child, choice, descriptor, config)
+    for kind, state in (states or {}).items():
+        load_subblock(child, kind, descriptor, state)
+    return child
+
+
+class LayerStack(nn.Module):
+    """Layers `first .. last` (exclusive) of a parent; with the embedding if `first` is 0, with final norm and head if `last` is the
+    end (`ends=False`: layers alone).
+
+    `hidden_states` are `[batch, tokens, hidden_size]`; sequences carry no padding.
+    """
+
+    def __init__(
+        self, model: nn.Module, descriptor: Descriptor, config: Any, first: int, last: int, *, ends: bool = True
+    ) -> None:
+        super().__init__()
+        self.descriptor, self.config, self.first, self.last = descriptor, config, first, last
+        layers = model.get_submodule(descriptor.layers)
+        assert isinstance(layers, nn.ModuleList)
+        self.layers = layers[first:last]
+        self.rotary = model.get_submodule(descriptor.rotary) if descriptor.rotary else None
+        starts, stops = ends and first == 0, ends and last == config.num_hidden_layers
+        self.embedding = model.get_submodule(descriptor.embedding) if starts else None
+        self.positions = model.get_submodule(descriptor.positions) if starts and descriptor.positions else None
+        self.final_norm = model.get_submodule(descriptor.final_norm) if stops else None
+        self.head = model.get_submodule(descriptor.head) if stops else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes, and where the tensors that it is given must be."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return next(self.parameters()).dtype
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """What enters layer 0, positions and multiplier included: [batch, tokens] -> [batch, tokens, hidden_size]."""
+        assert self.embedding is not None, "this stack does not hold the embedding"
+        out: Tensor = self.embedding(input_ids)
+        if self.positions is not None:
+            assert isinstance(self.positions, nn.Embedding)
+            offset = getattr(self.positions, "offset", 0)  # OPT's rows begin at 2
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0) + offset
+            out = out + nn.functional.embedding(positions, self.positions.weight)
+        multiplier = self.descriptor.embedding_multiplier
+        return out * getattr(self.config, multiplier) if multiplier else out
+
+    def layer_arguments(self, hidden_states: Tensor, index: int) -> dict[str, Any]:
+        """What the family's model hands to layer `index` besides the hidden states."""
+        position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
+        sliding = layer_type(self.config, index) == "sliding_attention" or (
+            getattr(self.config, "layer_types", None) is None and getattr(self.config, "sliding_window", None) is not None
+        )
+        make_mask = create_sliding_window_causal_mask if sliding else create_causal_mask
+        # the mask and the cache by position: the cache's name differs between versions of transformers
+        mask = make_mask(self.config, hidden_states, None, None, position_ids=position_ids)
+        arguments: dict[str, Any] = {"attention_mask": mask, "position_ids": position_ids, "use_cache": False}
+        if self.rotary is not None:
+            by_type = {"layer_type": layer_type(self.config, index)} if self.descriptor.rotary_by_layer_type else {}
+            arguments["position_embeddings"] = self.rotary(hidden_states, position_ids=position_ids, **by_type)
+        return arguments
+
+    def run_layer(self, layer: nn.Module, index: int, hidden_states: Tensor, arguments: dict[str, Any] | None = None) -> Tensor:
+        """One layer (the stack's own or a stand-in for layer `index`) on `[batch, tokens, hidden_size]`."""
+        out = layer(hidden_states, **(arguments or self.layer_arguments(hidden_states, index)))
+        return out[0] if isinstance(out, tuple) else out
+
+    def layer(self, index: int) -> nn.Module:
+        """Layer `index` of the whole model."""
+        return self.layers[index - self.first]
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """Final norm, head, and the family's scaling or soft cap: [batch, tokens, hidden_size] -> [batch, tokens, vocab_size]."""
+        assert self.final_norm is not None and self.head is not None, "this stack does not hold the head"
+        out: Tensor = self.head(self.final_norm(hidden_states))
+        if self.descriptor.logits_divisor:
+            out = out / getattr(self.config, self.descriptor.logits_divisor)
+        cap = getattr(self.config, self.descriptor.logits_softcap) if self.descriptor.logits_softcap else None
+        return out if cap is None else torch.tanh(out / cap) * cap
+
+
+def _materialise(
+    module: nn.Module, prefix: str, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, model: Any
+) -> None:
+    """Fills a module of `model`, built on the meta device, from tensors named `prefix.*`."""
+    names = {f"{prefix}.{name}": name for name in module.state_dict()}
+    module.to_empty(device=device)
+    for parameter in module.parameters():
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    for part in module.modules():  # buffers that no checkpoint holds
+        model._init_weights(part)
+    own = module.state_dict()
+    for full_name, value in checkpoint.read(names):
+        own[names[full_name]].copy_(value.to(dtype))
+
+
+def load_stack(
+    folder: Path,
+    descriptor: Descriptor,
+    config: Any,
+    first: int,
+    last: int,
+    dtype: torch.dtype,
+    *,
+    ends: bool = True,
+    device: torch.device = CPU,
+) -> LayerStack:
+    """Reads only the layers asked for, tensor by tensor, straight to `device`. `dtype` is the one to compute in."""
+    config = copy.deepcopy(config)
+    config._attn_implementation = descriptor.attn_implementation
+    with torch.device("meta"):
+        model = getattr(transformers, descriptor.model_class)._from_config(config, dtype=dtype)
+    stack = LayerStack(model, descriptor, config, first, last, ends=ends)
+    checkpoint = Checkpoint(folder)
+
+    def fill(module: nn.Module | None, prefix: str) -> None:
+        if module is not None:
+            _materialise(module, prefix, checkpoint, dtype, device, model)
+
+    for index in range(first, last):
+        fill(stack.layer(index), f"{descriptor.layers}.{index}")
+    if stack.rotary is not None:
+        stack.rotary = type(stack.rotary)(config=config).to(device)
+    fill(stack.embedding, descriptor.embedding)
+    fill(stack.positions, descriptor.positions)
+    fill(stack.final_norm, descriptor.final_norm)
+    tied = f"{descriptor.head}.weight" not in checkpoint
+    fill(stack.head, descriptor.embedding if tied else descriptor.head)
+    return stack.eval().requires_grad_(False)

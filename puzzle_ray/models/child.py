@@ -1,0 +1,238 @@
+"""A child as a Hugging Face folder: `config.json`, safetensors, tokenizer.
+
+A child of family F has model type `puzzle_F`: the parent's config plus `puzzle_layers`, one `{"attention": name, "ffn": name}` per
+layer. Its class builds the parent's homogeneous skeleton, reshapes each layer, and then weights load by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from puzzle_ray.errors import ParentError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+import copy
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice, SubblockKind
+from puzzle_ray.families.descriptor import Descriptor
+from puzzle_ray.families.registry import complete, descriptor_of, families, llama_like
+from puzzle_ray.models.blocks import reshape
+from puzzle_ray.models.checkpoint import Checkpoint, locate
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@cache
+def child_classes(model_type: str) -> tuple[type, type]:
+    """The config class and the model class of children of one family."""
+    import transformers
+
+    descriptor = families().get(model_type) or llama_like(model_type)
+    config_base = getattr(transformers, descriptor.config_class)
+    model_base = getattr(transformers, descriptor.model_class)
+
+    def init_config(self: Any, puzzle_layers: Sequence[Mapping[str, str]] | None = None, **kwargs: Any) -> None:
+        config_base.__init__(self, **kwargs)
+        self.puzzle_layers = [dict(layer) for layer in puzzle_layers or []]
+
+    def init_model(self: Any, config: Any) -> None:
+        model_base.__init__(self, config)
+        choices = [LayerChoice(**layer) for layer in config.puzzle_layers]
+        for choice, layer in zip(choices, self.get_submodule(descriptor.layers), strict=True):
+            reshape(layer, choice, descriptor, config)
+
+    name = descriptor.model_class
+    config_class = type(
+        f"Puzzle{descriptor.config_class}",
+        (config_base,),
+        {"model_type": f"puzzle_{model_type}", "__init__": init_config, "__module__": __name__},
+    )
+    model_class = type(
+        f"Puzzle{name}", (model_base,), {"config_class": config_class, "__init__": init_model, "__module__": __name__}
+    )
+    return config_class, model_class
+
+
+@cache
+def _register(model_type: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config_class, model_class = child_classes(model_type)
+    AutoConfig.register(config_class.model_type, config_class)  # type: ignore[attr-defined]
+    AutoModelForCausalLM.register(config_class, model_class)
+
+
+def register_children(folder: Path | None = None) -> None:
+    """Makes transformers' Auto classes know the `puzzle_*` type of every family, and of the child in `folder` if that has none."""
+    for model_type in families():
+        _register(model_type)
+    file = folder / "config.json" if folder else None
+    if file is not None and file.is_file():
+        model_type = str(json.loads(file.read_text()).get("model_type", ""))
+        if model_type.startswith("puzzle_"):
+            _register(model_type.removeprefix("puzzle_"))
+
+
+def child_config(parent_config: Any, choices: Sequence[LayerChoice]) -> Any:
+    """The child's config: all of the parent's settings, and the choice for each layer."""
+    config_class, model_class = child_classes(descriptor_of(parent_config).model_type)
+    settings = complete(copy.deepcopy(parent_config)).to_dict()
+    for name in ("model_type", "architectures", "transformers_version"):
+        settings.pop(name, None)
+    layers = [{"attention": c.attention, "ffn": c.ffn} for c in choices]
+    return config_class(puzzle_layers=layers, architectures=[model_class.__name__], **settings)
+
+
+def _skeleton(parent_config: Any, choices: Sequence[LayerChoice], dtype: torch.dtype) -> Any:
+    """A child of the right shapes; the weights of its replaced subblocks are as allocated."""
+    config = child_config(parent_config, choices)
+    descriptor = descriptor_of(config)
+    _, model_class = child_classes(descriptor.model_type)
+    config._attn_implementation = descriptor.attn_implementation
+    return model_class._from_config(config, dtype=dtype)  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def new_child(parent_config: Any, choices: Sequence[LayerChoice], dtype: torch.dtype) -> Any:
+    """A child of the right shapes with random weights: matrices normal with the config's `initializer_range`, biases 0, norms 1."""
+    child = _skeleton(parent_config, choices, dtype)
+    descriptor = descriptor_of(child.config)
+    for choice, layer in zip(choices, child.get_submodule(descriptor.layers), strict=True):
+        for kind in KINDS:
+            if choice.variant(kind) == PARENT:
+                continue
+            names = (descriptor.module(kind), *descriptor.norms(kind))
+            for module in (part for name in names for part in layer.get_submodule(name).modules()):
+                for name, parameter in module.named_parameters(recurse=False):
+                    if parameter.dim() > 1:
+                        parameter.normal_(0.0, getattr(child.config, "initializer_range", 0.02))
+                    elif name == "bias":
+                        parameter.zero_()
+    return child
+
+
+def assemble(
+    parent: Path,
+    parent_config: Any,
+    choices: Sequence[LayerChoice],
+    trained: Mapping[tuple[int, SubblockKind], Mapping[str, Tensor]],
+    dtype: torch.dtype,
+) -> Any:
+    """A child whose replaced subblocks come from `trained` and whose every other weight is the parent's.
+
+    Raises ParentError when any weight of the child would be left undefined.
+    """
+    descriptor = descriptor_of(parent_config)
+    child = _skeleton(parent_config, choices, dtype).eval()
+    state = child.state_dict()
+    wanted = {name: value for name, value in state.items() if not _replaced(name, choices, descriptor)}
+    checkpoint = Checkpoint(parent)
+    tied = f"{descriptor.head}.weight"
+    if tied in wanted and tied not in checkpoint:
+        wanted.pop(tied)
+    with torch.no_grad():
+        for name, value in checkpoint.read(wanted):
+            state[name].copy_(value)
+        filled = set(wanted)
+        for (layer, _), weights in trained.items():
+            for name, value in weights.items():
+                full_name = f"{descriptor.layers}.{layer}.{name}"
+                state[full_name].copy_(value)
+                filled.add(full_name)
+    missing = state.keys() - filled - {tied}
+    if missing:
+        raise ParentError("parent", f"no weights for {sorted(missing)[:3]} of the child")
+    return child
+
+
+def _replaced(name: str, choices: Sequence[LayerChoice], descriptor: Descriptor) -> bool:
+    """Whether a weight belongs to a subblock that is not the parent's own."""
+    if not name.startswith(f"{descriptor.layers}."):
+        return False
+    index, _, rest = name[len(descriptor.layers) + 1 :].partition(".")
+    return any(choices[int(index)].variant(kind) != PARENT and rest.startswith(descriptor.prefixes(kind)) for kind in KINDS)
+
+
+def save_child(child: Any, parent: Path, folder: Path) -> None:
+    """Writes the child and the parent's tokenizer into `folder`."""
+    child.save_pretrained(folder)
+    copy_tokenizer(parent, folder)
+
+
+def copy_tokenizer(source: Path, target: Path, names: Iterable[str] = TOKENIZER_FILES) -> None:
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
+    """A child or a plain Hugging Face causal LM, in eval mode, in its own dtype unless told otherwise.
+
+    Raises ParentError when the folder is missing or not a causal LM transformers can build.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = locate(str(folder))
+    register_children(path)
+    try:
+        known = families().get(AutoConfig.from_pretrained(path).model_type.removeprefix("puzzle_"))
+        attention = known.attn_implementation if known else "sdpa"
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", attn_implementation=attention)
+    except (OSError, ValueError, KeyError) as error:
+        raise ParentError("model", f"{path} cannot be loaded ({error})") from None
+    return model.eval()
+
+
+def choices_of(config: Any) -> tuple[LayerChoice, ...]:
+    """What a model is made of; all `parent` for a model that is no child."""
+    layers = getattr(config, "puzzle_layers", None) or [{}] * config.num_hidden_layers
+    return tuple(LayerChoice(**layer) for layer in layers)
+
+
+def read_config(folder: Path) -> Any:
+    """The transformers config of a folder. Raises ParentError when it cannot be read."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    pass
+
+    register_children(folder)
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ParentError("parent", f"{folder}/config.json cannot be read ({reason})") from None
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No loading bars from transformers inside workers."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()

@@ -1,0 +1,146 @@
+"""Engines: what runs models and times them, side by side. An engine is one file in `engines/` that defines `ENGINE`."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import median
+from typing import Any, Protocol
+
+import numpy as np
+
+from puzzle_ray.artifacts import LayerChoice, Scenario
+from puzzle_ray.errors import ConfigError
+from puzzle_ray.plugins import declared, did_you_mean
+from puzzle_ray.profiling.settings import ProfileConfig
+from puzzle_ray.progress import Bar
+
+Samples = tuple[float, ...]
+Series = np.ndarray[Any, np.dtype[np.float64]]  # one value per round
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One model in one scenario. A sample per repeat: a prefill of the whole batch's prompts; the mean of its decode steps."""
+
+    prefill_samples_ms: Samples
+    decode_samples_ms: Samples
+
+    @property
+    def prefill_ms(self) -> float:
+        return median(self.prefill_samples_ms)
+
+    @property
+    def decode_ms(self) -> float:
+        return median(self.decode_samples_ms)
+
+    @property
+    def prefill_spread_ms(self) -> float:
+        return spread(self.prefill_samples_ms)
+
+    @property
+    def decode_spread_ms(self) -> float:
+        return spread(self.decode_samples_ms)
+
+
+def spread(samples: Sequence[float] | Series) -> float:
+    """Half the inter-quartile range."""
+    low, high = np.quantile(samples, (0.25, 0.75))
+    return float(high - low) / 2
+
+
+class Engine(Protocol):
+    """What runs a model. `use_gpu` says on which device models are built and whose name is given.
+
+    One whose times are computed instead of measured also has `estimated = True`; one that reads settings, `configured(config)`, which
+    returns it for them or raises ConfigError. One that runs one model at a time has `time_stacks(item, model_config, config, bar)` in
+    place of `build` and `time_once`: it returns the StackTimings of stacks that stand on one layer of the parent's own. One that cannot
+    run every shape, `check(item, model_config)`, which raises ConfigError or ParentError and is asked before a run begins.
+    """
+
+    name: str
+
+    def version(self) -> str:
+        """Versions of all that decides how fast it is."""
+
+    def device_name(self, use_gpu: bool = False) -> str:
+        """The kind of device measured on; profiles of two kinds are never mixed."""
+
+    def facts(self, use_gpu: bool = False) -> dict[str, Any]:
+        """What else identifies the measurement: driver, clocks ... JSON-able."""
+
+    def build(self, config: Any, choices: Sequence[LayerChoice], dtype: str, use_gpu: bool = False, like: Any = None) -> Any:
+        """A model of random weights; it may share with `like` all that is in no layer. Raises ProfileError."""
+
+    def time_once(self, model: Any, scenario: Scenario) -> tuple[float, float]:
+        """(prefill_ms, decode_ms) of one batch; no `lengths` in the scenario."""
+
+
+@lru_cache(maxsize=1)
+def _engines() -> dict[str, Engine]:
+    found: list[Engine] = declared("puzzle_ray.profiling.engines", "ENGINE")
+    return {engine.name: engine for engine in found}
+
+
+def find_engine(name: str) -> Engine:
+    """The engine of that name, or behind a dotted path `package.module:ATTRIBUTE`. Raises ConfigError."""
+    if ":" in name:
+        module_name, _, attribute = name.partition(":")
+        try:
+            engine: Engine = getattr(importlib.import_module(module_name), attribute)
+        except (ImportError, AttributeError) as error:
+            problem = f"{name!r} cannot be imported ({error})"
+            raise ConfigError("profile.engine", problem, "write package.module:ATTRIBUTE") from None
+        return engine
+    if name not in _engines():
+        raise ConfigError("profile.engine", f"unknown engine {name!r}", did_you_mean(name, _engines()))
+    return _engines()[name]
+
+
+def engine_of(config: ProfileConfig) -> Engine:
+    """The config's engine, for its settings. Raises ConfigError."""
+    engine = find_engine(config.engine)
+    configured = getattr(engine, "configured", None)
+    found: Engine = configured(config) if configured else engine
+    return found
+
+
+def is_estimate(engine: Engine) -> bool:
+    """Whether an engine's times are computed instead of measured."""
+    return bool(getattr(engine, "estimated", False))
+
+
+def mean_over_lengths(scenario: Scenario, samples: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """(prefill_ms, decode_ms) of a mean request from those of every kind in `scenario.shapes`: such that the prefill and
+    `output_tokens - 1` steps take what the requests take on average."""
+    shares = [share for _, share in scenario.shapes]
+    steps = [share * (shape.output_tokens - 1) for shape, share in scenario.shapes]
+    prefill_ms = math.fsum(share * ms for share, (ms, _) in zip(shares, samples, strict=True))
+    decode_ms = math.fsum(n * ms for n, (_, ms) in zip(steps, samples, strict=True))
+    return prefill_ms, decode_ms / math.fsum(steps) if any(steps) else 0.0
+
+
+def measure_side_by_side(
+    models: Mapping[str, Any], scenario: Scenario, repeats: int, engine: Engine | None = None, bar: Bar | None = None
+) -> dict[str, Timing]:
+    """Times models where they are, in turn: one warm-up of each, then `repeats` rounds over all, every round in another order.
+
+    A machine that gets slower while this runs is slower for all of them. Sample i of every model is of round i.
+    """
+    engine = engine or find_engine("torch")
+    order = list(models)
+    shuffle = random.Random(0).shuffle
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    for round_ in range(repeats + 1):
+        shuffle(order)
+        for name in order:
+            sample = mean_over_lengths(scenario, [engine.time_once(models[name], shape) for shape, _ in scenario.shapes])
+            if round_ > 0:  # the first warms up: allocator, threads, kernels chosen at first use
+                samples[name].append(sample)
+            if bar is not None:
+                bar.advance()
+    return {name: Timing(tuple(s[0] for s in found), tuple(s[1] for s in found)) for name, found in samples.items()}

@@ -1,0 +1,67 @@
+"""Settings of the profile."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from puzzle_ray.artifacts import Scenario
+from puzzle_ray.profiling.devices import KNOWN, THIS_CPU, device_of
+from puzzle_ray.profiling.scenarios import AUTO, scenario_of
+from puzzle_ray.profiling.scenarios import DEFAULT as DEFAULT_SCENARIO
+from puzzle_ray.settings import Count, NonNegative, Positive, Section
+
+
+class ProfileConfig(Section):
+    """What is measured, where. `resources` and `label_selector` pin the profilers, e.g. {"accelerator_type:H100": 0.001}.
+
+    `scenario`: see `puzzle_ray.profiling.scenarios`. `batch_sizes: auto` (or `scenario.batch_size: auto`): the powers of two at which
+    something fits in `memory_mib` (or `search.limits.memory_mib`); the parent is taken at the largest that it fits.
+    Engine `roofline` estimates instead, for a `device` by name, by its figures, or for `cpu` (see `puzzle_ray.profiling.devices`).
+    """
+
+    engine: str = "torch"  # or roofline, vllm, tensorrt_llm, or package.module:ATTRIBUTE
+    device: str | dict[str, Any] | None = None  # that roofline is for
+    scenario: Annotated[Scenario, BeforeValidator(scenario_of)] = DEFAULT_SCENARIO
+    batch_sizes: tuple[Count, ...] | Literal["auto"] = ()  # more than the scenario's own
+    max_batch_size: Count = 256  # of `auto`
+    memory_mib: Positive | None = None  # the device has; where given, no answer needs more. A known device's own with `auto`
+    reserved_mib: NonNegative = 0.0  # of it, for what the engine itself needs; activations are counted
+    dtype: Literal["float32", "bfloat16", "float16", "fp8"] = "float32"
+    repeats: Annotated[int, Field(ge=2)] = 5
+    stack: Count = 4  # stacks have twice as many layers; the second no-op stack this many
+    num_profilers: Count = 1
+    num_gpus: NonNegative = 0
+    resources: dict[str, float] = {}
+    label_selector: dict[str, str] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto_batch_size(cls, values: Any) -> Any:
+        """`scenario.batch_size: auto` is `batch_sizes: auto`."""
+        if not isinstance(values, dict):
+            return values
+        scenario, sizes = values.get("scenario"), values.get("batch_sizes")
+        if isinstance(sizes, str) and sizes != AUTO:
+            raise ValueError(f"batch_sizes = {sizes!r}: write whole numbers, such as [8, 16], or auto")
+        if not isinstance(scenario, dict) or scenario.get("batch_size") != AUTO:
+            return values
+        if sizes not in (None, AUTO, [], ()):
+            raise ValueError(f"scenario.batch_size auto beside batch_sizes {sizes}; leave batch_sizes out")
+        return values | {"scenario": scenario | {"batch_size": 1}, "batch_sizes": AUTO}
+
+    @model_validator(mode="after")
+    def _device_for_an_estimate(self) -> ProfileConfig:
+        if self.engine == "roofline":
+            if self.device is None:
+                raise ValueError(f"engine roofline needs a device; set profile.device to one of {', '.join([*KNOWN, THIS_CPU])}")
+            device = device_of(self.device)
+            if self.dtype == "fp8" and device is None:
+                raise ValueError("device cpu has no fp8; set profile.dtype to float32 or bfloat16")
+        elif self.device is not None and ":" not in self.engine:
+            problem = f"device is for engine roofline, and engine is {self.engine}, which measures where it runs"
+            raise ValueError(f"{problem}; drop profile.device, or set profile.engine=roofline")
+        if self.dtype == "fp8" and self.engine == "torch":
+            raise ValueError("dtype fp8 is for engines roofline, vllm and tensorrt_llm; torch takes float32, bfloat16 or float16")
+        return self

@@ -1,0 +1,45 @@
+"""Settings of the replace-one scores."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from puzzle_ray.settings import Count, Positive, Section
+
+
+class ScoringConfig(Section):
+    """Replace-one damage on held-out text, and what may be spared: see `puzzle_ray.scoring`."""
+
+    metric: Literal[
+        "kl",
+        "lm_loss",
+        "top1_disagreement",
+        "top5_disagreement",
+        "top10_disagreement",
+        "cosine_distance",
+        "normalised_mse",
+        "downstream",
+        "fisher",
+    ] = "kl"  # what the search adds up; all that are measured are kept
+    granularity: Literal["block", "subblock"] = "subblock"
+    tokens: Count = 8_192
+    micro_batch_tokens: Count = 2048
+    candidate_batch: Count = 1  # candidates of one layer in one pass through the suffix; for tiny micro-batches
+    shortlist: Literal["none", "fisher"] = "none"  # estimates every candidate from gradients, to score only some exactly
+    shortlist_keep: Annotated[float, Field(ge=0, le=1)] = 0.3  # share of each layer's candidates that are scored exactly at once
+    shortlist_settle: bool = True  # then what an answer uses is scored exactly too, and searched again, until nothing is new
+    fisher_samples: Count = 1  # labels drawn at every position, a backward pass each
+    racing: bool = False  # a candidate is done when its standard error is small enough, before all tokens are read
+    racing_stderr: Positive = 0.05  # of the mean
+    downstream: str | None = None  # .jsonl of query, choices, gold; half of it scores, the other half is kept to test
+    downstream_questions: Count = 200
+
+    @model_validator(mode="after")
+    def _metric_is_measured(self) -> ScoringConfig:
+        if self.metric == "downstream" and self.downstream is None:
+            raise ValueError("metric downstream needs questions; set scoring.downstream to a .jsonl file")
+        if self.metric == "fisher" and self.shortlist != "fisher":
+            raise ValueError("metric fisher needs its estimates; set scoring.shortlist to fisher")
+        return self

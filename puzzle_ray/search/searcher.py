@@ -1,0 +1,55 @@
+"""What a searcher is, and which there are.
+
+A searcher is one file in `puzzle_ray/search/searchers` that defines `SEARCHER`, an object with the members of `Searcher`; or a dotted path
+`package.module:ATTRIBUTE` to such an object elsewhere. It gets a `Problem` (numbers only) and returns a `Solution`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+from puzzle_ray.errors import ConfigError
+from puzzle_ray.plugins import declared, did_you_mean
+from puzzle_ray.search.problem import Problem, Solution
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a searcher may be told besides the problem. `samples` is for those that draw at random."""
+
+    time_limit_s: float | None = 60.0
+    seed: int = 0
+    samples: int = 1000
+
+
+class Searcher(Protocol):
+    """One way to choose."""
+
+    name: str
+
+    def solve(self, problem: Problem, options: Options) -> Solution:
+        """One choice per row of the problem, within every limit. Raises Infeasible."""
+
+
+@lru_cache(maxsize=1)
+def searchers() -> dict[str, Searcher]:
+    """Every searcher that has a file in `searchers/`, by its name."""
+    found: list[Searcher] = declared("puzzle_ray.search.searchers", "SEARCHER")
+    return {searcher.name: searcher for searcher in found}
+
+
+def find_searcher(name: str) -> Searcher:
+    """The searcher of that name, or at that dotted path. Raises ConfigError."""
+    if name in searchers():
+        return searchers()[name]
+    if ":" not in name:
+        raise ConfigError("search.searcher", f"unknown searcher {name!r}", did_you_mean(name, searchers()))
+    module, _, attribute = name.partition(":")
+    try:
+        found: Searcher = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError("search.searcher", f"{name!r} cannot be imported ({error})", "write package.module:ATTRIBUTE") from None
+    return found

@@ -1,0 +1,56 @@
+"""Settings of the search."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from puzzle_ray.plugins import did_you_mean
+from puzzle_ray.search.limits import BUDGETS, SCENARIO_AXES, Limits
+from puzzle_ray.settings import Count, Positive, Section
+
+
+class SearchConfig(Section):
+    """The budget, how it is searched, and whether whole children are measured before one is picked.
+
+    With `candidates` > 1 or `local_search_steps` > 0 the search's `candidates` best answers, each different from the others in
+    `min_different_layers` layers, and one of each of `rivals` are measured on `measure_tokens` held-out tokens; then blocks are
+    exchanged while that helps. `sweep`: lists of values by axis, all combinations: limits' names, `batch_size`, `input_tokens`,
+    `output_tokens`; `sweep_measure` measures what is on the frontier, `sweep_gkd` distils it as `gkd` says and measures that.
+    """
+
+    limits: Limits = Limits(speedup=1.5)
+    searcher: str = "mip"
+    time_limit_s: Positive = 60.0
+    candidates: Count = 1
+    min_different_layers: Count = 1
+    rivals: tuple[str, ...] = ("greedy", "depth", "uniform", "max_params")
+    local_search_steps: Annotated[int, Field(ge=0)] = 0
+    interaction_blocks: Annotated[int, Field(ge=0)] = 4  # all pairs of so many much-used blocks are measured
+    measure_tokens: Count = 8_192
+    sweep: dict[str, tuple[Positive, ...] | None] = {"speedup": (1.1, 1.25, 1.5, 1.75, 2.0)}
+    sweep_measure: bool = False
+    sweep_gkd: bool = False
+
+    @model_validator(mode="after")
+    def _sweep_axes(self) -> SearchConfig:
+        known = (*BUDGETS, *SCENARIO_AXES)
+        for name, values in self.sweep.items():
+            if name not in known:
+                raise ValueError(f"sweep.{name} is no axis; {did_you_mean(name, known)}")
+            if name in SCENARIO_AXES and any(value != int(value) for value in values or ()):
+                raise ValueError(f"sweep.{name} = {list(values or ())}: give whole numbers")
+        if not any(self.sweep.get(name) for name in BUDGETS):
+            raise ValueError("sweep has no budget; give a limit's values, such as sweep: {speedup: [1.5, 2]}")
+        return self
+
+    @property
+    def measures(self) -> bool:
+        """Whether children are measured before one is picked."""
+        return self.candidates > 1 or self.local_search_steps > 0
+
+    @property
+    def grid(self) -> dict[str, tuple[float, ...]]:
+        """The sweep's axes; those set to null or to nothing are left out."""
+        return {name: values for name, values in self.sweep.items() if values}

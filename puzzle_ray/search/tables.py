@@ -1,0 +1,344 @@
+"""From a search space, scores and a profile to a `Problem`, and from its answer back to an `Architecture`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from puzzle_ray.artifacts import KINDS, MIB, Architecture, Costs, LayerChoice, Profile, ProfileRow, Scenario, Scores, SearchSpace
+from puzzle_ray.errors import ConfigError, Infeasible, ProfileError
+from puzzle_ray.plugins import did_you_mean
+from puzzle_ray.search.limits import Limits
+from puzzle_ray.search.problem import Choice, Limit, Problem, Solution
+from puzzle_ray.search.searcher import Options, find_searcher
+
+COST_NAMES = ("runtime_ms", "prefill_ms", "decode_ms", "memory_mib", "num_params", "kv_cache_mib")
+KV_HEADS = "kv_heads"
+ROW_OF = {name: i for i, name in enumerate(("latency", "prefill", "decode", "memory", "params", "kv_cache", KV_HEADS))}
+
+
+def costs_of(rows: Iterable[ProfileRow], scenario: Scenario) -> tuple[float, ...]:
+    """What some subblocks cost together, in the order of COST_NAMES.
+
+    The first token comes at the end of the prefill, so `output_tokens` tokens take `output_tokens - 1` decode steps.
+    """
+    rows = list(rows)
+    prefill_ms, decode_ms = math.fsum(r.prefill_ms for r in rows), math.fsum(r.decode_ms for r in rows)
+    kv_mib = scenario.batch_size * scenario.kv_tokens_per_sequence * sum(r.kv_bytes_per_token for r in rows) / MIB
+    return (
+        prefill_ms + (scenario.output_tokens - 1) * decode_ms,
+        prefill_ms,
+        decode_ms,
+        sum(r.weight_bytes for r in rows) / MIB + kv_mib,
+        float(sum(r.num_params for r in rows)),
+        kv_mib,
+    )
+
+
+def kv_head_bytes(profile: Profile, layer_type: str, batch_size: int) -> float:
+    """What one KV head keeps of a token, as any profiled `gqa:N` of that type of layer shows it; 0 where there is none."""
+    for row in profile.rows:
+        name, _, count = row.variant.partition(":")
+        if (row.layer_type, row.batch_size, name) == (layer_type, batch_size, "gqa") and count.isdigit():
+            return row.kv_bytes_per_token / int(count)
+    return 0.0
+
+
+def _row(profile: Profile, layer_type: str, choice: LayerChoice, batch_size: int) -> list[ProfileRow]:
+    try:
+        return [profile.row(layer_type, kind, choice.variant(kind), batch_size) for kind in KINDS]
+    except KeyError as error:
+        raise ProfileError(
+            "profile",
+            f"no cost of {error.args[0]} (layer type, subblock, variant, batch size)",
+            "profile this space again",
+        ) from None
+
+
+def _fixed(profile: Profile, scenario: Scenario) -> ProfileRow:
+    try:
+        row = profile.fixed(scenario.batch_size)
+    except KeyError:
+        sizes = ", ".join(map(str, profile.batch_sizes))
+        raise ProfileError(
+            "profile.scenario.batch_size", f"{scenario.batch_size} was not profiled", f"profiled: {sizes}"
+        ) from None
+    if (row.input_tokens, row.output_tokens) != (scenario.input_tokens, scenario.output_tokens):
+        raise ProfileError(
+            "profile.scenario",
+            f"asks for {scenario.input_tokens:g} tokens in and {scenario.output_tokens:g} out, but the profile has "
+            f"{row.input_tokens:g} and {row.output_tokens:g}",
+            "profile again",
+        )
+    return row
+
+
+def predicted_costs(space: SearchSpace, profile: Profile, scenario: Scenario, choices: Sequence[LayerChoice]) -> Costs:
+    """What a whole model costs at the scenario's batch size. Raises ProfileError where a part was not profiled."""
+    rows = [_fixed(profile, scenario)]
+    for layer, choice in zip(space.layers, choices, strict=True):
+        rows.extend(_row(profile, layer.layer_type, choice, scenario.batch_size))
+    runtime_ms, prefill_ms, decode_ms, memory_mib, num_params, _ = costs_of(rows, scenario)
+    tokens = scenario.batch_size * scenario.tokens_per_sequence
+    throughput = 1000.0 * tokens / runtime_ms if runtime_ms > 0 else math.inf
+    return Costs(scenario.batch_size, prefill_ms, decode_ms, runtime_ms, throughput, memory_mib, int(num_params))
+
+
+def limits_of(asked: Mapping[str, float], parent: Costs, scenario: Scenario) -> tuple[Limit, ...]:
+    """Limits by name as bounds on costs at the scenario's batch size; `parent` may have been taken at another."""
+    tokens = 1000.0 * scenario.batch_size * scenario.tokens_per_sequence
+    parents = {"latency": parent.runtime_ms, "memory": parent.memory_mib, "params": float(parent.num_params)}
+    found = []
+    for name, value in asked.items():
+        what, _, unit = name.rpartition("_")
+        if name == "speedup":
+            over = tokens / parent.throughput_tokens_per_s
+            found.append(Limit(name, 0, over / value, value, "x", over=over))
+        elif name == "throughput_tokens_per_s":
+            found.append(Limit(name, 0, tokens / value, value, "tokens/s", over=tokens))
+        elif unit == "fraction":
+            found.append(Limit(name, ROW_OF[what], value * parents[what], value, "of the parent", of=parents[what]))
+        else:
+            row = ROW_OF[name] if name in ROW_OF else ROW_OF[what]
+            found.append(Limit(name, row, value, value, {"ms": "ms", "mib": "MiB"}.get(unit, "")))
+    return tuple(found)
+
+
+def limited(problem: Problem, limits: Limits, parent: Costs, scenario: Scenario) -> Problem:
+    """The problem within all limits, ranges' minimums among them. Raises ConfigError where KV heads cannot be counted."""
+    if KV_HEADS in {*limits.asked, *limits.at_least} and KV_HEADS not in problem.cost_names:
+        raise ConfigError(f"search.limits.{KV_HEADS}", "no gqa variant was profiled to count heads by", "limit kv_cache_mib")
+    found = problem.with_limits(limits_of(limits.asked, parent, scenario))
+    for least in limits_of(limits.at_least, parent, scenario):
+        found = found.at_least(least)
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A problem at one batch size, and what its rows and choices stand for: `layers` and `choices` of every row."""
+
+    problem: Problem
+    layers: tuple[tuple[int, ...], ...]
+    choices: tuple[tuple[LayerChoice, ...], ...]
+    scenario: Scenario
+
+    def named(self, choice: Choice) -> tuple[LayerChoice, ...]:
+        """The choice of every layer of the model."""
+        by_layer = {x: self.choices[row][v] for row, v in enumerate(choice) for x in self.layers[row]}
+        return tuple(by_layer[x] for x in range(len(by_layer)))
+
+
+def _allowed(space: SearchSpace, limits: Limits, layer: int) -> list[LayerChoice]:
+    """What one layer may become, given what the user fixed. Raises ConfigError for a variant that it does not have."""
+    choices = list(space.layers[layer].choices)
+    for kind in KINDS if layer in limits.fixed else ():
+        wanted = limits.fixed[layer].attention if kind == "attention" else limits.fixed[layer].ffn
+        known = space.layers[layer].variants(kind)
+        if wanted is not None and wanted not in known:
+            raise ConfigError(
+                f"search.limits.fixed.{layer}.{kind}",
+                f"layer {layer} has no variant {wanted!r}",
+                did_you_mean(wanted, known),
+            )
+        choices = [c for c in choices if wanted is None or c.variant(kind) == wanted]
+    return choices
+
+
+def _groups(space: SearchSpace, limits: Limits) -> list[tuple[tuple[int, ...], tuple[LayerChoice, ...]]]:
+    """The problem's rows: layers that must agree, and the choices that all of them have."""
+    named = {layer for group in limits.agree for layer in group} | set(limits.fixed)
+    if named and max(named) >= len(space.layers):
+        raise ConfigError("search.limits", f"layer {max(named)} is named", f"layers go from 0 to {len(space.layers) - 1}")
+    together = {layer for group in limits.agree for layer in group}
+    groups = [*limits.agree, *((layer,) for layer in range(len(space.layers)) if layer not in together)]
+    found = []
+    for group in sorted(groups, key=min):
+        shared = set.intersection(*(set(_allowed(space, limits, layer)) for layer in group))
+        if not shared:
+            raise ConfigError("search.limits.agree", f"layers {list(group)} have no choice in common", "let fewer layers agree")
+        found.append((tuple(sorted(group)), tuple(c for c in _allowed(space, limits, group[0]) if c in shared)))
+    return found
+
+
+def check_limits(space: SearchSpace, limits: Limits) -> None:
+    """Raises ConfigError for layers or variants in `fixed` and `agree` that the space does not have."""
+    _groups(space, limits)
+
+
+def _score(scores: Scores, layer: int, choice: LayerChoice, metric: str) -> float:
+    try:
+        value = scores.value(layer, choice, metric)
+    except KeyError:
+        raise ConfigError(
+            "scores", f"layer {layer} has no {metric} score of {choice.label}", "score this search space again"
+        ) from None
+    if not math.isfinite(value):
+        raise ConfigError("scores", f"the {metric} score of {choice.label} at layer {layer} is {value}", "drop this variant")
+    return value
+
+
+def table(space: SearchSpace, scores: Scores, metric: str, profile: Profile, scenario: Scenario, choices: Limits) -> Table:
+    """The numbers at the scenario's batch size, without limits; of `choices` only what is fixed or must agree counts.
+
+    Raises ConfigError or ProfileError where a number is missing.
+    """
+    groups = _groups(space, choices)
+    width = max(len(found) for _, found in groups)
+    size = scenario.batch_size
+    head_bytes = {x.layer_type: kv_head_bytes(profile, x.layer_type, size) for x in space.layers}
+    counted = all(head_bytes.values())
+    names = (*COST_NAMES, KV_HEADS) if counted else COST_NAMES
+    score = np.full((len(groups), width), np.inf)
+    costs = np.zeros((len(names), len(groups), width))
+    for row, (layers, found) in enumerate(groups):
+        for v, choice in enumerate(found):
+            score[row, v] = math.fsum(_score(scores, layer, choice, metric) for layer in layers)
+            parts = [r for x in layers for r in _row(profile, space.layers[x].layer_type, choice, size)]
+            costs[: len(COST_NAMES), row, v] = costs_of(parts, scenario)
+            if counted:
+                attentions = (profile.row(space.layers[x].layer_type, "attention", choice.attention, size) for x in layers)
+                costs[-1, row, v] = sum(round(r.kv_bytes_per_token / head_bytes[r.layer_type]) for r in attentions)
+    constants = np.zeros(len(names))
+    constants[: len(COST_NAMES)] = costs_of([_fixed(profile, scenario)], scenario)
+    weights = np.array([len(layers) for layers, _ in groups], dtype=np.intp)
+    labels = tuple(tuple(choice.label for choice in found) for _, found in groups)
+    problem = Problem(score, costs, names, constants, weights, labels)
+    return Table(problem, tuple(g[0] for g in groups), tuple(g[1] for g in groups), scenario)
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """All numbers of a search but its limits: one table per batch size, and the parent's costs at the scenario's own."""
+
+    space: SearchSpace
+    profile: Profile
+    metric: str
+    parent: Costs
+    tables: tuple[Table, ...]
+
+    @classmethod
+    def of(cls, space: SearchSpace, scores: Scores, profile: Profile, scenario: Scenario, metric: str, choices: Limits) -> Tables:
+        """Raises ConfigError or ProfileError where a number is missing, or a fixed choice does not fit the space."""
+        parent = predicted_costs(space, profile, scenario, [LayerChoice()] * len(space.layers))
+        sizes = [replace(scenario, batch_size=size) for size in profile.batch_sizes]
+        return cls(space, profile, metric, parent, tuple(table(space, scores, metric, profile, s, choices) for s in sizes))
+
+    def bounded(self, limits: Limits, batch_size: int) -> Limits:
+        """The limits, and that weights and KV cache must leave room for activations and the engine where the device's memory is known."""
+        details = self.profile.details
+        if "memory_mib" not in details:
+            return limits
+        taken_mib = details.get("reserved_mib", 0.0) + details.get("activation_mib", {}).get(str(batch_size), 0.0)
+        room_mib = details["memory_mib"] - taken_mib
+        if (limits.memory_mib or math.inf) <= room_mib:
+            return limits
+        return limits.model_copy(update={"memory_mib": room_mib})
+
+    def within(self, limits: Limits) -> tuple[Table, ...]:
+        """The tables with limits on them."""
+
+        def limit(t: Table) -> Table:
+            own = self.bounded(limits, t.scenario.batch_size)
+            return replace(t, problem=limited(t.problem, own, self.parent, t.scenario))
+
+        return tuple(map(limit, self.tables))
+
+    def search(
+        self,
+        limits: Limits,
+        *,
+        searcher: str = "mip",
+        count: int = 1,
+        min_different_layers: int = 1,
+        options: Options | None = None,
+    ) -> list[Answer]:
+        """As `search` below, with the table and the solution behind every architecture."""
+        method, options = find_searcher(searcher), options or Options()
+        tables = self.within(limits)
+        found: list[Answer] = []
+        while len(found) < count:
+            solved: list[tuple[Table, Solution]] = []
+            errors: list[Infeasible] = []
+            for candidate in tables:
+                try:
+                    solved.append((candidate, method.solve(candidate.problem, options)))
+                except Infeasible as error:
+                    errors.append(error)
+            if not solved:
+                if found:
+                    break
+                raise min(errors, key=_shortfall)
+            found.append(self._best(solved, limits, searcher))
+            last = found[-1].choice
+            tables = tuple(replace(t, problem=t.problem.apart_from(last, min_different_layers)) for t in tables)
+        by_scenario = {t.scenario: t for t in self.within(limits)}
+        return [replace(f, table=by_scenario[f.table.scenario]) for f in found]
+
+    def _best(self, solved: Sequence[tuple[Table, Solution]], limits: Limits, searcher: str) -> Answer:
+        """Of one solution per batch size the least objective, then the higher throughput."""
+        named = [(t, s, self.costs(t, s.choice)) for t, s in solved]
+        chosen, solution, costs = min(named, key=lambda x: (x[1].objective, -x[2].throughput_tokens_per_s))
+        bound = min(s.bound for _, s in solved)
+        limits = self.bounded(limits, chosen.scenario.batch_size)
+        architecture = Architecture(
+            choices=chosen.named(solution.choice),
+            searcher=searcher,
+            objective=solution.objective,
+            bound=bound,
+            status="feasible" if solution.status == "optimal" and bound < solution.objective else solution.status,
+            solve_s=sum(s.solve_s for _, s in solved),
+            predicted=costs,
+            parent_predicted=self.parent,
+            limits=limits.asked | {f"{name}_min": least for name, least in limits.at_least.items()},
+            metric=self.metric,
+            estimated=self.profile.estimated,
+        )
+        return Answer(architecture, chosen, solution.choice)
+
+    def costs(self, table: Table, choice: Choice) -> Costs:
+        """Predicted costs of a choice at the table's batch size."""
+        return predicted_costs(self.space, self.profile, table.scenario, table.named(choice))
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """An architecture, and the table and choice that it was found as; the table's limits are the user's."""
+
+    architecture: Architecture
+    table: Table
+    choice: Choice
+
+
+def search(
+    space: SearchSpace,
+    scores: Scores,
+    profile: Profile,
+    scenario: Scenario,
+    limits: Limits,
+    *,
+    metric: str = "kl",
+    searcher: str = "mip",
+    count: int = 1,
+    min_different_layers: int = 1,
+    time_limit_s: float | None = 60.0,
+    seed: int = 0,
+) -> list[Architecture]:
+    """Up to `count` architectures within the limits, best first, over all batch sizes of the profile.
+
+    Of equally good ones the one of higher throughput. Each differs from all before it in at least
+    `min_different_layers` layers; fewer come back where there are no more. Raises Infeasible where there is none at
+    all, ConfigError for settings that do not fit the space.
+    """
+    options = Options(time_limit_s=time_limit_s, seed=seed)
+    tables = Tables.of(space, scores, profile, scenario, metric, limits)
+    found = tables.search(limits, searcher=searcher, count=count, min_different_layers=min_different_layers, options=options)
+    return [f.architecture for f in found]
+
+
+def _shortfall(error: Infeasible) -> float:
+    _, _, asked, best, *_ = error.args
+    return abs(float(best) - float(asked)) / max(abs(float(asked)), 1e-12)

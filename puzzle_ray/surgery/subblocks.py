@@ -1,0 +1,123 @@
+"""The modules that stand in for an attention or an FFN. They take what transformers hands to the ones they replace.
+
+A layer without attention still tells the cache how many tokens it has seen, by a `[batch, 1, tokens, 1]` stub: transformers reads
+the length of a sequence from the first layer's cache, and a layer that never writes there makes positions silently wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from puzzle_ray.families.descriptor import Descriptor
+from puzzle_ray.surgery.kv_cache import cache_among
+from puzzle_ray.surgery.window import windowed_mask
+
+
+def _count_tokens(cache: Any, layer_idx: int, hidden_states: Tensor) -> None:
+    if cache is not None:
+        stub = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+        cache.update(stub, stub, layer_idx)
+
+
+class NoopAttention(nn.Module):
+    """Adds nothing to the residual."""
+
+    def __init__(self, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> tuple[Tensor, None]:
+        _count_tokens(cache_among(arguments), self.layer_idx, hidden_states)
+        return hidden_states.new_zeros(()), None
+
+
+class LinearAttention(nn.Module):
+    """One `[hidden_size, hidden_size]` matrix on each token alone."""
+
+    def __init__(self, hidden_size: int, layer_idx: int, bias: bool = False) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.linear_attn = nn.Linear(hidden_size, hidden_size, bias=bias)
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> tuple[Tensor, None]:
+        _count_tokens(cache_among(arguments), self.layer_idx, hidden_states)
+        return self.linear_attn(hidden_states), None
+
+
+class NoopFFN(nn.Module):
+    """Adds nothing to the residual."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states.new_zeros(())
+
+
+class LinearFFN(nn.Module):
+    """One `[hidden_size, hidden_size]` matrix."""
+
+    def __init__(self, hidden_size: int, bias: bool = False) -> None:
+        super().__init__()
+        self.linear_mlp = nn.Linear(hidden_size, hidden_size, bias=bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        out: Tensor = self.linear_mlp(hidden_states)
+        return out
+
+
+def _eager_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float, **_: Any
+) -> tuple[Tensor, Tensor]:
+    """`[B, H, T, D]` queries on `[B, K, S, D]` keys and values with an additive mask -> (`[B, T, H, D]`, weights); scores in fp32."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query.float() @ key.float().transpose(2, 3) * scaling
+    if mask is not None:
+        scores = scores + mask
+    weights = nn.functional.dropout(scores.softmax(dim=-1).to(value.dtype), dropout, module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class GroupedAttention(nn.Module):
+    """Query heads that share KV heads, without rotary: for families whose own forward knows only one head count (OPT, GPT-Neo).
+
+    It takes over the projections of the attention it replaces, under their names; `key_value_groups` query heads share a KV head.
+    """
+
+    def __init__(self, replaced: nn.Module, descriptor: Descriptor, key_value_groups: int) -> None:
+        super().__init__()
+        config: Any = replaced.config  # the one the model makes its masks by
+        self.config, self.descriptor, self.is_causal = config, descriptor, True
+        self.layer_idx: int = getattr(replaced, descriptor.layer_index)
+        setattr(self, descriptor.layer_index, self.layer_idx)
+        self.head_dim: int = replaced.head_dim  # type: ignore[assignment]
+        self.num_key_value_groups = key_value_groups
+        self.scaling: float = getattr(replaced, "scaling", 1.0)  # GPT-Neo does not scale
+        self.window: int | None = config.window_size if getattr(replaced, "attention_type", "") == "local" else None
+        self.attention_dropout = float(config.attention_dropout)
+        self.resid_dropout = getattr(replaced, "resid_dropout", nn.Identity())
+        for name in (descriptor.query, descriptor.key, descriptor.value, descriptor.output):
+            setattr(self, name, getattr(replaced, name))
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **arguments: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        batch, tokens, _ = hidden_states.shape
+
+        def heads(name: str) -> Tensor:
+            projected: Tensor = getattr(self, name)(hidden_states)
+            return projected.view(batch, tokens, -1, self.head_dim).transpose(1, 2)
+
+        query, key, value = heads(self.descriptor.query), heads(self.descriptor.key), heads(self.descriptor.value)
+        cache = cache_among(arguments)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        eager = self.config._attn_implementation == "eager"
+        if self.window is not None:
+            keys = key.shape[2]
+            attention_mask = windowed_mask(attention_mask, self.window, tokens, keys, keys - tokens, hidden_states, eager)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager_attention)
+        dropout = self.attention_dropout if self.training else 0.0
+        out, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout)
+        return self.resid_dropout(getattr(self, self.descriptor.output)(out.reshape(batch, tokens, -1))), weights

@@ -1,0 +1,103 @@
+"""Attention that looks back a fixed number of tokens: its mask, and the cache layer that keeps no more than it needs.
+
+The mask is narrowed from whatever the model made: in each row the window counts back from the last token the row may see, which
+holds for training, prefill, cached decode, padding, and rows of a batch at different positions alike.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from puzzle_ray.errors import ConfigError
+from puzzle_ray.surgery.kv_cache import cache_among
+
+
+def windowed_mask(
+    mask: Tensor | None, window: int, tokens: int, keys: int, first: int, like: Tensor, additive: bool
+) -> Tensor | None:
+    """An attention mask under which a token sees itself and the `window - 1` tokens before it.
+
+    `mask` is `[batch, 1, tokens, >= keys]`, boolean or additive, and its last `keys` columns count; or None for plain causal attention
+    of `tokens` queries on `keys` keys, the first query standing at key `first`. `additive` says what to make where there was none.
+    """
+    if mask is None:
+        is_causal = first == 0 or (tokens == 1 and keys == first + 1)  # what sdpa computes without a mask
+        if keys <= window and is_causal and not additive:
+            return None
+        last = torch.arange(first, first + tokens, device=like.device)[:, None]
+        positions = torch.arange(keys, device=like.device)
+        seen = ((positions <= last) & (positions > last - window))[None, None]
+        return _additive(seen, like) if additive else seen
+    if mask.dim() != 4:
+        raise ConfigError(
+            "space.attention", "window needs masks of four dimensions", "run the model with sdpa or eager attention"
+        )
+    mask = mask[..., -keys:]
+    lowest = None if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    visible = mask if lowest is None else mask > lowest / 2
+    positions = torch.arange(mask.shape[-1], device=mask.device)
+    last = torch.where(visible, positions, -1).amax(dim=-1, keepdim=True)
+    outside = positions <= last - window
+    return mask & ~outside if lowest is None else mask.masked_fill(outside, lowest)
+
+
+def _additive(seen: Tensor, like: Tensor) -> Tensor:
+    zeros = torch.zeros(seen.shape, dtype=like.dtype, device=like.device)
+    return zeros.masked_fill_(~seen, torch.finfo(like.dtype).min)
+
+
+class WindowLayer(DynamicSlidingWindowLayer):
+    """A cache layer of the last `sliding_window - 1` tokens, beside layers that keep all.
+
+    It speaks of the whole sequence's length, so that the masks transformers makes fit every layer; this one takes their end.
+    """
+
+    is_sliding = False
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cumulative_length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def _cache_layer(cache: Any, index: int, window: int) -> Any:
+    """The cache's layer `index`; an empty one that would keep every token makes way for a WindowLayer."""
+    layers = cache.layers
+    if index == len(layers) and getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:
+        layers.append(WindowLayer(window))
+    elif type(layers[index]) is DynamicLayer and not layers[index].is_initialized:
+        layers[index] = WindowLayer(window)
+    return layers[index]
+
+
+def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
+    window: int = module.window  # type: ignore[assignment]
+    tokens = hidden_states.shape[1]
+    keys, first = tokens, 0
+    cache = cache_among(kwargs)
+    mask: Tensor | None = kwargs.get("attention_mask")
+    if cache is not None:
+        layer = _cache_layer(cache, module.window_layer_index, window)  # type: ignore[arg-type]
+        first = int(layer.get_seq_length())
+        keys = layer.get_mask_sizes(tokens)[0]
+        if isinstance(layer, WindowLayer):
+            first = min(first, window - 1)
+            keys = first + tokens
+    elif mask is not None:
+        keys = mask.shape[-1]
+    narrowed = windowed_mask(mask, window, tokens, keys, first, hidden_states, bool(module.window_mask_is_additive))
+    return args, {**kwargs, "attention_mask": narrowed}
+
+
+def look_back(attention: nn.Module, window: int, layer_index: int, attn_implementation: str) -> None:
+    """Makes an attention of any family look back `window` tokens, in place. Its weights stay what they are."""
+    attention.window = window  # type: ignore[assignment]
+    attention.window_layer_index = layer_index  # type: ignore[assignment]
+    attention.window_mask_is_additive = attn_implementation == "eager"  # type: ignore[assignment]
+    attention.register_forward_pre_hook(_before_attention, with_kwargs=True)
