@@ -24,11 +24,11 @@ from puzzle_ray.store import Artifact
 
 def realize(num_threads: int, parent: str, choices: Sequence[LayerChoice], library: Artifact, artifact: Artifact) -> None:
     """Assembles and publishes a child."""
-    from puzzle_ray.models import child as hf
+    from puzzle_ray.distill import realize as whole
     from puzzle_ray.process import compute_with
 
     compute_with(num_threads)
-    hf.realize(parent, choices, library, artifact)
+    whole.realize(parent, choices, library, artifact)
 
 
 def evaluate(

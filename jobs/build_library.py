@@ -1,16 +1,12 @@
-"""Trains every block variant to mimic its parent block (BLD)."""
+"""Train every block variant to mimic its parent block (BLD)."""
 
 from __future__ import annotations
 
-from jobs.cli import run_main, stage_command
-from jobs.stages import Run
+from jobs.command import STAGES, stage_verb
 
-
-def work(run: Run) -> None:
-    _ = run.library
-
-
-main = stage_command(work, "Trains every block variant to mimic its parent block (BLD).")
+VERB = stage_verb("build-library", __doc__, STAGES, lambda run: print(run.done("library").url))
 
 if __name__ == "__main__":
-    run_main(main)
+    from jobs.app import main
+
+    main(VERB.name)

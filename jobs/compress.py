@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from jobs.cli import run_main, stage_command
+from jobs.command import SEARCHES, stage_verb
 from jobs.evaluate_child import show
-from jobs.stages import Run
+from jobs.run import Run
 
 
 def work(run: Run) -> None:
-    report = run.report
+    from jobs.stages.report import PAGE
+
+    report = run.done("report")
+    child = run.content("gkd").path("child")
     show(run)
-    print(f"child:  {run.distilled.path('child')}")
-    print(f"report: {report.path('index.html')}")
-    print(f"serve it: puzzle-ray serve-child --child {run.distilled.path('child')}")
+    print(f"child:  {child}")
+    print(f"report: {report.path(PAGE)}")
+    print(f"serve it: puzzle-ray serve-child --child {child}")
 
 
-main = stage_command(work, __doc__ or "")
+VERB = stage_verb("compress", __doc__, SEARCHES, work)
 
 if __name__ == "__main__":
-    run_main(main)
+    from jobs.app import main
+
+    main(VERB.name)

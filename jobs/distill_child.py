@@ -1,16 +1,12 @@
-"""Distils the whole child from the parent (GKD)."""
+"""Distil the whole child from the parent (GKD)."""
 
 from __future__ import annotations
 
-from jobs.cli import run_main, stage_command
-from jobs.stages import Run
+from jobs.command import STAGES, stage_verb
 
-
-def work(run: Run) -> None:
-    print(run.distilled.path("child"))
-
-
-main = stage_command(work, "Distils the whole child from the parent (GKD).")
+VERB = stage_verb("distill-child", __doc__, STAGES, lambda run: print(run.done("gkd").path("child")))
 
 if __name__ == "__main__":
-    run_main(main)
+    from jobs.app import main
+
+    main(VERB.name)

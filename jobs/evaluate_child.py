@@ -1,12 +1,12 @@
-"""Compares the parent with its child before and after distillation: held-out predictions, and speed measured side by side."""
+"""Compare the parent with its child before and after distillation: held-out predictions, and speed measured side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from jobs.cli import run_main, stage_command
-from jobs.stages import Run
+from jobs.command import RESULTS, stage_verb
+from jobs.run import Run
 from puzzle_ray.artifacts import Profile
 
 COLUMNS = (
@@ -49,7 +49,9 @@ def comparison(found: Mapping[str, Any], profile: Profile) -> list[str]:
 
 def show(run: Run) -> None:
     """Prints the comparison as a table, then predicted beside measured, then greedy samples."""
-    found = run.evaluation
+    from jobs.stages import evaluation, profile
+
+    found = evaluation.read(run)
     print(f"{'':<17}" + "".join(f"{title:>15}" for title, _, _ in COLUMNS))
     for name, values in found["models"].items():
         cells = [fmt.format(values[key] / (1e6 if key == "num_params" else 1)) for _, key, fmt in COLUMNS]
@@ -58,12 +60,19 @@ def show(run: Run) -> None:
         if "downstream_accuracy" in values:
             words = "{downstream_accuracy:.1%} +- {downstream_accuracy_stderr:.1%} of {downstream_questions:.0f} questions right"
             print(f"{name.replace('_', ' ')}: {words.format(**values)}")
-    print("\n".join(comparison(found, run.profile)))
+    print("\n".join(comparison(found, profile.read(run))))
     for name, text in found["samples"].items():
         print(f"{name.replace('_', ' ')}: {text!r}")
 
 
-main = stage_command(show, __doc__ or "")
+def work(run: Run) -> None:
+    run.done("evaluation")
+    show(run)
+
+
+VERB = stage_verb("evaluate-child", __doc__, RESULTS, work)
 
 if __name__ == "__main__":
-    run_main(main)
+    from jobs.app import main
+
+    main(VERB.name)

@@ -1,16 +1,19 @@
-"""Trains a small Llama on the Python standard library's own text, once per machine."""
+"""Train a small Llama on the Python standard library's own text, once for a store."""
 
 from __future__ import annotations
 
-from jobs.cli import run_main, stage_command
-from jobs.stages import Run
+from jobs.command import STAGES, stage_verb
+from jobs.run import Run
 
 
 def work(run: Run) -> None:
-    print(run.parent)
+    run.done("tiny_parent")
+    print(run.parent.address)
 
 
-main = stage_command(work, "Trains a small Llama on the Python standard library's own text, once per machine.", needs_ray=False)
+VERB = stage_verb("make-tiny-parent", __doc__, STAGES, work, needs_ray=False)
 
 if __name__ == "__main__":
-    run_main(main)
+    from jobs.app import main
+
+    main(VERB.name)

@@ -1,16 +1,12 @@
-"""Measures what every block variant costs on the target."""
+"""Measure what every block variant costs on the target."""
 
 from __future__ import annotations
 
-from jobs.cli import run_main, stage_command
-from jobs.stages import Run
+from jobs.command import STAGES, stage_verb
 
-
-def work(run: Run) -> None:
-    _ = run.profile  # says so where it is an estimate
-
-
-main = stage_command(work, "Measures what every block variant costs on the target.")
+VERB = stage_verb("profile-blocks", __doc__, STAGES, lambda run: print(run.done("profile").url))
 
 if __name__ == "__main__":
-    run_main(main)
+    from jobs.app import main
+
+    main(VERB.name)

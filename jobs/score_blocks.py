@@ -1,16 +1,12 @@
-"""Measures the damage of every block variant, one exchange at a time."""
+"""Measure the damage of every block variant, one replacement at a time."""
 
 from __future__ import annotations
 
-from jobs.cli import run_main, stage_command
-from jobs.stages import Run
+from jobs.command import STAGES, stage_verb
 
-
-def work(run: Run) -> None:
-    _ = run.scores_step
-
-
-main = stage_command(work, "Measures the damage of every block variant, one exchange at a time.")
+VERB = stage_verb("score-blocks", __doc__, STAGES, lambda run: print(run.done("scores").url))
 
 if __name__ == "__main__":
-    run_main(main)
+    from jobs.app import main
+
+    main(VERB.name)

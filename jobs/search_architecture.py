@@ -1,14 +1,13 @@
-"""Finds the best architecture within the limits: one variant per layer, by mixed-integer programming, and by measurement."""
+"""Find the best architecture within the limits: one variant per layer, by mixed-integer programming, and by measurement."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from jobs.cli import run_main, stage_command
-from jobs.stages import Run
+from jobs.command import STAGES, stage_verb
+from jobs.run import Run
 from puzzle_ray.artifacts import Architecture
-from puzzle_ray.search.pick import PICKED
 
 
 def describe(architecture: Architecture) -> str:
@@ -55,12 +54,18 @@ def _measured(row: Mapping[str, Any], words: str) -> str:
 
 
 def work(run: Run) -> None:
-    print(describe(run.architecture))
-    if run.config.search.measures:
-        print(candidates(run.architecture_step.read_json(PICKED)))
+    from jobs.stages import architecture
+
+    run.done("architecture")
+    print(describe(architecture.read(run)))
+    report = architecture.measurements(run)
+    if report is not None:
+        print(candidates(report))
 
 
-main = stage_command(work, __doc__ or "")
+VERB = stage_verb("search-architecture", __doc__, STAGES, work)
 
 if __name__ == "__main__":
-    run_main(main)
+    from jobs.app import main
+
+    main(VERB.name)

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.cli import run_main
+from jobs.command import RESULTS, Debug, Verb
 from jobs.session import connected
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.errors import ClusterError, ConfigError
@@ -29,7 +29,7 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SPARE_REQUESTS = 16
 
 
-def main(
+def serve_child(
     child: Annotated[str, typer.Option(help="Hugging Face folder: a path, an fsspec URL or a hub id.")],
     host: Annotated[str, typer.Option(help="Interface to listen on; 0.0.0.0 is all of them.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
@@ -43,6 +43,7 @@ def main(
     num_gpus: Annotated[float, typer.Option(min=0, help="GPUs per replica; 0 runs on the CPU.")] = 0,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(_DTYPES)}; auto is the model's own.")] = "auto",
     start_timeout_s: Annotated[float, typer.Option(help="Give up when the replicas are not ready by then.")] = 300.0,
+    debug: Debug = False,
 ) -> None:
     """Serve a model until SIGINT (Ctrl-C) or SIGTERM."""
     own_cluster = address == "local" and not os.environ.get("RAY_ADDRESS")
@@ -191,5 +192,9 @@ def watch(stopped: threading.Event) -> None:
             known = state
 
 
+VERB = Verb("serve-child", RESULTS, serve_child)
+
 if __name__ == "__main__":
-    run_main(main)
+    from jobs.app import main
+
+    main(VERB.name)

@@ -81,6 +81,11 @@ def start_here(num_cpus: int, object_store_memory: int) -> None:
             del os.environ[name]
 
 
+def joins(cluster: ClusterConfig) -> bool:
+    """Whether a run joins a cluster that is there, in place of starting one of its own."""
+    return cluster.address != "local" or bool(os.environ.get("RAY_ADDRESS"))
+
+
 @contextmanager
 def connected(cluster: ClusterConfig, window_bytes: int = 0) -> Iterator[None]:
     """A Ray session: joined if there is one already or an address is given, else started on this machine alone (loopback).

@@ -1,10 +1,10 @@
-"""Searches a grid of budgets with Ray Tune and shows the frontier."""
+"""Search a grid of budgets with Ray Tune and shows the frontier."""
 
 from __future__ import annotations
 
-from jobs.cli import run_main, stage_command
-from jobs.stages import Run
-from puzzle_ray.search.sweep import SweepPoint, read
+from jobs.command import SEARCHES, stage_verb
+from jobs.run import Run
+from puzzle_ray.search.sweep import SweepPoint
 
 
 def line(point: SweepPoint, width: int) -> str:
@@ -23,15 +23,20 @@ def line(point: SweepPoint, width: int) -> str:
 
 
 def work(run: Run) -> None:
-    points = read(run.sweep)
+    from jobs.stages import sweep
+
+    artifact = run.done("sweep")
+    points = sweep.read(run)
     width = max(7, *(len(point.label) for point in points))
     print(f"{'asked':>{width}} {'predicted':>10} {'score':>10} {'true KL':>9} {'after GKD':>9} {'MiB':>9} {'params':>9}  status")
     for point in points:
         print(line(point, width))
-    print(f"tables: {run.sweep.path('sweep.csv')} and sweep.parquet")
+    print(f"tables: {artifact.path('sweep.csv')} and sweep.parquet")
 
 
-main = stage_command(work, __doc__ or "")
+VERB = stage_verb("sweep-budgets", __doc__, SEARCHES, work)
 
 if __name__ == "__main__":
-    run_main(main)
+    from jobs.app import main
+
+    main(VERB.name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -20,3 +20,7 @@ class DataConfig(Section):
     sequence_length: Annotated[int, Field(ge=8)] = 256
     max_train_tokens: Count = 50_000_000  # what is read of the source at the most
     max_heldout_tokens: Count = 1_000_000
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that the tokens depend on; the sources stand among the inputs, by their content."""
+        return self.model_dump(mode="json", exclude={"train", "heldout"})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -73,6 +73,11 @@ class LibraryConfig(Section):
             raise ValueError(f"{problem}; set narrow_from to an architecture.json or a sweep of a decoupled run")
         return self
 
+    def identity(self) -> dict[str, Any]:
+        """The settings that a library's content depends on. What names another artifact stands among the inputs, by its key."""
+        without_effect = {"window", "checkpoint_every", "max_pairs"}
+        return self.model_dump(mode="json", exclude=without_effect | {"narrow_from", "start_from"})
+
 
 class GkdConfig(Section):
     """Global knowledge distillation: weights of the loss' terms, and training."""
@@ -96,3 +101,7 @@ class GkdConfig(Section):
         if self.kl_weight + self.cosine_weight + self.lm_weight == 0:
             raise ValueError("all loss weights are 0; set gkd.kl_weight, gkd.cosine_weight or gkd.lm_weight")
         return self
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that a distilled child depends on."""
+        return self.model_dump(mode="json", exclude={"checkpoint_every", "max_failures"})

@@ -109,6 +109,11 @@ def engine_of(config: ProfileConfig) -> Engine:
     return found
 
 
+def target_of(engine: Engine, config: ProfileConfig, num_cpus: int) -> str:
+    """What a profile is of, in words that change when the device does."""
+    return "the GPU that is asked for" if config.num_gpus else f"{engine.device_name()}; {num_cpus} CPUs"
+
+
 def is_estimate(engine: Engine) -> bool:
     """Whether an engine's times are computed instead of measured."""
     return bool(getattr(engine, "estimated", False))

@@ -65,3 +65,7 @@ class ProfileConfig(Section):
         if self.dtype == "fp8" and self.engine == "torch":
             raise ValueError("dtype fp8 is for engines roofline, vllm and tensorrt_llm; torch takes float32, bfloat16 or float16")
         return self
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that a profile depends on."""
+        return self.model_dump(mode="json", exclude={"num_profilers"})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -43,3 +43,12 @@ class ScoringConfig(Section):
         if self.metric == "fisher" and self.shortlist != "fisher":
             raise ValueError("metric fisher needs its estimates; set scoring.shortlist to fisher")
         return self
+
+    @property
+    def makes_exact(self) -> bool:
+        """Whether what a search's answer uses is scored exactly, where it was only estimated."""
+        return self.shortlist != "none" and self.shortlist_settle
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that the first scores depend on; what is made exact later depends on the answers."""
+        return self.model_dump(mode="json", exclude={"shortlist_settle"})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
@@ -54,3 +54,12 @@ class SearchConfig(Section):
     def grid(self) -> dict[str, tuple[float, ...]]:
         """The sweep's axes; those set to null or to nothing are left out."""
         return {name: values for name, values in self.sweep.items() if values}
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that one budget's answer depends on."""
+        return self.model_dump(mode="json", exclude={"sweep", "sweep_measure", "sweep_gkd"})
+
+    def sweep_identity(self) -> dict[str, Any]:
+        """The settings that a sweep depends on: not the run's own budget, but what it fixes for all budgets."""
+        whole = dict.fromkeys(("searcher", "time_limit_s", "sweep", "sweep_measure", "measure_tokens"), True)
+        return self.model_dump(mode="json", include=whole | {"limits": {"fixed", "agree"}})

@@ -1,0 +1,270 @@
+"""A run as a graph of stages: what each stage reads, where its result is kept, and doing what is not finished yet.
+
+A stage is one file in `jobs/stages` that declares `STAGE`. The graph can be asked without doing anything (`Run.artifact`,
+`puzzle-ray status`) and done (`Run.done`).
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from puzzle_ray.artifacts import SearchSpace
+from puzzle_ray.config import TINY, RunConfig
+from puzzle_ray.errors import PuzzleError
+from puzzle_ray.plugins import declared
+from puzzle_ray.profiling.settings import ProfileConfig
+from puzzle_ray.progress import Lines, Progress
+from puzzle_ray.store import Artifact, Store
+
+SECONDS = "seconds.json"
+
+
+class NotDone(Exception):
+    """What was asked for depends on the result of `stage`, which is not finished."""
+
+    def __init__(self, stage: str) -> None:
+        super().__init__(stage)
+        self.stage = stage
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a run.
+
+    `inputs` are the stages it reads: their keys are part of its own. `reads` are stages that come first and whose content
+    decides its key, by what `sources` makes of it. `settings` are what of the config its result depends on; `sources` name
+    everything else that it reads, with something that changes when that does. `work` fills the artifact and finishes it.
+    `wanted` says for which configs there is such a stage; `said`, in one line, what to say of a finished one; `beside`, whether
+    it may run while others do.
+    """
+
+    name: str
+    work: Callable[[Run, Artifact], None]
+    inputs: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+    settings: Callable[[Run], Mapping[str, Any]] = lambda run: {}
+    sources: Callable[[Run], Mapping[str, str]] = lambda run: {}
+    wanted: Callable[[RunConfig], bool] = lambda config: True
+    said: Callable[[Mapping[str, Any]], str] | None = None
+    beside: Callable[[Run], bool] = lambda run: False
+
+
+@lru_cache(maxsize=1)
+def stages() -> dict[str, Stage]:
+    """Every stage by its name."""
+    found: list[Stage] = declared("jobs.stages", "STAGE")
+    return {stage.name: stage for stage in found}
+
+
+def in_order(names: Iterable[str], config: RunConfig) -> list[Stage]:
+    """These stages and all they need, each behind what it needs."""
+    found: dict[str, Stage] = {}
+
+    def visit(name: str) -> None:
+        stage = stages()[name]
+        if name in found or not stage.wanted(config):
+            return
+        for needed in (*stage.inputs, *stage.reads):
+            visit(needed)
+        found[name] = stage
+
+    for name in names:
+        visit(name)
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class Parent:
+    """`address`: as every node can find it, a folder, a URL, or a hub id with its commit. `folder`: on this machine."""
+
+    address: str
+    folder: Path
+    key: str
+    model_config: Any
+
+    @classmethod
+    def at(cls, address: str) -> Parent:
+        from puzzle_ray.models.checkpoint import fingerprint, locate
+        from puzzle_ray.models.child import read_config
+
+        folder = locate(address)
+        return cls(address, folder, fingerprint(folder), read_config(folder))
+
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens that it has positions for; None where any number will do."""
+        return getattr(self.model_config, "max_position_embeddings", None)
+
+
+class Run:
+    """One config and its store."""
+
+    def __init__(self, config: RunConfig, progress: Progress | None = None) -> None:
+        self.config = config
+        self.progress = progress or Lines()
+        self.store = Store(config.store)
+        self.seconds: dict[str, float] = {}  # of every stage that was done or found
+        self._artifacts: dict[str, Artifact] = {}
+        self._finished: set[str] = set()  # names of stages and keys of other artifacts
+
+    def check(self) -> None:
+        """Raises a PuzzleError for what can be known to be wrong before work starts."""
+        from jobs.checks import check
+
+        check(self.config, self.store)
+
+    # asking
+
+    def artifact(self, name: str) -> Artifact:
+        """Where a stage's result is kept, finished or not. Raises NotDone where that depends on an unfinished stage's content."""
+        if name not in self._artifacts:
+            stage = stages()[name]
+            inputs = {other: self.artifact(other).key for other in stage.inputs if stages()[other].wanted(self.config)}
+            self._artifacts[name] = self.store.artifact(name, stage.settings(self), inputs | dict(stage.sources(self)))
+        return self._artifacts[name]
+
+    def content(self, name: str) -> Artifact:
+        """A finished stage's artifact. Raises NotDone."""
+        artifact = self.artifact(name)
+        if name not in self._finished and not artifact.finished:
+            raise NotDone(name)
+        return artifact
+
+    @cached_property
+    def parent(self) -> Parent:
+        """Raises NotDone while the tiny parent is not trained."""
+        from puzzle_ray.models.checkpoint import locate
+
+        named = self.config.parent
+        if named == TINY:
+            return Parent.at(f"{self.content('tiny_parent').path('parent')}/model")
+        if Path(named).expanduser().is_dir():
+            return Parent.at(str(Path(named).expanduser().absolute()))
+        if "://" in named:
+            return Parent.at(named)
+        commit = locate(named, self.config.revision).name  # the hub's cache names a snapshot's folder by its commit
+        return Parent.at(f"{named}@{commit}")
+
+    @cached_property
+    def whole_space(self) -> SearchSpace:
+        """Every variant that the config offers."""
+        from puzzle_ray.variants.space import search_space
+
+        space = self.config.space
+        return search_space(self.parent.model_config, space.attention, space.ffn, space.ffn_multiple_of)
+
+    @cached_property
+    def space(self) -> SearchSpace:
+        """What is trained, scored and searched: the whole space, or what `library.narrow_from` leaves of it."""
+        from puzzle_ray.search.narrow import library_space
+
+        return library_space(self.whole_space, self.config.library)
+
+    @cached_property
+    def profile_config(self) -> ProfileConfig:
+        """How to profile, with numbers in place of `auto`."""
+        from puzzle_ray.profiling.batch_sizes import with_batch_sizes
+
+        limit_mib = self.config.search.limits.memory_mib
+        return with_batch_sizes(self.config.profile, self.parent.model_config, self.whole_space, limit_mib)
+
+    def in_context(self, input_tokens: float, output_tokens: float) -> Run:
+        """The same run with sequences of another length in its profile, at the same batch sizes."""
+        profile = self.profile_config
+        scenario = replace(profile.scenario, input_tokens=input_tokens, output_tokens=output_tokens)
+        if scenario == profile.scenario:
+            return self
+        profile = profile.model_copy(update={"scenario": scenario})
+        return Run(self.config.model_copy(update={"profile": profile}), self.progress)
+
+    # doing
+
+    def done(self, *names: str) -> Artifact:
+        """Does these stages and all they need, but for what is finished. Returns the last one's artifact.
+
+        A stage that may run beside others does so in a thread; who reads it waits for it. Where it fails, so does the run at once.
+        """
+        background: dict[str, _Background] = {}
+        with _ended_together(background):
+            for stage in in_order(names, self.config):
+                if stage.name in self._finished:
+                    continue
+                for needed in (*stage.inputs, *stage.reads):
+                    if needed in background:
+                        background.pop(needed).join()
+                if not self.artifact(stage.name).finished and stage.beside(self):
+                    background[stage.name] = _Background(stage.name, lambda stage=stage: self._do(stage))
+                else:
+                    self._do(stage)
+            for waiting in background.values():
+                waiting.join()
+        return self.artifact(names[-1])
+
+    def _do(self, stage: Stage) -> None:
+        artifact = self.finish(self.artifact(stage.name), lambda artifact: stage.work(self, artifact))
+        self._finished.add(stage.name)
+        if stage.said is not None:
+            print(f"  {stage.said(artifact.facts())}", file=sys.stderr, flush=True)
+
+    def finish(self, artifact: Artifact, work: Callable[[Artifact], None]) -> Artifact:
+        """Does `work` unless the artifact is finished, and says in one line where the result is."""
+        if artifact.key in self._finished:
+            return artifact
+        started = time.monotonic()
+        there = artifact.finished
+        if not there:
+            work(artifact)
+            self.seconds[artifact.stage] = time.monotonic() - started
+            artifact.write_json(SECONDS, self.seconds[artifact.stage])
+        elif artifact.exists(SECONDS):
+            self.seconds[artifact.stage] = float(artifact.read_json(SECONDS))
+        took = "already there" if there else f"{time.monotonic() - started:.1f} s"
+        print(f"[{artifact.stage}] {took}: {artifact.url}", file=sys.stderr, flush=True)
+        self._finished.add(artifact.key)
+        return artifact
+
+
+class _Background:
+    """A stage in a thread of its own. Where it fails, the main thread is interrupted and `join` raises what it failed by."""
+
+    def __init__(self, name: str, work: Callable[[], None]) -> None:
+        self.name, self.error = name, None
+        self._thread = threading.Thread(target=self._run, args=(work,), name=name, daemon=True)
+        self._thread.start()
+
+    error: BaseException | None
+
+    def _run(self, work: Callable[[], None]) -> None:
+        import _thread
+
+        try:
+            work()
+        except BaseException as error:  # raised again where it is waited for
+            self.error = error
+            _thread.interrupt_main()
+
+    def join(self) -> None:
+        while self._thread.is_alive():
+            self._thread.join(0.2)
+        if self.error is not None:
+            raise self.error
+
+
+@contextmanager
+def _ended_together(background: Mapping[str, _Background]) -> Iterator[None]:
+    """An interrupt that a failed background stage caused is told as that stage's own error."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        for stage in background.values():
+            if isinstance(stage.error, PuzzleError | Exception):
+                raise stage.error from None
+        raise

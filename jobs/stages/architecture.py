@@ -1,0 +1,60 @@
+"""The architecture: one variant per layer, least damage within the budget; picked by measurement where asked for."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+from jobs.run import Run, Stage
+from jobs.stages import profile, scores, tokens
+from puzzle_ray.artifacts import Architecture, Measure, Scores
+from puzzle_ray.search.choose import ARCHITECTURE, SCORES, choose, save_choice
+from puzzle_ray.search.pick import PICKED
+from puzzle_ray.search.setup import SearchSetup
+from puzzle_ray.store import Artifact
+
+
+def settings(run: Run) -> dict[str, Any]:
+    return {"search": run.config.search.identity()} | scores.identity(run)
+
+
+def setup(run: Run) -> SearchSetup:
+    """All that a search of this run's own scenario reads besides its budget."""
+    config, search = run.config, run.config.search
+    numbers = (run.space, scores.read(run), profile.read(run), run.profile_config.scenario, config.scoring.metric)
+    return SearchSetup(*numbers, search.searcher, search.time_limit_s, search.limits, config.seed)
+
+
+def measuring(run: Run) -> AbstractContextManager[Measure]:
+    """A context with a function that measures whole children on held-out text; what it measured is kept for all budgets."""
+    from actors.pick_pool import measuring as pool
+
+    count = run.config.search.measure_tokens
+    sequences = max(1, run.config.scoring.micro_batch_tokens // run.config.data.sequence_length)
+    batches = tokens.heldout_batches(run, count, sequences)
+    library = run.content("library")
+    inputs = {"library": library.key, "tokens": run.artifact("tokens").key}
+    artifact = run.store.artifact("measured", {"tokens": count, "sequences": sequences}, inputs)
+    return pool(run.parent.address, library, batches, run.config.cluster, artifact, run.progress)
+
+
+def work(run: Run, artifact: Artifact) -> None:
+    save_choice(choose(setup(run), run.config.search, scores.exact(run), lambda: measuring(run)), artifact)
+
+
+def read(run: Run) -> Architecture:
+    return Architecture.from_json(run.content("architecture").read(ARCHITECTURE))
+
+
+def searched_scores(run: Run) -> Scores:
+    """What the architecture was searched by: exact for all that it is made of."""
+    return Scores.from_parquet(run.content("architecture").read(SCORES))
+
+
+def measurements(run: Run) -> dict[str, Any] | None:
+    """What was measured before the pick; None where nothing was."""
+    artifact = run.content("architecture")
+    return dict(artifact.read_json(PICKED)) if artifact.exists(PICKED) else None
+
+
+STAGE = Stage("architecture", work, inputs=("profile", "scores"), settings=settings)

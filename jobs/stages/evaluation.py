@@ -1,0 +1,82 @@
+"""The evaluation: what was kept and gained, measured beside what was predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jobs.run import Run, Stage
+from jobs.stages import architecture, scores, tokens
+from puzzle_ray.store import Artifact
+
+EVALUATION = "evaluation.json"
+SEQUENCES = 8  # of a batch
+
+
+def settings(run: Run) -> dict[str, Any]:
+    found = {"evaluate": run.config.evaluate.model_dump(mode="json"), "profile": run.profile_config.model_dump(mode="json")}
+    scoring = run.config.scoring
+    return found | ({} if scoring.downstream is None else {"downstream_questions": scoring.downstream_questions})
+
+
+def compare(run: Run, folders: Mapping[str, str]) -> dict[str, Any]:
+    """Held-out predictions and measured speed of models by name, `parent` and `child` among them, side by side; their answers to
+    the half of the downstream questions that no block was scored by."""
+    from actors.remote_work import evaluate, run_alone
+    from puzzle_ray.scoring.downstream import load_questions
+
+    profile, config = run.profile_config, run.config
+    found: dict[str, Any] = run_alone(
+        evaluate,
+        folders,
+        tokens.heldout_batches(run, config.evaluate.tokens, SEQUENCES),
+        architecture.read(run),
+        profile.scenario,
+        config.evaluate,
+        profile.dtype,
+        profile.num_gpus > 0,
+        load_questions(run.parent.address, config.scoring, run.parent.max_positions, "test"),
+        cluster=config.cluster,
+        what="evaluate",
+        profile=profile,
+    )
+    return found
+
+
+def heldout_of(run: Run, distilled: Artifact) -> Mapping[str, float]:
+    """Held-out loss, KL and agreement of a distilled child, nothing timed."""
+    from actors.remote_work import predict, run_alone
+
+    count = run.config.evaluate.tokens
+
+    def work(artifact: Artifact) -> None:
+        batches = tokens.heldout_batches(run, count, SEQUENCES)
+        folders = {"parent": run.parent.address, "child": distilled.path("child")}
+        found = run_alone(predict, folders, batches, cluster=run.config.cluster, what="evaluate")
+        artifact.finish(found["child"])
+
+    inputs = {"child": distilled.key, "tokens": run.content("tokens").key}
+    return run.finish(run.store.artifact("heldout", {"tokens": count}, inputs), work).facts()
+
+
+def work(run: Run, artifact: Artifact) -> None:
+    child, distilled = run.content("child"), run.content("gkd")
+    folders = {"parent": run.parent.address, "child_before_gkd": child.path("child"), "child": distilled.path("child")}
+    with run.progress.stage("evaluate", 1, "comparison") as bar:
+        found = compare(run, folders)
+        bar.advance()
+    artifact.write_json(EVALUATION, found)
+    artifact.finish({name: found[name] for name in ("measured_speedup", "predicted_speedup")})
+
+
+def read(run: Run) -> Mapping[str, Any]:
+    return dict(run.content("evaluation").read_json(EVALUATION))
+
+
+STAGE = Stage(
+    "evaluation",
+    work,
+    inputs=("gkd", "child", "tokens", "architecture"),
+    settings=settings,
+    sources=scores.downstream_source,
+)

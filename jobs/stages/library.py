@@ -1,0 +1,52 @@
+"""The block library: every variant of every layer, trained to mimic its parent block (BLD)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jobs.run import Run, Stage
+from jobs.stages import tokens
+from puzzle_ray.artifacts import to_json
+from puzzle_ray.store import Artifact
+
+
+def settings(run: Run) -> dict[str, Any]:
+    return {"library": run.config.library.identity(), "seed": run.config.seed}
+
+
+def _start(run: Run) -> Any:
+    from puzzle_ray.distill.library import starting_library
+
+    return starting_library(run.config.library, run.space, run.parent.key)
+
+
+def sources(run: Run) -> dict[str, str]:
+    start = _start(run)
+    found = {"parent": run.parent.key, "space": to_json(run.space).decode()}
+    return found | ({"start": start.artifact.key} if start else {})
+
+
+def work(run: Run, artifact: Artifact) -> None:
+    from actors.library_stream import build_library
+
+    config, start = run.config.library, _start(run)
+    if start:
+        config = config.model_copy(update={"start_from": start.artifact.url})  # every node finds it there
+    train, _ = tokens.read(run)
+    build_library(run.parent.address, run.space, config, run.config.cluster, train, run.config.seed, artifact, run.progress)
+
+
+def said(facts: Any) -> str:
+    from puzzle_ray.distill.library import summary
+
+    return summary(facts)
+
+
+def read(run: Run) -> Any:
+    """A `puzzle_ray.distill.library.Library`."""
+    from puzzle_ray.distill.library import Library
+
+    return Library(run.content("library"))
+
+
+STAGE = Stage("library", work, inputs=("tokens",), settings=settings, sources=sources, said=said)

@@ -1,0 +1,78 @@
+"""Replace-one scores: the damage of every variant, one replacement at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jobs.run import Run, Stage
+from jobs.stages import tokens
+from puzzle_ray.artifacts import Scores
+from puzzle_ray.search.choose import Answers, MakeExact
+from puzzle_ray.store import Artifact
+
+
+def settings(run: Run) -> dict[str, Any]:
+    return {"scoring": run.config.scoring.identity()}
+
+
+def sources(run: Run) -> dict[str, str]:
+    return downstream_source(run)
+
+
+def downstream_source(run: Run) -> dict[str, str]:
+    """The questions that blocks are scored and children tested by, where there are any."""
+    from puzzle_ray.data.sources import source_fingerprint
+
+    questions = run.config.scoring.downstream
+    return {} if questions is None else {"downstream": source_fingerprint(questions)}
+
+
+def _arguments(run: Run, artifact: Artifact) -> tuple[Any, ...]:
+    """Of the scoring pool: everything that scores are computed from."""
+    library, config = run.content("library"), run.config
+    return (
+        run.parent.address,
+        run.space,
+        library,
+        config.scoring,
+        config.cluster,
+        tokens.read(run)[1],
+        artifact,
+        run.progress,
+    )
+
+
+def work(run: Run, artifact: Artifact) -> None:
+    from actors.scoring_pool import score_blocks
+
+    score_blocks(*_arguments(run, artifact))
+
+
+def read(run: Run) -> Scores:
+    from puzzle_ray.scoring.items import SCORES_TABLE
+
+    return Scores.from_parquet(run.content("scores").read(SCORES_TABLE))
+
+
+def exact(run: Run) -> MakeExact | None:
+    """What makes scores exact where answers use estimates; None where all are exact. What is scored for that is kept for all budgets."""
+    if not run.config.scoring.makes_exact:
+        return None
+    artifact = run.store.artifact("exact_scores", {}, {"scores": run.artifact("scores").key})
+
+    def make(scores: Scores, answers: Answers) -> Scores:
+        from actors.scoring_pool import scoring
+        from puzzle_ray.scoring.settle import settle
+
+        with scoring(*_arguments(run, artifact)) as score:
+            return settle(scores, run.config.scoring.metric, answers, score)
+
+    return make
+
+
+def identity(run: Run) -> dict[str, Any]:
+    """What a search's answer depends on besides its own settings."""
+    return {"metric": run.config.scoring.metric, "exact": run.config.scoring.makes_exact, "seed": run.config.seed}
+
+
+STAGE = Stage("scores", work, inputs=("library", "tokens"), settings=settings, sources=sources)

@@ -1,0 +1,97 @@
+"""Everything that can be known to be wrong before work starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from puzzle_ray.config import TINY, RunConfig
+from puzzle_ray.data.sources import check_source
+from puzzle_ray.errors import ConfigError, ParentError
+from puzzle_ray.scoring.settings import ScoringConfig
+from puzzle_ray.store import Store
+
+
+def check(config: RunConfig, store: Store) -> None:
+    """Looks at settings, store, text, parent and search space. Raises a PuzzleError with one clear line."""
+    from puzzle_ray.profiling.engine import engine_of
+    from puzzle_ray.search.searcher import find_searcher
+
+    store.check()
+    find_searcher(config.search.searcher)
+    engine_of(config.profile)
+    data = config.data
+    for where, source in (
+        ("data.train", data.train),
+        ("data.heldout", data.heldout),
+        ("scoring.downstream", config.scoring.downstream),
+    ):
+        if source is not None:
+            check_source(source, where)
+    _check_questions(config.scoring)
+    if data.train is None and (config.parent != TINY or data.heldout is not None):
+        raise ConfigError("data.train", "no training text is named", "give --data, or use parent: tiny without data.heldout")
+    model_config = _tiny_config() if config.parent == TINY else _checked_parent(config)
+    _check_space(config, model_config)
+
+
+def _check_questions(scoring: ScoringConfig) -> None:
+    """Both halves have some: one scores blocks, the other is not read before the child is there."""
+    from puzzle_ray.scoring.downstream import HALVES, read_questions
+
+    if scoring.downstream is not None:
+        for half in HALVES:
+            read_questions(scoring.downstream, half, scoring.downstream_questions)
+
+
+def _check_space(config: RunConfig, model_config: Any) -> None:
+    from puzzle_ray.distill.library import starting_library
+    from puzzle_ray.profiling.batch_sizes import with_batch_sizes
+    from puzzle_ray.profiling.measure import check_shapes
+    from puzzle_ray.search.narrow import library_space
+    from puzzle_ray.search.sweep import longest_context
+    from puzzle_ray.search.tables import check_limits
+    from puzzle_ray.variants.space import search_space
+
+    space = search_space(model_config, config.space.attention, config.space.ffn, config.space.ffn_multiple_of)
+    narrowed = library_space(space, config.library)
+    check_limits(narrowed, config.search.limits)
+    starting_library(config.library, narrowed)
+    profile = with_batch_sizes(config.profile, model_config, space, config.search.limits.memory_mib)
+    check_shapes(space, model_config, profile)
+    needed = max(config.data.sequence_length, longest_context(config.search.grid, profile))
+    positions = getattr(model_config, "max_position_embeddings", None)
+    if positions is not None and needed > positions:
+        problem = f"sequences of {needed} tokens do not fit its {positions} positions"
+        raise ConfigError("parent", problem, "shorten data.sequence_length or profile.scenario")
+
+
+def _tiny_config() -> Any:
+    from puzzle_ray.recipes.tiny_parent import TinyParentSpec, model_config
+
+    return model_config(TinyParentSpec())
+
+
+def _checked_parent(config: RunConfig) -> Any:
+    """The parent's config, after a look at its family, weights and tokenizer."""
+    from transformers import AutoTokenizer
+
+    from puzzle_ray.models.checkpoint import Checkpoint, locate
+    from puzzle_ray.models.child import read_config
+    from puzzle_ray.models.describe import describe
+
+    folder = locate(config.parent, config.revision)
+    model_config = read_config(folder)
+    describe(model_config)
+    if getattr(model_config, "puzzle_layers", None):
+        raise ParentError("parent", f"{config.parent!r} is a child itself", "name a model that is no child")
+    if getattr(model_config, "quantization_config", None):
+        raise ParentError("parent", f"the weights of {config.parent!r} are quantized", "give the checkpoint they were made from")
+    _ = Checkpoint(folder).files
+    try:
+        AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ParentError(
+            "parent", f"{config.parent!r} has no tokenizer that can be read ({reason})", "save it there too"
+        ) from None
+    return model_config

@@ -1,0 +1,319 @@
+"""The method in one file: from a trained parent to a distilled child, one plain call below the other, in this process.
+
+    import puzzle_ray
+    result = puzzle_ray.compress(parent="org/model", data="text.jsonl", settings={"search.limits.speedup": 1.8})
+    print(result.child, result.evaluation["measured_speedup"])
+
+`jobs` does the same stages on Ray and gives the same child, bit for bit. Both keep results in a store under the same keys: what one has
+finished the other finds. A run that was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from puzzle_ray.artifacts import Architecture, Measure, Profile, Scores, SearchSpace, to_json
+from puzzle_ray.checks import check
+from puzzle_ray.config import TINY, RunConfig, load
+from puzzle_ray.data.order import Tokens
+from puzzle_ray.data.sources import source_fingerprint
+from puzzle_ray.data.tokenising import tokenise
+from puzzle_ray.distill.gkd import TOKENS, GkdJob, distill_child
+from puzzle_ray.distill.library import Library, build_serially, starting_library
+from puzzle_ray.distill.realize import realize
+from puzzle_ray.evaluation.child_meter import ChildMeter
+from puzzle_ray.evaluation.evaluate import evaluate
+from puzzle_ray.models.blocks import LayerStack, load_stack
+from puzzle_ray.models.checkpoint import fingerprint, locate
+from puzzle_ray.models.child import read_config
+from puzzle_ray.models.describe import describe
+from puzzle_ray.process import compute_with, num_cores
+from puzzle_ray.profiling.batch_sizes import with_batch_sizes
+from puzzle_ray.profiling.engine import engine_of, target_of
+from puzzle_ray.profiling.measure import PROFILE_TABLE, profile_serially
+from puzzle_ray.profiling.settings import ProfileConfig
+from puzzle_ray.progress import Lines, Progress
+from puzzle_ray.recipes import tiny_parent
+from puzzle_ray.scoring.downstream import load_questions
+from puzzle_ray.scoring.items import SCORES_TABLE
+from puzzle_ray.scoring.serial import SerialScorer, score_serially
+from puzzle_ray.scoring.settle import settle
+from puzzle_ray.search.choose import ARCHITECTURE, MakeExact, choose, save_choice
+from puzzle_ray.search.narrow import library_space
+from puzzle_ray.search.setup import SearchSetup
+from puzzle_ray.store import Artifact, Store
+from puzzle_ray.variants.space import search_space
+
+EVALUATION = "evaluation.json"
+SEQUENCES = 8  # of a batch in the evaluation
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """`child`: a Hugging Face folder, distilled. `evaluation`: what was kept and gained, see `puzzle_ray.evaluation.evaluate`."""
+
+    child: str
+    architecture: Architecture
+    evaluation: Mapping[str, Any]
+
+
+def compress(
+    parent: str | None = None,
+    data: str | None = None,
+    *,
+    recipe: str | None = None,
+    file: str | None = None,
+    store: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Compressed:
+    """From a parent to a distilled child, without Ray.
+
+    `recipe` comes with the package, `file` is a YAML file, `settings` maps dotted names to values; each goes on top of the one
+    before. Raises a PuzzleError that says what is wrong, most of them before any work starts.
+    """
+    named = {"parent": parent, "data.train": data, "store": store}
+    words = {**(settings or {}), **{name: value for name, value in named.items() if value is not None}}
+    config = load(recipe, file, tuple(f"{name}={json.dumps(value)}" for name, value in words.items()))
+    check(config, Store(config.store))
+    return run(Setting(config, Store(config.store), progress or Lines()))
+
+
+def run(s: Setting) -> Compressed:
+    """The method. Every line is a stage; a stage that is finished in the store is read from there."""
+    tokens = tokens_of(s)  # the text in the parent's tokens
+    profile = profile_of(s)  # what every variant costs on the target
+    library = library_of(s, tokens)  # every variant of every layer, trained to mimic its parent block (BLD)
+    scores = scores_of(s, tokens, library)  # the damage of every replacement
+    architecture = architecture_of(s, tokens, library, profile, scores)  # one variant per layer within the budget (MIP)
+    child = child_of(s, library, architecture)  # put together from parent and library
+    distilled = distilled_of(s, tokens, child)  # trained as a whole towards the parent (GKD)
+    return Compressed(
+        distilled.path("child"), read_architecture(architecture), evaluation_of(s, tokens, architecture, child, distilled)
+    )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A config, its store, and what all stages start from."""
+
+    config: RunConfig
+    store: Store
+    progress: Progress
+
+    @cached_property
+    def tiny_parent(self) -> Artifact:
+        """The parent that recipe `tiny` trains."""
+        spec = tiny_parent.TinyParentSpec(seed=self.config.seed, steps=self.config.tiny_parent_steps)
+
+        def work(artifact: Artifact) -> None:
+            with artifact.folder_to_publish("parent") as folder:
+                summary = tiny_parent.build_tiny_parent(folder, spec, self.progress)
+            artifact.finish(asdict(summary))
+
+        return once(self.store.artifact("tiny_parent", {"fingerprint": tiny_parent.source_fingerprint(spec)}, {}), work)
+
+    @cached_property
+    def parent(self) -> Path:
+        """The parent's folder."""
+        if self.config.parent == TINY:
+            return self.tiny_parent.local_folder("parent") / "model"
+        return locate(self.config.parent, self.config.revision)
+
+    @cached_property
+    def parent_key(self) -> str:
+        return fingerprint(self.parent)
+
+    @cached_property
+    def model_config(self) -> Any:
+        return read_config(self.parent)
+
+    @property
+    def max_positions(self) -> int | None:
+        return getattr(self.model_config, "max_position_embeddings", None)
+
+    @cached_property
+    def whole_space(self) -> SearchSpace:
+        space = self.config.space
+        return search_space(self.model_config, space.attention, space.ffn, space.ffn_multiple_of)
+
+    @cached_property
+    def space(self) -> SearchSpace:
+        """What is trained, scored and searched."""
+        return library_space(self.whole_space, self.config.library)
+
+    @cached_property
+    def profile_config(self) -> ProfileConfig:
+        """How to profile, with numbers in place of `auto`."""
+        limit_mib = self.config.search.limits.memory_mib
+        return with_batch_sizes(self.config.profile, self.model_config, self.whole_space, limit_mib)
+
+    def stack(self) -> LayerStack:
+        """The whole parent in float32, cut into layers that can be exchanged."""
+        compute_with(1)  # as every shard computes
+        layers = self.model_config.num_hidden_layers
+        return load_stack(self.parent, describe(self.model_config), self.model_config, 0, layers, torch.float32)
+
+
+def once(artifact: Artifact, work: Callable[[Artifact], None]) -> Artifact:
+    """Does `work` unless the artifact is finished."""
+    if not artifact.finished:
+        work(artifact)
+    return artifact
+
+
+def tokens_of(s: Setting) -> Artifact:
+    text = s.config.data
+    if s.config.parent == TINY and text.train is None:
+        folder = s.tiny_parent.local_folder("parent")
+        text = text.model_copy(update={"train": str(folder / "train.jsonl"), "heldout": str(folder / "heldout.jsonl")})
+    sources = {name: source_fingerprint(s) for name, s in (("train", text.train), ("heldout", text.heldout)) if s}
+
+    def work(artifact: Artifact) -> None:
+        train, heldout = tokenise(text, AutoTokenizer.from_pretrained(s.parent), s.max_positions)
+        tensors = {"train": torch.from_numpy(train.sequences), "heldout": torch.from_numpy(heldout.sequences)}
+        artifact.write_tensors(TOKENS, tensors)
+        artifact.finish({"train_tokens": train.num_tokens, "heldout_tokens": heldout.num_tokens})
+
+    return once(s.store.artifact("tokens", {"data": text.identity()}, {"parent": s.parent_key, **sources}), work)
+
+
+def read_tokens(tokens: Artifact) -> tuple[Tokens, Tokens]:
+    """(train, held-out)."""
+    tensors, _ = tokens.read_tensors(TOKENS)
+    return Tokens(tensors["train"].numpy()), Tokens(tensors["heldout"].numpy())
+
+
+def library_of(s: Setting, tokens: Artifact) -> Artifact:
+    config, seed = s.config.library, s.config.seed
+    start = starting_library(config, s.space, s.parent_key)
+    inputs = {"tokens": tokens.key, "parent": s.parent_key, "space": to_json(s.space).decode()}
+    inputs |= {"start": start.artifact.key} if start else {}
+
+    def work(artifact: Artifact) -> None:
+        train, _ = read_tokens(tokens)
+        build_serially(str(s.parent), s.space, config, train, seed, artifact, s.progress, s.config.cluster.cpus_per_trainer)
+
+    return once(s.store.artifact("library", {"library": config.identity(), "seed": seed}, inputs), work)
+
+
+def profile_of(s: Setting) -> Artifact:
+    config = s.profile_config
+    engine = engine_of(config)
+    about = {"engine": engine.version(), "target": target_of(engine, config, num_cores())}
+    inputs = {"parent": s.parent_key, "space": to_json(s.whole_space).decode(), **about}
+
+    def work(artifact: Artifact) -> None:
+        compute_with(num_cores())
+        profile_serially(s.model_config, s.whole_space, config, artifact, s.progress)
+
+    return once(s.store.artifact("profile", {"profile": config.identity()}, inputs), work)
+
+
+def questions_source(s: Setting) -> dict[str, str]:
+    questions = s.config.scoring.downstream
+    return {} if questions is None else {"downstream": source_fingerprint(questions)}
+
+
+def scoring_texts(s: Setting, tokens: Artifact) -> list[torch.Tensor]:
+    """Held-out token ids that blocks are scored on."""
+    config = s.config.scoring
+    return read_tokens(tokens)[1].first(config.tokens, config.micro_batch_tokens // s.config.data.sequence_length)
+
+
+def scores_of(s: Setting, tokens: Artifact, library: Artifact) -> Artifact:
+    config = s.config.scoring
+
+    def work(artifact: Artifact) -> None:
+        questions = load_questions(str(s.parent), config, s.max_positions)
+        data = (scoring_texts(s, tokens), s.space, config, artifact, Library(library).states, s.progress, questions)
+        score_serially(s.stack(), *data)
+
+    inputs = {"library": library.key, "tokens": tokens.key} | questions_source(s)
+    return once(s.store.artifact("scores", {"scoring": config.identity()}, inputs), work)
+
+
+def architecture_of(s: Setting, tokens: Artifact, library: Artifact, profile: Artifact, scores: Artifact) -> Artifact:
+    config, search, scoring = s.config, s.config.search, s.config.scoring
+    settings = {"search": search.identity(), "metric": scoring.metric, "exact": scoring.makes_exact, "seed": config.seed}
+
+    def work(artifact: Artifact) -> None:
+        costs = Profile.from_parquet(profile.read(PROFILE_TABLE))
+        damage = Scores.from_parquet(scores.read(SCORES_TABLE))
+        numbers = (s.space, damage, costs, s.profile_config.scenario, scoring.metric)
+        setup = SearchSetup(*numbers, search.searcher, search.time_limit_s, search.limits, config.seed)
+        make_exact = exact(s, tokens, library, scores) if scoring.makes_exact else None
+        save_choice(choose(setup, search, make_exact, lambda: measuring(s, tokens, library)), artifact)
+
+    inputs = {"profile": profile.key, "scores": scores.key}
+    return once(s.store.artifact("architecture", settings, inputs), work)
+
+
+def exact(s: Setting, tokens: Artifact, library: Artifact, scores: Artifact) -> MakeExact:
+    """What makes scores exact where answers rest on estimates."""
+    config = s.config.scoring
+    artifact = s.store.artifact("exact_scores", {}, {"scores": scores.key})
+    questions = load_questions(str(s.parent), config, s.max_positions)
+    data = (scoring_texts(s, tokens), config, artifact, Library(library).states, s.progress, questions)
+    scorer = SerialScorer(s.stack(), *data)
+    return lambda found, answers: settle(found, config.metric, answers, scorer.score_alone)
+
+
+@contextmanager
+def measuring(s: Setting, tokens: Artifact, library: Artifact) -> Iterator[Measure]:
+    """A function that measures whole children on held-out text."""
+    count, sequences = s.config.search.measure_tokens, s.config.scoring.micro_batch_tokens // s.config.data.sequence_length
+    meter = ChildMeter(s.stack(), Library(library), read_tokens(tokens)[1].first(count, max(1, sequences)))
+    yield lambda children: [meter.measure(choices) for choices in children]
+
+
+def read_architecture(artifact: Artifact) -> Architecture:
+    return Architecture.from_json(artifact.read(ARCHITECTURE))
+
+
+def child_of(s: Setting, library: Artifact, architecture: Artifact) -> Artifact:
+    choices = read_architecture(architecture).choices
+    inputs = {"library": library.key, "parent": s.parent_key, "choices": ", ".join(choice.label for choice in choices)}
+    return once(s.store.artifact("child", {}, inputs), lambda artifact: realize(str(s.parent), choices, library, artifact))
+
+
+def distilled_of(s: Setting, tokens: Artifact, child: Artifact) -> Artifact:
+    config, seed = s.config.gkd, s.config.seed
+
+    def work(artifact: Artifact) -> None:
+        compute_with(max(1, num_cores() // config.num_workers))  # as each worker on a machine like this one
+        distill_child(GkdJob(str(s.parent), child, tokens, artifact, config, seed), s.progress)
+
+    inputs = {"child": child.key, "tokens": tokens.key}
+    return once(s.store.artifact("gkd", {"gkd": config.identity(), "seed": seed}, inputs), work)
+
+
+def evaluation_of(
+    s: Setting, tokens: Artifact, architecture: Artifact, child: Artifact, distilled: Artifact
+) -> Mapping[str, Any]:
+    config, profile, scoring = s.config.evaluate, s.profile_config, s.config.scoring
+    folders = {"parent": str(s.parent), "child_before_gkd": child.path("child"), "child": distilled.path("child")}
+
+    def work(artifact: Artifact) -> None:
+        compute_with(num_cores())
+        batches = read_tokens(tokens)[1].first(config.tokens, SEQUENCES)
+        questions = load_questions(str(s.parent), scoring, s.max_positions, "test")
+        how = (profile.scenario, config, profile.dtype, s.progress, profile.num_gpus > 0, questions)
+        found = evaluate(folders, batches, read_architecture(architecture), *how)
+        artifact.write_json(EVALUATION, found)
+        artifact.finish({name: found[name] for name in ("measured_speedup", "predicted_speedup")})
+
+    settings: dict[str, Any] = {"evaluate": config.model_dump(mode="json"), "profile": profile.model_dump(mode="json")}
+    settings |= {} if scoring.downstream is None else {"downstream_questions": scoring.downstream_questions}
+    inputs = {"gkd": distilled.key, "child": child.key, "tokens": tokens.key, "architecture": architecture.key}
+    artifact = once(s.store.artifact("evaluation", settings, inputs | questions_source(s)), work)
+    return dict(artifact.read_json(EVALUATION))

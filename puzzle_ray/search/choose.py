@@ -1,0 +1,66 @@
+"""The answer to one budget: searched, with exact scores where it rests on estimates, and picked by measurement where asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from puzzle_ray.artifacts import Architecture, LayerChoice, Measure, Scores, to_json
+from puzzle_ray.search.pick import PICKED, answers, pick_as_configured
+from puzzle_ray.search.settings import SearchConfig
+from puzzle_ray.search.setup import SearchSetup, solve
+from puzzle_ray.store import Artifact
+
+ARCHITECTURE = "architecture.json"
+SCORES = "scores.parquet"
+
+Answers = Callable[[Scores], Iterable[Sequence[LayerChoice]]]  # what is searched by these scores
+MakeExact = Callable[[Scores, Answers], Scores]  # scores with exact values for all that the answers use
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """An architecture, the scores it was searched by, and what was measured (None where nothing was)."""
+
+    architecture: Architecture
+    scores: Scores
+    report: dict[str, Any] | None = None
+
+
+def choose(
+    setup: SearchSetup,
+    search: SearchConfig,
+    make_exact: MakeExact | None,
+    measuring: Callable[[], AbstractContextManager[Measure]],
+) -> Chosen:
+    """The best architecture within `search.limits`.
+
+    `make_exact` is None where every score is exact already. `measuring` opens what measures whole children; it is used only where
+    `search.candidates` or `search.local_search_steps` ask for it. Raises Infeasible where no architecture meets the limits.
+    """
+    scores = setup.scores
+    if make_exact is not None:
+        scores = make_exact(scores, lambda seen: answers(replace(setup, scores=seen), search))
+        setup = replace(setup, scores=scores)
+    if not search.measures:
+        return Chosen(solve(setup, search.limits), scores)
+    with measuring() as measure:
+        architecture, report = pick_as_configured(setup, search, measure)
+    if make_exact is not None:  # local search may have chosen blocks whose scores are still estimates
+        scores = make_exact(scores, lambda _: [architecture.choices])
+        total = math.fsum(scores.value(i, c, architecture.metric) for i, c in enumerate(architecture.choices))
+        architecture = replace(architecture, objective=total, bound=min(architecture.bound, total))
+    return Chosen(architecture, scores, report)
+
+
+def save_choice(chosen: Chosen, artifact: Artifact) -> None:
+    """Writes the architecture, its scores and the report of measurements, and closes the artifact."""
+    if chosen.report is not None:
+        artifact.write_json(PICKED, chosen.report)
+    architecture = chosen.architecture
+    artifact.write(SCORES, chosen.scores.to_parquet())
+    artifact.write(ARCHITECTURE, to_json(architecture))
+    artifact.finish({"objective": architecture.objective, "bound": architecture.bound, "status": architecture.status})
