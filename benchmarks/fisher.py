@@ -18,8 +18,9 @@ from typing import Any
 
 from benchmarks.record import write
 from benchmarks.searchers import BUDGETS, parser_of, words_of
+from jobs.run import Run
 from jobs.session import connected
-from jobs.stages import Run
+from jobs.stages import architecture, scores
 from puzzle_ray.artifacts import Scores
 from puzzle_ray.config import load
 from puzzle_ray.search.limits import Limits
@@ -28,13 +29,18 @@ from puzzle_ray.search.setup import SearchSetup, solve
 KINDS = {"exact": "none", "fisher": "fisher"}
 
 
-def settle(run: Run) -> SearchSetup:
+def searched(run: Run) -> SearchSetup:
     """What a run searches, with exact scores for all that its answers to the budgets use."""
-    setup = run.sweep_setup
-    scores = run.settled(
-        run.scores, lambda seen: [solve(replace(setup, scores=seen), Limits(speedup=s)).choices for s in BUDGETS]
+    run.done("profile", "scores")
+    setup, make_exact = architecture.setup(run), scores.exact(run)
+    if make_exact is None:
+        return setup
+    return replace(
+        setup,
+        scores=make_exact(
+            setup.scores, lambda seen: [solve(replace(setup, scores=seen), Limits(speedup=s)).choices for s in BUDGETS]
+        ),
     )
-    return replace(setup, scores=scores)
 
 
 def share_scored(scores: Scores) -> float:
@@ -51,23 +57,23 @@ def main() -> None:
         words = words_of(arguments, scratch)
         runs = {kind: Run(load("tiny", None, (*words, f"scoring.shortlist={name}"))) for kind, name in KINDS.items()}
         with connected(runs["exact"].config.cluster):
-            settled = {kind: settle(run) for kind, run in runs.items()}
-            found = {(kind, s): solve(setup, Limits(speedup=s)) for kind, setup in settled.items() for s in BUDGETS}
-            with runs["exact"].measuring() as measure:
+            setups = {kind: searched(run) for kind, run in runs.items()}
+            found = {(kind, s): solve(setup, Limits(speedup=s)) for kind, setup in setups.items() for s in BUDGETS}
+            with architecture.measuring(runs["exact"]) as measure:
                 measured = dict(zip(found, measure([a.choices for a in found.values()]), strict=True))
     for speedup in BUDGETS:
         row: dict[str, Any] = {"speedup": speedup}
         for kind in KINDS:
-            architecture, child = found[kind, speedup], measured[kind, speedup]
-            row |= {f"{kind}_predicted": architecture.objective, f"{kind}_kl": child.kl, f"{kind}_stderr": child.stderr}
+            answer, child = found[kind, speedup], measured[kind, speedup]
+            row |= {f"{kind}_predicted": answer.objective, f"{kind}_kl": child.kl, f"{kind}_stderr": child.stderr}
         pairs = zip(found["exact", speedup].choices, found["fisher", speedup].choices, strict=True)
         row |= {"layers_unlike": sum(a != b for a, b in pairs), "excess": row["fisher_kl"] / row["exact_kl"] - 1}
         rows.append(row)
         print("  ".join(f"{name} {value:.5g}" for name, value in row.items()), flush=True)
     summary = {
         "max_excess": max(row["excess"] for row in rows),
-        "share_scored_at_first": share_scored(runs["fisher"].scores),
-        "share_scored": share_scored(settled["fisher"].scores),
+        "share_scored_at_first": share_scored(scores.read(runs["fisher"])),
+        "share_scored": share_scored(setups["fisher"].scores),
         "budgets": list(BUDGETS),
         "parent": Path(runs["exact"].config.parent).name,
         "measure_tokens": runs["exact"].config.search.measure_tokens,

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.record import write
+from jobs.run import Run
 from jobs.session import connected
-from jobs.stages import Run
+from jobs.stages import library, tokens
 from puzzle_ray.artifacts import LayerChoice
 from puzzle_ray.config import load
-from puzzle_ray.distill.library import Library
 from puzzle_ray.models.blocks import load_stack
 from puzzle_ray.models.child import assemble
 from puzzle_ray.models.describe import describe
@@ -41,8 +41,8 @@ class Setting:
     """A parent with its library, and the text to score on."""
 
     def __init__(self, run: Run, texts: Sequence[Tensor]) -> None:
-        self.folder, self.config, self.space = Path(run.parent), run.model_config, run.space
-        self.library, self.texts = Library(run.library), list(texts)
+        self.folder, self.config, self.space = run.parent.folder, run.parent.model_config, run.space
+        self.library, self.texts = library.read(run), list(texts)
         self.stack = load_stack(self.folder, describe(self.config), self.config, 0, self.config.num_hidden_layers, torch.float32)
         self.items = replacements(self.space, "subblock")
         self.batches = tuple(range(len(self.texts)))
@@ -131,7 +131,7 @@ def candidate_batches(run: Run, setting: Setting, sequences: Sequence[int]) -> l
     items = tuple(item for item in setting.items if item.layer == layer)[:8]
     rows = []
     for count in sequences:
-        texts = run.tokens[1].first(4096, count)
+        texts = tokens.read(run)[1].first(4096, count)
         scorer = ShardScorer(setting.stack, texts)
         scorer.run_parent(texts)
         batches = tuple(range(len(texts)))
@@ -170,7 +170,7 @@ def main() -> None:
         run = Run(load("tiny", None, (*(QUICK if arguments.quick else ()), *given, store, *arguments.settings)))
         run.check()
         with connected(run.config.cluster):
-            _ = run.library
+            run.done("library")
         measure(run, arguments.out)
 
 
@@ -178,7 +178,7 @@ def measure(run: Run, out: Path) -> None:
     torch.set_num_threads(1)
     scoring = run.config.scoring
     length = run.config.data.sequence_length
-    setting = Setting(run, run.tokens[1].first(scoring.tokens, scoring.micro_batch_tokens // length))
+    setting = Setting(run, tokens.read(run)[1].first(scoring.tokens, scoring.micro_batch_tokens // length))
     _, parent_s = timed(lambda: setting.scorer.run_parent(setting.texts))
     rows, exact = score_each(setting)
     kl = [mean(exact[item].values["kl"]) for item in setting.items]

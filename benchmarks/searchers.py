@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import write
+from jobs.run import Run
 from jobs.session import connected
-from jobs.stages import Run
+from jobs.stages import architecture, tokens
 from puzzle_ray.artifacts import Measure
 from puzzle_ray.config import load
 from puzzle_ray.errors import ConfigError, Infeasible
@@ -33,7 +34,8 @@ QUICK = ("library.tokens=20480", "scoring.tokens=4096", "search.measure_tokens=2
 
 def answers(run: Run, speedup: float, how: PickOptions, measure: Measure) -> list[dict[str, Any]]:
     """One row per searcher, not measured on other tokens yet."""
-    tables, options, limits = run.sweep_setup.tables, run.sweep_setup.options, Limits(speedup=speedup)
+    setup = architecture.setup(run)
+    tables, options, limits = setup.tables, setup.options, Limits(speedup=speedup)
     rows = []
     for name in sorted(searchers()):
         row: dict[str, Any] = {"speedup": speedup, "searcher": name}
@@ -81,17 +83,18 @@ def show(row: dict[str, Any]) -> None:
 
 
 def unseen(run: Run) -> Any:
-    """As `run.measuring`, on the held-out tokens behind those the pick is made on."""
+    """As `architecture.measuring`, on the held-out tokens behind those the pick is made on."""
     from actors.pick_pool import measuring
 
-    tokens, length = run.config.search.measure_tokens, run.config.data.sequence_length
-    sequences = run.tokens[1].sequences[tokens // length : 2 * tokens // length]
+    count, length = run.config.search.measure_tokens, run.config.data.sequence_length
+    sequences = tokens.read(run)[1].sequences[count // length : 2 * count // length]
     assert len(sequences), "the held-out text is too short for a second set of tokens; lower search.measure_tokens"
     each = max(1, run.config.scoring.micro_batch_tokens // length)
     batches = [sequences[i : i + each].astype("int64") for i in range(0, len(sequences), each)]
-    inputs = {"library": run.library.key, "tokens": run.tokens_step.key}
-    step = run.store.artifact("measured", {"tokens": tokens, "sequences": each, "from": tokens // length}, inputs)
-    return measuring(run.parent, run.library, batches, run.config.cluster, step, run.progress)
+    library = run.content("library")
+    inputs = {"library": library.key, "tokens": run.content("tokens").key}
+    step = run.store.artifact("measured", {"tokens": count, "sequences": each, "from": count // length}, inputs)
+    return measuring(run.parent.address, library, batches, run.config.cluster, step, run.progress)
 
 
 def parser_of(text: str | None) -> argparse.ArgumentParser:
@@ -124,8 +127,8 @@ def main() -> None:
         how = PickOptions("mip", arguments.candidates, 2, RIVALS, steps, 0)
         rows: list[dict[str, Any]] = []
         with connected(run.config.cluster):
-            run.sweep_setup  # noqa: B018  (library, profile and scores are made before anything is timed)
-            with run.measuring() as measure:
+            run.done("profile", "scores")  # before anything is timed
+            with architecture.measuring(run) as measure:
                 for speedup in BUDGETS[1:4:2] if arguments.quick else BUDGETS:
                     try:
                         rows += answers(run, speedup, how, measure)

@@ -20,10 +20,12 @@ import numpy as np
 import psutil
 
 from benchmarks.record import write
+from jobs.run import Run
 from jobs.session import connected
-from jobs.stages import Run
+from jobs.stages import architecture, child, evaluation, gkd, profile
 from puzzle_ray.artifacts import PARENT, LayerChoice
 from puzzle_ray.config import load
+from puzzle_ray.store import Artifact
 
 QUICK = ("library.tokens=20480", "gkd.tokens=40960", "scoring.tokens=4096", "evaluate.tokens=8192")
 
@@ -58,20 +60,27 @@ def first_choice(run: Run) -> LayerChoice:
     at a tenth of its width, would not do."""
     steps = run.profile_config.scenario.output_tokens - 1
     size = run.profile_config.scenario.batch_size
-    whole = run.model_config.intermediate_size
-    cost = {(r.subblock, r.variant): r.prefill_ms + steps * r.decode_ms for r in run.profile.rows if r.batch_size == size}
+    whole = run.parent.model_config.intermediate_size
+    cost = {(r.subblock, r.variant): r.prefill_ms + steps * r.decode_ms for r in profile.read(run).rows if r.batch_size == size}
     widths = sorted(
         (whole if v == PARENT else int(v[4:]), ms) for (k, v), ms in cost.items() if k == "ffn" and v.startswith(("ffn:", PARENT))
     )
-    saving = run.architecture.parent_predicted.runtime_ms - run.architecture.predicted.runtime_ms
+    found = architecture.read(run)
+    saving = found.parent_predicted.runtime_ms - found.predicted.runtime_ms
     heads = [PARENT, *(v for v in run.space.layers[0].attention if v.startswith("gqa:"))]
     for attention in heads:
         saved_by_heads = cost["attention", PARENT] - cost["attention", attention]
-        target = cost["ffn", PARENT] - saving / run.model_config.num_hidden_layers + saved_by_heads
+        target = cost["ffn", PARENT] - saving / run.parent.model_config.num_hidden_layers + saved_by_heads
         width = float(np.interp(target, np.maximum.accumulate([ms for _, ms in widths]), [w for w, _ in widths]))
         if target >= widths[0][1] and width >= whole / 10:
             break
     return LayerChoice(attention, f"ffn:{max(8, int(width) // 8 * 8)}")
+
+
+def compared(run: Run, uniform: Artifact) -> dict[str, Any]:
+    """The parent, the searched and distilled child, and a uniform one, measured side by side."""
+    folders = {"parent": run.parent.address, "child": run.content("gkd").path("child"), "uniform": uniform.path("child")}
+    return evaluation.compare(run, folders)
 
 
 def uniform_run(config: Any, choice: LayerChoice) -> Run:
@@ -82,22 +91,22 @@ def uniform_run(config: Any, choice: LayerChoice) -> Run:
 def uniform_child(run: Run) -> tuple[Run, LayerChoice, dict[str, Any]]:
     """The uniform child, not distilled yet, whose measured speed comes within 3 % of the child's (or nearest, after five tries)."""
     choice, tried = first_choice(run), {}
-    layers = run.model_config.num_hidden_layers
+    layers = run.parent.model_config.num_hidden_layers
     while len(tried) < 5:
         other = uniform_run(run.config, choice)
-        step = other.child_of([choice] * layers)
-        folders = {"parent": run.parent, "child": run.distilled.path("child"), "uniform": step.path("child")}
-        found = run.compare(folders)
-        child, uniform = (found["models"][name]["measured_speedup"] for name in ("child", "uniform"))
-        print(f"uniform {choice.label}: {uniform:.3f} x, child {child:.3f} x", file=sys.stderr, flush=True)
-        tried[choice] = (abs(uniform / child - 1), other, choice, found)
+        other.done("library")
+        narrowed = child.of(other, [choice] * layers)
+        found = compared(run, narrowed)
+        searched, uniform = (found["models"][name]["measured_speedup"] for name in ("child", "uniform"))
+        print(f"uniform {choice.label}: {uniform:.3f} x, child {searched:.3f} x", file=sys.stderr, flush=True)
+        tried[choice] = (abs(uniform / searched - 1), other, choice, found)
         width = int(choice.ffn[4:])
-        following = width + (16 if uniform > child else -16)
+        following = width + (16 if uniform > searched else -16)
         choice = LayerChoice(choice.attention, f"ffn:{following}")
         if (
             tried[LayerChoice(choice.attention, f"ffn:{width}")][0] <= 0.03
             or choice in tried
-            or not 8 <= following < run.model_config.intermediate_size
+            or not 8 <= following < run.parent.model_config.intermediate_size
         ):
             break
     _, other, choice, found = min(tried.values(), key=lambda entry: entry[0])
@@ -117,12 +126,11 @@ def main() -> None:
         run.check()
         started = time.monotonic()
         with peak_memory_gib() as peak, connected(run.config.cluster):
-            _ = run.report
+            run.done("report")
             seconds = time.monotonic() - started
             other, choice, found = uniform_child(run)
-            uniform = other.distilled_of(other.child_of([choice] * run.model_config.num_hidden_layers))
-            folders = {"parent": run.parent, "child": run.distilled.path("child"), "uniform": uniform.path("child")}
-            final = run.compare(folders)
+            uniform = gkd.of(other, child.of(other, [choice] * run.parent.model_config.num_hidden_layers))
+            final = compared(run, uniform)
     models = final["models"]
     rows = [{"model": name, **figures} for name, figures in models.items()]
     rows += [{"stage": stage, "seconds": taken} for stage, taken in run.seconds.items()]
@@ -130,7 +138,7 @@ def main() -> None:
         "seconds": seconds,
         "peak_memory_gib": peak[0],
         "measured_speedup": models["child"]["measured_speedup"],
-        "predicted_speedup": run.architecture.predicted_speedup,
+        "predicted_speedup": architecture.read(run).predicted_speedup,
         "uniform_speedup": models["uniform"]["measured_speedup"],
         "uniform_choice": choice.label,
         "child_loss": models["child"]["heldout_loss"],

@@ -73,8 +73,7 @@ def _guarded(call: Callable[[], Any]) -> int:
             error, MINE, f"{error.format_message()} (puzzle-ray --help lists the verbs, puzzle-ray VERB --help its options)"
         )
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted; the same command continues from here", file=sys.stderr)
-        return INTERRUPTED
+        code = INTERRUPTED
     except Exception as error:
         cause = getattr(error, "cause", None)  # an error of a Ray worker is itself and a RayTaskError
         if isinstance(cause, PuzzleError):
@@ -83,6 +82,8 @@ def _guarded(call: Callable[[], Any]) -> int:
         if type(error).__module__.startswith("ray."):
             return _say(error, WORKERS, f"a Ray worker failed: {reason or type(error).__name__}", log=True)
         return _say(error, WORKERS, f"{type(error).__name__}: {reason}", log=True)
+    if code == INTERRUPTED:  # Typer turns an interrupt into this code
+        print("interrupted; the same command continues from here", file=sys.stderr)
     return code if isinstance(code, int) else 0
 
 

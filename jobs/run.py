@@ -6,19 +6,19 @@ A stage is one file in `jobs/stages` that declares `STAGE`. The graph can be ask
 
 from __future__ import annotations
 
+import _thread
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from puzzle_ray.artifacts import SearchSpace
 from puzzle_ray.config import TINY, RunConfig
-from puzzle_ray.errors import PuzzleError
 from puzzle_ray.plugins import declared
 from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.progress import Lines, Progress
@@ -42,8 +42,8 @@ class Stage:
     `inputs` are the stages it reads: their keys are part of its own. `reads` are stages that come first and whose content
     decides its key, by what `sources` makes of it. `settings` are what of the config its result depends on; `sources` name
     everything else that it reads, with something that changes when that does. `work` fills the artifact and finishes it.
-    `wanted` says for which configs there is such a stage; `said`, in one line, what to say of a finished one; `beside`, whether
-    it may run while others do.
+    `wanted` says for which configs there is such a stage. `said` is what to say of a finished one, in one line; nothing where it is
+    empty. `beside` says whether it may run while others do.
     """
 
     name: str
@@ -199,9 +199,10 @@ class Run:
                     continue
                 for needed in (*stage.inputs, *stage.reads):
                     if needed in background:
-                        background.pop(needed).join()
+                        background[needed].join()
                 if not self.artifact(stage.name).finished and stage.beside(self):
-                    background[stage.name] = _Background(stage.name, lambda stage=stage: self._do(stage))
+                    background[stage.name] = _Background(stage.name, partial(self._do, stage))
+                    background[stage.name].start()
                 else:
                     self._do(stage)
             for waiting in background.values():
@@ -211,8 +212,9 @@ class Run:
     def _do(self, stage: Stage) -> None:
         artifact = self.finish(self.artifact(stage.name), lambda artifact: stage.work(self, artifact))
         self._finished.add(stage.name)
-        if stage.said is not None:
-            print(f"  {stage.said(artifact.facts())}", file=sys.stderr, flush=True)
+        words = stage.said(artifact.facts()) if stage.said is not None else ""
+        if words:
+            print(f"  {words}", file=sys.stderr, flush=True)
 
     def finish(self, artifact: Artifact, work: Callable[[Artifact], None]) -> Artifact:
         """Does `work` unless the artifact is finished, and says in one line where the result is."""
@@ -233,25 +235,27 @@ class Run:
 
 
 class _Background:
-    """A stage in a thread of its own. Where it fails, the main thread is interrupted and `join` raises what it failed by."""
+    """A stage in a thread of its own. Where it fails while nobody waits for it, the main thread is interrupted."""
 
     def __init__(self, name: str, work: Callable[[], None]) -> None:
-        self.name, self.error = name, None
-        self._thread = threading.Thread(target=self._run, args=(work,), name=name, daemon=True)
+        self.error: BaseException | None = None
+        self._work, self._awaited = work, False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
         self._thread.start()
 
-    error: BaseException | None
-
-    def _run(self, work: Callable[[], None]) -> None:
-        import _thread
-
+    def _run(self) -> None:
         try:
-            work()
+            self._work()
         except BaseException as error:  # raised again where it is waited for
             self.error = error
-            _thread.interrupt_main()
+            if not self._awaited:
+                _thread.interrupt_main()
 
     def join(self) -> None:
+        """Waits for the end. Raises what the stage failed by."""
+        self._awaited = True
         while self._thread.is_alive():
             self._thread.join(0.2)
         if self.error is not None:
@@ -265,6 +269,6 @@ def _ended_together(background: Mapping[str, _Background]) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         for stage in background.values():
-            if isinstance(stage.error, PuzzleError | Exception):
+            if isinstance(stage.error, Exception):
                 raise stage.error from None
         raise

@@ -7,7 +7,7 @@ from pathlib import Path
 from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
 from small_models import save_parent
 
-from jobs.stages import Run
+from jobs.run import Run
 from puzzle_ray.config import load
 
 

@@ -115,7 +115,7 @@ def library(parent_folder, tmp_path_factory):
 
     tokens = Tokens(np.random.default_rng(0).integers(0, 96, (64, 16), dtype=np.int32))
     space = coupled(parent_folder, (("gqa:1", "noop"), ("ffn:24", "noop")))
-    step = Store(str(tmp_path_factory.mktemp("store"))).step("library", {}, {})
+    step = Store(str(tmp_path_factory.mktemp("store"))).artifact("library", {}, {})
     return build_serially(str(parent_folder), space, CONFIG, tokens, 0, step, Quiet()), space, tokens
 
 
@@ -180,7 +180,7 @@ def test_scores_and_children_are_made_of_exactly_these_pairs(library, parent_fol
 def halves(parent_folder, library, tmp_path_factory):
     """A decoupled library of the same space, in a store."""
     space = SearchSpace(tuple(replace(layer, coupled=False) for layer in library[1].layers))
-    step = Store(str(tmp_path_factory.mktemp("halves"))).step("library", {}, {"parent": "this one"})
+    step = Store(str(tmp_path_factory.mktemp("halves"))).artifact("library", {}, {"parent": "this one"})
     return build_serially(str(parent_folder), space, CONFIG, library[2], 0, step, Quiet())
 
 

@@ -33,7 +33,7 @@ def found_within(limits=HARD, space=SPACE, scores=SCORES):
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
     """A finished sweep, one of its budgets out of reach."""
-    step = Store(str(tmp_path_factory.mktemp("store"))).step("sweep", {}, {})
+    step = Store(str(tmp_path_factory.mktemp("store"))).artifact("sweep", {}, {})
     grid = Grid({(30, 11): SearchSetup(SPACE, SCORES, PROFILE, SCENARIO, "kl", "mip", 60.0, HARD)})
     points = points_of({"speedup": [1.2, 1.5, 1000.0]})
     for point in points:
@@ -194,7 +194,7 @@ def test_a_run_trains_scores_and_searches_what_is_left_and_keys_it(parent_with_t
     ]
     assert [len(layer.trained) for layer in whole.layers] == [4] * 3
     assert [len(layer.trained) for layer in pairs.layers] == [3, 1, 0]
-    assert len({run._space_key for run in runs}) == 3
+    assert len({run.space for run in runs}) == 3
 
 
 def test_a_narrowed_run_that_cannot_work_is_refused_before_it_starts(parent_with_text, tmp_path):

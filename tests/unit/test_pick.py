@@ -200,7 +200,7 @@ def trained(parent_folder, tmp_path_factory):
     config = read_config(parent_folder)
     space = search_space(config, ("parent", "gqa:1", "noop"), ("parent", "ffn:24", "noop"), 8)
     library = LibraryConfig(tokens=256, calibration_tokens=64, validation_tokens=64, micro_batch_tokens=64)
-    step = Store(str(tmp_path_factory.mktemp("store"))).step("library", {}, {})
+    step = Store(str(tmp_path_factory.mktemp("store"))).artifact("library", {}, {})
     found = build_serially(str(parent_folder), space, library, tokens, 0, step, Quiet())
     stack = load_stack(parent_folder, describe(config), config, 0, config.num_hidden_layers, torch.float32)
     return stack, found, tokens.first(64, 2), space

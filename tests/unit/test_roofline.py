@@ -4,7 +4,7 @@ import csv
 import io
 import sys
 from dataclasses import replace
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pyarrow.parquet as pq
 import pytest
@@ -15,7 +15,7 @@ from torch import nn
 
 from jobs.evaluate_child import comparison
 from jobs.search_architecture import describe
-from jobs.stages import Run
+from jobs.stages.profile import said
 from jobs.sweep_budgets import line
 from puzzle_ray.artifacts import Profile, Scenario
 from puzzle_ray.config import load
@@ -297,13 +297,10 @@ def test_nothing_is_timed_and_the_assumptions_are_kept(tmp_path):
 ESTIMATE = replace(make_profile(4), estimated=True, engine="roofline", device="H100 (estimated)")
 
 
-def test_a_run_warns_once_that_costs_are_estimated(tmp_path, capsys):
-    for profile, lines in ((ESTIMATE, 1), (make_profile(4), 0)):
-        step = Store(str(tmp_path)).artifact("profile", {"lines": lines}, {})
-        step.write(PROFILE_TABLE, profile.to_parquet())
-        assert Run.profile.func(SimpleNamespace(profile_step=step)) == profile
-        said = capsys.readouterr().err
-        assert said.count("\n") == lines and ("costs are ESTIMATED by roofline for H100" in said) == bool(lines)
+def test_a_run_says_in_one_line_that_costs_are_estimated():
+    words = said({"estimated": True, "engine": ESTIMATE.engine, "device": ESTIMATE.device})
+    assert "costs are ESTIMATED by roofline for H100" in words and "\n" not in words
+    assert said({"estimated": False, "engine": "torch", "device": "cpu"}) == ""
 
 
 def test_architectures_and_what_is_printed_of_them_say_so():

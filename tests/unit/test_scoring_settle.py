@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from search_inputs import PROFILE, SCENARIO, SCORES, SPACE
 
-from jobs.stages import Run
+from jobs.run import Run
+from jobs.stages import architecture
 from puzzle_ray.artifacts import LayerChoice, ScoreRow, Scores
 from puzzle_ray.config import load
 from puzzle_ray.errors import Infeasible
@@ -89,7 +90,7 @@ def test_an_impossible_budget_is_said_and_nothing_is_scored():
 
 def test_what_is_settled_keys_a_search_only_where_there_is_a_shortlist():
     def key_part(*overrides):
-        return Run(load(None, None, overrides))._how_scored
+        return architecture.settings(Run(load(None, None, overrides)))
 
     assert key_part("scoring.shortlist_settle=false") == key_part()
     fisher = "scoring.shortlist=fisher"

@@ -1,0 +1,184 @@
+"""Stages as a graph: their order, what identifies them, what would run and why; a stage is added as one file."""
+
+import json
+import threading
+from dataclasses import replace
+
+import pytest
+from small_runs import make_run, save_parent_with_text
+
+import jobs.run
+import jobs.stages
+from jobs.run import NotDone, Stage, in_order, stages
+from jobs.status import differences, rows
+from puzzle_ray.config import load
+from puzzle_ray.errors import ProfileError
+
+
+@pytest.fixture(scope="module")
+def parent_with_text(tmp_path_factory):
+    return save_parent_with_text(tmp_path_factory.mktemp("parent"))
+
+
+def test_every_stage_comes_behind_what_it_needs():
+    order = [stage.name for stage in in_order(stages(), load("tiny"))]
+    assert set(order) == stages().keys() and len(order) == 11
+    for stage in stages().values():
+        assert all(order.index(needed) < order.index(stage.name) for needed in (*stage.inputs, *stage.reads))
+    assert [stage.name for stage in in_order(["scores"], load(overrides=("parent=x",)))] == ["tokens", "library", "scores"]
+
+
+def test_a_key_changes_with_what_the_result_depends_on_and_with_nothing_else(parent_with_text, tmp_path):
+    def keys(*settings):
+        run = make_run(parent_with_text, tmp_path, *settings)
+        return {name: run.artifact(name).key for name in ("tokens", "library", "profile", "scores", "architecture")}
+
+    plain = keys()
+    for setting, changed in (
+        ("library.window=5", set()),
+        ("cluster.num_shards=1", set()),
+        ("library.checkpoint_every=7", set()),
+        ("profile.num_profilers=2", set()),
+        ("scoring.tokens=4096", {"scores", "architecture"}),
+        ("search.limits.speedup=1.2", {"architecture"}),
+        ("profile.repeats=7", {"profile", "architecture"}),
+        ("seed=1", {"library", "scores", "architecture"}),
+        ("data.max_train_tokens=640", {"tokens", "library", "scores", "architecture"}),
+    ):
+        found = keys(setting)
+        assert {name for name in plain if plain[name] != found[name]} == changed, setting
+
+
+def test_what_depends_on_unfinished_content_says_so(parent_with_text, tmp_path):
+    run = make_run(parent_with_text, tmp_path)
+    with pytest.raises(NotDone) as missing:
+        run.artifact("child")
+    assert missing.value.stage == "architecture"
+
+
+def finish(run, name):
+    artifact = run.artifact(name)
+    artifact.finish({})
+    return artifact
+
+
+def test_status_says_what_is_finished_what_would_run_and_why(parent_with_text, tmp_path):
+    def status(*settings):
+        return {row.stage: row for row in rows(make_run(parent_with_text, tmp_path, *settings))}
+
+    empty = status()
+    assert {row.state for row in empty.values()} == {"to do"} and not list(tmp_path.iterdir()), "nothing is written"
+    assert empty["library"].words == "no such stage in this store yet"
+    assert empty["child"].words == "what it does depends on the result of architecture"
+
+    run = make_run(parent_with_text, tmp_path)
+    for name in ("tokens", "library", "profile", "scores"):
+        finish(run, name)
+    done = status()
+    assert {name for name, row in done.items() if row.state == "finished"} == {"tokens", "library", "profile", "scores"}
+    assert done["scores"].words == run.artifact("scores").url
+
+    changed = status("scoring.tokens=4096")
+    assert changed["library"].state == "finished" and changed["scores"].state == "to do"
+    assert changed["scores"].words.startswith("changed: scoring.tokens 8192 -> 4096 (since ")
+    library = status("library.learning_rate=0.5", "seed=3")
+    assert "library.learning_rate 0.001 -> 0.5" in library["library"].words and "seed 0 -> 3" in library["library"].words
+    assert library["scores"].words == "reads library, which would run"
+
+
+def test_a_stage_that_was_begun_is_told_apart(parent_with_text, tmp_path):
+    run = make_run(parent_with_text, tmp_path)
+    run.artifact("library").write("layer_000.attention.noop.safetensors", b"x")
+    row = next(row for row in rows(run) if row.stage == "library")
+    assert row.state == "begun" and row.words.startswith("not finished yet: ")
+
+
+def test_differences_name_settings_and_inputs(parent_with_text, tmp_path):
+    artifact = make_run(parent_with_text, tmp_path).artifact("scores")
+    record = {"settings": json.loads(json.dumps(artifact.settings)), "inputs": dict(artifact.inputs)}
+    assert list(differences(record, artifact)) == []
+    record["settings"]["scoring"]["racing"] = True
+    record["inputs"]["library"] = "another"
+    assert list(differences(record, artifact)) == ["scoring.racing true -> false", "input library"]
+
+
+COUNT = """
+from jobs.run import Stage
+
+
+def work(run, artifact):
+    artifact.finish({"words": 7})
+
+
+STAGE = Stage("counted_here", work, inputs=("tokens",), said=lambda facts: f"{facts['words']} words")
+"""
+
+
+@pytest.fixture
+def one_more_stage(tmp_path, monkeypatch):
+    """A stage of one file, in a folder beside those of the package."""
+    folder = tmp_path / "more_stages"
+    folder.mkdir()
+    (folder / "counted_here.py").write_text(COUNT)
+    monkeypatch.setattr(jobs.stages, "__path__", [*jobs.stages.__path__, str(folder)])
+    stages.cache_clear()
+    yield
+    stages.cache_clear()
+
+
+def test_a_stage_is_added_as_one_file(one_more_stage, parent_with_text, tmp_path, capsys):
+    run = make_run(parent_with_text, tmp_path / "store")
+    assert "counted_here" in {row.stage for row in rows(run)}
+    artifact = run.done("counted_here")
+    assert artifact.facts() == {"words": 7} and artifact.inputs == {"tokens": run.artifact("tokens").key}
+    assert "  7 words\n" in capsys.readouterr().err
+    assert make_run(parent_with_text, tmp_path / "store").done("counted_here").key == artifact.key
+    assert "[counted_here] already there" in capsys.readouterr().err
+
+
+@pytest.fixture
+def two_stages(monkeypatch):
+    """`slow` may run beside `other`; `both` reads them."""
+
+    def install(slow, other):
+        found = {
+            "slow": Stage("slow", slow, beside=lambda run: True),
+            "other": Stage("other", other),
+            "both": Stage("both", lambda run, artifact: artifact.finish({}), inputs=("slow", "other")),
+        }
+        monkeypatch.setattr(jobs.run, "stages", lambda: found)
+
+    return install
+
+
+def test_independent_stages_run_at_the_same_time(two_stages, parent_with_text, tmp_path):
+    met = threading.Barrier(2, timeout=30)  # passed only where both are at work
+
+    def work(run, artifact):
+        met.wait()
+        artifact.finish({})
+
+    two_stages(work, work)
+    run = make_run(parent_with_text, tmp_path)
+    assert run.done("both").finished and run.artifact("slow").finished and run.artifact("other").finished
+
+
+def test_a_stage_that_fails_in_the_background_ends_the_run_at_once(two_stages, parent_with_text, tmp_path):
+    def fails(run, artifact):
+        raise ProfileError("profile", "the device is gone")
+
+    never = threading.Event()
+    two_stages(fails, lambda run, artifact: never.wait(60))
+    run = make_run(parent_with_text, tmp_path)
+    with pytest.raises(ProfileError, match="the device is gone"):
+        run.done("both")
+    assert not run.artifact("other").finished
+
+
+def test_a_finished_stage_is_not_looked_at_twice_in_a_run(parent_with_text, tmp_path, capsys):
+    run = make_run(parent_with_text, tmp_path)
+    run.done("tokens")
+    run.done("tokens")
+    assert capsys.readouterr().err.count("[tokens]") == 1
+    other = replace(stages()["tokens"], name="tokens")
+    assert other.name in run.seconds
