@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from puzzle_ray.artifacts import Choices, LayerChoice, Measured
 from puzzle_ray.distill.library import Library
 from puzzle_ray.models.blocks import LayerStack, swapped
-from puzzle_ray.scoring.metrics import PredictionMetrics, compare, mean, standard_error
+from puzzle_ray.scoring.metrics import PredictionMetrics, compare_predictions, mean, standard_error
 
 BLOCKS_PER_LAYER = 3  # kept ready, as local search comes back to them
 
@@ -31,13 +31,13 @@ class ChildMeter:
         self.inputs: list[list[Tensor]] = [[] for _ in self.batches]  # per batch: every layer's input, and the last one's output
         self.parent_log_probs = [F.log_softmax(logits.float(), dim=-1) for logits in self._logits((LayerChoice(),) * stack.last)]
         pairs = zip(self.parent_log_probs, self.batches, strict=True)
-        self.parent_loss = mean(PredictionMetrics.joined([compare(own, own, ids) for own, ids in pairs]).lm_loss)
+        self.parent_loss = mean(PredictionMetrics.joined([compare_predictions(own, own, ids) for own, ids in pairs]).lm_loss)
 
     @torch.no_grad()
     def measure(self, choices: Choices) -> Measured:
         """KL(parent || child) in nats per token, and the rest of `Measured`."""
         triples = zip(self.parent_log_probs, self._logits(choices), self.batches, strict=True)
-        found = PredictionMetrics.joined([compare(parent, logits, ids) for parent, logits, ids in triples])
+        found = PredictionMetrics.joined([compare_predictions(parent, logits, ids) for parent, logits, ids in triples])
         loss, agreement = mean(found.lm_loss) - self.parent_loss, mean(found.top1_agreement)
         return Measured(mean(found.kl), standard_error(found.kl), loss, agreement, found.tokens)
 

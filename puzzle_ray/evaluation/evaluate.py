@@ -19,8 +19,8 @@ from puzzle_ray.profiling.engine import Timing, measure_side_by_side
 from puzzle_ray.profiling.engines.torch_engine import ENGINE
 from puzzle_ray.profiling.memory import model_memory_mib
 from puzzle_ray.progress import Progress
-from puzzle_ray.scoring.downstream import QuestionBatch, answer
-from puzzle_ray.scoring.metrics import PredictionMetrics, compare, mean
+from puzzle_ray.scoring.downstream import QuestionBatch, answer_questions
+from puzzle_ray.scoring.metrics import PredictionMetrics, compare_predictions, mean
 
 PARENT = "parent"
 
@@ -33,7 +33,7 @@ def predictions(models: Mapping[str, Any], batches: Sequence[Tensor]) -> dict[st
         reference = F.log_softmax(models[PARENT](ids, use_cache=False).logits.float(), dim=-1)
         for name, model in models.items():
             logits = reference if name == PARENT else model(ids, use_cache=False).logits
-            parts[name].append(compare(reference, logits, ids))
+            parts[name].append(compare_predictions(reference, logits, ids))
     out = {}
     for name, found in parts.items():
         joined = PredictionMetrics.joined(found)
@@ -101,7 +101,7 @@ def evaluate(
         found = predictions(models, [ids.to(device) for ids in batches])
         if questions:
             for name, model in models.items():
-                found[name] |= {f"downstream_{key}": value for key, value in answer(model, questions).summary().items()}
+                found[name] |= {f"downstream_{key}": value for key, value in answer_questions(model, questions).summary().items()}
         bar.advance()
         samples = {name: greedy_sample(m, tokenizer, config.prompt, config.sample_tokens) for name, m in models.items()}
         bar.advance()
