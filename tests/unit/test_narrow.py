@@ -111,7 +111,7 @@ def test_coupled_pairs_are_never_scored_by_halves():
     with pytest.raises(ConfigError, match="write scoring.granularity: block"):
         all_replacements(space, "subblock")
     with pytest.raises(ConfigError, match="write scoring.shortlist: none"):
-        fisher._Halves.of(None, 0, space.layers[0], None)
+        fisher._LayerHalves.of(None, 0, space.layers[0], None)
 
 
 def test_too_many_pairs_are_refused_with_the_ways_out(sweep):
