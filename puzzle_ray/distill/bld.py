@@ -26,7 +26,7 @@ from puzzle_ray.distill.schedule import LearningRate, Phase, Schedule, is_flat
 from puzzle_ray.distill.settings import LibraryConfig
 from puzzle_ray.errors import NotFinite, OutOfOrder
 from puzzle_ray.models.blocks import LayerStack, swapped
-from puzzle_ray.variants.base import needs
+from puzzle_ray.variants.base import needed_statistics
 
 __all__ = ["LayerTrainer", "LibraryRow", "Schedule", "row_metadata"]
 
@@ -68,7 +68,9 @@ class LayerTrainer:
         self.schedule = Schedule.of(config)
         self.learning_rate = LearningRate.of_bld(config.learning_rate, self.schedule.train, config.warmup_fraction)
         self.layer = stack.layer(index).requires_grad_(False)
-        self.statistics = Statistics(needs(space.attention, "attention") | needs(space.ffn, "ffn") if starts is None else ())
+        self.statistics = Statistics(
+            needed_statistics(space.attention, "attention") | needed_statistics(space.ffn, "ffn") if starts is None else ()
+        )
         self.candidates: list[Candidate] = []
         self.position = -1  # the last position that is done
         self.parent = {k: swapped(self.layer, LayerChoice.half(k, PARENT), stack.descriptor, stack.config) for k in KINDS}
