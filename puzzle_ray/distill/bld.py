@@ -68,9 +68,8 @@ class LayerTrainer:
         self.schedule = Schedule.of(config)
         self.learning_rate = LearningRate.of_bld(config.learning_rate, self.schedule.train, config.warmup_fraction)
         self.layer = stack.layer(index).requires_grad_(False)
-        self.statistics = Statistics(
-            needed_statistics(space.attention, "attention") | needed_statistics(space.ffn, "ffn") if starts is None else ()
-        )
+        needed = needed_statistics(space.attention, "attention") | needed_statistics(space.ffn, "ffn")
+        self.statistics = Statistics(needed if starts is None else ())
         self.candidates: list[Candidate] = []
         self.position = -1  # the last position that is done
         self.parent = {k: swapped(self.layer, LayerChoice.half(k, PARENT), stack.descriptor, stack.config) for k in KINDS}

@@ -28,9 +28,8 @@ class ChildMeter:
         self.stack, self.library, self.batches = stack, library, [ids.to(stack.device) for ids in batches]
         self.blocks: OrderedDict[tuple[int, LayerChoice], nn.Module] = OrderedDict()
         self.last: Choices | None = None
-        self.inputs: list[list[Tensor]] = [
-            [] for _ in self.batches
-        ]  # per batch: the input of every layer and the output of the last one, of the last child
+        # of the last measured child, per batch: the input of every layer, and the output of the last one
+        self.inputs: list[list[Tensor]] = [[] for _ in self.batches]
         self.parent_log_probs = [F.log_softmax(logits.float(), dim=-1) for logits in self._logits((LayerChoice(),) * stack.last)]
         pairs = zip(self.parent_log_probs, self.batches, strict=True)
         self.parent_loss = mean(PredictionMetrics.joined([compare_predictions(own, own, ids) for own, ids in pairs]).lm_loss)
