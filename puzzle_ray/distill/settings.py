@@ -51,9 +51,7 @@ class LibraryConfig(Section):
     mode: Literal["decoupled", "coupled"] = "decoupled"
     narrow_from: str | None = None
     start_from: str | None = None
-    max_pairs: Count = (
-        24  # per layer, in mode coupled; each pair holds weights, gradients and two moments in its trainer's memory
-    )
+    max_pairs: Count = 24  # per layer, coupled; each has weights, gradients and two moments in memory
     loss: BlockLoss = BlockLoss()
     early_stop: EarlyStop | None = None
     tokens: Count = 1_000_000

@@ -48,9 +48,7 @@ class Descriptor:
     output: str = "o_proj"
     query_norms: tuple[str, ...] = ()  # of the core: norms over all heads together (norms over each head stay as they are)
     key_norms: tuple[str, ...] = ()
-    grouped_heads: bool = (
-        True  # False: its own forward has as many KV heads as query heads; see surgery.subblocks.GroupedAttention
-    )
+    grouped_heads: bool = True  # False: its own forward has no grouped KV heads; see surgery.subblocks.GroupedAttention
     ffn: str = "mlp"  # of a layer: the module that a no-op or a matrix replaces
     ffn_core: str | None = None  # of a layer: the module with the FFN's projections, if it is not `ffn`
     ffn_norms: tuple[str, ...] = ("post_attention_layernorm",)

@@ -4,8 +4,8 @@ The choices of a question are ranked by the mean log-probability of their tokens
 the share of questions where the gold choice ranks first. The gold log-probability is that of the gold choice under a softmax over the
 mean log-probabilities of all choices; it is smooth, so it changes where the accuracy of a few questions does not.
 
-A hash of a question's text puts it into one of two halves. One half scores blocks. The other half is kept to test children on, as the
-paper does with MMLU (paper v5, section 3.3: half-MMLU).
+A hash of a question's text puts it into one of two halves. One half scores blocks. The other half is kept to test children on. The
+paper (v5) does so with MMLU and calls it half-MMLU.
 """
 
 from __future__ import annotations

@@ -27,12 +27,8 @@ class ScoringConfig(Section):
     tokens: Count = 8_192
     micro_batch_tokens: Count = 2048
     candidate_batch: Count = 1  # replacements of one layer in one pass through the layers behind it; pays for tiny micro-batches
-    shortlist: Literal["none", "fisher"] = (
-        "none"  # fisher: estimates all replacements from gradients and scores only some exactly
-    )
-    shortlist_keep: Annotated[float, Field(ge=0, le=1)] = (
-        0.3  # share of each layer's replacements scored exactly before the search
-    )
+    shortlist: Literal["none", "fisher"] = "none"  # fisher: estimates all from gradients, scores only some exactly
+    shortlist_keep: Annotated[float, Field(ge=0, le=1)] = 0.3  # share of a layer's replacements scored exactly at first
     shortlist_settle: bool = True  # also scores exactly what an answer uses, and searches again until all of it is exact
     fisher_samples: Count = 1  # labels drawn at every position; each needs a backward pass
     racing: bool = False  # stops reading tokens for a replacement when its standard error is small enough
