@@ -32,15 +32,15 @@ def footprints(space: SearchSpace, descriptor: Descriptor, config: Any) -> Footp
     """The footprint of every subblock variant in the space. No weights are allocated."""
     with torch.device("meta"):
         model = getattr(transformers, descriptor.model_class)._from_config(config)
-        found: dict[tuple[LayerSpace, SubblockKind, str], Footprint] = {}
+        by_variant: dict[tuple[LayerSpace, SubblockKind, str], Footprint] = {}
         for index, layer_space in enumerate(space.layers):
             parent = model.get_submodule(f"{descriptor.layers}.{index}")
             for kind in KINDS:
                 for name in layer_space.variants(kind):
-                    if (layer_space, kind, name) not in found:
+                    if (layer_space, kind, name) not in by_variant:
                         layer = swapped(parent, LayerChoice(**{kind: name}), descriptor, config)
-                        found[layer_space, kind, name] = _footprint(layer, kind, descriptor)
-    return found
+                        by_variant[layer_space, kind, name] = _footprint(layer, kind, descriptor)
+    return by_variant
 
 
 def _footprint(layer: nn.Module, kind: SubblockKind, descriptor: Descriptor) -> Footprint:
