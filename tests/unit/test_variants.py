@@ -160,7 +160,9 @@ def test_halves_make_the_whole(parent_folder):
 
 def test_only_the_statistics_that_are_needed_are_gathered(parent_folder):
     stack = whole(parent_folder)
-    needed = variants.needs(["parent", "gqa_prune:1", "noop"], "attention") | variants.needs(["ffn:8"], "ffn")
+    needed = variants.needed_statistics(["parent", "gqa_prune:1", "noop"], "attention") | variants.needed_statistics(
+        ["ffn:8"], "ffn"
+    )
     statistics = Statistics(needed)
     with torch.no_grad(), statistics.watch(stack.layer(0), stack.descriptor):
         stack.run_layer(stack.layer(0), 0, torch.randn(1, 8, 32))
