@@ -21,7 +21,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from puzzle_ray.cluster import ClusterConfig
-from puzzle_ray.distill.gkd import GkdJob, distill, load_trainer, publish, total_steps
+from puzzle_ray.distill.gkd import GkdJob, gkd_steps, load_gkd_trainer, publish_distilled, train_to_end
 from puzzle_ray.errors import ClusterError, PuzzleError
 from puzzle_ray.progress import Bar, Progress, Quiet
 
@@ -86,10 +86,10 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     rank = train.get_context().get_world_rank()
     progress = _Pings(config["run"]) if rank == 0 else Quiet()
     compute_with(config["cpus"])
-    trainer = load_trainer(job, ranks=[rank], all_reduce=distributed.all_reduce, device=str(get_device()))
-    distill(trainer, job.artifact, progress, writes=rank == 0)
+    trainer = load_gkd_trainer(job, ranks=[rank], all_reduce=distributed.all_reduce, device=str(get_device()))
+    train_to_end(trainer, job.artifact, progress, writes=rank == 0)
     if rank == 0:
-        publish(trainer, job)
+        publish_distilled(trainer, job)
 
 
 def _trainer(job: GkdJob, cpus: int, step_timeout_s: float, run: Any) -> Any:
@@ -214,7 +214,7 @@ def _follow(run: Any, ended: Any, job: GkdJob, cluster: ClusterConfig, progress:
     """Shows progress until `ended` is ready. Raises ClusterError after too long a silence."""
     config = job.config
     shown, heard, last = 0, time.monotonic(), Status()
-    with progress.stage("distill", total_steps(config), "steps") as bar:
+    with progress.stage("distill", gkd_steps(config), "steps") as bar:
         while not ray.wait([ended], timeout=POLL_EVERY_S)[0]:
             now: Status = ray.get(run.status.remote(), timeout=cluster.step_timeout_s)
             if now.news != last.news:
@@ -229,7 +229,7 @@ def _follow(run: Any, ended: Any, job: GkdJob, cluster: ClusterConfig, progress:
                 problem = f"{config.num_workers} workers with {each} each did not start within {silence:.0f} s"
                 raise ClusterError("gkd", problem, "lower gkd.num_workers, or raise cluster.placement_timeout_s")
         ray.get(ended, timeout=cluster.step_timeout_s)
-        bar.advance(total_steps(config) - shown)
+        bar.advance(gkd_steps(config) - shown)
 
 
 def _end(run: Any, ended: Any) -> None:

@@ -29,7 +29,7 @@ from puzzle_ray.artifacts import SearchSpace
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.data.order import Tokens
 from puzzle_ray.distill.bld import Schedule
-from puzzle_ray.distill.library import Library, finish, unfinished_layers
+from puzzle_ray.distill.library import Library, finish_library, unfinished_layers
 from puzzle_ray.distill.settings import LibraryConfig
 from puzzle_ray.errors import ClusterError, OutOfOrder
 from puzzle_ray.models.checkpoint import locate
@@ -206,7 +206,7 @@ def build_library(
             _say_usage(stream)
         finally:
             stream.release()
-    return finish(space, artifact)
+    return finish_library(space, artifact)
 
 
 def _say_usage(stream: Stream) -> None:

@@ -17,7 +17,7 @@ from actors.turns import Turns
 from puzzle_ray.artifacts import SearchSpace
 from puzzle_ray.scoring.downstream import QuestionBatch
 from puzzle_ray.scoring.fisher import Estimates
-from puzzle_ray.scoring.items import Damage, ScoringTask
+from puzzle_ray.scoring.replacements import Damage, ScoringTask
 from puzzle_ray.scoring.settings import ScoringConfig
 from puzzle_ray.store import Artifact
 
@@ -135,7 +135,7 @@ class Shard:
 
         if self.scorer is None:  # this process was restarted
             self.run_parent(data, entering)
-        return self._leave(task, self.scorer.exchange(task, Library(library).states))
+        return self._leave(task, self.scorer.run_replacements(task, Library(library).states))
 
     def suffix(self, task: ScoringTask, damaged: Sequence[Container], data: EvaluationData, entering: Sequence[Container]) -> Any:
         """The same for a shard behind the one that exchanged."""
@@ -143,7 +143,7 @@ class Shard:
 
         if self.scorer is None:
             self.run_parent(data, entering)
-        return self._leave(task, self.scorer.suffix([self._arrived(batch, torch.float32) for batch in damaged]))
+        return self._leave(task, self.scorer.run_suffix([self._arrived(batch, torch.float32) for batch in damaged]))
 
     def _leave(self, task: ScoringTask, leaving: Sequence[Any]) -> list[Container] | list[Damage]:
         import torch

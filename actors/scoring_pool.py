@@ -23,7 +23,17 @@ from puzzle_ray.models.describe import describe
 from puzzle_ray.progress import Bar, Progress
 from puzzle_ray.scoring import fisher
 from puzzle_ray.scoring.downstream import load_questions
-from puzzle_ray.scoring.items import Damage, Group, Replacement, ScoringTask, groups, merge, replacements, saved_rows, unfinished
+from puzzle_ray.scoring.replacements import (
+    Damage,
+    Replacement,
+    ReplacementGroup,
+    ScoringTask,
+    all_replacements,
+    merge_scores,
+    replacement_groups,
+    saved_score_rows,
+    unfinished_groups,
+)
 from puzzle_ray.scoring.settings import ScoringConfig
 from puzzle_ray.scoring.shortlist import Shortlist, footprints
 from puzzle_ray.store import Artifact
@@ -153,23 +163,23 @@ def score_blocks(
     """Scores every item that is not in the step yet. Raises ClusterError when shards cannot be placed or stop answering."""
     model_config = read_config(locate(parent))
     data = _evaluation_data(parent, model_config, config, tokens)
-    items = replacements(space, config.granularity)
+    items = all_replacements(space, config.granularity)
     num_texts = len(data.texts)
-    estimates = fisher.unfinished(num_texts, artifact) if config.shortlist == "fisher" else []
+    estimates = fisher.unfinished_estimate_tasks(num_texts, artifact) if config.shortlist == "fisher" else []
     wanted, shortlist = items, None
     pipelines = _Pipelines(parent, len(space.layers), cluster, data, len(items))
     try:
         if estimates:
             _estimate_all(pipelines.pool(), estimates, space, config, library, artifact)
         if config.shortlist == "fisher":
-            found = fisher.load(num_texts, artifact)
+            found = fisher.load_estimates(num_texts, artifact)
             weights = footprints(space, describe(model_config), model_config)
             shortlist = Shortlist.of(items, found, sum(batch.size for batch in data.texts), weights, space, config)
             wanted = list(shortlist.exact)
         rows = _score(pipelines, wanted, config, library, artifact, progress)
     finally:
         end(pipelines.shards)
-    return merge(rows + shortlist.rows(rows) if shortlist else rows, config, artifact)
+    return merge_scores(rows + shortlist.rows(rows) if shortlist else rows, config, artifact)
 
 
 @contextmanager
@@ -185,7 +195,7 @@ def scoring(
 ) -> Iterator[Callable[[Sequence[Replacement]], list[ScoreRow]]]:
     """A function that scores items exactly, one at a time, as they are asked for; what it found is kept in the step."""
     data = _evaluation_data(parent, read_config(locate(parent)), config, tokens)
-    pipelines = _Pipelines(parent, len(space.layers), cluster, data, len(replacements(space, config.granularity)))
+    pipelines = _Pipelines(parent, len(space.layers), cluster, data, len(all_replacements(space, config.granularity)))
     alone = config.model_copy(update={"candidate_batch": 1})  # whom an item would share a batch with depends on who asks
     try:
         yield lambda items: _score(pipelines, items, alone, library, artifact, progress)
@@ -202,28 +212,32 @@ def _score(
     progress: Progress,
 ) -> list[ScoreRow]:
     """The rows of items, those that are not in the step yet scored first."""
-    todo = unfinished(groups(wanted, config, len(pipelines.data.texts), len(pipelines.data.questions)), artifact)
+    todo = unfinished_groups(
+        replacement_groups(wanted, config, len(pipelines.data.texts), len(pipelines.data.questions)), artifact
+    )
     with progress.stage("score", len(wanted), "block") as bar:
-        bar.advance(len(wanted) - sum(len(group.items) for group in todo))
+        bar.advance(len(wanted) - sum(len(group.replacements) for group in todo))
         if todo:
             _score_all(pipelines.pool(), todo, library, artifact, bar)
-    return saved_rows(wanted, artifact)
+    return saved_score_rows(wanted, artifact)
 
 
-def _score_all(pool: _Pool[Group], todo: Sequence[Group], library: Artifact, artifact: Artifact, bar: Bar) -> None:
+def _score_all(
+    pool: _Pool[ReplacementGroup], todo: Sequence[ReplacementGroup], library: Artifact, artifact: Artifact, bar: Bar
+) -> None:
     tasks: dict[tuple[Replacement, ...], ScoringTask] = {}
 
-    def send(pipeline: _Pipeline, group: Group) -> ObjectRef[list[Damage]] | None:
+    def send(pipeline: _Pipeline, group: ReplacementGroup) -> ObjectRef[list[Damage]] | None:
         task = group.next_task()
         if task is None:
             group.save(artifact)
-            bar.advance(len(group.items))
+            bar.advance(len(group.replacements))
             return None
-        tasks[group.items] = task
+        tasks[group.replacements] = task
         return pipeline.score(task, library)
 
-    def receive(group: Group, reference: ObjectRef[list[Damage]]) -> None:
-        group.add(tasks[group.items], ray.get(reference, timeout=pool.timeout_s))
+    def receive(group: ReplacementGroup, reference: ObjectRef[list[Damage]]) -> None:
+        group.add(tasks[group.replacements], ray.get(reference, timeout=pool.timeout_s))
 
     pool.run(todo, send, receive)
 
@@ -246,6 +260,6 @@ def _estimate_all(
         return sent[name][-1]  # the first shard's: the others are there when it is
 
     def receive(work: tuple[str, tuple[int, ...]], reference: ObjectRef[fisher.Estimates]) -> None:
-        fisher.save(artifact, work[0], ray.get(sent[work[0]], timeout=pool.timeout_s))
+        fisher.save_estimates(artifact, work[0], ray.get(sent[work[0]], timeout=pool.timeout_s))
 
     pool.run(todo, send, receive)

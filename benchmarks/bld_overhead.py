@@ -108,11 +108,11 @@ class OnePlainProcess:
         import torch
 
         from puzzle_ray.distill import library
-        from puzzle_ray.distill.library import OneProcess
+        from puzzle_ray.distill.library import SerialLibrary
 
         if not keeps_memory:
             library.compute_with = torch.set_num_threads
-        self.stage = OneProcess(folder, SPACE, config, random_tokens(), 0, store.artifact("library", {}, {}), num_threads)
+        self.stage = SerialLibrary(folder, SPACE, config, random_tokens(), 0, store.artifact("library", {}, {}), num_threads)
 
     def run(self, count: int) -> None:
         """The next `count` micro-batches."""

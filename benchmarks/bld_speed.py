@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_f
 
 from benchmarks.record import write
 from puzzle_ray.data.order import Tokens
-from puzzle_ray.distill.library import OneProcess
+from puzzle_ray.distill.library import SerialLibrary
 from puzzle_ray.distill.settings import LibraryConfig
 from puzzle_ray.models.child import quiet_transformers, read_config
 from puzzle_ray.process import num_cores
@@ -93,7 +93,7 @@ def counted(work: Callable[[], Any]) -> tuple[float, Any]:
     return float(counter.get_total_flops()), found
 
 
-def measured(stage: OneProcess, dtype: torch.dtype, steps: int, warm: int) -> list[dict[str, Any]]:
+def measured(stage: SerialLibrary, dtype: torch.dtype, steps: int, warm: int) -> list[dict[str, Any]]:
     """A row for every training micro-batch behind `warm` ones."""
     clock, rows = Clock(stage.stack.device), []
     for position in range(stage.schedule.calibrate + stage.schedule.validate + warm):
@@ -125,7 +125,7 @@ def summarised(rows: list[dict[str, Any]], flops: dict[str, float], peak_tflops:
     return summary
 
 
-def profiled(stage: OneProcess, most: int = 12) -> list[dict[str, Any]]:
+def profiled(stage: SerialLibrary, most: int = 12) -> list[dict[str, Any]]:
     """What one more micro-batch spends its time on: operations by their own time."""
     on_gpu = stage.stack.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
@@ -171,7 +171,7 @@ def main() -> None:
         save_random_llama(Path(folder), layers)
         space = search_space(read_config(Path(folder)), *SPACE, 8)
         step = Store(f"{folder}/store").artifact("library", {}, {})
-        stage = OneProcess(folder, space, config, text, 0, step, threads, device)
+        stage = SerialLibrary(folder, space, config, text, 0, step, threads, device)
         rows = measured(stage, getattr(torch, dtype), steps, warm=1)
         position = stage.group.last + 1
         forward_flops, hidden = counted(lambda: stage.forward(stage.batch(position)))

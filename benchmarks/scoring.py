@@ -29,8 +29,8 @@ from puzzle_ray.models.blocks import load_stack
 from puzzle_ray.models.child import assemble
 from puzzle_ray.models.describe import describe
 from puzzle_ray.scoring import fisher
-from puzzle_ray.scoring.items import Damage, Replacement, ScoringTask, replacements
-from puzzle_ray.scoring.metrics import compare, mean
+from puzzle_ray.scoring.metrics import compare_predictions, mean
+from puzzle_ray.scoring.replacements import Damage, Replacement, ScoringTask, all_replacements
 from puzzle_ray.scoring.settings import ScoringConfig
 from puzzle_ray.scoring.shard import ShardScorer
 
@@ -44,7 +44,7 @@ class Setting:
         self.folder, self.config, self.space = run.parent.folder, run.parent.model_config, run.space
         self.library, self.texts = library.read(run), list(texts)
         self.stack = load_stack(self.folder, describe(self.config), self.config, 0, self.config.num_hidden_layers, torch.float32)
-        self.items = replacements(self.space, "subblock")
+        self.items = all_replacements(self.space, "subblock")
         self.batches = tuple(range(len(self.texts)))
         self.scorer = ShardScorer(self.stack, self.texts)
 
@@ -76,7 +76,7 @@ def whole_forward(setting: Setting, item: Replacement) -> tuple[Damage, float, f
         assert kept.log_probs is not None
 
         def measured(ids: Tensor = ids, hidden: Tensor = hidden, kept: Any = kept) -> Damage:
-            return Damage.of(compare(kept.log_probs, child.lm_head(hidden), ids, kept.hidden, hidden), kept.loss)
+            return Damage.of(compare_predictions(kept.log_probs, child.lm_head(hidden), ids, kept.hidden, hidden), kept.loss)
 
         damage, seconds = timed(measured)
         parts.append(damage)
@@ -91,7 +91,7 @@ def score_each(setting: Setting) -> tuple[list[dict[str, Any]], dict[Replacement
         states = setting.library.states(item.layer, item.choice)
         whole, whole_layers_s, whole_head_s = whole_forward(setting, item)
         task = ScoringTask((item,), setting.batches)
-        leaving, layers_s = timed(lambda task=task, states=states: setting.scorer.exchange(task, lambda *_: states))
+        leaving, layers_s = timed(lambda task=task, states=states: setting.scorer.run_replacements(task, lambda *_: states))
         (damage,), head_s = timed(lambda task=task, leaving=leaving: setting.scorer.measure(task, leaving))
         exact[item] = damage
         rows.append(
@@ -116,13 +116,13 @@ def fisher_estimates(setting: Setting, samples: int) -> tuple[dict[Replacement, 
     found: fisher.Estimates = {}
 
     def work() -> None:
-        for _, batches in fisher.tasks(len(setting.texts)):
+        for _, batches in fisher.estimate_tasks(len(setting.texts)):
             part, _ = fisher.shard_estimates(setting.scorer, batches, None, setting.space, config, setting.library.states)
             for key, values in part.items():
                 found.setdefault(key, []).extend(values)
 
     _, seconds = timed(work)
-    return {item: mean(found[fisher.key_of(item)]) for item in setting.items}, seconds
+    return {item: mean(found[fisher.estimate_key(item)]) for item in setting.items}, seconds
 
 
 def candidate_batches(run: Run, setting: Setting, sequences: Sequence[int]) -> list[dict[str, Any]]:
@@ -141,7 +141,7 @@ def candidate_batches(run: Run, setting: Setting, sequences: Sequence[int]) -> l
 
             def work(scorer: ShardScorer = scorer, tasks: Sequence[ScoringTask] = tasks) -> None:
                 for task in tasks:
-                    scorer.measure(task, scorer.exchange(task, setting.library.states))
+                    scorer.measure(task, scorer.run_replacements(task, setting.library.states))
 
             row[f"candidate_batch_{size}_s"] = min(timed(work)[1] for _ in range(3))
         row["speedup_of_4"] = row["candidate_batch_1_s"] / row["candidate_batch_4_s"]

@@ -1,4 +1,4 @@
-"""What passes between stages, and its files: JSON for small structures, parquet for tables. Nothing here is mutable."""
+"""The data that stages pass to each other, and its files: JSON for small structures, parquet for tables. All of it is immutable."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def to_json(value: object) -> bytes:
 
 
 def rows_to_parquet(rows: Sequence[object], kind: type[object], metadata: Mapping[str, object]) -> bytes:
-    """Rows of one flat dataclass as a parquet file; `metadata` is kept as JSON in its schema."""
+    """Rows of one flat dataclass as a parquet file. `metadata` is stored as JSON in the file's schema."""
     columns = {f.name: [getattr(row, f.name) for row in rows] for f in fields(kind)}  # type: ignore[arg-type]
     table = pa.table(columns).replace_schema_metadata({"puzzle_ray": json.dumps(metadata)})
     sink = io.BytesIO()
@@ -51,7 +51,7 @@ class LayerChoice:
 
     @classmethod
     def half(cls, kind: SubblockKind, variant: str) -> LayerChoice:
-        """One subblock alone: the other one is a no-op, so it adds nothing to the residual."""
+        """One subblock alone. The other one is a no-op, which adds nothing to the residual stream."""
         return cls(variant, "noop") if kind == "attention" else cls("noop", variant)
 
     def variant(self, kind: SubblockKind) -> str:
@@ -69,9 +69,10 @@ class LayerChoice:
 
 @dataclass(frozen=True)
 class LayerSpace:
-    """The variants one layer may take; both lists contain `parent`. `layer_type` tells layers of differing shape apart.
+    """The variants that one layer may have. Both lists contain `parent`.
 
-    `coupled`: its pairs are trained as wholes, so no half of a pair stands for itself.
+    `layer_type` distinguishes layers of different kinds of attention, as in transformers. Where `coupled` is true, attention and FFN
+    of a pair are trained together, and a half of a pair has no weights of its own outside that pair.
     """
 
     attention: tuple[str, ...]
@@ -90,13 +91,13 @@ class LayerSpace:
 
     @cached_property
     def trained(self) -> tuple[LayerChoice, ...]:
-        """What a block library holds: every variant beside the parent's other half or, if `coupled`, every pair."""
+        """The choices that a block library trains: every variant beside the parent's other half or, if `coupled`, every pair."""
         if self.coupled:
             return tuple(choice for choice in self.choices if choice != LayerChoice())
         return tuple(LayerChoice(**{kind: name}) for kind in KINDS for name in self.variants(kind) if name != PARENT)
 
     def entry(self, choice: LayerChoice) -> tuple[str, str]:
-        """(kind, variant) of a trained choice in a library's tables; of a coupled pair (`block`, its label)."""
+        """(kind, variant) of a trained choice in a library's tables. For a coupled pair it is (`block`, the pair's label)."""
         if self.coupled:
             return BLOCK, choice.label
         return choice.replaced[0], choice.variant(choice.replaced[0])
@@ -104,7 +105,7 @@ class LayerSpace:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """For every layer, what it may become."""
+    """The variants that every layer may have."""
 
     layers: tuple[LayerSpace, ...]
 
@@ -124,12 +125,12 @@ class SearchSpace:
                         yield index, kind, variant
 
     def entries(self) -> Iterable[tuple[int, str, str]]:
-        """(layer, kind, variant) of everything that a block library of this space holds, see `LayerSpace.entry`."""
+        """(layer, kind, variant) of every entry of a block library of this space, see `LayerSpace.entry`."""
         return ((index, *layer.entry(choice)) for index, layer in enumerate(self.layers) for choice in layer.trained)
 
     @property
     def size(self) -> float:
-        """How many architectures there are."""
+        """The number of architectures."""
         product = 1.0
         for layer in self.layers:
             product *= len(layer.choices)
@@ -138,7 +139,7 @@ class SearchSpace:
 
 @dataclass(frozen=True)
 class Lengths:
-    """One kind of request: how long its prompt and its answer are, and its weight among all kinds."""
+    """One kind of request: the lengths of its prompt and its answer, and its weight among all kinds."""
 
     input_tokens: int
     output_tokens: int
@@ -147,10 +148,10 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is served: `batch_size` sequences at once, each `input_tokens` long, until `output_tokens` more are generated.
+    """The load of a server: `batch_size` sequences at a time, each with a prompt of `input_tokens` and `output_tokens` of answer.
 
-    With `lengths` requests differ: the two counts are their means, and so is every cost. Memory has to hold any batch, so each of its
-    sequences is given the KV cache of the longest, unless `kv_tokens` says how many tokens are kept of each.
+    With `lengths`, requests differ in length. The two numbers of tokens are then means over requests, and so is every cost. Memory has
+    to hold any batch, so every sequence has the KV cache of the longest one, unless `kv_tokens` says how many tokens it caches.
     """
 
     batch_size: int
@@ -170,34 +171,34 @@ class Scenario:
 
     @property
     def tokens_per_sequence(self) -> float:
-        """In and out, on average."""
+        """Tokens of prompt and answer, on average."""
         return self.input_tokens + self.output_tokens
 
     @property
     def kv_tokens_per_sequence(self) -> int:
-        """Tokens whose keys and values a place in the batch must have room for."""
+        """The number of tokens for which every sequence of the batch has room in the KV cache."""
         return self.kv_tokens or self.longest_tokens
 
     @property
     def longest_tokens(self) -> int:
-        """In and out, of the longest sequence."""
+        """Tokens of prompt and answer of the longest request."""
         return int(max(kind.input_tokens + kind.output_tokens for kind in (self.lengths or (self,))))
 
     @property
     def shapes(self) -> tuple[tuple[Scenario, float], ...]:
-        """The scenarios of one length each that this one consists of, and their shares of all requests."""
+        """The scenarios of one length that this one is made of, each with its share of all requests."""
         whole = math.fsum(kind.weight for kind in self.lengths)
-        found = ((Scenario(self.batch_size, x.input_tokens, x.output_tokens), x.weight / whole) for x in self.lengths)
-        return tuple(found) or ((self, 1.0),)
+        scenarios = ((Scenario(self.batch_size, x.input_tokens, x.output_tokens), x.weight / whole) for x in self.lengths)
+        return tuple(scenarios) or ((self, 1.0),)
 
 
 @dataclass(frozen=True)
 class ProfileRow:
     """Cost of one subblock shape in one scenario. `subblock` is `attention`, `ffn`, or `fixed` (embedding, head, per-step overhead).
 
-    `prefill_ms`: the whole batch's prompts; `decode_ms`: one step of the whole batch; `*_spread_ms`: half the
-    inter-quartile range of the repeats; `kv_bytes_per_token`: per token of one sequence; token counts are means where requests differ;
-    `estimated`: its times were computed, not measured.
+    `prefill_ms` is the time for the prompts of the whole batch. `decode_ms` is the time for one step of the whole batch. The
+    `*_spread_ms` are half the inter-quartile range of the repeats. `kv_bytes_per_token` is per token of one sequence. Where requests
+    differ in length, numbers of tokens are means. `estimated` says that the times were computed and not measured.
     """
 
     layer_type: str
@@ -221,7 +222,7 @@ FIXED = "fixed"
 
 @dataclass(frozen=True)
 class Profile:
-    """What every subblock shape costs on one device under one engine. `estimated`: computed, not measured."""
+    """The cost of every subblock shape on one device with one engine. `estimated`: computed, not measured."""
 
     rows: tuple[ProfileRow, ...]
     engine: str
@@ -244,7 +245,7 @@ class Profile:
         return self._by_key[layer_type, kind, variant, batch_size]
 
     def fixed(self, batch_size: int) -> ProfileRow:
-        """Embedding, final norm, head, and what a step costs besides its layers."""
+        """The cost of embedding, final norm and head, and of a step besides its layers."""
         return self._by_key["", FIXED, FIXED, batch_size]
 
     def to_parquet(self) -> bytes:
@@ -259,9 +260,10 @@ class Profile:
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """Damage done by replacing one layer with (attention, ffn), as a difference from the parent; 0 is no damage.
+    """The damage of replacing one layer by (attention, ffn), as a difference from the parent. 0 is no damage. (Paper v5, section 4.2.)
 
-    `stderr` is the standard error over sequences; `tokens` the number of predicted tokens it was measured on.
+    `stderr` is the standard error over sequences. `tokens` is the number of tokens it was measured on; 0 marks a value that is
+    calibrated from an estimate.
     """
 
     layer: int
@@ -275,7 +277,11 @@ class ScoreRow:
 
 @dataclass(frozen=True)
 class Scores:
-    """Replace-one scores. `granularity` `block`: every pair was measured; `subblock`: (a, parent) and (parent, f) were, pairs are sums."""
+    """Replace-one scores.
+
+    With granularity `block` every pair of variants has a score of its own. With `subblock` only the pairs (a, parent) and (parent, f)
+    have one, and the score of (a, f) is their sum.
+    """
 
     rows: tuple[ScoreRow, ...]
     granularity: Literal["block", "subblock"]
@@ -285,16 +291,19 @@ class Scores:
         return {(r.layer, r.attention, r.ffn, r.metric): r for r in self.rows}
 
     def value(self, layer: int, choice: LayerChoice, metric: str) -> float:
-        """The score of `choice` at `layer`, 0 for the parent's own. Raises KeyError where it was not scored."""
+        """The score of `choice` at `layer`; 0 for the parent's own block. Raises KeyError where it was not scored."""
         return math.fsum(row.value for row in self.parts(layer, choice, metric))
 
     def parts(self, layer: int, choice: LayerChoice, metric: str) -> tuple[ScoreRow, ...]:
-        """The rows whose values make up the score of `choice`: none for the parent's own, its own one, or its two halves'."""
+        """The rows whose values add up to the score of `choice`: none for the parent's own block, else its own row or those of its halves.
+
+        Raises KeyError where it was not scored.
+        """
         if choice == LayerChoice():
             return ()
-        exact = self._by_key.get((layer, choice.attention, choice.ffn, metric))
-        if exact is not None:
-            return (exact,)
+        own = self._by_key.get((layer, choice.attention, choice.ffn, metric))
+        if own is not None:
+            return (own,)
         if self.granularity == "block" or PARENT in (choice.attention, choice.ffn):
             raise KeyError((layer, choice, metric))
         halves = (LayerChoice(attention=choice.attention), LayerChoice(ffn=choice.ffn))
@@ -311,7 +320,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Costs:
-    """What a whole model costs in one scenario, summed from a profile (or measured). Throughput counts input and output tokens."""
+    """The cost of a whole model in one scenario, summed from a profile or measured. Throughput counts input and output tokens."""
 
     batch_size: int
     prefill_ms: float
@@ -324,10 +333,10 @@ class Costs:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One choice per layer, what it is predicted to cost, and how sure the search is of it.
+    """One choice per layer, with its predicted cost and what the search proves about it.
 
-    `objective` is the sum of scores, `bound` the proven lower bound on it, `status` `optimal`, `feasible` (a limit on time
-    was hit), `heuristic` (the searcher proves nothing) or `measured` (picked by measurement among several).
+    `objective` is the sum of scores and `bound` a proven lower bound on it. `status` is `optimal`, `feasible` (the search reached its
+    time limit), `heuristic` (the searcher proves nothing) or `measured` (picked among several by measurement).
     """
 
     choices: tuple[LayerChoice, ...]
@@ -349,7 +358,7 @@ class Architecture:
 
     @property
     def predicted_speedup(self) -> float:
-        """Ratio of throughputs; at the parent's batch size, of runtimes."""
+        """The ratio of throughputs, child over parent. At the parent's batch size it is also the ratio of runtimes."""
         return self.predicted.throughput_tokens_per_s / self.parent_predicted.throughput_tokens_per_s
 
     @classmethod
@@ -361,13 +370,17 @@ class Architecture:
         return cls(**raw)
 
 
+# what every layer of a whole child becomes
 Choices = tuple[LayerChoice, ...]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A whole child against the parent on held-out text: KL(parent || child) in nats per token with its standard error over
-    sequences, the rise of the next-token loss, the share of equal top-1 predictions."""
+    """A whole child compared with the parent on held-out text.
+
+    `kl` is KL(parent || child) in nats per token, and `stderr` its standard error over sequences. `lm_loss` is the child's next-token
+    loss minus the parent's, in nats per token. `top1_agreement` is the share of positions with the same most probable token.
+    """
 
     kl: float
     stderr: float
@@ -376,4 +389,5 @@ class Measured:
     tokens: int
 
 
+# measures whole children, in order
 Measure = Callable[[Sequence[Choices]], list[Measured]]

@@ -1,4 +1,4 @@
-"""What is gathered about a parent layer on calibration tokens, to start its variants well without training."""
+"""Statistics of a parent layer on calibration tokens. Variants are initialised from them, before any training."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from puzzle_ray.artifacts import KINDS, SubblockKind
 from puzzle_ray.families.descriptor import Descriptor
 
+# N tokens, D hidden size, F inner activations; O and I the output and input features of a projection
 INPUTS, HEADS, CHANNELS = "inputs", "heads", "channels"
-EVERYTHING = frozenset({INPUTS, HEADS, CHANNELS})
+ALL_STATISTICS = frozenset({INPUTS, HEADS, CHANNELS})
 
 
 def _sum_to(total: Tensor | None, part: Tensor) -> Tensor:
@@ -21,17 +22,23 @@ def _sum_to(total: Tensor | None, part: Tensor) -> Tensor:
 
 
 def _second_moment(x_ND: Tensor) -> Tensor:
+    """X'X, `[features, features]` in float64, of activations `[tokens, features]`."""
     return (x_ND.T @ x_ND).double()
 
 
-def ridge(moment: Tensor, share: float = 1e-6) -> Tensor:
-    """A moment matrix, made safely invertible by a small share of its mean diagonal."""
+def with_ridge(moment: Tensor, share: float = 1e-6) -> Tensor:
+    """A moment matrix with `share` of its mean diagonal added to the diagonal, so that it can be inverted."""
     damping = share * moment.diagonal().mean().clamp_min(1e-30)
     return moment + damping * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
 
 
 class Moments:
-    """Second moments of a subblock's input X (with a column of ones behind it) and output Y, tokens as rows."""
+    """Second moments of a subblock's input X and output Y, summed over calibration tokens.
+
+    X is `[tokens, hidden_size + 1]`: the subblock's (normed) input with a column of ones behind it. Y is `[tokens, hidden_size]`.
+    `xx` is X'X, `[hidden_size + 1, hidden_size + 1]`. `xy` is X'Y, `[hidden_size + 1, hidden_size]`. Both are sums in float64 of
+    float32 products. `yy` is the sum of squares of Y. `xx` and `xy` are None before the first tokens.
+    """
 
     def __init__(self) -> None:
         self.xx: Tensor | None = None
@@ -39,6 +46,7 @@ class Moments:
         self.yy = 0.0
 
     def add(self, x_ND: Tensor, y_ND: Tensor) -> None:
+        """Adds tokens: inputs and outputs, each `[tokens, hidden_size]` in any dtype."""
         x_ND = torch.nn.functional.pad(x_ND.float(), (0, 1), value=1.0)
         y_ND = y_ND.float()
         self.xx = _sum_to(self.xx, _second_moment(x_ND))
@@ -53,49 +61,62 @@ class Moments:
             both.yy += m.yy
         return both
 
-    def _of(self, width: int) -> tuple[Tensor, Tensor]:
+    def _of_inputs(self, width: int) -> tuple[Tensor, Tensor]:
+        """X'X and X'Y of the first `width` columns of X."""
         assert self.xx is not None and self.xy is not None, "no calibration tokens were seen"
         return self.xx[:width, :width], self.xy[:width]
 
     def least_squares(self, bias: bool = False) -> Tensor:
-        """The `[out, in]` weight that predicts Y from X best, with a little ridge; with a bias as its last column if asked for."""
+        """The weight `[hidden_size, hidden_size]` that predicts Y from X best, in float64, by least squares with a small ridge.
+
+        With `bias`, it has the bias as one more column at the end.
+        """
         assert self.xx is not None, "no calibration tokens were seen"
-        xx, xy = self._of(len(self.xx) - (not bias))
-        return torch.linalg.solve(ridge(xx), xy).T
+        xx, xy = self._of_inputs(len(self.xx) - (not bias))
+        return torch.linalg.solve(with_ridge(xx), xy).T
 
     def relative_error(self, weight_OI: Tensor) -> float:
-        """||Y - X W'||^2 / ||Y||^2 of a linear map, from the moments alone. 1 is no better than predicting zero."""
+        """||Y - X W'||^2 / ||Y||^2 of a linear map W, from the moments alone. 0 is exact; 1 is no better than predicting zero.
+
+        `weight_OI` is `[hidden_size, hidden_size]`, or with a bias as one more column at the end.
+        """
         weight = weight_OI.double()
-        xx, xy = self._of(weight.shape[1])
+        xx, xy = self._of_inputs(weight.shape[1])
         squared = self.yy - 2 * (weight.T * xy).sum() + ((weight @ xx) * weight).sum()
         return float(squared) / max(self.yy, 1e-30)
 
 
 class Statistics:
-    """Moments of both subblocks, and what their inner activations say of heads and channels.
+    """Statistics of one parent layer: moments of both subblocks, and of their inner activations.
 
-    `needs` names what to gather (variants say what they need, see `puzzle_ray.variants.base.needs`): `inputs` fills `moments`, `heads`
-    and `channels` the second moments of what enters the attention's output and the FFN's down projection. The mean |activation|
-    of every FFN channel is always there. Each half of the tokens of a batch goes to moments of its own, so that what was fitted
-    on one half can be judged on the other.
+    `needs` names what to gather; every variant says what it needs (see `puzzle_ray.variants.base.needed_statistics`).
+
+    - `inputs`: `halves` and `moments`, see `Moments`. The first half of the tokens of every batch goes to the first moments of
+      `halves`, the other half to the second. So what is fitted on one half can be judged on the other.
+    - `heads`: `head_moment`, the second moment of the input of the attention's output projection,
+      `[num_attention_heads * head_dim, num_attention_heads * head_dim]` in float64.
+    - `channels`: `channel_moment`, the second moment of the input of the FFN's down projection,
+      `[intermediate_size, intermediate_size]` in float64.
+
+    `channel_mean_F`, `[intermediate_size]`, is always gathered. `tokens` is the number of tokens seen.
     """
 
-    def __init__(self, needs: Iterable[str] = EVERYTHING) -> None:
+    def __init__(self, needs: Iterable[str] = ALL_STATISTICS) -> None:
         self.needs = frozenset(needs)
         self.halves: dict[SubblockKind, tuple[Moments, Moments]] = {kind: (Moments(), Moments()) for kind in KINDS}
         self.channel_sum: Tensor | None = None
-        self.channel_moment: Tensor | None = None  # [channels, channels]
-        self.head_moment: Tensor | None = None  # [heads * head_dim, heads * head_dim]
+        self.channel_moment: Tensor | None = None
+        self.head_moment: Tensor | None = None
         self.tokens = 0
 
     @property
     def moments(self) -> dict[SubblockKind, Moments]:
-        """Over all tokens."""
+        """The moments of every subblock over all tokens."""
         return {kind: first + second for kind, (first, second) in self.halves.items()}
 
     @property
     def channel_mean_F(self) -> Tensor:
-        """Mean |X_i| over tokens for every FFN channel i."""
+        """Mean |X_i| over tokens for every FFN channel i, `[intermediate_size]` in float64."""
         assert self.channel_sum is not None, "no calibration tokens were seen"
         return self.channel_sum / max(1, self.tokens)
 
@@ -117,7 +138,7 @@ class Statistics:
 
     @contextmanager
     def watch(self, layer: nn.Module, descriptor: Descriptor) -> Iterator[None]:
-        """While open, every forward of `layer` adds to the statistics."""
+        """While the context is open, every forward of `layer` adds to the statistics."""
         handles = []
 
         def rows(hidden_states: Tensor) -> Tensor:
@@ -151,12 +172,13 @@ class Statistics:
 
 
 def refit(weight_OI: Tensor, moment: Tensor, kept: Tensor) -> Tensor:
-    """The `[out, kept]` weight that best does the work of the whole `[out, in]` one when only some of its inputs are left.
+    """The weight `[out, kept]` on some inputs of a projection that comes closest to the whole weight `[out, in]` on all inputs.
 
-    Least squares from the inputs' second moment M: W_kept + W_gone M_gone,kept M_kept,kept^-1, the inverse with a little ridge.
+    `moment` is the second moment M of the inputs, `[in, in]`; `kept` are the indices of the inputs that remain. The result is the
+    least-squares solution W_kept + W_gone M_gone,kept M_kept,kept^-1, with a small ridge in the inverse. It is in float64.
     """
     weight = weight_OI.double()
     gone = torch.ones(len(moment), dtype=torch.bool, device=moment.device)
     gone[kept] = False
     cross = weight[:, gone] @ moment[gone][:, kept]
-    return weight[:, kept] + torch.linalg.solve(ridge(moment[kept][:, kept], 1e-4), cross.T).T
+    return weight[:, kept] + torch.linalg.solve(with_ridge(moment[kept][:, kept], 1e-4), cross.T).T

@@ -44,9 +44,9 @@ from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.progress import Lines, Progress
 from puzzle_ray.recipes import tiny_parent
 from puzzle_ray.scoring.downstream import load_questions
-from puzzle_ray.scoring.items import SCORES_TABLE
+from puzzle_ray.scoring.exact import exact_where_used
+from puzzle_ray.scoring.replacements import SCORES_TABLE
 from puzzle_ray.scoring.serial import SerialScorer, score_serially
-from puzzle_ray.scoring.settle import settle
 from puzzle_ray.search.choose import ARCHITECTURE, MakeExact, choose, save_choice
 from puzzle_ray.search.narrow import library_space
 from puzzle_ray.search.setup import SearchSetup
@@ -265,7 +265,7 @@ def exact(s: Setting, tokens: Artifact, library: Artifact, scores: Artifact) -> 
     questions = load_questions(str(s.parent), config, s.max_positions)
     data = (scoring_texts(s, tokens), config, artifact, Library(library).states, s.progress, questions)
     scorer = SerialScorer(s.stack(), *data)
-    return lambda found, answers: settle(found, config.metric, answers, scorer.score_alone)
+    return lambda found, answers: exact_where_used(found, config.metric, answers, scorer.score_alone)
 
 
 @contextmanager

@@ -37,9 +37,9 @@ def work(run: Run, artifact: Artifact) -> None:
 
 
 def said(facts: Any) -> str:
-    from puzzle_ray.distill.library import summary
+    from puzzle_ray.distill.library import library_summary
 
-    return summary(facts)
+    return library_summary(facts)
 
 
 def read(run: Run) -> Any:

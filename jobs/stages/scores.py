@@ -49,7 +49,7 @@ def work(run: Run, artifact: Artifact) -> None:
 
 
 def read(run: Run) -> Scores:
-    from puzzle_ray.scoring.items import SCORES_TABLE
+    from puzzle_ray.scoring.replacements import SCORES_TABLE
 
     return Scores.from_parquet(run.content("scores").read(SCORES_TABLE))
 
@@ -62,10 +62,10 @@ def exact(run: Run) -> MakeExact | None:
 
     def make(scores: Scores, answers: Answers) -> Scores:
         from actors.scoring_pool import scoring
-        from puzzle_ray.scoring.settle import settle
+        from puzzle_ray.scoring.exact import exact_where_used
 
         with scoring(*_arguments(run, artifact)) as score:
-            return settle(scores, run.config.scoring.metric, answers, score)
+            return exact_where_used(scores, run.config.scoring.metric, answers, score)
 
     return make
 

@@ -1,8 +1,9 @@
-"""Blockwise local distillation (paper, section 3.2): every variant of a block learns to mimic its parent block, alone.
+"""Blockwise local distillation (BLD): every variant of a block learns alone to mimic its parent block. (Paper v5, section 3.2.)
 
-A trainer is a state machine over positions 0, 1, 2, ...: it gathers statistics on the first micro-batches, starts every variant from
-them, measures each on validation micro-batches, trains, and measures again. What it does at a position depends on that position and
-on what came before, nothing else, so a trainer that dies continues from its checkpoint to the same bits.
+A trainer is a state machine over positions 0, 1, 2, ... Each position is one micro-batch. First the trainer gathers calibration
+statistics and initialises every variant from them. Then it measures each variant on validation micro-batches, trains it, and measures
+it again. What it does at a position depends on that position and on the positions before it, and on nothing else. A trainer that
+dies therefore continues from its checkpoint to the same bits.
 """
 
 from __future__ import annotations
@@ -21,23 +22,24 @@ from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice, LayerSpace, Subbloc
 from puzzle_ray.calibration import Statistics
 from puzzle_ray.distill.candidate import Candidate
 from puzzle_ray.distill.losses import LayerPass, block_loss, training_loss
-from puzzle_ray.distill.schedule import Phase, Schedule, is_flat, learning_rate, warmup_steps
+from puzzle_ray.distill.schedule import LearningRate, Phase, Schedule, is_flat
 from puzzle_ray.distill.settings import LibraryConfig
 from puzzle_ray.errors import NotFinite, OutOfOrder
 from puzzle_ray.models.blocks import LayerStack, swapped
-from puzzle_ray.variants.base import needs
+from puzzle_ray.variants.base import needed_statistics
 
 __all__ = ["LayerTrainer", "LibraryRow", "Schedule", "row_metadata"]
 
-Starts = Callable[[int, LayerChoice], Mapping[SubblockKind, Mapping[str, Tensor]]]
+StartingStates = Callable[[int, LayerChoice], Mapping[SubblockKind, Mapping[str, Tensor]]]
 
 
 @dataclass(frozen=True)
 class LibraryRow:
-    """One trained variant, or a coupled pair (kind `block`, both variants in `variant`).
+    """One trained variant, or a coupled pair: then `kind` is `block` and `variant` names both variants.
 
-    Losses are normalised MSE on validation micro-batches; `kept` says which weights are in the library; `tokens` is what it was
-    trained on, `tokens_saved` what an early stop spared (0 for one that was trained to the end).
+    `start_loss` and `final_loss` are the normalised MSE on validation micro-batches, before and after training. `kept` says which
+    weights are in the library: `start` or `trained`. `tokens` is the number of tokens it was trained on. `tokens_saved` is the
+    number that an early stop spared, 0 where training ran to the end. `failure` is empty where nothing failed.
     """
 
     layer: int
@@ -53,18 +55,23 @@ class LibraryRow:
 
 
 class LayerTrainer:
-    """All that a library holds of one layer. `step(position, x, y)` takes the parent layer's input and output `[batch, tokens,
-    hidden_size]`. `starts(layer, choice)` gives the weights to start from; without it, variants initialise themselves."""
+    """Trains everything that a library holds of one layer.
+
+    Call `step` for positions 0, 1, 2, ... in order. `starts(layer, choice)` gives the weights that a choice starts from. Without it
+    every variant initialises itself from the parent layer and from calibration statistics.
+    """
 
     def __init__(
-        self, index: int, stack: LayerStack, space: LayerSpace, config: LibraryConfig, starts: Starts | None = None
+        self, index: int, stack: LayerStack, space: LayerSpace, config: LibraryConfig, starts: StartingStates | None = None
     ) -> None:
         self.index, self.stack, self.space, self.config, self.starts = index, stack, space, config, starts
         self.schedule = Schedule.of(config)
+        self.learning_rate = LearningRate.of_bld(config.learning_rate, self.schedule.train, config.warmup_fraction)
         self.layer = stack.layer(index).requires_grad_(False)
-        self.statistics = Statistics(needs(space.attention, "attention") | needs(space.ffn, "ffn") if starts is None else ())
+        needed = needed_statistics(space.attention, "attention") | needed_statistics(space.ffn, "ffn")
+        self.statistics = Statistics(needed if starts is None else ())
         self.candidates: list[Candidate] = []
-        self.position = -1  # the last one done
+        self.position = -1  # the last position that is done
         self.parent = {k: swapped(self.layer, LayerChoice.half(k, PARENT), stack.descriptor, stack.config) for k in KINDS}
 
     @property
@@ -72,9 +79,11 @@ class LayerTrainer:
         return self.position == self.schedule.positions - 1
 
     def step(self, position: int, x: Tensor, y: Tensor) -> float | None:
-        """Does one position; what was already done is ignored. Returns the mean training loss, if anything trained.
+        """Does one position. A position that is already done is ignored.
 
-        Raises OutOfOrder for a gap and NotFinite when the parent's own activations are not finite.
+        `x` and `y` are the parent layer's input and output, each `[batch, tokens, hidden_size]`. Returns the mean training loss over
+        candidates, or None where nothing trained. Raises OutOfOrder where a position was left out, and NotFinite where the parent's
+        own activations are not finite.
         """
         if position <= self.position:
             return None
@@ -90,7 +99,7 @@ class LayerTrainer:
                 self.stack.run_layer(self.layer, self.index, x, arguments)
             if number == self.schedule.calibrate - 1:
                 self._start_candidates()
-        elif phase != "train" or any(c.learns for c in self.candidates):
+        elif phase != "train" or any(c.still_trains for c in self.candidates):
             with torch.no_grad(), self._autocast(x):
                 middle = self.stack.run_layer(self.parent["attention"], self.index, x, arguments)
             parent = LayerPass(x, middle, y)
@@ -101,7 +110,7 @@ class LayerTrainer:
         return loss
 
     def _autocast(self, x: Tensor) -> AbstractContextManager[object]:
-        """What forwards compute in. Weights stay fp32, and so does what is outside: statistics, losses, optimizer."""
+        """The dtype that forwards compute in. Weights, statistics, losses and the optimizer stay float32."""
         return torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.config.compute_dtype == "bfloat16")
 
     def _start_candidates(self) -> None:
@@ -110,12 +119,15 @@ class LayerTrainer:
             if self.starts is None:
                 candidate.initialise(self.layer, self.statistics)
             else:
-                candidate.take(self.starts(self.index, choice))
+                candidate.start_from_trained(self.starts(self.index, choice))
             self.candidates.append(candidate)
         self.statistics = Statistics()
 
     def _run(self, candidate: Candidate, parent: LayerPass, arguments: dict[str, Any]) -> LayerPass:
-        """The candidate on the parent's input; halves that are the parent's are its own, the attention's already computed."""
+        """Runs the candidate on the parent's input.
+
+        A half that is not replaced is the parent's own. The output of the parent's attention half is in `parent.middle` already.
+        """
         with self._autocast(parent.start):
             middle = parent.middle
             if "attention" in candidate.halves:
@@ -124,12 +136,12 @@ class LayerTrainer:
         return LayerPass(parent.start, middle, end)
 
     def _train(self, number: int, position: int, parent: LayerPass, arguments: dict[str, Any]) -> float | None:
-        rate = learning_rate(self.config.learning_rate, number, self.schedule.train, self.config.warmup_fraction)
+        rate = self.learning_rate.at(number)
         losses = []
         for candidate in self.candidates:
-            if candidate.optimizer is None or not candidate.learns:
+            if candidate.optimizer is None or not candidate.still_trains:
                 continue
-            group, course = candidate.optimizer.param_groups[0], candidate.course
+            group, record = candidate.optimizer.param_groups[0], candidate.record
             group["lr"] = rate
             child = self._run(candidate, parent, arguments)
             loss = training_loss(self.config.loss, candidate.choice.replaced, child, parent)
@@ -141,76 +153,82 @@ class LayerTrainer:
             candidate.optimizer.step()
             candidate.optimizer.zero_grad(set_to_none=True)
             losses.append(float(loss.detach()))
-            course.curve.append(losses[-1])
-            if self._is_flat(course.curve):
+            record.curve.append(losses[-1])
+            if self._is_flat(record.curve):
                 candidate.stop()
         return sum(losses) / len(losses) if losses else None
 
     def _is_flat(self, curve: list[float]) -> bool:
         rule = self.config.early_stop
-        warmup = warmup_steps(self.schedule.train, self.config.warmup_fraction)
-        return rule is not None and len(curve) < self.schedule.train and is_flat(curve[warmup:], rule)
+        after_warmup = curve[self.learning_rate.warmup_steps :]
+        return rule is not None and len(curve) < self.schedule.train and is_flat(after_warmup, rule)
 
     @torch.no_grad()
     def _validate(self, phase: Phase, position: int, parent: LayerPass, arguments: dict[str, Any]) -> None:
         for candidate in self.candidates:
-            course = candidate.course
+            record = candidate.record
             loss = float(block_loss(self._run(candidate, parent, arguments), parent))
             if not math.isfinite(loss):
                 candidate.fail(str(NotFinite("the validation loss", self.index, self._name(candidate), position)))
             if phase == "validate_start":
-                course.start_loss += loss / self.schedule.validate
+                record.start_loss += loss / self.schedule.validate
             else:
-                course.final_loss += loss / self.schedule.validate
+                record.final_loss += loss / self.schedule.validate
 
     def _name(self, candidate: Candidate) -> str:
         return self.space.entry(candidate.choice)[1]
 
     def results(self) -> list[tuple[LibraryRow, dict[str, Tensor], list[float]]]:
-        """For every candidate: its row, the weights to keep (the better of start and trained, by validation), its loss curve."""
+        """For every candidate: its row, the weights for the library, and its loss curve.
+
+        The weights are the trained ones where their validation loss is below that of the start, and otherwise the start.
+        """
         assert self.finished, "the last position is not done"
         out = []
         for c in self.candidates:
-            course = c.course
-            better = c.optimizer is not None and not course.failure and course.final_loss < course.start_loss
-            spared = self.schedule.train - len(course.curve) if course.stopped else 0
+            record = c.record
+            better = c.optimizer is not None and not record.failure and record.final_loss < record.start_loss
+            spared = self.schedule.train - len(record.curve) if record.stopped else 0
             row = LibraryRow(
                 self.index,
                 *self.space.entry(c.choice),
-                course.initialisation,
-                course.start_loss,
-                course.final_loss,
+                record.initialisation,
+                record.start_loss,
+                record.final_loss,
                 "trained" if better else "start",
-                len(course.curve) * self.config.micro_batch_tokens,
-                course.failure,
+                len(record.curve) * self.config.micro_batch_tokens,
+                record.failure,
                 spared * self.config.micro_batch_tokens,
             )
-            out.append((row, c.weights() if better else c.start, course.curve))
+            out.append((row, c.weights() if better else c.start, record.curve))
         return out
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-        """Tensors and metadata to continue from; None before the candidates exist (calibration starts over)."""
+        """Tensors and metadata to continue from.
+
+        None while the trainer is still calibrating: there are no candidates yet, and calibration starts over.
+        """
         if not self.candidates:
             return None
         tensors: dict[str, Tensor] = {}
-        courses = []
+        records = []
         for number, candidate in enumerate(self.candidates):
-            own, course = candidate.checkpoint()
+            own, record = candidate.checkpoint()
             tensors |= {f"{number}/{key}": value for key, value in own.items()}
-            courses.append(course)
-        return tensors, {"position": str(self.position), "courses": json.dumps(courses)}
+            records.append(record)
+        return tensors, {"position": str(self.position), "records": json.dumps(records)}
 
     def restore(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """The inverse of `checkpoint`."""
         self.candidates = []
-        for number, (choice, course) in enumerate(zip(self.space.trained, json.loads(metadata["courses"]), strict=True)):
+        for number, (choice, record) in enumerate(zip(self.space.trained, json.loads(metadata["records"]), strict=True)):
             candidate = Candidate.of(choice, self.stack, self.index, self.config)
             own = {k.removeprefix(f"{number}/"): v for k, v in tensors.items() if k.startswith(f"{number}/")}
-            candidate.restore(own, course)
+            candidate.restore(own, record)
             self.candidates.append(candidate)
         self.position = int(metadata["position"])
 
 
 def row_metadata(row: LibraryRow, curve: list[float]) -> dict[str, str]:
-    """What stands in a published variant's safetensors header."""
+    """The metadata in the safetensors header of a published variant."""
     return {"row": json.dumps(asdict(row)), "curve": json.dumps(curve)}

@@ -1,4 +1,4 @@
-"""One choice for one layer in training: its modules, its optimizer, and what has happened to it so far."""
+"""One choice for one layer while it trains: its modules, its optimizer, and the record of its training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ from puzzle_ray.variants.base import find_variant
 
 @dataclass
 class TrainingRecord:
-    """Losses and fate. `curve` is the training loss of every micro-batch; start and final loss are means over validation."""
+    """What has happened to a candidate so far.
+
+    `curve` is the training loss of every micro-batch. `start_loss` and `final_loss` are means over the validation micro-batches.
+    `stopped` says that training ended early because the loss was flat. `failure` says what went wrong; it is empty otherwise.
+    """
 
     initialisation: str = ""
     start_loss: float = 0.0
@@ -29,30 +33,33 @@ class TrainingRecord:
     failure: str = ""
 
 
-def by_kind(weights: Mapping[str, Tensor]) -> dict[SubblockKind, dict[str, Tensor]]:
-    """`attention/self_attn.o_proj.weight` ... -> the states that `puzzle_ray.models.blocks.swapped` takes."""
-    found: dict[SubblockKind, dict[str, Tensor]] = {}
+def states_by_kind(weights: Mapping[str, Tensor]) -> dict[SubblockKind, dict[str, Tensor]]:
+    """Weights by `<kind>/<name inside the layer>` -> one state dict per kind, as `puzzle_ray.models.blocks.swapped` takes them."""
+    states: dict[SubblockKind, dict[str, Tensor]] = {}
     for key, value in weights.items():
         kind, _, name = key.partition("/")
-        found.setdefault("attention" if kind == "attention" else "ffn", {})[name] = value
-    return found
+        states.setdefault("attention" if kind == "attention" else "ffn", {})[name] = value
+    return states
 
 
 @dataclass
 class Candidate:
-    """`halves`: for every replaced subblock a layer whose other half is a no-op. `start`: the weights before training, by
-    `<kind>/<name inside the layer>`. `optimizer` is None where nothing can be trained."""
+    """A choice in training.
+
+    `halves` has, for every replaced subblock, a layer whose other half is a no-op. `start` has the weights before training, by
+    `<kind>/<name inside the layer>`. `optimizer` is None where nothing can be trained.
+    """
 
     choice: LayerChoice
     descriptor: Descriptor
     halves: Mapping[SubblockKind, nn.Module]
     optimizer: torch.optim.AdamW | None
-    course: TrainingRecord = field(default_factory=TrainingRecord)
+    record: TrainingRecord = field(default_factory=TrainingRecord)
     start: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, choice: LayerChoice, stack: LayerStack, index: int, config: LibraryConfig) -> Candidate:
-        """With weights still undefined."""
+        """A candidate whose weights are still undefined."""
         layer, descriptor = stack.layer(index), stack.descriptor
         halves, parameters = {}, []
         for kind in choice.replaced:
@@ -68,31 +75,32 @@ class Candidate:
             optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, betas=(0.9, 0.95))
         return cls(choice, descriptor, halves, optimizer)
 
-    def take(self, states: Mapping[SubblockKind, Mapping[str, Tensor]]) -> None:
-        """Starts from halves that were trained elsewhere."""
+    def start_from_trained(self, states: Mapping[SubblockKind, Mapping[str, Tensor]]) -> None:
+        """Starts from halves that another library has trained."""
         self._load({f"{kind}/{name}": value for kind, state in states.items() for name, value in state.items()})
-        self.course.initialisation = "trained halves"
+        self.record.initialisation = "trained halves"
         self.start = self.weights()
 
     @property
-    def learns(self) -> bool:
-        return self.optimizer is not None and not self.course.failure and not self.course.stopped
+    def still_trains(self) -> bool:
+        """Whether the next training micro-batch changes its weights."""
+        return self.optimizer is not None and not self.record.failure and not self.record.stopped
 
     def initialise(self, parent: nn.Module, statistics: Statistics) -> None:
-        """Fills the weights from the parent layer's, every half by its variant's own method."""
-        words = []
+        """Fills the weights of every half from the parent layer, by the method of its variant."""
+        methods = []
         for kind, half in self.halves.items():
             variant, argument = find_variant(self.choice.variant(kind), kind)
-            words.append(variant.initialise(half, parent, argument, kind, self.descriptor, statistics))
-        self.course.initialisation = "; ".join(words)
+            methods.append(variant.initialise(half, parent, argument, kind, self.descriptor, statistics))
+        self.record.initialisation = "; ".join(methods)
         self.start = self.weights()
 
     def weights(self) -> dict[str, Tensor]:
         """A copy of the weights as they are now, by `<kind>/<name inside the layer>`."""
-        return {name: value.clone() for name, value in self._now().items()}
+        return {name: value.clone() for name, value in self._live_weights().items()}
 
-    def _now(self) -> dict[str, Tensor]:
-        """The weights themselves."""
+    def _live_weights(self) -> dict[str, Tensor]:
+        """The weights themselves, not copies."""
         return {
             f"{kind}/{name}": value.detach()
             for kind, half in self.halves.items()
@@ -100,42 +108,42 @@ class Candidate:
         }
 
     def _load(self, weights: Mapping[str, Tensor]) -> None:
-        states = by_kind(weights)
+        states = states_by_kind(weights)
         for kind, half in self.halves.items():
             load_subblock(half, kind, self.descriptor, states.get(kind, {}))
 
     def stop(self) -> None:
-        """No more training; the optimizer forgets its moments."""
-        self.course.stopped = True
-        self._forget()
+        """Ends training. The optimizer's moments are dropped."""
+        self.record.stopped = True
+        self._clear_optimizer()
 
     def fail(self, reason: str) -> None:
-        """No more training, and back to the start."""
-        if not self.course.failure:
-            self.course.failure = reason
+        """Ends training and restores the weights from before training. A second failure changes nothing."""
+        if not self.record.failure:
+            self.record.failure = reason
             self._load(self.start)
-            self._forget()
+            self._clear_optimizer()
 
-    def _forget(self) -> None:
+    def _clear_optimizer(self) -> None:
         if self.optimizer is not None:
             self.optimizer.zero_grad(set_to_none=True)
             self.optimizer.state.clear()
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors (the live ones, to be written at once) and JSON-able facts to continue from."""
+        """Tensors and a JSON-able training record to continue from. The tensors are live: write them before the next step."""
         tensors = {f"start/{name}": value for name, value in self.start.items()}
-        tensors |= {f"now/{name}": value for name, value in self._now().items()}
+        tensors |= {f"now/{name}": value for name, value in self._live_weights().items()}
         for number, slots in (self.optimizer.state_dict()["state"] if self.optimizer else {}).items():
             tensors |= {f"adam/{number}/{slot}": torch.as_tensor(value) for slot, value in slots.items()}
-        return tensors, asdict(self.course)
+        return tensors, asdict(self.record)
 
-    def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    def restore(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """The inverse of `checkpoint`."""
 
         def part(word: str) -> dict[str, Tensor]:
             return {key.removeprefix(f"{word}/"): value for key, value in tensors.items() if key.startswith(f"{word}/")}
 
-        self.course, self.start = TrainingRecord(**facts), part("start")
+        self.record, self.start = TrainingRecord(**record), part("start")
         self._load(part("now"))
         slots: dict[int, dict[str, Tensor]] = {}
         for key, value in part("adam").items():

@@ -1,7 +1,7 @@
-"""Global knowledge distillation (GKD): the whole child learns from the whole parent (paper: L_GKD = L_cosine + L_KLD).
+"""Global knowledge distillation (GKD): the whole child learns from the whole parent (paper v5: L_GKD = L_cosine + L_KLD).
 
-A run is a function of (child, parent, tokens, config, seed): data are a function of (seed, step, rank), dropout is off,
-and a checkpoint holds all that training carries from step to step. A resumed run therefore ends in the same bits.
+A run is a function of (child, parent, tokens, config, seed). Data are a function of (seed, step, rank), and dropout is off. A
+checkpoint holds everything that training carries from step to step. A resumed run therefore ends in the same bits.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from puzzle_ray.artifacts import rows_to_parquet
 from puzzle_ray.data.order import Tokens
 from puzzle_ray.distill.losses import cosine_distance, token_losses
+from puzzle_ray.distill.schedule import LearningRate
 from puzzle_ray.distill.settings import GkdConfig
 from puzzle_ray.errors import ConfigError, PuzzleError, StoreError
 from puzzle_ray.models.checkpoint import locate
@@ -26,7 +27,7 @@ from puzzle_ray.models.describe import describe
 from puzzle_ray.progress import Progress
 from puzzle_ray.store import Artifact
 
-CHILD = "child"  # folder of a step
+CHILD = "child"  # a folder of the artifact
 TOKENS = "tokens.safetensors"
 CHECKPOINT = "checkpoint.safetensors"
 CURVE = "losses.parquet"
@@ -59,7 +60,7 @@ class GkdRow:
 
 @dataclass(frozen=True)
 class GkdJob:
-    """What a distillation reads and writes: `child` holds the folder `child`, `data` the file `tokens.safetensors`."""
+    """What a distillation reads and writes. Artifact `child` holds the folder `child`; `data` holds the file `tokens.safetensors`."""
 
     parent: str
     child: Artifact
@@ -72,14 +73,14 @@ class GkdJob:
 
 @contextmanager
 def layer_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects each layer's output, `[batch, tokens, hidden_size]` before the final norm, of a forward in the block."""
+    """Collects the output of every layer while the context is open: `[batch, tokens, hidden_size]`, before the final norm."""
     outputs: list[Tensor] = []
 
-    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+    def collect(module: nn.Module, inputs: Any, output: Any) -> None:
         outputs.append(output[0] if isinstance(output, tuple) else output)
 
     layers = model.get_submodule(describe(model.config).layers)
-    hooks = [layer.register_forward_hook(keep) for layer in layers.children()]
+    hooks = [layer.register_forward_hook(collect) for layer in layers.children()]
     try:
         yield outputs
     finally:
@@ -87,26 +88,18 @@ def layer_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
-def total_steps(config: GkdConfig) -> int:
-    """Optimizer steps until `config.tokens` are used; none for 0 tokens, else at least one."""
+def gkd_steps(config: GkdConfig) -> int:
+    """Optimizer steps until `config.tokens` are used, rounded up; 0 for 0 tokens."""
     tokens_per_step = config.micro_batch_tokens * config.num_workers
     return math.ceil(config.tokens / tokens_per_step)
 
 
-def learning_rate(config: GkdConfig, step: int) -> float:
-    """Of step 0, 1 ...: linear warm-up, then a cosine down to 0."""
-    total = total_steps(config)
-    warmup = int(config.warmup_fraction * total)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / (warmup + 1)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
-
-
 class GkdTrainer:
-    """Trains `child` (fp32) towards `parent`, one optimizer step at a time.
+    """Trains `child` (float32 weights) towards `parent`, one optimizer step at a time.
 
-    A step takes one micro-batch per worker. This process computes those of `ranks`: all of them by default, so that one
-    process does what many would; with fewer, `all_reduce` must add up a tensor over all processes, in place.
+    A step takes one micro-batch per worker. This process computes the micro-batches of `ranks`. By default these are all ranks, so
+    that one process does the work of all workers. With fewer, `all_reduce` must sum a tensor over all processes, in place.
+    Raises ConfigError where a micro-batch is shorter than one sequence.
     """
 
     def __init__(
@@ -117,7 +110,8 @@ class GkdTrainer:
         self.tokens, self.config, self.seed = tokens, config, seed
         self.ranks = range(config.num_workers) if ranks is None else ranks
         self.all_reduce = all_reduce
-        self.total_steps = total_steps(config)
+        self.total_steps = gkd_steps(config)
+        self.learning_rate = LearningRate.of_gkd(config.learning_rate, self.total_steps, config.warmup_fraction)
         self.curve: list[GkdRow] = []
         length = tokens.sequences.shape[1]
         self.num_sequences = config.micro_batch_tokens // length
@@ -126,7 +120,7 @@ class GkdTrainer:
             raise ConfigError("gkd.micro_batch_tokens", problem)
         self.parameters: dict[str, nn.Parameter] = dict(child.named_parameters())
         self.device = next(child.parameters()).device
-        # Gradients are views of one buffer whose last places are the losses: one all-reduce, one norm.
+        # All gradients are views of one buffer. Its last four elements are the losses. So a step needs one all-reduce and one norm.
         self.sums = torch.zeros(sum(p.numel() for p in self.parameters.values()) + 4, device=self.device)
         self.gradients, self.losses = self.sums[:-4], self.sums[-4:]
         start = 0
@@ -148,11 +142,11 @@ class GkdTrainer:
 
     @property
     def next_step(self) -> int:
-        """How many steps are done, which is also the number of the next."""
+        """The number of the next step; steps count from 0, so it is also the number of steps done."""
         return len(self.curve)
 
     def step(self) -> GkdRow:
-        """One optimizer step. Raises Diverged, and then changes no weight."""
+        """Takes one optimizer step. Raises Diverged where loss or gradient is not finite, before any weight is changed."""
         number, config = self.next_step, self.config
         self.sums.zero_()
         for rank in self.ranks:
@@ -169,7 +163,7 @@ class GkdTrainer:
             raise Diverged(number, loss, norm)
         if norm > config.gradient_clip:
             self.gradients *= config.gradient_clip / norm
-        rate = learning_rate(config, number)
+        rate = self.learning_rate.at(number)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -177,7 +171,7 @@ class GkdTrainer:
         return self.curve[-1]
 
     def loss_terms(self, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(weighted sum, KL, cosine distance, next-token loss) of ids `[batch, tokens]`; weight 0 means no gradient."""
+        """(weighted sum, KL, cosine distance, next-token loss) of ids `[batch, tokens]`. A term of weight 0 gives no gradient."""
         config = self.config
         half = self.device.type != "cpu" and self.parent.dtype != torch.float32
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
@@ -191,7 +185,10 @@ class GkdTrainer:
         return total + config.cosine_weight * cosine, kl, cosine, lm
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """What training carries from step to step: weights, AdamW's moments, the loss curve. Not copied on the CPU."""
+        """What training carries from step to step: weights, AdamW's moments, the loss curve.
+
+        On the CPU these are the live tensors, not copies.
+        """
         state = {f"child.{name}": p.detach().cpu() for name, p in self.parameters.items()}
         for name, parameter in self.parameters.items():
             for moment in _MOMENTS:
@@ -202,12 +199,12 @@ class GkdTrainer:
 
     @torch.no_grad()
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
-        """The inverse of `state_tensors`. Raises StoreError where names or shapes are those of another model."""
+        """The inverse of `state_tensors`. Raises StoreError where names or shapes belong to another model."""
         expected = {name: value.shape for name, value in self.state_tensors().items() if name != "curve"}
-        found = {name: value.shape for name, value in state.items() if name != "curve"}
-        if expected != found:
-            name = min(name for name, _ in expected.items() ^ found.items())
-            problem = f"{name} is {found.get(name)}, this child has {expected.get(name)}"
+        given = {name: value.shape for name, value in state.items() if name != "curve"}
+        if expected != given:
+            name = min(name for name, _ in expected.items() ^ given.items())
+            problem = f"{name} is {given.get(name)}, this child has {expected.get(name)}"
             raise StoreError(CHECKPOINT, problem, "remove the checkpoint")
         for name, parameter in self.parameters.items():
             parameter.copy_(state[f"child.{name}"])
@@ -218,7 +215,7 @@ class GkdTrainer:
         self.curve = [GkdRow(int(row[0]), *row[1:]) for row in state["curve"].tolist()]
 
     def resume(self, artifact: Artifact) -> None:
-        """Continues from the step's checkpoint, if any. Raises StoreError when processes find different ones."""
+        """Continues from the artifact's checkpoint, if there is one. Raises StoreError where processes find different ones."""
         if artifact.exists(CHECKPOINT):
             self.load_state_tensors(artifact.read_tensors(CHECKPOINT)[0])
         if self.all_reduce is not None:
@@ -229,8 +226,8 @@ class GkdTrainer:
                 raise StoreError("store", problem, "use a shared folder or an fsspec URL")
 
 
-def distill(trainer: GkdTrainer, artifact: Artifact, progress: Progress, *, writes: bool = True) -> None:
-    """Trains to the end, from the step's checkpoint where it has one. With `writes=False` it saves none itself."""
+def train_to_end(trainer: GkdTrainer, artifact: Artifact, progress: Progress, *, writes: bool = True) -> None:
+    """Trains to the last step, from the artifact's checkpoint where there is one. With `writes=False` it saves no checkpoints."""
     trainer.resume(artifact)
     with progress.stage("distill", trainer.total_steps, "steps") as bar:
         bar.advance(trainer.next_step)
@@ -241,15 +238,17 @@ def distill(trainer: GkdTrainer, artifact: Artifact, progress: Progress, *, writ
             bar.advance(loss=row.loss, kl=row.kl, cosine=row.cosine)
 
 
-def load_trainer(
+def load_gkd_trainer(
     job: GkdJob,
     *,
     ranks: Sequence[int] | None = None,
     all_reduce: Callable[[Tensor], None] | None = None,
     device: str = "cpu",
 ) -> GkdTrainer:
-    """Reads models and tokens. On the CPU all is fp32; elsewhere the parent keeps its dtype, and the child of a parent
-    in half precision has fp32 weights and computes in bf16.
+    """Reads both models and the tokens.
+
+    On the CPU everything is float32. On another device the parent keeps its own dtype. The child's weights are float32 there, and
+    it computes in bfloat16 where the parent is in half precision.
     """
     with quiet_transformers():
         child = load_model(job.child.local_folder(CHILD), torch.float32).to(device)
@@ -258,8 +257,8 @@ def load_trainer(
     return GkdTrainer(child, parent, tokens, job.config, seed=job.seed, ranks=ranks, all_reduce=all_reduce)
 
 
-def publish(trainer: GkdTrainer, job: GkdJob) -> None:
-    """Writes the distilled child in its own dtype, its tokenizer and the loss curve, and finishes the step."""
+def publish_distilled(trainer: GkdTrainer, job: GkdJob) -> None:
+    """Writes the distilled child in its own dtype, its tokenizer and the loss curve, and finishes the artifact."""
     source = job.child.local_folder(CHILD)
     child = trainer.child.to(read_config(source).dtype or torch.float32)
     with quiet_transformers(), job.artifact.folder_to_publish(CHILD) as folder:
@@ -272,8 +271,8 @@ def publish(trainer: GkdTrainer, job: GkdJob) -> None:
 
 
 def distill_child(job: GkdJob, progress: Progress) -> None:
-    """The whole stage in this process, whatever `gkd.num_workers` is. Does nothing when the step is finished."""
+    """The whole stage in this process, whatever `gkd.num_workers` is. Does nothing where the artifact is finished."""
     if not job.artifact.finished:
-        trainer = load_trainer(job, device="cuda" if job.config.use_gpu else "cpu")
-        distill(trainer, job.artifact, progress)
-        publish(trainer, job)
+        trainer = load_gkd_trainer(job, device="cuda" if job.config.use_gpu else "cpu")
+        train_to_end(trainer, job.artifact, progress)
+        publish_distilled(trainer, job)

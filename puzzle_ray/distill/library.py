@@ -1,6 +1,6 @@
-"""The block library: which files it is made of, what a group of layers trains, and the whole stage in one process.
+"""The block library: its files, the trainers of a group of layers, and the whole stage in one process.
 
-A file holds one variant's weights by `<kind>/<name inside the layer>`, or both halves of a coupled pair.
+A file holds the weights of one variant, or of both halves of a coupled pair, by `<kind>/<name inside the layer>`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from puzzle_ray.artifacts import BLOCK, LayerChoice, SearchSpace, SubblockKind, rows_from_parquet, rows_to_parquet
 from puzzle_ray.data.order import Tokens
 from puzzle_ray.distill.bld import LayerTrainer, LibraryRow, Schedule, row_metadata
-from puzzle_ray.distill.candidate import by_kind
+from puzzle_ray.distill.candidate import states_by_kind
 from puzzle_ray.distill.settings import LibraryConfig
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.models.blocks import CPU, load_stack
@@ -32,24 +32,24 @@ from puzzle_ray.store import RECORD, Artifact, Store
 LIBRARY_TABLE = "library.parquet"
 
 
-def file_name(layer: int, kind: str, variant: str) -> str:
-    """Of one entry of a library; `variant` is a coupled pair's label where `kind` is `block`."""
+def variant_file(layer: int, kind: str, variant: str) -> str:
+    """The file of one entry of a library. Where `kind` is `block`, `variant` is the label of a coupled pair."""
     words = re.sub("[^A-Za-z0-9_.+]+", "-", variant.replace(" + ", "+"))
     return f"layer_{layer:03d}.{kind}.{words}.safetensors"
 
 
-def checkpoint_name(layer: int) -> str:
+def checkpoint_file(layer: int) -> str:
     return f"checkpoints/layer_{layer:03d}.safetensors"
 
 
 def unfinished_layers(space: SearchSpace, artifact: Artifact) -> list[int]:
-    """Layers with an entry whose file is not there yet."""
-    there = set(artifact.names())
-    return sorted({entry[0] for entry in space.entries() if file_name(*entry) not in there})
+    """Layers that have an entry whose file does not exist yet."""
+    existing = set(artifact.names())
+    return sorted({entry[0] for entry in space.entries() if variant_file(*entry) not in existing})
 
 
 class GroupTrainer:
-    """The trainers of some layers, their checkpoints, and the publishing of what is finished. Runs anywhere."""
+    """The trainers of some layers. It saves their checkpoints and publishes the layers that are finished. It needs no Ray."""
 
     def __init__(
         self,
@@ -67,23 +67,26 @@ class GroupTrainer:
         descriptor = describe(model_config)
         self.artifact, self.config = artifact, config
         self.positions = Schedule.of(config).positions
-        left = unfinished_layers(space, artifact)  # a process that is started again may have finished some
+        unfinished = unfinished_layers(space, artifact)  # a process that is started again may have finished some of its layers
         starts = starting_library(config, space)
         self.trainers = []
-        for index in (index for index in layers if index in left):
+        for index in (index for index in layers if index in unfinished):
             stack = load_stack(folder, descriptor, model_config, index, index + 1, torch.float32, ends=False, device=device)
             trainer = LayerTrainer(index, stack, space.layers[index], config, starts.states if starts else None)
-            if artifact.exists(checkpoint_name(index)):
-                trainer.restore(*artifact.read_tensors(checkpoint_name(index)))
+            if artifact.exists(checkpoint_file(index)):
+                trainer.restore(*artifact.read_tensors(checkpoint_file(index)))
             self.trainers.append(trainer)
 
     @property
     def last(self) -> int:
-        """The last position that every layer here has done, and that a restart would still know."""
+        """The last position that every layer of this group has done."""
         return min((trainer.position for trainer in self.trainers), default=self.positions - 1)
 
     def step(self, position: int, hidden_states: Mapping[int, Tensor]) -> float | None:
-        """One position for every layer; `hidden_states[i]` is layer i's input, `[i + 1]` its output. Returns the mean loss."""
+        """Does one position for every layer. Returns the mean training loss, or None where nothing trained.
+
+        `hidden_states[i]` is the input of layer i and `hidden_states[i + 1]` its output, each `[batch, tokens, hidden_size]`.
+        """
         losses = []
         for trainer in self.trainers:
             loss = trainer.step(position, hidden_states[trainer.index], hidden_states[trainer.index + 1])
@@ -98,14 +101,14 @@ class GroupTrainer:
     def _save(self, trainer: LayerTrainer) -> None:
         saved = trainer.checkpoint()
         if saved is not None:
-            self.artifact.write_tensors(checkpoint_name(trainer.index), *saved)
+            self.artifact.write_tensors(checkpoint_file(trainer.index), *saved)
 
     def _publish(self, trainer: LayerTrainer) -> None:
         for row, state, curve in trainer.results():
-            name = file_name(row.layer, row.kind, row.variant)
+            name = variant_file(row.layer, row.kind, row.variant)
             if not self.artifact.exists(name):
                 self.artifact.write_tensors(name, state, row_metadata(row, curve))
-        self.artifact.remove(checkpoint_name(trainer.index))
+        self.artifact.remove(checkpoint_file(trainer.index))
 
 
 @dataclass(frozen=True)
@@ -119,62 +122,65 @@ class Library:
         return rows
 
     def curves(self) -> dict[tuple[int, str, str], list[float]]:
-        """(layer, kind, variant) -> what was minimised, at every training micro-batch."""
+        """(layer, kind, variant) -> the training loss of every micro-batch."""
         raw = self.artifact.read_json("curves.json")
         return {(x["layer"], x["kind"], x["variant"]): x["losses"] for x in raw}
 
     @cached_property
     def coupled(self) -> bool:
-        """Whether pairs were trained as wholes, so that a half's weights differ from pair to pair."""
+        """Whether pairs were trained together. The weights of a half then differ from pair to pair."""
         return bool(self.artifact.facts()["coupled"])
 
     def states(self, layer: int, choice: LayerChoice) -> dict[SubblockKind, dict[str, Tensor]]:
-        """The weights of a choice's replaced subblocks; of a coupled library the pair's own."""
+        """The weights of the subblocks that a choice replaces. A coupled library has weights of its own for every pair."""
         entries = [(kind, choice.variant(kind)) for kind in choice.replaced]
         if self.coupled and entries:
-            files = [file_name(layer, BLOCK, choice.label)]
+            files = [variant_file(layer, BLOCK, choice.label)]
         else:
-            files = [file_name(layer, kind, variant) for kind, variant in entries]
+            files = [variant_file(layer, kind, variant) for kind, variant in entries]
         weights = {name: value for file in files for name, value in self.artifact.read_tensors(file)[0].items()}
-        return {kind: by_kind(weights).get(kind, {}) for kind in choice.replaced}
+        return {kind: states_by_kind(weights).get(kind, {}) for kind in choice.replaced}
 
 
 def starting_library(config: LibraryConfig, space: SearchSpace, parent_key: str | None = None) -> Library | None:
-    """The library that `start_from` names. Raises ConfigError for what is no finished decoupled library, has not all halves of
-    `space`, or was made for another parent than `parent_key` says."""
+    """The library that `start_from` names, or None where it names none.
+
+    Raises ConfigError where it is no finished decoupled library, where it lacks a half of `space`, or where it was made for another
+    parent than `parent_key`.
+    """
     if config.start_from is None:
         return None
     root, _, folder = config.start_from.rstrip("/").rpartition("/")
     stage, _, key = folder.rpartition("-")
-    step = Artifact(Store(root or "."), stage, key, {}, {})
+    artifact = Artifact(Store(root or "."), stage, key, {}, {})
     where, remedy = "library.start_from", "name the folder library-... of a decoupled run in its store"
     try:
-        finished = stage == "library" and step.finished
+        finished = stage == "library" and artifact.finished
     except Exception as error:  # every backend has errors of its own
         raise ConfigError(where, f"{config.start_from!r} cannot be read ({error})", remedy) from None
     if not finished:
         raise ConfigError(where, f"{config.start_from!r} is no finished library", remedy)
-    if "coupled" not in step.facts():
+    if "coupled" not in artifact.facts():
         raise ConfigError(where, f"{config.start_from!r} was made by an older version", "train it again")
-    library, there = Library(step), set(step.names())
+    library, existing = Library(artifact), set(artifact.names())
     if library.coupled:
         raise ConfigError(where, f"{config.start_from!r} holds coupled pairs, whose halves do not stand for themselves", remedy)
     for layer, kind, variant in space.subblocks():
-        if file_name(layer, kind, variant) not in there:
+        if variant_file(layer, kind, variant) not in existing:
             raise ConfigError(
                 where, f"{config.start_from!r} has no {variant} for layer {layer}", "narrow the space, or name another"
             )
-    made_for = step.read_json(RECORD)["inputs"].get("parent")
+    made_for = artifact.read_json(RECORD)["inputs"].get("parent")
     if parent_key is not None and made_for != parent_key:
         raise ConfigError(where, f"{config.start_from!r} was made for another parent", "name a library of this one")
     return library
 
 
-def finish(space: SearchSpace, artifact: Artifact) -> Library:
-    """Gathers every published variant's row and curve into tables, and closes the step."""
+def finish_library(space: SearchSpace, artifact: Artifact) -> Library:
+    """Gathers the row and the curve of every published variant into tables, and finishes the artifact."""
     rows, curves = [], []
     for layer, kind, variant in space.entries():
-        header = _metadata(artifact, file_name(layer, kind, variant))
+        header = _metadata(artifact, variant_file(layer, kind, variant))
         rows.append(LibraryRow(**json.loads(header["row"])))
         curves.append({"layer": layer, "kind": kind, "variant": variant, "losses": json.loads(header["curve"])})
     artifact.write(LIBRARY_TABLE, rows_to_parquet(rows, LibraryRow, {}))
@@ -194,8 +200,8 @@ def finish(space: SearchSpace, artifact: Artifact) -> Library:
     return Library(artifact)
 
 
-def summary(facts: Mapping[str, Any]) -> str:
-    """One line on a finished library, from its facts."""
+def library_summary(facts: Mapping[str, Any]) -> str:
+    """One line about a finished library, from the facts of its artifact."""
     words = [f"{facts['variants']} {'pairs' if facts['coupled'] else 'variants'}, {facts['trained']} better than their start"]
     if facts["stopped_early"]:
         share = facts["tokens_saved"] / (facts["tokens"] + facts["tokens_saved"])
@@ -213,8 +219,8 @@ def _metadata(artifact: Artifact, name: str) -> dict[str, str]:
     return dict(header.get("__metadata__", {}))
 
 
-class OneProcess:
-    """The library stage without Ray: the parent's layers, and the trainers of those that are left, in this process."""
+class SerialLibrary:
+    """The library stage in this process, without Ray: the parent's layers, and the trainers of the unfinished ones."""
 
     def __init__(
         self,
@@ -227,7 +233,7 @@ class OneProcess:
         num_threads: int = 1,
         device: torch.device = CPU,
     ) -> None:
-        """There must be an unfinished layer in `step`."""
+        """`artifact` must have an unfinished layer."""
         layers = unfinished_layers(space, artifact)
         self.group = GroupTrainer(parent, layers, space, config, artifact, num_threads, device)
         folder = locate(parent)
@@ -237,25 +243,28 @@ class OneProcess:
         self.schedule = Schedule.of(config)
         self.tokens, self.seed = tokens, seed
         self.sequences = config.micro_batch_tokens // tokens.sequences.shape[1]
-        self.travels = getattr(torch, config.activation_dtype)
+        self.activation_dtype = getattr(torch, config.activation_dtype)
 
     def batch(self, position: int) -> Tensor:
-        """Token ids of a position, `[sequences, tokens]`."""
+        """The token ids of a position, `[sequences, tokens]`."""
         ids = self.tokens.batch(self.seed, self.schedule.data_number(position), self.sequences)
         return ids.to(self.stack.device)
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor) -> dict[int, Tensor]:
-        """Every layer's input, behind the last one its output, rounded as what goes through the object store is."""
-        hidden = {0: self.stack.embed(input_ids).to(self.travels)}
+        """The input of every layer by its index, and behind the last layer its output: `[sequences, tokens, hidden_size]`.
+
+        They are rounded to `activation_dtype`, as they are on a cluster, where they go through the object store.
+        """
+        dtype = self.activation_dtype
+        hidden = {0: self.stack.embed(input_ids).to(dtype)}
         for index in range(self.stack.last):
-            hidden[index + 1] = self.stack.run_layer(self.stack.layer(index), index, hidden[index].to(self.stack.dtype)).to(
-                self.travels
-            )
+            entering = hidden[index].to(self.stack.dtype)
+            hidden[index + 1] = self.stack.run_layer(self.stack.layer(index), index, entering).to(dtype)
         return {index: state.float() for index, state in hidden.items()}
 
     def step(self, position: int) -> float | None:
-        """One micro-batch through the parent and all trainers. Returns the mean training loss, if anything trained."""
+        """Runs one micro-batch through the parent and all trainers. Returns the mean training loss, or None where nothing trained."""
         return self.group.step(position, self.forward(self.batch(position)))
 
 
@@ -270,12 +279,15 @@ def build_serially(
     num_threads: int = 1,
     device: torch.device = CPU,
 ) -> Library:
-    """The library stage in this process, without Ray: the same numbers as on a cluster with the same threads per trainer."""
+    """The library stage in this process, without Ray.
+
+    It gives the same bits as a cluster does with the same number of threads per trainer.
+    """
     if unfinished_layers(space, artifact):
-        process = OneProcess(parent, space, config, tokens, seed, artifact, num_threads, device)
-        with progress.stage("library", process.schedule.positions, "micro-batch") as bar:
-            bar.advance(process.group.last + 1)
-            for position in range(process.group.last + 1, process.schedule.positions):
-                loss = process.step(position)
+        stage = SerialLibrary(parent, space, config, tokens, seed, artifact, num_threads, device)
+        with progress.stage("library", stage.schedule.positions, "micro-batch") as bar:
+            bar.advance(stage.group.last + 1)
+            for position in range(stage.group.last + 1, stage.schedule.positions):
+                loss = stage.step(position)
                 bar.advance(1, **({} if loss is None else {"loss": loss}))
-    return finish(space, artifact)
+    return finish_library(space, artifact)

@@ -1,4 +1,4 @@
-"""What a block variant minimises in local distillation. All terms are computed in fp32."""
+"""The losses of both distillations, and the same measures per sequence for scoring. All are computed in float32."""
 
 from __future__ import annotations
 
@@ -15,52 +15,56 @@ from puzzle_ray.distill.settings import BlockLoss
 
 
 def normalised_mse(child: Tensor, parent: Tensor) -> Tensor:
-    """MSE(parent, child) / MSE(parent, 0), in fp32: 0 is a perfect copy, 1 no better than zeros (paper, section 3.2)."""
+    """MSE(parent, child) / MSE(parent, 0), in float32. 0 is a perfect copy; 1 is no better than zeros. (Paper v5, section 3.2.)
+
+    Both are of the same shape, in any dtype.
+    """
     target = parent.float()
     return (child.float() - target).square().mean() / target.square().mean().clamp_min(1e-30)
 
 
 @dataclass(frozen=True)
 class LayerPass:
-    """What enters a layer, what leaves its attention half, and what leaves it; each `[batch, tokens, hidden_size]`."""
+    """The hidden states of one layer, each `[batch, tokens, hidden_size]`.
+
+    `start` enters the layer, `middle` leaves its attention half, and `end` leaves the layer.
+    """
 
     start: Tensor
     middle: Tensor
     end: Tensor
 
     def added(self, kind: SubblockKind) -> Tensor:
-        """What a subblock adds to the residual."""
+        """What a subblock adds to the residual stream, in float32."""
         if kind == "attention":
             return self.middle.float() - self.start.float()
         return self.end.float() - self.middle.float()
 
 
 def block_loss(child: LayerPass, parent: LayerPass) -> Tensor:
-    """Normalised MSE of what leaves the layer: what variants are validated by, whatever they are trained on."""
+    """Normalised MSE of the layer's output. Every variant is validated by it, whatever loss it is trained on."""
     return normalised_mse(child.end, parent.end)
 
 
 def training_loss(weights: BlockLoss, replaced: Sequence[SubblockKind], child: LayerPass, parent: LayerPass) -> Tensor:
-    """The weighted sum of the terms that `BlockLoss` names; `subblock` is the mean over the replaced subblocks."""
+    """The weighted sum of the terms of `BlockLoss`. Its term `subblock` is a mean over the `replaced` subblocks."""
     terms = []
     if weights.block:
         terms.append(weights.block * block_loss(child, parent))
     if weights.subblock:
-        found = [normalised_mse(child.added(kind), parent.added(kind)) for kind in replaced]
-        terms.append(weights.subblock * torch.stack(found).mean())
+        errors = [normalised_mse(child.added(kind), parent.added(kind)) for kind in replaced]
+        terms.append(weights.subblock * torch.stack(errors).mean())
     if weights.cosine:
         terms.append(weights.cosine * cosine_distance([child.end], [parent.end]))
     return torch.stack(terms).sum()
 
 
-NO_LABEL = -100
-
-
-_CHUNK_ELEMENTS = 1 << 22  # logits turned into fp32 at a time
+NO_LABEL = -100  # marks a token that has no next one
+_CHUNK_ELEMENTS = 1 << 22  # logits that are turned into float32 at a time
 
 
 class _TokenLosses(torch.autograd.Function):
-    """KL(parent || child) and next-token loss; their gradient, softmax(child) - target, is written in the same pass."""
+    """KL(parent || child) and next-token loss. The same pass writes their gradient, softmax(child) - target."""
 
     @staticmethod
     def forward(
@@ -98,10 +102,11 @@ class _TokenLosses(torch.autograd.Function):
 def token_losses(
     child_logits: Tensor, parent_logits: Tensor, input_ids: Tensor, kl_weight: float, lm_weight: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(weighted sum, KL, next-token loss) in nats, fp32; logits `[batch, tokens, vocab_size]`, ids `[batch, tokens]`.
+    """(weighted sum, KL, next-token loss), in nats and float32.
 
-    KL(parent || child) is a mean over all tokens, the next-token loss over those that have a next one. Only the sum has
-    a gradient, only towards the child. Memory beside the logits: one tensor of their size and dtype, a chunk in fp32.
+    Logits are `[batch, tokens, vocab_size]` in any dtype, ids are `[batch, tokens]`. KL(parent || child) is a mean over all tokens.
+    The next-token loss is a mean over the tokens that have a next one. Only the weighted sum has a gradient, and only towards the
+    child. Besides the logits this needs memory for one tensor of their size and dtype, and for a chunk in float32.
     """
     labels = functional.pad(input_ids[:, 1:], (0, 1), value=NO_LABEL).flatten()
     flat = child_logits.flatten(0, 1), parent_logits.detach().flatten(0, 1)
@@ -110,7 +115,30 @@ def token_losses(
 
 
 def cosine_distance(child: Sequence[Tensor], parent: Sequence[Tensor]) -> Tensor:
-    """Mean over layers and tokens of 1 - cos(child, parent); entries are outputs `[batch, tokens, hidden_size]`."""
+    """Mean over layers and tokens of 1 - cos(child, parent). Entries are layer outputs, `[batch, tokens, hidden_size]`."""
     pairs = zip(child, parent, strict=True)
     similarity = [functional.cosine_similarity(c.float(), p.detach().float(), dim=-1).mean() for c, p in pairs]
     return 1 - torch.stack(similarity).mean()
+
+
+# B sequences, T tokens, V vocabulary, D hidden size
+
+
+def kl_per_sequence(parent_log_probs_BTV: Tensor, child_log_probs_BTV: Tensor) -> Tensor:
+    """KL(parent || child) in nats, a mean over tokens: `[sequences]`. Both inputs are float32 log-probabilities."""
+    return (parent_log_probs_BTV.exp() * (parent_log_probs_BTV - child_log_probs_BTV)).sum(-1).mean(-1)
+
+
+def next_token_loss_per_sequence(log_probs_BTV: Tensor, input_ids_BT: Tensor) -> Tensor:
+    """Next-token loss in nats, a mean over positions 0 .. T-2: `[sequences]`."""
+    return -log_probs_BTV[:, :-1].gather(-1, input_ids_BT[:, 1:].unsqueeze(-1)).squeeze(-1).mean(-1)
+
+
+def cosine_distance_per_sequence(child_BTD: Tensor, parent_BTD: Tensor) -> Tensor:
+    """1 - cos(parent, child), a mean over tokens: `[sequences]`. Both inputs are float32."""
+    return (1 - functional.cosine_similarity(parent_BTD, child_BTD, dim=-1)).mean(-1)
+
+
+def normalised_mse_per_sequence(child_BTD: Tensor, parent_BTD: Tensor) -> Tensor:
+    """Squared error over the parent's mean square: `[sequences]`. Both inputs are float32."""
+    return (child_BTD - parent_BTD).square().mean((1, 2)) / parent_BTD.square().mean((1, 2)).clamp_min(1e-30)

@@ -1,4 +1,4 @@
-"""A child put together from the parent's checkpoint and a block library, and published."""
+"""Puts a child together from the parent's checkpoint and a block library, and publishes it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from puzzle_ray.store import Artifact
 
 
 def realize(parent: str, choices: Sequence[LayerChoice], library: Artifact, artifact: Artifact) -> None:
-    """Assembles the child in the parent's dtype, checks that it loads back with bit-equal logits, and publishes it as `child`."""
+    """Assembles the child in the parent's dtype and publishes it as the folder `child` of `artifact`.
+
+    Raises ParentError where the saved child, loaded again, does not give the same logits bit for bit.
+    """
     from puzzle_ray.distill.library import Library
     from puzzle_ray.models.child import quiet_transformers, read_config
 

@@ -1,4 +1,4 @@
-"""When local distillation does what: phases over micro-batches, the learning rate, and the end of a variant that has stopped learning."""
+"""The learning rate of both distillations, and the schedule of local distillation: its phases and its early stop."""
 
 from __future__ import annotations
 
@@ -12,23 +12,52 @@ from puzzle_ray.distill.settings import EarlyStop, LibraryConfig
 Phase = Literal["calibrate", "validate_start", "train", "validate_end"]
 
 
-def warmup_steps(total: int, fraction: float) -> int:
-    return max(1, round(total * fraction))
+@dataclass(frozen=True)
+class LearningRate:
+    """Linear warm-up to `peak`, then half a cosine wave down to `final_fraction * peak`. Steps count from 0.
 
+    During warm-up, step `n` has the rate `peak * (n + 1) / ramp_steps`. With `ramp_steps` equal to `warmup_steps` the last step of
+    warm-up has the peak; with one more, the first step after warm-up has it.
 
-def learning_rate(peak: float, step: int, total: int, warmup_fraction: float) -> float:
-    """Linear warm-up, then a cosine down to a tenth of the peak. `step` counts from 0."""
-    warmup = warmup_steps(total, warmup_fraction)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
-    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+    `pi_first` is the order of rounding in the cosine's angle: `(pi * steps) / steps_after_warmup` where it is true, and
+    `pi * (steps / steps_after_warmup)` where it is false. The two may differ in the last bit. Each distillation keeps its own
+    order, so that a run gives the same bits in every version.
+    """
+
+    peak: float
+    total_steps: int
+    warmup_steps: int
+    ramp_steps: int
+    final_fraction: float
+    pi_first: bool
+
+    @classmethod
+    def of_bld(cls, peak: float, total_steps: int, warmup_fraction: float) -> LearningRate:
+        """For block distillation: at least one step of warm-up, and a tenth of the peak at the end."""
+        warmup = max(1, round(total_steps * warmup_fraction))
+        return cls(peak, total_steps, warmup, ramp_steps=warmup, final_fraction=0.1, pi_first=False)
+
+    @classmethod
+    def of_gkd(cls, peak: float, total_steps: int, warmup_fraction: float) -> LearningRate:
+        """For global knowledge distillation: warm-up may be empty, and the rate falls to 0."""
+        warmup = int(total_steps * warmup_fraction)
+        return cls(peak, total_steps, warmup, ramp_steps=warmup + 1, final_fraction=0.0, pi_first=True)
+
+    def at(self, step: int) -> float:
+        """The rate of step 0, 1, ... `total_steps - 1`."""
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / self.ramp_steps
+        done, after_warmup = step - self.warmup_steps, max(1, self.total_steps - self.warmup_steps)
+        angle = math.pi * done / after_warmup if self.pi_first else math.pi * (done / after_warmup)
+        return self.peak * (self.final_fraction + (1 - self.final_fraction) * 0.5 * (1 + math.cos(angle)))
 
 
 def is_flat(losses: Sequence[float], rule: EarlyStop) -> bool:
-    """Whether a loss curve has stopped falling; asked after every micro-batch, it answers at the end of a window only.
+    """Whether a loss curve has stopped falling.
 
-    Flat: the least mean of the last `patience` windows is above (1 - `min_improvement`) times the least mean of those before.
+    Call it after every micro-batch with all losses so far. It looks at whole windows only, so it is false in the middle of one.
+    The curve is flat where the lowest mean of the last `patience` windows is above (1 - `min_improvement`) times the lowest mean
+    of the windows before.
     """
     if not losses or len(losses) % rule.window:
         return False
@@ -39,7 +68,11 @@ def is_flat(losses: Sequence[float], rule: EarlyStop) -> bool:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How many micro-batches each phase takes, and which data number each position reads."""
+    """How many micro-batches each phase of local distillation takes, and which micro-batch of the data each position reads.
+
+    The phases follow one another: calibrate, validate the start, train, validate the end. A position counts micro-batches over all
+    phases, from 0.
+    """
 
     calibrate: int
     validate: int
@@ -47,6 +80,8 @@ class Schedule:
 
     @classmethod
     def of(cls, config: LibraryConfig) -> Schedule:
+        """Numbers of tokens in micro-batches, rounded up; at least one for every phase."""
+
         def count(tokens: int) -> int:
             return max(1, math.ceil(tokens / config.micro_batch_tokens))
 
@@ -54,24 +89,28 @@ class Schedule:
 
     @property
     def positions(self) -> int:
+        """The number of positions of all phases together."""
         return self.calibrate + 2 * self.validate + self.train
 
     def phase(self, position: int) -> tuple[Phase, int]:
-        """The phase of a position, and its number within the phase."""
-        ends: tuple[tuple[Phase, int], ...] = (
+        """The phase of a position, and the position's number within that phase. Raises ValueError past the last phase."""
+        lengths: tuple[tuple[Phase, int], ...] = (
             ("calibrate", self.calibrate),
             ("validate_start", self.validate),
             ("train", self.train),
             ("validate_end", self.validate),
         )
-        for name, length in ends:
+        for name, length in lengths:
             if position < length:
                 return name, position
             position -= length
         raise ValueError(f"position {position} is past the end")
 
     def data_number(self, position: int) -> int:
-        """Which micro-batch of the stream a position reads: both validations the same ones, not trained on in the first epoch."""
+        """Which micro-batch of the data stream a position reads.
+
+        Both validations read the same micro-batches. Training does not read them in its first epoch.
+        """
         phase, number = self.phase(position)
         if phase.startswith("validate"):
             return number

@@ -12,9 +12,10 @@ from puzzle_ray.settings import Count, DType, Fraction, NonNegative, Positive, S
 class BlockLoss(Section):
     """Weights of the terms that a block variant minimises; each is 0 for a perfect copy of the parent.
 
-    `block`: normalised MSE of the layer's output (paper, section 3.2). `subblock`: of what each replaced subblock adds to the
-    residual. `cosine`: cosine distance of the layer's output, mean over tokens; tokens of small norm, which hardly count in the MSE,
-    count as much as others there, as they do behind a norm (0 is the paper's loss; `benchmarks.bld_variants` compares them).
+    `block`: normalised MSE of the layer's output (paper v5, section 3.2). `subblock`: normalised MSE of what each replaced subblock
+    adds to the residual stream. `cosine`: cosine distance of the layer's output, a mean over tokens. A token of small norm hardly
+    counts in the MSE, but in the cosine distance it counts as much as any other, as it does behind a norm. The paper's loss has
+    `cosine` 0; `benchmarks.bld_variants` compares the two.
     """
 
     block: NonNegative = 1.0
@@ -29,7 +30,7 @@ class BlockLoss(Section):
 
 
 class EarlyStop(Section):
-    """When a variant's training ends before its time: see `puzzle_ray.distill.schedule.is_flat`. Counted from the end of warm-up."""
+    """When a variant's training ends early: see `puzzle_ray.distill.schedule.is_flat`. Windows are counted from the end of warm-up."""
 
     min_improvement: Fraction = 0.01  # of the mean loss of a window
     window: Count = 32  # micro-batches
@@ -39,17 +40,18 @@ class EarlyStop(Section):
 class LibraryConfig(Section):
     """Blockwise local distillation.
 
-    `decoupled` trains every attention and every FFN variant beside the parent's other half; `coupled` every pair of them, both
-    halves together, and needs `narrow_from`: an architecture.json, a sweep.json or sweep.parquet, or the folder of such a step
-    (path or URL), to whose variants every layer's space is narrowed. `start_from`, the folder of a decoupled library of the same
-    parent (path or URL), gives halves that are trained already to start from. With `early_stop` a variant keeps the weights it has
-    when its loss is flat, and misses what is left of the learning rate's decay: quality is the price, so it is off unless asked for.
+    Mode `decoupled` trains every attention variant and every FFN variant beside the parent's other half. Mode `coupled` trains every
+    pair of them, both halves together. It needs `narrow_from`: an architecture.json, a sweep.json or sweep.parquet, or the folder of
+    such an artifact (path or URL). The search space of every layer is narrowed to the variants found there. `start_from` is the
+    folder of a decoupled library of the same parent (path or URL); its trained halves are then the start. With `early_stop` a
+    variant stops training when its loss is flat. It then misses the rest of the learning rate's decay, which costs quality, so this
+    is off by default.
     """
 
     mode: Literal["decoupled", "coupled"] = "decoupled"
     narrow_from: str | None = None
     start_from: str | None = None
-    max_pairs: Count = 24  # of any layer, coupled: each is a block with gradients and two moments in its trainer's memory
+    max_pairs: Count = 24  # per layer, coupled; each has weights, gradients and two moments in memory
     loss: BlockLoss = BlockLoss()
     early_stop: EarlyStop | None = None
     tokens: Count = 1_000_000
@@ -62,8 +64,8 @@ class LibraryConfig(Section):
     gradient_clip: Positive = 1.0
     checkpoint_every: Count = 50  # micro-batches
     window: Count = 3  # micro-batches in flight
-    parent_dtype: DType = "float32"  # the parent computes its activations in
-    activation_dtype: DType = "float32"  # of what travels
+    parent_dtype: DType = "float32"  # in which the parent computes its activations
+    activation_dtype: DType = "float32"  # in which activations go from the parent to the trainers
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast; weights, optimizer and loss stay float32
 
     @model_validator(mode="after")
@@ -80,7 +82,7 @@ class LibraryConfig(Section):
 
 
 class GkdConfig(Section):
-    """Global knowledge distillation: weights of the loss' terms, and training."""
+    """Global knowledge distillation: the weights of the loss terms, and how to train."""
 
     tokens: Annotated[int, Field(ge=0)] = 1_000_000
     micro_batch_tokens: Count = 2048  # per worker and step

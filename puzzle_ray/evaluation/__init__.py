@@ -1,5 +1,5 @@
-"""What was kept and what was gained: parent and children side by side, and whole children measured one after the other.
+"""Evaluation of whole children against their parent: predictions on held-out text, measured speed, answers to questions, samples.
 
-Predictions on held-out text, measured speed, answers, samples.
+`evaluate.py` compares finished models. `child_meter.py` measures children that are put together in memory from a library.
 May import: the ground, models, scoring, profiling, distill's library.
 """

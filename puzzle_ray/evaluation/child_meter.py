@@ -1,4 +1,4 @@
-"""The true damage of whole children, measured in one process that holds the parent: blocks of the library take its layers' places."""
+"""The true damage of whole children, measured in one process that holds the parent. Library blocks replace the parent's layers."""
 
 from __future__ import annotations
 
@@ -12,38 +12,39 @@ from torch.nn import functional as F
 from puzzle_ray.artifacts import Choices, LayerChoice, Measured
 from puzzle_ray.distill.library import Library
 from puzzle_ray.models.blocks import LayerStack, swapped
-from puzzle_ray.scoring.metrics import PredictionMetrics, compare, mean, standard_error
+from puzzle_ray.scoring.metrics import PredictionMetrics, compare_predictions, mean, standard_error
 
-BLOCKS_PER_LAYER = 3  # kept ready, as local search comes back to them
+BLOCKS_PER_LAYER = 3  # blocks held in memory per layer of the model, because local search comes back to them
 
 
 class ChildMeter:
-    """Measures children on fixed batches of `[sequences, tokens]` ids.
+    """Measures children on fixed batches of token ids, `[sequences, tokens]`.
 
-    Layers that a child has in common with the one measured before it, from the first on, are not run again: the result is bitwise
-    that of the whole forward.
+    Layers from the first on that a child has in common with the child measured before it are not run again. The result has the same
+    bits as the whole forward.
     """
 
     def __init__(self, stack: LayerStack, library: Library, batches: Sequence[Tensor]) -> None:
         self.stack, self.library, self.batches = stack, library, [ids.to(stack.device) for ids in batches]
         self.blocks: OrderedDict[tuple[int, LayerChoice], nn.Module] = OrderedDict()
         self.last: Choices | None = None
-        self.inputs: list[list[Tensor]] = [[] for _ in self.batches]  # per batch: every layer's input, and the last one's output
+        # of the last measured child, per batch: the input of every layer, and the output of the last one
+        self.inputs: list[list[Tensor]] = [[] for _ in self.batches]
         self.parent_log_probs = [F.log_softmax(logits.float(), dim=-1) for logits in self._logits((LayerChoice(),) * stack.last)]
         pairs = zip(self.parent_log_probs, self.batches, strict=True)
-        self.parent_loss = mean(PredictionMetrics.joined([compare(own, own, ids) for own, ids in pairs]).lm_loss)
+        self.parent_loss = mean(PredictionMetrics.joined([compare_predictions(own, own, ids) for own, ids in pairs]).lm_loss)
 
     @torch.no_grad()
     def measure(self, choices: Choices) -> Measured:
-        """KL(parent || child) in nats per token, and the rest of `Measured`."""
+        """Compares one child with the parent; see `Measured`."""
         triples = zip(self.parent_log_probs, self._logits(choices), self.batches, strict=True)
-        found = PredictionMetrics.joined([compare(parent, logits, ids) for parent, logits, ids in triples])
-        loss, agreement = mean(found.lm_loss) - self.parent_loss, mean(found.top1_agreement)
-        return Measured(mean(found.kl), standard_error(found.kl), loss, agreement, found.tokens)
+        metrics = PredictionMetrics.joined([compare_predictions(parent, logits, ids) for parent, logits, ids in triples])
+        loss, agreement = mean(metrics.lm_loss) - self.parent_loss, mean(metrics.top1_agreement)
+        return Measured(mean(metrics.kl), standard_error(metrics.kl), loss, agreement, metrics.tokens)
 
     @torch.no_grad()
     def _logits(self, choices: Choices) -> list[Tensor]:
-        """[sequences, tokens, vocab_size] of every batch."""
+        """The logits of every batch, `[sequences, tokens, vocab_size]`."""
         same = 0
         while self.last is not None and same < len(choices) and choices[same] == self.last[same]:
             same += 1

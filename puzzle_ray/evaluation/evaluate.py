@@ -1,4 +1,4 @@
-"""What was kept and what was gained: held-out predictions and measured speed of the parent and its children, in one process."""
+"""Evaluation: held-out predictions and measured speed of the parent and its children, in one process."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from puzzle_ray.profiling.engine import Timing, measure_side_by_side
 from puzzle_ray.profiling.engines.torch_engine import ENGINE
 from puzzle_ray.profiling.memory import model_memory_mib
 from puzzle_ray.progress import Progress
-from puzzle_ray.scoring.downstream import QuestionBatch, answer
-from puzzle_ray.scoring.metrics import PredictionMetrics, compare, mean
+from puzzle_ray.scoring.downstream import QuestionBatch, answer_questions
+from puzzle_ray.scoring.metrics import PredictionMetrics, compare_predictions, mean
 
 PARENT = "parent"
 
 
 @torch.inference_mode()
 def predictions(models: Mapping[str, Any], batches: Sequence[Tensor]) -> dict[str, dict[str, float]]:
-    """Held-out loss, KL from the parent and top-1 agreement of every model; `parent` must be among them."""
+    """Held-out loss, KL(parent || model) and top-1 agreement of every model, in nats per token. `parent` must be among the models."""
     parts: dict[str, list[PredictionMetrics]] = {name: [] for name in models}
     for ids in batches:
         reference = F.log_softmax(models[PARENT](ids, use_cache=False).logits.float(), dim=-1)
         for name, model in models.items():
             logits = reference if name == PARENT else model(ids, use_cache=False).logits
-            parts[name].append(compare(reference, logits, ids))
+            parts[name].append(compare_predictions(reference, logits, ids))
     out = {}
-    for name, found in parts.items():
-        joined = PredictionMetrics.joined(found)
+    for name, of_batches in parts.items():
+        joined = PredictionMetrics.joined(of_batches)
         out[name] = {
             "heldout_loss": mean(joined.lm_loss),
             "kl": mean(joined.kl),
@@ -47,7 +47,10 @@ def predictions(models: Mapping[str, Any], batches: Sequence[Tensor]) -> dict[st
 
 
 def speeds(timings: Mapping[str, Timing], scenario: Scenario) -> dict[str, dict[str, float]]:
-    """Rates from measured times: prefill counts prompt tokens, decode one token per sequence and step, throughput all tokens."""
+    """Rates from measured times, in tokens per second.
+
+    Prefill counts prompt tokens. Decode counts one token per sequence and step. Throughput counts the tokens of prompt and answer.
+    """
     out = {}
     for name, timing in timings.items():
         runtime_ms = timing.prefill_ms + (scenario.output_tokens - 1) * timing.decode_ms
@@ -64,7 +67,7 @@ def speeds(timings: Mapping[str, Timing], scenario: Scenario) -> dict[str, dict[
 
 @torch.inference_mode()
 def greedy_sample(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
-    """The prompt and its greedy continuation. A tokenizer with a beginning-of-sequence token has it put in front."""
+    """The prompt and its greedy continuation. The beginning-of-sequence token, if the tokenizer has one, comes first."""
     ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
     if tokenizer.bos_token_id is not None:
         ids = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), ids], dim=1)
@@ -86,22 +89,24 @@ def evaluate(
     use_gpu: bool = False,
     questions: Sequence[QuestionBatch] = (),
 ) -> dict[str, Any]:
-    """Everything about the named models (`parent`, `child_before_gkd`, `child` ...), measured in turn in the same run.
+    """Evaluates the named models (`parent`, `child_before_gkd`, `child`, ...), measured alternately in the same run.
 
-    The parent is timed at the scenario's batch size, children at the one their architecture was chosen for, by the torch engine: in
-    bfloat16 where `dtype` is fp8. Returns JSON-able `models`, `samples`, `scenario`, and for children predicted (`estimated` says
-    whether no measurement stands behind it) beside measured speed-up, a ratio of throughputs. Of `questions` every model's accuracy and
-    more are told as `downstream_*`.
+    The parent is timed at the scenario's batch size, children at the batch size that their architecture was chosen for. The torch
+    engine times them, in bfloat16 where `dtype` is fp8. Returns JSON-able `models`, `samples` and `scenario`, and the predicted and the
+    measured speed-up, both ratios of throughputs. `estimated` says that the prediction was computed from a profile without
+    measurements. With `questions`, every model also has its accuracy and the other measures of its answers, as `downstream_*`.
     """
     dtype = "bfloat16" if dtype == "fp8" else dtype
     tokenizer = AutoTokenizer.from_pretrained(locate(folders[PARENT]))
     device = torch.device("cuda" if use_gpu else "cpu")
     with quiet_transformers(), progress.stage("evaluate", 3, "step") as bar:
         models = {name: load_model(folder, torch.float32).to(device) for name, folder in folders.items()}
-        found = predictions(models, [ids.to(device) for ids in batches])
+        results = predictions(models, [ids.to(device) for ids in batches])
         if questions:
             for name, model in models.items():
-                found[name] |= {f"downstream_{key}": value for key, value in answer(model, questions).summary().items()}
+                results[name] |= {
+                    f"downstream_{key}": value for key, value in answer_questions(model, questions).summary().items()
+                }
         bar.advance()
         samples = {name: greedy_sample(m, tokenizer, config.prompt, config.sample_tokens) for name, m in models.items()}
         bar.advance()
@@ -113,14 +118,16 @@ def evaluate(
         rates = _rates(timed, scenarios, config.repeats)
         bar.advance()
     for name, model in models.items():
-        like = "child" if name == "child_before_gkd" and "child" in rates else name
-        found[name] |= rates[like]
-        found[name]["batch_size"] = float(scenarios[name].batch_size)
-        found[name]["memory_mib"] = model_memory_mib(model, scenarios[name])
-        found[name]["num_params"] = float(model.num_parameters())
-        found[name]["measured_speedup"] = rates[like]["throughput_tokens_per_s"] / rates[PARENT]["throughput_tokens_per_s"]
+        same_shape = "child" if name == "child_before_gkd" and "child" in rates else name
+        results[name] |= rates[same_shape]
+        results[name]["batch_size"] = float(scenarios[name].batch_size)
+        results[name]["memory_mib"] = model_memory_mib(model, scenarios[name])
+        results[name]["num_params"] = float(model.num_parameters())
+        results[name]["measured_speedup"] = (
+            rates[same_shape]["throughput_tokens_per_s"] / rates[PARENT]["throughput_tokens_per_s"]
+        )
     return {
-        "models": found,
+        "models": results,
         "samples": samples,
         "prompt": config.prompt,
         "scenario": asdict(scenario),
@@ -129,12 +136,12 @@ def evaluate(
         "predicted": asdict(architecture.predicted) if architecture else None,
         "parent_predicted": asdict(architecture.parent_predicted) if architecture else None,
         "predicted_speedup": architecture.predicted_speedup if architecture else None,
-        "measured_speedup": found["child"]["measured_speedup"] if "child" in found else None,
+        "measured_speedup": results["child"]["measured_speedup"] if "child" in results else None,
     }
 
 
 def _rates(models: Mapping[str, Any], scenarios: Mapping[str, Scenario], repeats: int) -> dict[str, dict[str, float]]:
-    """Measured rates; models of the same scenario are timed in turn."""
+    """Measured rates. Models of the same scenario are timed alternately, so that both see the same state of the machine."""
     rates: dict[str, dict[str, float]] = {}
     for scenario in dict.fromkeys(scenarios[name] for name in models):
         together = {name: model for name, model in models.items() if scenarios[name] == scenario}

@@ -10,7 +10,9 @@ from puzzle_ray.settings import Count, Section
 
 
 class EvaluateConfig(Section):
-    tokens: Count = 32_768
-    repeats: Annotated[int, Field(ge=1)] = 5
+    """The evaluation of finished models: predictions on held-out text, speed, and a sample."""
+
+    tokens: Count = 32_768  # of held-out text
+    repeats: Annotated[int, Field(ge=1)] = 5  # timings of every model
     prompt: str = "Once upon a time"
-    sample_tokens: Count = 48
+    sample_tokens: Count = 48  # generated behind the prompt

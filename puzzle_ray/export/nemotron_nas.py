@@ -18,8 +18,8 @@ from typing import Any
 from puzzle_ray.artifacts import PARENT, LayerChoice
 from puzzle_ray.errors import ConfigError, ParentError
 from puzzle_ray.export import configuration_nemotron_nas as remote
-from puzzle_ray.families.registry import complete
-from puzzle_ray.variants.base import split_name
+from puzzle_ray.families.registry import complete_config
+from puzzle_ray.variants.base import split_variant_name
 
 WIDTH_MULTIPLE = 256
 FAMILIES = ("llama", "mistral", "qwen2")  # what DeciLM can compute; the others have norms, scales or biases that it lacks
@@ -84,7 +84,7 @@ def block_config(choice: LayerChoice, config: Any) -> dict[str, dict[str, Any]]:
         ("ffn", "ffn_mult", ("ffn", "ffn_iterative")),
     ):
         name = choice.attention if kind == "attention" else choice.ffn
-        head, argument = split_name(name)
+        head, argument = split_variant_name(name)
         half: dict[str, Any] = {size_key: None, "no_op": head == "noop", "replace_with_linear": head == "linear"}
         if head in (PARENT, *sized):
             own = config.num_key_value_heads if kind == "attention" else config.intermediate_size
@@ -107,7 +107,7 @@ def _rope(config: Any) -> dict[str, Any]:
 
 def nas_config(parent_config: Any, choices: Sequence[LayerChoice], dtype: str, biases: bool = True) -> dict[str, Any]:
     """What `config.json` holds for a child of these choices. Raises ParentError or ConfigError by name for what does not fit."""
-    config = complete(copy.deepcopy(parent_config))
+    config = complete_config(copy.deepcopy(parent_config))
     check_parent(config, biases)
     settings = {name: getattr(config, name) for name in COPIED if getattr(config, name, None) is not None}
     if config.model_type == "qwen2":

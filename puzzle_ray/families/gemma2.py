@@ -1,6 +1,6 @@
 """Gemma 2: norms before and after each half, sliding layers between full ones, soft caps on attention scores and logits.
 
-The cap on attention scores exists in transformers' eager attention only, so that is what runs.
+Transformers has the cap on attention scores in its eager attention only, so that implementation is used.
 """
 
 from puzzle_ray.families.descriptor import Descriptor

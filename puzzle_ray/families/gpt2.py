@@ -1,7 +1,7 @@
 """GPT-2: learned positions, q, k and v in one transposed projection (Conv1D), no gate, biases, tied head.
 
-Its attention cuts the fused projection by `split_size` and, under sdpa, shares KV heads by `num_key_value_groups`: both are set
-where KV heads are cut, so grouped attention needs no forward of its own.
+Its attention splits the fused projection by `split_size` and, with sdpa, shares KV heads by `num_key_value_groups`. Both are set when
+the number of KV heads is reduced, so grouped attention needs no forward of its own.
 """
 
 from puzzle_ray.families.descriptor import Descriptor

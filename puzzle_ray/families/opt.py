@@ -1,4 +1,4 @@
-"""OPT: learned positions with an offset, biases, no gate; the FFN's layers hang in the block itself."""
+"""OPT: learned positions with an offset, biases, no gate; the FFN's projections are attributes of the layer itself."""
 
 from typing import Any
 

@@ -1,5 +1,5 @@
-"""The parent and its children as models: checkpoints on disk, layers that can be driven and exchanged alone, the child's classes.
+"""The parent and its children as models: checkpoints on disk, layers that run and are replaced one at a time, the child's classes.
 
-`describe.py` meets a parent first: its family's table, or a check of a type that has none.
+`describe.py` finds the table of a parent's family, or checks a parent of a family that has none.
 May import: the ground, families, surgery, variants.
 """

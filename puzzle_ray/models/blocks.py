@@ -1,7 +1,7 @@
-"""A layer as (attention, ffn) that can be swapped, and a run of layers that can be driven without the rest of the model.
+"""Layers whose attention and FFN can be replaced, and consecutive layers that run without the rest of the model.
 
-Every forward here is the family's own: a layer's attention half is the layer with a no-op FFN, its FFN half the layer with a
-no-op attention. What transformers computes is therefore what is trained, scored, profiled and served.
+Every forward here is the family's own code in transformers. The attention half of a layer is the layer with a no-op FFN, and its FFN
+half is the layer with a no-op attention. So the same forward is trained, scored, profiled and served.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from puzzle_ray.variants.base import find_variant
 CPU = torch.device("cpu")
 
 
-def reshape(layer: nn.Module, choice: LayerChoice, descriptor: Descriptor, config: Any) -> None:
-    """Shape-only surgery on one layer, in place."""
+def reshape_layer(layer: nn.Module, choice: LayerChoice, descriptor: Descriptor, config: Any) -> None:
+    """Gives one layer the modules of a choice, in place. The weights of replaced subblocks are undefined afterwards."""
     for kind in KINDS:
         variant, argument = find_variant(choice.variant(kind), kind)
         variant.reshape(layer, argument, kind, descriptor, config)
 
 
 def subblock_state(layer: nn.Module, kind: SubblockKind, descriptor: Descriptor) -> dict[str, Tensor]:
-    """The weights of one subblock and its norms, by their names inside the layer."""
+    """The weights of one subblock and of its norms, by their names inside the layer. They are live tensors, not copies."""
     prefixes = descriptor.prefixes(kind)
     return {name: value for name, value in layer.state_dict().items() if name.startswith(prefixes)}
 
 
 def load_subblock(layer: nn.Module, kind: SubblockKind, descriptor: Descriptor, state: Mapping[str, Tensor]) -> None:
-    """Writes a subblock's weights into a layer of the same shape. Raises ValueError where names or shapes differ."""
+    """Copies a subblock's weights into a layer of the same shape. Raises ValueError where names or shapes differ."""
     own = subblock_state(layer, kind, descriptor)
     if own.keys() != state.keys():
         raise ValueError(f"{kind}: expected {sorted(own)}, got {sorted(state)}")
@@ -57,9 +57,9 @@ def swapped(
     config: Any,
     states: Mapping[SubblockKind, Mapping[str, Tensor]] | None = None,
 ) -> nn.Module:
-    """A layer with some subblocks replaced. What stays the parent's is shared with `layer`, not copied.
+    """A new layer with some subblocks replaced. The subblocks that stay the parent's are shared with `layer`, not copied.
 
-    `states` holds the weights of the replaced subblocks; without it they are left as allocated.
+    `states` has the weights of the replaced subblocks, by their names inside the layer. Without it those weights are undefined.
     """
     memo: dict[int, Any] = {}
     for kind in KINDS:
@@ -68,17 +68,17 @@ def swapped(
                 module = layer.get_submodule(name)
                 memo[id(module)] = module
     child = copy.deepcopy(layer, memo)
-    reshape(child, choice, descriptor, config)
+    reshape_layer(child, choice, descriptor, config)
     for kind, state in (states or {}).items():
         load_subblock(child, kind, descriptor, state)
     return child
 
 
 class LayerStack(nn.Module):
-    """Layers `first .. last` (exclusive) of a parent; with the embedding if `first` is 0, with final norm and head if `last` is the
-    end (`ends=False`: layers alone).
+    """Layers `first` to `last` (exclusive) of a parent.
 
-    `hidden_states` are `[batch, tokens, hidden_size]`; sequences carry no padding.
+    Where `first` is 0 it has the embedding too, and where `last` is the end of the model it has the final norm and the head. With
+    `ends=False` it has layers only. `hidden_states` are `[batch, tokens, hidden_size]`, of sequences without padding.
     """
 
     def __init__(
@@ -98,34 +98,34 @@ class LayerStack(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes, and where the tensors that it is given must be."""
+        """The device of the weights. Inputs must be on it."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in."""
+        """The dtype of the weights, in which the layers compute."""
         return next(self.parameters()).dtype
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """What enters layer 0, positions and multiplier included: [batch, tokens] -> [batch, tokens, hidden_size]."""
+        """The input of layer 0, with learned positions and multiplier: `[batch, tokens]` -> `[batch, tokens, hidden_size]`."""
         assert self.embedding is not None, "this stack does not hold the embedding"
         out: Tensor = self.embedding(input_ids)
         if self.positions is not None:
             assert isinstance(self.positions, nn.Embedding)
-            offset = getattr(self.positions, "offset", 0)  # OPT's rows begin at 2
+            offset = getattr(self.positions, "offset", 0)  # in OPT, position 0 has row 2
             positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0) + offset
             out = out + nn.functional.embedding(positions, self.positions.weight)
         multiplier = self.descriptor.embedding_multiplier
         return out * getattr(self.config, multiplier) if multiplier else out
 
     def layer_arguments(self, hidden_states: Tensor, index: int) -> dict[str, Any]:
-        """What the family's model hands to layer `index` besides the hidden states."""
+        """The arguments that the family's model passes to layer `index` besides the hidden states."""
         position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
         sliding = layer_type(self.config, index) == "sliding_attention" or (
             getattr(self.config, "layer_types", None) is None and getattr(self.config, "sliding_window", None) is not None
         )
         make_mask = create_sliding_window_causal_mask if sliding else create_causal_mask
-        # the mask and the cache by position: the cache's name differs between versions of transformers
+        # Mask and cache are passed by position, because the name of the cache differs between versions of transformers.
         mask = make_mask(self.config, hidden_states, None, None, position_ids=position_ids)
         arguments: dict[str, Any] = {"attention_mask": mask, "position_ids": position_ids, "use_cache": False}
         if self.rotary is not None:
@@ -134,16 +134,16 @@ class LayerStack(nn.Module):
         return arguments
 
     def run_layer(self, layer: nn.Module, index: int, hidden_states: Tensor, arguments: dict[str, Any] | None = None) -> Tensor:
-        """One layer (the stack's own or a stand-in for layer `index`) on `[batch, tokens, hidden_size]`."""
+        """The output of a layer, `[batch, tokens, hidden_size]`. `layer` is layer `index` of the stack or one that replaces it."""
         out = layer(hidden_states, **(arguments or self.layer_arguments(hidden_states, index)))
         return out[0] if isinstance(out, tuple) else out
 
     def layer(self, index: int) -> nn.Module:
-        """Layer `index` of the whole model."""
+        """Layer `index`, counted in the whole model."""
         return self.layers[index - self.first]
 
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """Final norm, head, and the family's scaling or soft cap: [batch, tokens, hidden_size] -> [batch, tokens, vocab_size]."""
+        """Final norm, head, and the family's scaling or soft cap: `[batch, tokens, hidden_size]` -> `[batch, tokens, vocab_size]`."""
         assert self.final_norm is not None and self.head is not None, "this stack does not hold the head"
         out: Tensor = self.head(self.final_norm(hidden_states))
         if self.descriptor.logits_divisor:
@@ -155,12 +155,12 @@ class LayerStack(nn.Module):
 def _materialise(
     module: nn.Module, prefix: str, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, model: Any
 ) -> None:
-    """Fills a module of `model`, built on the meta device, from tensors named `prefix.*`."""
+    """Allocates a module of `model` that was built on the meta device, and fills it from tensors named `prefix.*`."""
     names = {f"{prefix}.{name}": name for name in module.state_dict()}
     module.to_empty(device=device)
     for parameter in module.parameters():
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-    for part in module.modules():  # buffers that no checkpoint holds
+    for part in module.modules():  # fills the buffers, which no checkpoint has
         model._init_weights(part)
     own = module.state_dict()
     for full_name, value in checkpoint.read(names):
@@ -178,7 +178,7 @@ def load_stack(
     ends: bool = True,
     device: torch.device = CPU,
 ) -> LayerStack:
-    """Reads only the layers asked for, tensor by tensor, straight to `device`. `dtype` is the one to compute in."""
+    """Reads only the weights of the layers asked for, tensor by tensor, straight to `device`. `dtype` is that of all weights."""
     config = copy.deepcopy(config)
     config._attn_implementation = descriptor.attn_implementation
     with torch.device("meta"):

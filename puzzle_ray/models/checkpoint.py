@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: finding one, identifying its content, and reading single tensors straight from safetensors."""
+"""Hugging Face checkpoints: finds one, identifies its content, and reads single tensors straight from safetensors."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _SAMPLES = 32
 
 
 def locate(parent: str, revision: str | None = None) -> Path:
-    """The folder of a parent: a path as it is, an fsspec URL or a hub id fetched once into a cache on this machine.
+    """The local folder of a parent: a path as it is, or an fsspec URL or hub id, fetched once into a cache on this machine.
 
-    Raises ParentError when there is no such folder, or the hub cannot be reached or does not know the id.
+    Raises ParentError where there is no such folder, or where the hub cannot be reached or does not know the id.
     """
     if "://" in parent:
         return _fetched(parent)
@@ -64,7 +64,7 @@ def _fetched(url: str) -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """A hash that changes when the checkpoint does. Files over 64 MiB are sampled: size and 32 evenly spaced MiB."""
+    """A hash of the checkpoint's files. Of a file over 64 MiB it reads the size and 32 evenly spaced MiB."""
     digest = hashlib.sha256()
     names = sorted(p for p in folder.iterdir() if p.suffix in {".json", ".safetensors", ".model"} and p.is_file())
     for path in names:
@@ -81,14 +81,14 @@ def fingerprint(folder: Path) -> str:
 
 
 class Checkpoint:
-    """Tensors of one folder by name, read one at a time: nothing holds the whole checkpoint."""
+    """The tensors of one folder by name. They are read one at a time, so that memory never has the whole checkpoint."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @cached_property
     def files(self) -> dict[str, Path]:
-        """Tensor name -> the safetensors file it lives in."""
+        """Tensor name -> the safetensors file that has it. Raises ParentError where the folder has none."""
         from safetensors import safe_open
 
         index = self.folder / "model.safetensors.index.json"
@@ -105,7 +105,7 @@ class Checkpoint:
         return name in self.files
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """The named tensors, file by file. Raises ParentError for a name the checkpoint lacks."""
+        """The named tensors, file by file. Raises ParentError for a name that the checkpoint lacks."""
         from safetensors import safe_open
 
         by_file: dict[Path, list[str]] = {}

@@ -1,34 +1,29 @@
 """A child as a Hugging Face folder: `config.json`, safetensors, tokenizer.
 
-A child of family F has model type `puzzle_F`: the parent's config plus `puzzle_layers`, one `{"attention": name, "ffn": name}` per
-layer. Its class builds the parent's homogeneous skeleton, reshapes each layer, and then weights load by name.
+A child of family F has model type `puzzle_F`. Its config is the parent's config plus `puzzle_layers`, one
+`{"attention": name, "ffn": name}` per layer. Its class builds the parent's layers, gives each the modules of its choice, and then
+transformers loads the weights by name.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from puzzle_ray.errors import ParentError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 import copy
+import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice, SubblockKind
+from puzzle_ray.errors import ParentError
 from puzzle_ray.families.descriptor import Descriptor
-from puzzle_ray.families.registry import complete, descriptor_of, families, llama_like
-from puzzle_ray.models.blocks import reshape
+from puzzle_ray.families.registry import complete_config, descriptor_of, families, llama_like
+from puzzle_ray.models.blocks import reshape_layer
 from puzzle_ray.models.checkpoint import Checkpoint, locate
 
 TOKENIZER_FILES = (
@@ -61,7 +56,7 @@ def child_classes(model_type: str) -> tuple[type, type]:
         model_base.__init__(self, config)
         choices = [LayerChoice(**layer) for layer in config.puzzle_layers]
         for choice, layer in zip(choices, self.get_submodule(descriptor.layers), strict=True):
-            reshape(layer, choice, descriptor, config)
+            reshape_layer(layer, choice, descriptor, config)
 
     name = descriptor.model_class
     config_class = type(
@@ -85,7 +80,10 @@ def _register(model_type: str) -> None:
 
 
 def register_children(folder: Path | None = None) -> None:
-    """Makes transformers' Auto classes know the `puzzle_*` type of every family, and of the child in `folder` if that has none."""
+    """Registers the `puzzle_*` type of every family with transformers' Auto classes.
+
+    Where `folder` has a child of a family without a table, its type is registered too.
+    """
     for model_type in families():
         _register(model_type)
     file = folder / "config.json" if folder else None
@@ -96,9 +94,9 @@ def register_children(folder: Path | None = None) -> None:
 
 
 def child_config(parent_config: Any, choices: Sequence[LayerChoice]) -> Any:
-    """The child's config: all of the parent's settings, and the choice for each layer."""
+    """The child's config: all settings of the parent, and the choice for each layer."""
     config_class, model_class = child_classes(descriptor_of(parent_config).model_type)
-    settings = complete(copy.deepcopy(parent_config)).to_dict()
+    settings = complete_config(copy.deepcopy(parent_config)).to_dict()
     for name in ("model_type", "architectures", "transformers_version"):
         settings.pop(name, None)
     layers = [{"attention": c.attention, "ffn": c.ffn} for c in choices]
@@ -106,7 +104,7 @@ def child_config(parent_config: Any, choices: Sequence[LayerChoice]) -> Any:
 
 
 def _skeleton(parent_config: Any, choices: Sequence[LayerChoice], dtype: torch.dtype) -> Any:
-    """A child of the right shapes; the weights of its replaced subblocks are as allocated."""
+    """A child of the right shapes. The weights of its replaced subblocks are undefined."""
     config = child_config(parent_config, choices)
     descriptor = descriptor_of(config)
     _, model_class = child_classes(descriptor.model_type)
@@ -116,7 +114,10 @@ def _skeleton(parent_config: Any, choices: Sequence[LayerChoice], dtype: torch.d
 
 @torch.no_grad()
 def new_child(parent_config: Any, choices: Sequence[LayerChoice], dtype: torch.dtype) -> Any:
-    """A child of the right shapes with random weights: matrices normal with the config's `initializer_range`, biases 0, norms 1."""
+    """A child of the right shapes with random weights.
+
+    Matrices are normal with the config's `initializer_range` as standard deviation, biases are 0, and norms are 1.
+    """
     child = _skeleton(parent_config, choices, dtype)
     descriptor = descriptor_of(child.config)
     for choice, layer in zip(choices, child.get_submodule(descriptor.layers), strict=True):
@@ -140,9 +141,10 @@ def assemble(
     trained: Mapping[tuple[int, SubblockKind], Mapping[str, Tensor]],
     dtype: torch.dtype,
 ) -> Any:
-    """A child whose replaced subblocks come from `trained` and whose every other weight is the parent's.
+    """A child whose replaced subblocks come from `trained`, and whose other weights are the parent's.
 
-    Raises ParentError when any weight of the child would be left undefined.
+    `trained` maps (layer, kind) to weights by their names inside the layer. Raises ParentError where a weight of the child would stay
+    undefined.
     """
     descriptor = descriptor_of(parent_config)
     child = _skeleton(parent_config, choices, dtype).eval()
@@ -188,9 +190,9 @@ def copy_tokenizer(source: Path, target: Path, names: Iterable[str] = TOKENIZER_
 
 
 def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
-    """A child or a plain Hugging Face causal LM, in eval mode, in its own dtype unless told otherwise.
+    """A child or a plain Hugging Face causal LM, in eval mode, in `dtype` or by default in its own.
 
-    Raises ParentError when the folder is missing or not a causal LM transformers can build.
+    Raises ParentError where the folder is missing, or where it has no causal LM that transformers can build.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -206,17 +208,15 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
 
 
 def choices_of(config: Any) -> tuple[LayerChoice, ...]:
-    """What a model is made of; all `parent` for a model that is no child."""
+    """The choice of every layer of a model; `parent` everywhere for a model that is no child."""
     layers = getattr(config, "puzzle_layers", None) or [{}] * config.num_hidden_layers
     return tuple(LayerChoice(**layer) for layer in layers)
 
 
 def read_config(folder: Path) -> Any:
-    """The transformers config of a folder. Raises ParentError when it cannot be read."""
+    """The transformers config of a folder. Raises ParentError where it cannot be read."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
-
-    pass
 
     register_children(folder)
     try:
@@ -228,7 +228,7 @@ def read_config(folder: Path) -> Any:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No loading bars from transformers inside workers."""
+    """Switches off the progress bars of transformers while the context is open."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -1,10 +1,9 @@
-"""From a parent's config to its family's table, and the check of a model type that has none.
+"""Finds the table of a parent's family by its config, and checks a model type that has no table.
 
-A type without a file of its own is taken for one shaped like Llama if a check on the spot bears that out.
-
-The parent's own config is built without weights, and every layer must hold Llama's modules and nothing else. Then a small model with
-the same settings is built with random weights: cut into layers, each layer into halves, and rebuilt as an all-parent child, it must
-give the whole model's logits, bit for bit.
+A model type without a table is treated as shaped like Llama if it passes a check. The check has two parts. First the model is built
+without weights from the parent's own config. Every layer must have Llama's modules and no others. Then a small model with the same
+settings is built with random weights. It is divided into layers, every layer into halves, and it is rebuilt as a child of parent
+blocks only. Each time the logits must equal those of the whole model, bit for bit.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 
 from puzzle_ray.errors import ParentError
 from puzzle_ray.families.descriptor import Descriptor
-from puzzle_ray.families.registry import descriptor_of, families, llama_like, refused
+from puzzle_ray.families.registry import descriptor_of, families, llama_like, unsupported_family
 
 _SMALL = {
     "vocab_size": 64,
@@ -49,17 +48,17 @@ def describe(config: Any) -> Descriptor:
 
 
 def _check_like_llama(descriptor: Descriptor, config: Any) -> None:
-    """Raises ParentError saying what is unlike Llama."""
+    """Raises ParentError that says what differs from Llama."""
     settings = copy.deepcopy(config).to_dict()
     for name in ("model_type", "architectures", "transformers_version", "puzzle_layers", "dtype"):
         settings.pop(name, None)
     problem = _problem(descriptor.model_type, json.dumps(settings, sort_keys=True, default=str))
     if problem:
-        raise refused(descriptor.model_type, problem)
+        raise unsupported_family(descriptor.model_type, problem)
 
 
 def _shrunk(settings: dict[str, Any]) -> dict[str, Any]:
-    """The same settings for a small model of two layers; lists with an entry for each layer are cut."""
+    """The same settings for a small model of two layers. Lists with one entry per layer are shortened."""
     layers = settings.get("num_hidden_layers")
     small = {k: v[:2] if isinstance(v, list) and len(v) == layers else v for k, v in settings.items()}
     return small | {k: v for k, v in _SMALL.items() if settings.get(k) is not None}
@@ -67,7 +66,7 @@ def _shrunk(settings: dict[str, Any]) -> dict[str, Any]:
 
 @cache
 def _problem(model_type: str, settings: str) -> str:
-    """What is unlike Llama, in words; nothing for nothing. Settings as JSON."""
+    """What differs from Llama, in words, or the empty string. `settings` is JSON."""
     import torch
     import transformers
 
@@ -90,7 +89,7 @@ def _problem(model_type: str, settings: str) -> str:
 
 
 def _unlike(model: Any, descriptor: Descriptor) -> str:
-    """Whether modules are missing or more than Llama's, in words."""
+    """Which modules are missing or not in Llama, in words, or the empty string."""
     from torch import nn
 
     for name in (descriptor.embedding, descriptor.layers, descriptor.final_norm, descriptor.rotary, descriptor.head):
@@ -115,7 +114,7 @@ def _unlike(model: Any, descriptor: Descriptor) -> str:
 
 
 def _differs(model: Any, descriptor: Descriptor) -> str:
-    """Whether the model cut up and put together again computes something else, in words."""
+    """What the divided or rebuilt model computes differently, in words, or the empty string."""
     import torch
 
     from puzzle_ray.artifacts import LayerChoice

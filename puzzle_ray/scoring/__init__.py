@@ -1,5 +1,5 @@
-"""The damage of every replacement, one at a time: exact, or estimated from gradients and made exact where it counts.
+"""Replace-one scores: the damage of every replacement. Exact, or estimated from gradients and exact where the search uses it.
 
-`shard.py` is the computation, `serial.py` the stage in one process.
-May import: the ground, data, models, distill's library, the profile's byte counts.
+`replacements.py` says what is scored, `shard.py` computes it, `serial.py` is the stage in one process.
+May import: the ground, data, models, distill's losses, the profile's byte counts.
 """

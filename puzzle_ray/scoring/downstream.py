@@ -1,9 +1,11 @@
 """Multiple choice by length-normalised log-likelihood, over .jsonl files of `query`, `choices` and `gold`.
 
-The mean log-probability of a choice's tokens behind the query ranks the choices. Beside accuracy stands a smooth measure, the
-log-probability of the gold choice when the ranks are made a distribution (softmax over the choices' means): it moves where accuracy of
-few questions does not. Half of the questions, by a hash of their text, serve to score blocks; the other half is kept to test
-children on, as the Puzzle paper does with MMLU (section 3.3: half-MMLU).
+The choices of a question are ranked by the mean log-probability of their tokens behind the query. There are two measures. Accuracy is
+the share of questions where the gold choice ranks first. The gold log-probability is that of the gold choice under a softmax over the
+mean log-probabilities of all choices; it is smooth, so it changes where the accuracy of a few questions does not.
+
+A hash of a question's text puts it into one of two halves. One half scores blocks. The other half is kept to test children on. The
+paper (v5) does so with MMLU and calls it half-MMLU.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ HALVES: tuple[Half, ...] = ("score", "test")
 
 @dataclass(frozen=True)
 class Question:
-    """`choices[gold]` is the right continuation of `query`."""
+    """`choices[gold]` is the right continuation of `query`; `gold` counts from 0."""
 
     query: str
     choices: tuple[str, ...]
@@ -46,9 +48,10 @@ class Question:
 
 @dataclass(frozen=True)
 class QuestionBatch:
-    """Whole questions, one row per choice, padded on the right (causal models do not see what comes later).
+    """Whole questions, one row per choice. Rows are padded on the right, where a causal model does not see the padding.
 
-    `input_ids` `[rows, tokens]`; the choice of row r is tokens `first[r] .. last[r]` (exclusive); `sizes`: rows of each question.
+    `input_ids` is `[rows, tokens]`. The choice of row r is its tokens `first[r]` to `last[r]`, the latter exclusive. `sizes` has the
+    number of rows of each question, and `gold` the number of its right choice.
     """
 
     input_ids: npt.NDArray[np.int64]
@@ -60,7 +63,7 @@ class QuestionBatch:
 
 @dataclass(frozen=True)
 class Answers:
-    """One value per question: whether the gold choice ranks first, and its log-probability among the choices."""
+    """One value per question: 1 where the gold choice ranks first, and its log-probability among the choices, in nats."""
 
     correct: tuple[float, ...]
     gold_log_prob: tuple[float, ...]
@@ -77,26 +80,29 @@ class Answers:
 
 
 def read_questions(path: str, half: Half | None = None, limit: int | None = None) -> list[Question]:
-    """The questions of a .jsonl file (a path or an fsspec URL) in order. Raises DataError."""
+    """The questions of a .jsonl file (a path or an fsspec URL), in order; `half` and `limit` select among them.
+
+    Raises DataError where the file cannot be read, a line is no question, or nothing is selected.
+    """
     import fsspec
 
-    found: list[Question] = []
+    questions: list[Question] = []
     try:
         with fsspec.open(path, "r", encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
-                if line.strip() and (limit is None or len(found) < limit):
-                    question = _parse(line, f"{path}:{number}")
+                if line.strip() and (limit is None or len(questions) < limit):
+                    question = _parse_question(line, f"{path}:{number}")
                     if half is None or question.half == half:
-                        found.append(question)
+                        questions.append(question)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError("scoring.downstream", f"{path!r} cannot be read ({error})", "name a .jsonl file") from None
-    if not found:
+    if not questions:
         words = "" if half is None else f" in the half to {half}, to which a hash of their text puts about every other one"
         raise DataError("scoring.downstream", f"{path!r} holds no question{words}", "write lines of query, choices and gold")
-    return found
+    return questions
 
 
-def _parse(line: str, where: str) -> Question:
+def _parse_question(line: str, where: str) -> Question:
     remedy = 'write {"query": "...", "choices": ["...", "..."], "gold": 0}'
     try:
         raw = json.loads(line)
@@ -113,25 +119,26 @@ def _parse(line: str, where: str) -> Question:
 def question_batches(
     questions: Sequence[Question], tokenizer: Any, batch_tokens: int, max_tokens: int | None = None
 ) -> list[QuestionBatch]:
-    """Padded batches of at most `batch_tokens` tokens (one question at least), each of `query choice` with a space between.
+    """Padded batches of at most `batch_tokens` tokens, but of one question at least.
 
-    A row longer than `max_tokens` loses its beginning. What of a row is the choice: all behind the tokens it shares with the query.
+    A row is the query, a space and the choice. The choice begins where the row's tokens no longer equal those of the query alone. A
+    row longer than `max_tokens` loses its beginning.
     """
     batches: list[QuestionBatch] = []
     rows: list[tuple[list[int], int]] = []
     members: list[Question] = []
     for question in questions:
-        more = [_row(tokenizer, question.query, choice, max_tokens) for choice in question.choices]
+        more = [_choice_row(tokenizer, question.query, choice, max_tokens) for choice in question.choices]
         width = max(len(ids) for ids, _ in rows + more)
         if members and width * (len(rows) + len(more)) > batch_tokens:
-            batches.append(_batch(rows, members))
+            batches.append(_padded_batch(rows, members))
             rows, members = [], []
         rows, members = rows + more, [*members, question]
-    return [*batches, _batch(rows, members)] if members else batches
+    return [*batches, _padded_batch(rows, members)] if members else batches
 
 
-def _row(tokenizer: Any, query: str, choice: str, max_tokens: int | None) -> tuple[list[int], int]:
-    """Token ids, and where the choice begins."""
+def _choice_row(tokenizer: Any, query: str, choice: str, max_tokens: int | None) -> tuple[list[int], int]:
+    """The token ids of a row, and where its choice begins."""
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     context = start + tokenizer(query, add_special_tokens=False)["input_ids"]
     whole = start + tokenizer(f"{query} {choice}", add_special_tokens=False)["input_ids"]
@@ -139,10 +146,10 @@ def _row(tokenizer: Any, query: str, choice: str, max_tokens: int | None) -> tup
     while same < min(len(context), len(whole) - 1) and context[same] == whole[same]:
         same += 1
     cut = max(0, len(whole) - (max_tokens or len(whole)))
-    return whole[cut:], max(1, same - cut)  # the first token has nothing to be predicted from
+    return whole[cut:], max(1, same - cut)  # nothing stands before the first token to predict it from
 
 
-def _batch(rows: Sequence[tuple[list[int], int]], questions: Sequence[Question]) -> QuestionBatch:
+def _padded_batch(rows: Sequence[tuple[list[int], int]], questions: Sequence[Question]) -> QuestionBatch:
     ids = np.zeros((len(rows), max(len(row) for row, _ in rows)), dtype=np.int64)
     for number, (row, _) in enumerate(rows):
         ids[number, : len(row)] = row
@@ -156,8 +163,8 @@ def _batch(rows: Sequence[tuple[list[int], int]], questions: Sequence[Question])
 
 
 @torch.no_grad()
-def answers(logits_RTV: Tensor, batch: QuestionBatch) -> Answers:
-    """What these logits say to a batch of questions."""
+def answers_from_logits(logits_RTV: Tensor, batch: QuestionBatch) -> Answers:
+    """The answers that the logits of a batch of questions give."""
     ids = torch.from_numpy(batch.input_ids.copy()).to(logits_RTV.device)
     log_probs = F.log_softmax(logits_RTV[:, :-1].float(), dim=-1).gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
     means = torch.stack(
@@ -171,10 +178,11 @@ def answers(logits_RTV: Tensor, batch: QuestionBatch) -> Answers:
 
 
 @torch.inference_mode()
-def answer(model: Any, batches: Sequence[QuestionBatch]) -> Answers:
-    """Any causal model with `model(input_ids, use_cache=False).logits`, on all questions."""
+def answer_questions(model: Any, batches: Sequence[QuestionBatch]) -> Answers:
+    """The answers of a causal language model (with `model(input_ids, use_cache=False).logits`) to all questions."""
     parts = [
-        answers(model(torch.from_numpy(batch.input_ids).to(model.device), use_cache=False).logits, batch) for batch in batches
+        answers_from_logits(model(torch.from_numpy(batch.input_ids).to(model.device), use_cache=False).logits, batch)
+        for batch in batches
     ]
     return Answers(
         tuple(v for part in parts for v in part.correct),
@@ -183,7 +191,7 @@ def answer(model: Any, batches: Sequence[QuestionBatch]) -> Answers:
 
 
 def load_questions(parent: str, config: ScoringConfig, max_tokens: int | None, half: Half = "score") -> list[QuestionBatch]:
-    """Half of `scoring.downstream` in the parent's tokens; none where it is not set. Raises DataError."""
+    """One half of the questions of `scoring.downstream`, tokenised for the parent. Empty where it is not set. Raises DataError."""
     if config.downstream is None:
         return []
     from transformers import AutoTokenizer

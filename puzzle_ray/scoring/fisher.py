@@ -1,18 +1,20 @@
-"""Damage estimated from gradients, without running the layers behind an exchanged block: a shortlist for the exact scores.
+"""Damage estimated from gradients, without running the layers behind a replaced block. A shortlist is chosen by these estimates.
 
-Let a block's output change by d_t at token t, and let g_t be the gradient there of sum_u log p(y_u | x), with a label y_u drawn from
-the parent's own distribution at every position u. To second order the parent's KL to the changed model, summed over positions, is
-1/2 d' F d with the Fisher matrix F = E[g g'] (Martens, "New insights and perspectives on the natural gradient method", 2020,
-section 9; the labels must be drawn: gradients of the data's own labels give another matrix). As scores of independent labels have
-mean zero,
+Let a replacement change its block's output by d_t at token t. Draw a label y_u from the parent's own distribution at every position u,
+and let g_t be the gradient of sum_u log p(y_u | x) at the block's output at token t. To second order, KL(parent || changed model)
+summed over positions is 1/2 d' F d, with the Fisher matrix F = E[g g'] (Martens, "New insights and perspectives on the natural
+gradient method", 2020, section 9). The labels must be drawn: gradients of the data's own labels give another matrix. The gradients
+of independent labels have mean zero, so
 
     KL per token  ~  1/(2T) E[(sum_t g_t . d_t)^2]  =  1/(2T) (sum_t E[(g_t . d_t)^2]  +  sum_{t != u} E[(g_t . d_t)(g_u . d_u)])
 
-The estimate is the first sum: mean over tokens of (g_t . d_t)^2 / 2. It is unbiased for that sum; what it leaves out, the products of
-different positions, is small (a few percent on a trained 8-layer Llama) while the whole square of one sequence has a T times smaller
-sample and so needs many more backward passes. A pair of variants changes two places: its terms are (g_t . d_t + h_t . e_t)^2 / 2.
+The estimate is the first sum: the mean over tokens of (g_t . d_t)^2 / 2. It is unbiased for that sum. It leaves out the products of
+different positions, which are small: a few percent on a trained 8-layer Llama. To estimate the whole square instead would take many
+more backward passes, because a sequence of T tokens is then one sample and not T samples. A pair of variants changes the outputs of
+both halves, by d and e. With the gradients g and h there, its terms are (g_t . d_t + h_t . e_t)^2 / 2.
 
-Gradients run layer by layer from the parent's kept inputs, so a model cut into shards yields the same bits as a whole one.
+Gradients go back layer by layer from the parent's remembered inputs. So a model that is cut into shards gives the same bits as a
+whole one.
 """
 
 from __future__ import annotations
@@ -28,24 +30,22 @@ from torch import Tensor, nn
 from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice, LayerSpace, SearchSpace, SubblockKind
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.models.blocks import LayerStack, swapped
-from puzzle_ray.scoring.items import Replacement, replacements
+from puzzle_ray.scoring.replacements import Replacement, all_replacements
 from puzzle_ray.scoring.settings import ScoringConfig
 from puzzle_ray.store import Artifact
 
 if TYPE_CHECKING:
     from puzzle_ray.scoring.shard import ShardScorer, StatesOf
 
-TASKS = 8  # the text batches are cut into at most so many tasks; one task's gradients are in memory at once
+MAX_TASKS = 8  # the text batches are divided into at most this many tasks; the gradients of one task are in memory together
+_FOLDER = "fisher"  # one file per task
 
 Gradients = list[list[Tensor]]  # per batch, per sample: [batch, tokens, hidden_size]
-Estimates = dict[str, list[float]]  # key of an item -> one estimate per sequence
+Estimates = dict[str, list[float]]  # key of a replacement -> one estimate per sequence, in nats per token
 
 
-def key_of(item: Replacement) -> str:
-    return f"{item.layer}/{item.choice.attention}/{item.choice.ffn}"
-
-
-# one shard
+def estimate_key(replacement: Replacement) -> str:
+    return f"{replacement.layer}/{replacement.choice.attention}/{replacement.choice.ffn}"
 
 
 def shard_estimates(
@@ -56,52 +56,52 @@ def shard_estimates(
     config: ScoringConfig,
     states_of: StatesOf,
 ) -> tuple[Estimates, Gradients]:
-    """Estimates for a shard's items on some text batches, and the gradients at what enters the shard.
+    """Estimates for the replacements of a shard's layers on some text batches, and the gradients at the shard's input.
 
-    `gradients` are those at what leaves it; None for the last shard, which draws labels and makes them.
+    `gradients` are the gradients at the shard's output. For the last shard they are None: it draws the labels and computes them.
     """
     stack = scorer.stack
     if gradients is None:
         gradients = [_label_gradients(scorer, number, config.fisher_samples) for number in batches]
-    found: Estimates = {}
+    estimates: Estimates = {}
     for index in reversed(range(stack.first, stack.last)):
-        choices = [item.choice for item in replacements(SearchSpace((space.layers[index],)), config.granularity)]
-        half = _Halves.of(stack, index, space.layers[index], states_of)
-        estimates: dict[LayerChoice, list[float]] = {choice: [] for choice in choices}
-        entering = []
+        choices = [r.choice for r in all_replacements(SearchSpace((space.layers[index],)), config.granularity)]
+        halves = _LayerHalves.of(stack, index, space.layers[index], states_of)
+        by_choice: dict[LayerChoice, list[float]] = {choice: [] for choice in choices}
+        gradients_before = []
         for number, leaving in zip(batches, gradients, strict=True):
-            products, before = half.products(scorer.inputs[number][index], leaving)
-            entering.append(before)
-            for choice, values in estimates.items():
+            products, before = halves.products(scorer.inputs[number][index], leaving)
+            gradients_before.append(before)
+            for choice, values in by_choice.items():
                 own = [products[kind, choice.variant(kind)] for kind in KINDS if choice.variant(kind) != PARENT]
                 change = own[0] if len(own) == 1 else own[0] + own[1]
                 values += (change.square().mean((0, 2)) / 2).tolist()
-        gradients = entering
-        found |= {key_of(Replacement(index, choice)): values for choice, values in estimates.items()}
-    return found, gradients
+        gradients = gradients_before
+        estimates |= {estimate_key(Replacement(index, choice)): values for choice, values in by_choice.items()}
+    return estimates, gradients
 
 
 def _label_gradients(scorer: ShardScorer, number: int, samples: int) -> list[Tensor]:
-    """For every sample, the gradient of the summed log-probability of drawn labels at what leaves the last layer."""
+    """The gradient of the summed log-probability of drawn labels, at the last layer's output: `[batch, tokens, hidden_size]` each."""
     stack, log_probs = scorer.stack, scorer.parent[number].log_probs
     assert log_probs is not None and isinstance(stack.head, nn.Linear) and stack.final_norm is not None
     probs = log_probs.exp().flatten(0, 1)
     labels = torch.multinomial(probs, samples, replacement=True, generator=torch.Generator(probs.device).manual_seed(number))
     weight = stack.head.weight
-    expected = probs.to(weight.dtype) @ weight  # the gradient at the head's input is the label's row minus this
+    expected = probs.to(weight.dtype) @ weight  # the gradient at the head's input is the label's row of the weight minus this
     hidden = scorer.inputs[number][stack.last].detach().requires_grad_()
     with torch.enable_grad():
         final = stack.final_norm(hidden)
-    found = []
+    gradients = []
     for sample in range(samples):
         upstream = (weight[labels[:, sample]] - expected).view_as(final)
-        found.append(torch.autograd.grad(final, hidden, upstream, retain_graph=sample + 1 < samples)[0])
-    return found
+        gradients.append(torch.autograd.grad(final, hidden, upstream, retain_graph=sample + 1 < samples)[0])
+    return gradients
 
 
 @dataclass(frozen=True)
-class _Halves:
-    """One layer as its two halves, and every variant as a half of its own."""
+class _LayerHalves:
+    """The two halves of one parent layer, and every variant of each as a half of its own."""
 
     stack: LayerStack
     index: int
@@ -109,7 +109,7 @@ class _Halves:
     variants: Mapping[tuple[SubblockKind, str], nn.Module]
 
     @classmethod
-    def of(cls, stack: LayerStack, index: int, space: LayerSpace, states_of: StatesOf) -> _Halves:
+    def of(cls, stack: LayerStack, index: int, space: LayerSpace, states_of: StatesOf) -> _LayerHalves:
         if space.coupled:
             raise ConfigError("scoring.shortlist", "coupled pairs have no halves to estimate", "write scoring.shortlist: none")
         layer, descriptor, config = stack.layer(index), stack.descriptor, stack.config
@@ -125,7 +125,10 @@ class _Halves:
         return cls(stack, index, parents, variants)
 
     def products(self, x: Tensor, leaving: Sequence[Tensor]) -> tuple[dict[tuple[SubblockKind, str], Tensor], list[Tensor]]:
-        """For every variant gradient . change, `[samples, batch, tokens]`; and the gradients at the layer's input."""
+        """For every variant the product gradient . change, `[samples, batch, tokens]`, and the gradients at the layer's input.
+
+        `x` is the layer's input, `[batch, tokens, hidden_size]`; `leaving` has the gradients at its output, one per sample.
+        """
         run, index = self.stack.run_layer, self.index
         arguments = self.stack.layer_arguments(x, index)
         with torch.enable_grad():
@@ -141,39 +144,38 @@ class _Halves:
             "attention": (x, middle.detach(), at_middle),
             "ffn": (middle.detach(), end.detach(), leaving),
         }
-        found = {}
+        products = {}
         with torch.no_grad():
             for (kind, name), module in self.variants.items():
                 source, parent, gradients = ends[kind]
                 change = run(module, index, source, arguments) - parent
-                found[kind, name] = torch.stack([(gradient * change).sum(-1) for gradient in gradients])
-        return found, entering
+                products[kind, name] = torch.stack([(gradient * change).sum(-1) for gradient in gradients])
+        return products, entering
 
 
-# what is kept
-
-
-def tasks(num_texts: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(file name, batch numbers); depends on the number of batches alone."""
-    size = math.ceil(num_texts / TASKS)
+def estimate_tasks(num_texts: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(file name, batch numbers) of every task. They depend on the number of text batches alone."""
+    size = math.ceil(num_texts / MAX_TASKS)
     for start in range(0, num_texts, size):
-        yield f"fisher/batches_{start:05d}.json", tuple(range(start, min(start + size, num_texts)))
+        yield f"{_FOLDER}/batches_{start:05d}.json", tuple(range(start, min(start + size, num_texts)))
 
 
-def unfinished(num_texts: int, artifact: Artifact) -> list[tuple[str, tuple[int, ...]]]:
-    there = set(artifact.names("fisher"))
-    return [(name, batches) for name, batches in tasks(num_texts) if name.removeprefix("fisher/") not in there]
+def unfinished_estimate_tasks(num_texts: int, artifact: Artifact) -> list[tuple[str, tuple[int, ...]]]:
+    """The tasks that have no file yet."""
+    existing = set(artifact.names(_FOLDER))
+    tasks = estimate_tasks(num_texts)
+    return [(name, batches) for name, batches in tasks if name.removeprefix(f"{_FOLDER}/") not in existing]
 
 
-def save(artifact: Artifact, name: str, found: Sequence[Estimates]) -> None:
-    """One task's estimates, of all shards."""
-    artifact.write_json(name, {key: values for part in found for key, values in part.items()})
+def save_estimates(artifact: Artifact, name: str, of_shards: Sequence[Estimates]) -> None:
+    """Writes the estimates of one task, joined over its shards."""
+    artifact.write_json(name, {key: values for estimates in of_shards for key, values in estimates.items()})
 
 
-def load(num_texts: int, artifact: Artifact) -> Estimates:
-    """The estimates of all tasks, sequences in order."""
+def load_estimates(num_texts: int, artifact: Artifact) -> Estimates:
+    """The estimates of all tasks, with sequences in order."""
     joined: Estimates = {}
-    for name, _ in tasks(num_texts):
+    for name, _ in estimate_tasks(num_texts):
         for key, values in artifact.read_json(name).items():
             joined.setdefault(key, []).extend(values)
     return joined

@@ -1,4 +1,4 @@
-"""How far a child's predictions and final hidden states are from the parent's, per sequence."""
+"""How far a child's predictions and final hidden states are from the parent's, for each sequence."""
 
 from __future__ import annotations
 
@@ -9,16 +9,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from puzzle_ray.distill.losses import (
+    cosine_distance_per_sequence,
+    kl_per_sequence,
+    next_token_loss_per_sequence,
+    normalised_mse_per_sequence,
+)
+
 # B sequences, T tokens, V vocabulary, D hidden
 
 
 @dataclass(frozen=True)
 class PredictionMetrics:
-    """Per-sequence means, `[sequences]` each.
+    """Means over the tokens of a sequence, one value per sequence.
 
-    `kl`, `lm_loss`: KL(parent || child) and next-token loss, in nats a token. `top<k>_agreement`: share of positions where the parent's
-    most probable token is among the child's k most probable. `cosine_distance` (1 - cosine) and `normalised_mse` (squared error over
-    the parent's mean square) compare what the final norm puts out; they are empty where hidden states were not given.
+    `kl` is KL(parent || child) and `lm_loss` the next-token loss, both in nats per token. `top<k>_agreement` is the share of positions
+    where the parent's most probable token is among the child's k most probable. `cosine_distance` (1 - cosine) and `normalised_mse`
+    (squared error over the parent's mean square) compare the outputs of the final norm. These two are empty where no hidden states
+    were given. `tokens` is the number of tokens of all sequences.
     """
 
     kl: tuple[float, ...]
@@ -43,7 +51,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean, over sequences; 0 for a single one."""
+    """The standard error of the mean, over sequences; 0 for a single sequence."""
     n = len(values)
     if n < 2:
         return 0.0
@@ -51,31 +59,30 @@ def standard_error(values: Sequence[float]) -> float:
     return float((sum((v - centre) ** 2 for v in values) / (n - 1) / n) ** 0.5)
 
 
-def next_token_loss(log_probs_BTV: Tensor, input_ids_BT: Tensor) -> Tensor:
-    """[sequences]; reads positions 0 .. T-2."""
-    return -log_probs_BTV[:, :-1].gather(-1, input_ids_BT[:, 1:].unsqueeze(-1)).squeeze(-1).mean(-1)
-
-
 @torch.no_grad()
-def compare(
+def compare_predictions(
     parent_log_probs_BTV: Tensor,
     logits_BTV: Tensor,
     input_ids_BT: Tensor,
     parent_hidden_BTD: Tensor | None = None,
     hidden_BTD: Tensor | None = None,
 ) -> PredictionMetrics:
-    """`parent_log_probs_BTV` are fp32 log-softmax values; the hidden states are those behind the final norm."""
+    """Compares a child's logits with the parent's log-probabilities, and their hidden states where these are given.
+
+    `parent_log_probs_BTV` is the parent's log-softmax in float32. `logits_BTV` may have any dtype; all measures are computed in
+    float32. The hidden states are outputs of the final norm.
+    """
     logits = logits_BTV.float()
     child_log_probs = F.log_softmax(logits, dim=-1)
-    kl = (parent_log_probs_BTV.exp() * (parent_log_probs_BTV - child_log_probs)).sum(-1).mean(-1)
-    loss = next_token_loss(child_log_probs, input_ids_BT)
+    kl = kl_per_sequence(parent_log_probs_BTV, child_log_probs)
+    loss = next_token_loss_per_sequence(child_log_probs, input_ids_BT)
     parents_best = logits.gather(-1, parent_log_probs_BTV.argmax(-1, keepdim=True))
-    better = (logits > parents_best).sum(-1)  # tokens that the child puts before the parent's best
+    better = (logits > parents_best).sum(-1)  # tokens that the child ranks above the parent's best one
     top1, top5, top10 = (tuple((better < k).float().mean(-1).tolist()) for k in (1, 5, 10))
     cosine: tuple[float, ...] = ()
     mse: tuple[float, ...] = ()
     if parent_hidden_BTD is not None and hidden_BTD is not None:
         parent, child = parent_hidden_BTD.float(), hidden_BTD.float()
-        cosine = tuple((1 - F.cosine_similarity(parent, child, dim=-1)).mean(-1).tolist())
-        mse = tuple(((child - parent).square().mean((1, 2)) / parent.square().mean((1, 2)).clamp_min(1e-30)).tolist())
+        cosine = tuple(cosine_distance_per_sequence(child, parent).tolist())
+        mse = tuple(normalised_mse_per_sequence(child, parent).tolist())
     return PredictionMetrics(tuple(kl.tolist()), tuple(loss.tolist()), top1, top5, top10, int(input_ids_BT.numel()), cosine, mse)

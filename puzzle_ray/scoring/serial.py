@@ -12,7 +12,14 @@ from puzzle_ray.models.blocks import LayerStack
 from puzzle_ray.progress import Progress
 from puzzle_ray.scoring import fisher
 from puzzle_ray.scoring.downstream import QuestionBatch
-from puzzle_ray.scoring.items import Replacement, groups, merge, replacements, saved_rows, unfinished
+from puzzle_ray.scoring.replacements import (
+    Replacement,
+    all_replacements,
+    merge_scores,
+    replacement_groups,
+    saved_score_rows,
+    unfinished_groups,
+)
 from puzzle_ray.scoring.settings import ScoringConfig
 from puzzle_ray.scoring.shard import ShardScorer, StatesOf
 from puzzle_ray.scoring.shortlist import Shortlist, footprints
@@ -20,7 +27,10 @@ from puzzle_ray.store import Artifact
 
 
 class SerialScorer:
-    """Scores replacements in this process, with the whole parent in `stack`. The parent runs when the first is scored."""
+    """Scores replacements in this process. `stack` holds the whole parent; `texts` are token ids, `[batch, tokens]`.
+
+    The parent runs when the first replacement is scored, so not at all where every score is in the artifact already.
+    """
 
     def __init__(
         self,
@@ -37,34 +47,37 @@ class SerialScorer:
 
     @cached_property
     def shard(self) -> ShardScorer:
-        """The parent's activations on all texts and questions."""
+        """A scorer that has run the parent on all texts and questions."""
         scorer = ShardScorer(self.stack, self.texts, self.questions)
         scorer.run_parent(scorer.input_ids)
         return scorer
 
-    def score(self, wanted: Sequence[Replacement], config: ScoringConfig | None = None) -> list[ScoreRow]:
-        """The rows of these replacements; those that are not in the artifact yet are scored first."""
-        all_groups = groups(wanted, config or self.config, len(self.texts), len(self.questions))
-        todo = unfinished(all_groups, self.artifact)
-        with self.progress.stage("score", len(wanted), "block") as bar:
-            bar.advance(len(wanted) - sum(len(group.items) for group in todo))
-            for group in todo:
+    def score(self, replacements: Sequence[Replacement], config: ScoringConfig | None = None) -> list[ScoreRow]:
+        """The rows of these replacements. Those that are not in the artifact yet are scored first."""
+        groups = replacement_groups(replacements, config or self.config, len(self.texts), len(self.questions))
+        unfinished = unfinished_groups(groups, self.artifact)
+        with self.progress.stage("score", len(replacements), "block") as bar:
+            bar.advance(len(replacements) - sum(len(group.replacements) for group in unfinished))
+            for group in unfinished:
                 while (task := group.next_task()) is not None:
-                    group.add(task, self.shard.measure(task, self.shard.exchange(task, self.states_of)))
+                    group.add(task, self.shard.measure(task, self.shard.run_replacements(task, self.states_of)))
                 group.save(self.artifact)
-                bar.advance(len(group.items))
-        return saved_rows(wanted, self.artifact)
+                bar.advance(len(group.replacements))
+        return saved_score_rows(replacements, self.artifact)
 
-    def score_alone(self, wanted: Sequence[Replacement]) -> list[ScoreRow]:
-        """The same, one at a time: whom a replacement would share a batch with depends on who asks."""
-        return self.score(wanted, self.config.model_copy(update={"candidate_batch": 1}))
+    def score_alone(self, replacements: Sequence[Replacement]) -> list[ScoreRow]:
+        """The same, with every replacement in a batch of its own.
+
+        Which replacements would share a batch depends on what is asked for together, and the rounding of a value with it.
+        """
+        return self.score(replacements, self.config.model_copy(update={"candidate_batch": 1}))
 
     def estimate(self, space: SearchSpace) -> fisher.Estimates:
-        """Fisher estimates of all replacements; those that are not in the artifact yet are made first."""
-        for name, batches in fisher.unfinished(len(self.texts), self.artifact):
-            found, _ = fisher.shard_estimates(self.shard, batches, None, space, self.config, self.states_of)
-            fisher.save(self.artifact, name, [found])
-        return fisher.load(len(self.texts), self.artifact)
+        """The Fisher estimates of all replacements. Those that are not in the artifact yet are computed first."""
+        for name, batches in fisher.unfinished_estimate_tasks(len(self.texts), self.artifact):
+            estimates, _ = fisher.shard_estimates(self.shard, batches, None, space, self.config, self.states_of)
+            fisher.save_estimates(self.artifact, name, [estimates])
+        return fisher.load_estimates(len(self.texts), self.artifact)
 
 
 def score_serially(
@@ -77,13 +90,13 @@ def score_serially(
     progress: Progress,
     questions: Sequence[QuestionBatch] = (),
 ) -> Scores:
-    """The scoring stage in this process, without Ray. `stack` holds the whole parent."""
-    items = replacements(space, config.granularity)
+    """The scoring stage in this process. `stack` holds the whole parent; `texts` are token ids, `[batch, tokens]`."""
+    replacements = all_replacements(space, config.granularity)
     scorer = SerialScorer(stack, texts, config, artifact, states_of, progress, questions)
     shortlist = None
     if config.shortlist == "fisher":
         tokens = sum(ids.numel() for ids in texts)
         sizes = footprints(space, stack.descriptor, stack.config)
-        shortlist = Shortlist.of(items, scorer.estimate(space), tokens, sizes, space, config)
-    rows = scorer.score(shortlist.exact if shortlist else items)
-    return merge(rows + shortlist.rows(rows) if shortlist else rows, config, artifact)
+        shortlist = Shortlist.of(replacements, scorer.estimate(space), tokens, sizes, space, config)
+    rows = scorer.score(shortlist.exact if shortlist else replacements)
+    return merge_scores(rows + shortlist.rows(rows) if shortlist else rows, config, artifact)

@@ -10,7 +10,7 @@ from puzzle_ray.settings import Count, Positive, Section
 
 
 class ScoringConfig(Section):
-    """Replace-one damage on held-out text, and what may be spared: see `puzzle_ray.scoring`."""
+    """Replace-one scores on held-out text, and how many of them are computed exactly: see `puzzle_ray.scoring`."""
 
     metric: Literal[
         "kl",
@@ -22,18 +22,18 @@ class ScoringConfig(Section):
         "normalised_mse",
         "downstream",
         "fisher",
-    ] = "kl"  # what the search adds up; all that are measured are kept
+    ] = "kl"  # the one that the search adds up; every metric is measured and kept
     granularity: Literal["block", "subblock"] = "subblock"
     tokens: Count = 8_192
     micro_batch_tokens: Count = 2048
-    candidate_batch: Count = 1  # candidates of one layer in one pass through the suffix; for tiny micro-batches
-    shortlist: Literal["none", "fisher"] = "none"  # estimates every candidate from gradients, to score only some exactly
-    shortlist_keep: Annotated[float, Field(ge=0, le=1)] = 0.3  # share of each layer's candidates that are scored exactly at once
-    shortlist_settle: bool = True  # then what an answer uses is scored exactly too, and searched again, until nothing is new
-    fisher_samples: Count = 1  # labels drawn at every position, a backward pass each
-    racing: bool = False  # a candidate is done when its standard error is small enough, before all tokens are read
-    racing_stderr: Positive = 0.05  # of the mean
-    downstream: str | None = None  # .jsonl of query, choices, gold; half of it scores, the other half is kept to test
+    candidate_batch: Count = 1  # replacements of one layer in one pass through the layers behind it; pays for tiny micro-batches
+    shortlist: Literal["none", "fisher"] = "none"  # fisher: estimates all from gradients, scores only some exactly
+    shortlist_keep: Annotated[float, Field(ge=0, le=1)] = 0.3  # share of a layer's replacements scored exactly at first
+    shortlist_settle: bool = True  # also scores exactly what an answer uses, and searches again until all of it is exact
+    fisher_samples: Count = 1  # labels drawn at every position; each needs a backward pass
+    racing: bool = False  # stops reading tokens for a replacement when its standard error is small enough
+    racing_stderr: Positive = 0.05  # as a share of the mean
+    downstream: str | None = None  # .jsonl of query, choices, gold; half of it scores blocks, the other half tests children
     downstream_questions: Count = 200
 
     @model_validator(mode="after")

@@ -1,9 +1,11 @@
-"""Replace-one scores (paper, section 3.3): one layer is exchanged, the others stay the parent's, and the damage is measured.
+"""Replace-one scores: one layer is replaced, the others stay the parent's, and the damage is measured. (Paper v5, section 4.2.)
 
-Only layers from the exchanged one on run again: what comes before is the parent's and is kept. The result is bitwise that of the
-whole forward. Work is cut at shard borders, so that a model spread over processes is scored the same way as one in a single process.
-Several candidates of one layer may share the way through the layers behind it, one behind the other along the batch: the values are
-then those of one at a time up to the rounding of larger matrix products (about 1e-6), no longer bit for bit.
+Only the layers from the replaced one on run again. The activations before it are the parent's and are remembered. The result has the
+same bits as the whole forward. The work is divided at shard borders, so a model that is spread over processes is scored in the same
+way as a model in one process.
+
+Several replacements of one layer may go through the layers behind it together, concatenated along the batch. Their values then equal
+those of one replacement at a time up to the rounding of larger matrix products (about 1e-6), and not bit for bit.
 """
 
 from __future__ import annotations
@@ -16,88 +18,105 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from puzzle_ray.artifacts import LayerChoice, SubblockKind
+from puzzle_ray.distill.losses import next_token_loss_per_sequence
 from puzzle_ray.models.blocks import LayerStack, swapped
-from puzzle_ray.scoring.downstream import QuestionBatch, answers
-from puzzle_ray.scoring.items import DOWNSTREAM, Damage, ScoringTask
-from puzzle_ray.scoring.metrics import compare, next_token_loss
+from puzzle_ray.scoring.downstream import QuestionBatch, answers_from_logits
+from puzzle_ray.scoring.metrics import compare_predictions
+from puzzle_ray.scoring.replacements import DOWNSTREAM, Damage, ScoringTask
 
 States = Mapping[SubblockKind, Mapping[str, Tensor]]
 StatesOf = Callable[[int, LayerChoice], States]
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What the last shard remembers of the parent's predictions on one batch of text, or of questions."""
+class ParentPredictions:
+    """The parent's predictions on one batch, as the last shard remembers them.
 
-    log_probs: Tensor | None = None  # [batch, tokens, vocab_size]
-    hidden: Tensor | None = None  # behind the final norm, [batch, tokens, hidden_size]
-    loss: tuple[float, ...] = ()
-    gold_log_prob: tuple[float, ...] = ()
+    A batch of text has `log_probs`, `hidden` and `loss`. A batch of questions has `gold_log_prob` only.
+    """
+
+    log_probs: Tensor | None = None  # float32, [batch, tokens, vocab_size]
+    hidden: Tensor | None = None  # output of the final norm, [batch, tokens, hidden_size]
+    loss: tuple[float, ...] = ()  # next-token loss of every sequence
+    gold_log_prob: tuple[float, ...] = ()  # of every question
 
 
 class ShardScorer:
-    """A shard's part in scoring. Inputs and outputs are one tensor per evaluation batch, `[batch, tokens, hidden_size]`.
+    """One shard's part in scoring.
 
-    Batches are numbered through: text first, then questions.
+    Hidden states go in and out as one tensor per evaluation batch, `[batch, tokens, hidden_size]`. Batches are numbered: text batches
+    first, then question batches. `texts` are token ids, `[batch, tokens]`.
+
+    `inputs[batch][layer]` is the parent's input to that layer, `[batch, tokens, hidden_size]` in the stack's dtype, for every layer of
+    the shard. `inputs[batch][stack.last]` is the output of the shard's last layer. `run_parent` fills it, and `parent` with it.
     """
 
     def __init__(self, stack: LayerStack, texts: Sequence[Tensor], questions: Sequence[QuestionBatch] = ()) -> None:
         self.stack, self.questions, self.num_texts = stack, list(questions), len(texts)
         ids = [*texts, *(torch.from_numpy(batch.input_ids.copy()) for batch in questions)]
         self.input_ids = [batch.to(stack.device) for batch in ids]
-        self.inputs: list[dict[int, Tensor]] = []  # per batch: layer -> the parent's input; behind the last one, its output
-        self.parent: list[Kept] = []
-        self.ends = stack.head is not None
+        self.inputs: list[dict[int, Tensor]] = []
+        self.parent: list[ParentPredictions] = []  # one per batch; of the last shard only
+        self.ends = stack.head is not None  # whether this is the last shard, which has the final norm and the head
 
     @torch.no_grad()
     def run_parent(self, entering: Sequence[Tensor]) -> list[Tensor]:
-        """Remembers the parent's activations of these layers; returns what leaves the shard. The first shard takes token ids."""
+        """Runs the parent and remembers its activations. Returns the output of the shard's last layer, one tensor per batch.
+
+        `entering` has one tensor per batch: hidden states, or token ids for the first shard.
+        """
         self.inputs, self.parent = [], []
         for number, hidden_states in enumerate(entering):
             hidden = self.stack.embed(hidden_states) if self.stack.embedding is not None else hidden_states
-            kept = {}
+            inputs = {}
             for index in range(self.stack.first, self.stack.last):
-                kept[index] = hidden
+                inputs[index] = hidden
                 hidden = self.stack.run_layer(self.stack.layer(index), index, hidden)
-            kept[self.stack.last] = hidden
-            self.inputs.append(kept)
+            inputs[self.stack.last] = hidden
+            self.inputs.append(inputs)
             if self.ends:
-                self.parent.append(self._keep(number, hidden))
-        return [kept[self.stack.last] for kept in self.inputs]
+                self.parent.append(self._predictions(number, hidden))
+        return [inputs[self.stack.last] for inputs in self.inputs]
 
-    def _keep(self, number: int, leaving: Tensor) -> Kept:
+    def _predictions(self, number: int, leaving: Tensor) -> ParentPredictions:
         final, logits = self._ends(leaving)
         if number >= self.num_texts:
-            return Kept(gold_log_prob=answers(logits, self.questions[number - self.num_texts]).gold_log_prob)
+            return ParentPredictions(
+                gold_log_prob=answers_from_logits(logits, self.questions[number - self.num_texts]).gold_log_prob
+            )
         log_probs = F.log_softmax(logits.float(), dim=-1)
-        return Kept(log_probs, final, tuple(next_token_loss(log_probs, self.input_ids[number]).tolist()))
+        loss = next_token_loss_per_sequence(log_probs, self.input_ids[number])
+        return ParentPredictions(log_probs, final, tuple(loss.tolist()))
 
     def _ends(self, leaving: Tensor) -> tuple[Tensor, Tensor]:
-        """What final norm and head put out."""
+        """The outputs of the final norm and of the head."""
         assert self.stack.final_norm is not None and self.stack.head is not None, "this shard does not hold the head"
         final = self.stack.final_norm(leaving)
         return final, self.stack.head(final)
 
     @torch.no_grad()
-    def exchange(self, task: ScoringTask, states_of: StatesOf) -> list[Tensor]:
-        """The exchanged layers on the parent's input to them, one behind the other along the batch; then the rest of this shard."""
+    def run_replacements(self, task: ScoringTask, states_of: StatesOf) -> list[Tensor]:
+        """Runs the replaced layers on the parent's input, and then the rest of this shard.
+
+        The outputs of several replacements are concatenated along the batch. `states_of(layer, choice)` gives their weights.
+        """
         stack, index = self.stack, task.layer
         layers = [
-            swapped(stack.layer(index), item.choice, stack.descriptor, stack.config, states_of(index, item.choice))
-            for item in task.items
+            swapped(stack.layer(index), r.choice, stack.descriptor, stack.config, states_of(index, r.choice))
+            for r in task.replacements
         ]
-        started = []
+        leaving = []
         for number in task.batches:
             outputs = [stack.run_layer(layer, index, self.inputs[number][index]) for layer in layers]
-            started.append(torch.cat(outputs) if len(outputs) > 1 else outputs[0])
-        return self._run_rest(started, index + 1)
+            leaving.append(torch.cat(outputs) if len(outputs) > 1 else outputs[0])
+        return self._run_from(index + 1, leaving)
 
     @torch.no_grad()
-    def suffix(self, entering: Sequence[Tensor]) -> list[Tensor]:
-        """All layers of this shard on activations that a damaged layer before it made."""
-        return self._run_rest(entering, self.stack.first)
+    def run_suffix(self, entering: Sequence[Tensor]) -> list[Tensor]:
+        """Runs all layers of this shard on the outputs of a shard before it in which a layer was replaced."""
+        return self._run_from(self.stack.first, entering)
 
-    def _run_rest(self, entering: Iterable[Tensor], first: int) -> list[Tensor]:
+    def _run_from(self, first: int, entering: Iterable[Tensor]) -> list[Tensor]:
         leaving = []
         for hidden in entering:
             for index in range(first, self.stack.last):
@@ -107,19 +126,19 @@ class ShardScorer:
 
     @torch.no_grad()
     def measure(self, task: ScoringTask, leaving: Sequence[Tensor]) -> list[Damage]:
-        """What the last shard says of final hidden states: one for every candidate of the task."""
-        parts: list[list[Damage]] = [[] for _ in task.items]
+        """The damage of every replacement of the task, from the outputs of the last layer. For the last shard only."""
+        parts: list[list[Damage]] = [[] for _ in task.replacements]
         for number, hidden in zip(task.batches, leaving, strict=True):
-            for found, own in zip(parts, hidden.split(len(self.input_ids[number])), strict=True):
-                found.append(self._damage(number, own))
-        return [Damage.joined(found) for found in parts]
+            for damages, own in zip(parts, hidden.split(len(self.input_ids[number])), strict=True):
+                damages.append(self._damage(number, own))
+        return [Damage.joined(damages) for damages in parts]
 
     def _damage(self, number: int, leaving: Tensor) -> Damage:
         final, logits = self._ends(leaving)
-        kept, ids = self.parent[number], self.input_ids[number]
+        parent, ids = self.parent[number], self.input_ids[number]
         if number >= self.num_texts:
-            found = answers(logits, self.questions[number - self.num_texts]).gold_log_prob
-            lost = tuple(p - c for p, c in zip(kept.gold_log_prob, found, strict=True))
-            return Damage({DOWNSTREAM: lost}, {DOWNSTREAM: int(ids.numel())})
-        assert kept.log_probs is not None
-        return Damage.of(compare(kept.log_probs, logits, ids, kept.hidden, final), kept.loss)
+            child = answers_from_logits(logits, self.questions[number - self.num_texts]).gold_log_prob
+            loss = tuple(p - c for p, c in zip(parent.gold_log_prob, child, strict=True))
+            return Damage({DOWNSTREAM: loss}, {DOWNSTREAM: int(ids.numel())})
+        assert parent.log_probs is not None
+        return Damage.of(compare_predictions(parent.log_probs, logits, ids, parent.hidden, final), parent.loss)

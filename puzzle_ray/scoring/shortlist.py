@@ -1,4 +1,4 @@
-"""Which candidates deserve an exact score, and what stands in for it where they do not get one."""
+"""Chooses which replacements are scored exactly, and gives the others a score calibrated from their estimate."""
 
 from __future__ import annotations
 
@@ -15,64 +15,70 @@ from puzzle_ray.artifacts import KINDS, LayerChoice, LayerSpace, ScoreRow, Searc
 from puzzle_ray.families.descriptor import Descriptor
 from puzzle_ray.models.blocks import swapped
 from puzzle_ray.profiling.memory import subblock_weights
-from puzzle_ray.scoring.fisher import Estimates, key_of
-from puzzle_ray.scoring.items import Replacement
+from puzzle_ray.scoring.fisher import Estimates, estimate_key
 from puzzle_ray.scoring.metrics import mean, standard_error
+from puzzle_ray.scoring.replacements import Replacement
 from puzzle_ray.scoring.settings import ScoringConfig
 from puzzle_ray.surgery.projections import AttentionProjections
 from puzzle_ray.surgery.subblocks import LinearAttention, NoopAttention
 
-METRIC = "fisher"
-STEEPEST = 4.0  # exponent: a fit to estimates that hardly differ finds any
-Footprint = tuple[int, int]  # parameters, width of keys and values per token
+FISHER_METRIC = "fisher"
+MAX_EXPONENT = 4.0  # where estimates hardly differ, a fit without a limit could give any exponent
+Footprint = tuple[int, int]  # number of parameters, width of the keys of one token
 Footprints = Mapping[tuple[LayerSpace, SubblockKind, str], Footprint]
 
 
 def footprints(space: SearchSpace, descriptor: Descriptor, config: Any) -> Footprints:
-    """What every subblock variant weighs; nothing is allocated."""
+    """The footprint of every subblock variant in the space. No weights are allocated."""
     with torch.device("meta"):
         model = getattr(transformers, descriptor.model_class)._from_config(config)
-        found: dict[tuple[LayerSpace, SubblockKind, str], Footprint] = {}
+        by_variant: dict[tuple[LayerSpace, SubblockKind, str], Footprint] = {}
         for index, layer_space in enumerate(space.layers):
             parent = model.get_submodule(f"{descriptor.layers}.{index}")
             for kind in KINDS:
                 for name in layer_space.variants(kind):
-                    if (layer_space, kind, name) not in found:
+                    if (layer_space, kind, name) not in by_variant:
                         layer = swapped(parent, LayerChoice(**{kind: name}), descriptor, config)
-                        found[layer_space, kind, name] = _size(layer, kind, descriptor)
-    return found
+                        by_variant[layer_space, kind, name] = _footprint(layer, kind, descriptor)
+    return by_variant
 
 
-def _size(layer: nn.Module, kind: SubblockKind, descriptor: Descriptor) -> Footprint:
-    params = subblock_weights(layer, kind, descriptor).num_params
-    without = isinstance(layer.get_submodule(descriptor.attention), (NoopAttention, LinearAttention))
-    if kind == "ffn" or without:
-        return params, 0
-    return params, AttentionProjections.of(layer, descriptor).key.weight_OI.shape[0]
+def _footprint(layer: nn.Module, kind: SubblockKind, descriptor: Descriptor) -> Footprint:
+    num_params = subblock_weights(layer, kind, descriptor).num_params
+    no_cache = isinstance(layer.get_submodule(descriptor.attention), (NoopAttention, LinearAttention))
+    if kind == "ffn" or no_cache:
+        return num_params, 0
+    return num_params, AttentionProjections.of(layer, descriptor).key.weight_OI.shape[0]
 
 
-def choose(
-    items: Sequence[Replacement], values: Mapping[Replacement, float], weigh: Mapping[Replacement, Footprint], keep: float
+def choose_exact(
+    replacements: Sequence[Replacement],
+    estimates: Mapping[Replacement, float],
+    footprints: Mapping[Replacement, Footprint],
+    share: float,
 ) -> tuple[Replacement, ...]:
-    """Per layer, `keep` of the items, rounded up: first those that no other beats in estimate and both sizes at once, by
-    estimate; then the beaten ones, by estimate. In the order of `items`."""
+    """The replacements to score exactly: a share of those of every layer, rounded up, in the order of `replacements`.
 
-    def beaten(item: Replacement, rivals: Sequence[Replacement]) -> bool:
-        own = (values[item], *weigh[item])
-        others = ((values[rival], *weigh[rival]) for rival in rivals)
+    A replacement is dominated where another one of its layer is no worse in the estimate and in both numbers of the footprint, and
+    better in one of them. Those that are not dominated are chosen first, and within both groups those with the lowest estimates.
+    """
+
+    def dominated(replacement: Replacement, rivals: Sequence[Replacement]) -> bool:
+        own = (estimates[replacement], *footprints[replacement])
+        others = ((estimates[rival], *footprints[rival]) for rival in rivals)
         return any(other != own and all(a <= b for a, b in zip(other, own, strict=True)) for other in others)
 
     chosen: set[Replacement] = set()
-    for layer in sorted({item.layer for item in items}):
-        rivals = [item for item in items if item.layer == layer]
-        ordered = sorted(rivals, key=lambda item: (beaten(item, rivals), values[item]))
-        chosen.update(ordered[: math.ceil(keep * len(ordered))])
-    return tuple(item for item in items if item in chosen)
+    for layer in sorted({replacement.layer for replacement in replacements}):
+        rivals = [replacement for replacement in replacements if replacement.layer == layer]
+        ordered = sorted(rivals, key=lambda replacement: (dominated(replacement, rivals), estimates[replacement]))
+        chosen.update(ordered[: math.ceil(share * len(ordered))])
+    return tuple(replacement for replacement in replacements if replacement in chosen)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """exact = factor * estimate ** exponent, fitted in logarithms; `spread` is the standard deviation of what it misses there."""
+    """exact = factor * estimate ** exponent, fitted in logarithms. `spread` is the standard deviation of the errors in logarithms."""
 
     factor: float = 1.0
     exponent: float = 1.0
@@ -80,16 +86,19 @@ class Calibration:
 
     @classmethod
     def fit(cls, estimates: Sequence[float], exact: Sequence[float]) -> Calibration:
-        """Increasing always. Pairs that are not positive say nothing; with fewer than three others, a factor alone is fitted."""
+        """Fits a curve that always increases.
+
+        Pairs in which a value is not positive are left out. With fewer than three pairs left, only the factor is fitted.
+        """
         pairs = [(math.log(x), math.log(y)) for x, y in zip(estimates, exact, strict=True) if x > 0 and y > 0]
         if not pairs:
             return cls()
         x0, y0 = mean([x for x, _ in pairs]), mean([y for _, y in pairs])
         variance = sum((x - x0) ** 2 for x, _ in pairs)
         slope = sum((x - x0) * (y - y0) for x, y in pairs) / variance if len(pairs) > 2 and variance > 0 else 1.0
-        slope = min(slope, STEEPEST) if slope > 0 else 1.0
-        misses = [y - y0 - slope * (x - x0) for x, y in pairs]
-        spread = (sum(m * m for m in misses) / max(1, len(pairs) - 2)) ** 0.5
+        slope = min(slope, MAX_EXPONENT) if slope > 0 else 1.0
+        errors = [y - y0 - slope * (x - x0) for x, y in pairs]
+        spread = (sum(error * error for error in errors) / max(1, len(pairs) - 2)) ** 0.5
         return cls(math.exp(y0 - slope * x0), slope, spread)
 
     def __call__(self, estimate: float) -> float:
@@ -98,9 +107,13 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Shortlist:
-    """`exact`: the items to score in full. `estimates`: of all items, one value per sequence."""
+    """Which of all `replacements` are to be scored exactly, and the estimates of all of them.
 
-    items: tuple[Replacement, ...]
+    `exact` has the replacements to score exactly. `estimates` has one value per sequence, `tokens` is the number of tokens they were
+    taken on, and `metric` is the one that the search adds up.
+    """
+
+    replacements: tuple[Replacement, ...]
     exact: tuple[Replacement, ...]
     estimates: Mapping[Replacement, tuple[float, ...]]
     tokens: int
@@ -109,42 +122,45 @@ class Shortlist:
     @classmethod
     def of(
         cls,
-        items: Sequence[Replacement],
-        found: Estimates,
+        replacements: Sequence[Replacement],
+        by_key: Estimates,
         tokens: int,
-        weights: Footprints,
+        of_subblocks: Footprints,
         space: SearchSpace,
         config: ScoringConfig,
     ) -> Shortlist:
-        """`found`: the estimates read back from the store, over `tokens` tokens."""
-        estimates = {item: tuple(found[key_of(item)]) for item in items}
+        """`by_key` has the estimates as the store keeps them, taken on `tokens` tokens. `of_subblocks` comes from `footprints`."""
+        estimates = {replacement: tuple(by_key[estimate_key(replacement)]) for replacement in replacements}
 
-        def weigh(item: Replacement) -> Footprint:
-            layer = space.layers[item.layer]
-            parts = [weights[layer, kind, item.choice.variant(kind)] for kind in KINDS]
-            return sum(p for p, _ in parts), sum(w for _, w in parts)
+        def footprint(replacement: Replacement) -> Footprint:
+            layer = space.layers[replacement.layer]
+            parts = [of_subblocks[layer, kind, replacement.choice.variant(kind)] for kind in KINDS]
+            return sum(num_params for num_params, _ in parts), sum(width for _, width in parts)
 
-        means = {item: mean(values) for item, values in estimates.items()}
-        exact = choose(items, means, {item: weigh(item) for item in items}, config.shortlist_keep)
-        return cls(tuple(items), exact, estimates, tokens, config.metric)
+        means = {replacement: mean(values) for replacement, values in estimates.items()}
+        sizes = {replacement: footprint(replacement) for replacement in replacements}
+        exact = choose_exact(replacements, means, sizes, config.shortlist_keep)
+        return cls(tuple(replacements), exact, estimates, tokens, config.metric)
 
     def rows(self, exact_rows: Sequence[ScoreRow]) -> list[ScoreRow]:
-        """Metric `fisher` for every item; and for those not scored exactly, `metric` from their estimate, marked by `tokens` 0.
+        """Rows of metric `fisher` for every replacement, and rows of `metric` for those that are not scored exactly.
 
-        The stderr of such a row is the calibration's spread: how far estimates were from exact scores, where there are both.
+        The value of the latter is their calibrated estimate, and `tokens` 0 marks it. Its stderr is the spread of the calibration:
+        how far estimates are from exact scores where there are both.
         """
-        rows = [_row(item, METRIC, mean(v), standard_error(v), self.tokens) for item, v in self.estimates.items()]
-        if self.metric == METRIC:
+        rows = [_row(r, FISHER_METRIC, mean(v), standard_error(v), self.tokens) for r, v in self.estimates.items()]
+        if self.metric == FISHER_METRIC:
             return rows
-        known = {(r.layer, r.attention, r.ffn): r.value for r in exact_rows if r.metric == self.metric}
-        pairs = [(mean(self.estimates[i]), known[i.layer, i.choice.attention, i.choice.ffn]) for i in self.exact]
+        exact = {(row.layer, row.attention, row.ffn): row.value for row in exact_rows if row.metric == self.metric}
+        pairs = [(mean(self.estimates[r]), exact[r.layer, r.choice.attention, r.choice.ffn]) for r in self.exact]
         calibration = Calibration.fit([x for x, _ in pairs], [y for _, y in pairs])
-        for item in self.items:
-            if item not in self.exact:
-                value = calibration(mean(self.estimates[item]))
-                rows.append(_row(item, self.metric, value, value * calibration.spread, 0))
+        for replacement in self.replacements:
+            if replacement not in self.exact:
+                value = calibration(mean(self.estimates[replacement]))
+                rows.append(_row(replacement, self.metric, value, value * calibration.spread, 0))
         return rows
 
 
-def _row(item: Replacement, metric: str, value: float, stderr: float, tokens: int) -> ScoreRow:
-    return ScoreRow(item.layer, item.choice.attention, item.choice.ffn, metric, value, stderr, tokens)
+def _row(replacement: Replacement, metric: str, value: float, stderr: float, tokens: int) -> ScoreRow:
+    choice = replacement.choice
+    return ScoreRow(replacement.layer, choice.attention, choice.ffn, metric, value, stderr, tokens)

@@ -1,5 +1,5 @@
-"""What is put in a subblock's place, and how projections are cut: modules for no-op, linear, grouped and windowed attention.
+"""The modules that replace a subblock (no-op, linear, grouped and windowed attention), and the resizing of projections.
 
-`kv_cache.py` knows what transformers calls a cache.
+`kv_cache.py` knows the name that transformers has for the KV cache.
 May import: the ground, families.
 """

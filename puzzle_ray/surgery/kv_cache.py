@@ -1,4 +1,4 @@
-"""What transformers calls a cache: `past_key_values` up to 5.23, `cache` from 5.24 on; GPT-Neo's layers say `layer_past` in all."""
+"""The name of the KV cache in transformers: `past_key_values` up to 5.23, `cache` from 5.24. GPT-Neo's layers call it `layer_past`."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def cache_among(arguments: Mapping[str, Any]) -> Any:
 
 
 def cache_from(output: Any) -> Any:
-    """The cache that a model's forward gave back."""
+    """The cache in the output of a model's forward."""
     return getattr(output, NAME)
 
 
 def continuing(cache: Any) -> dict[str, Any]:
-    """Arguments for a model's forward that goes on from a cache and adds to it."""
+    """Arguments with which a model's forward continues from a cache and adds to it."""
     return {NAME: cache, "use_cache": True}

@@ -1,4 +1,4 @@
-"""A layer's projections, the same for every family: as `[out, in]` weights, whether fused, transposed or neither."""
+"""The projections of a layer as `[out, in]` weights, for every family, whether they are fused, transposed or neither."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from puzzle_ray.surgery.subblocks import GroupedAttention
 
 @dataclass(frozen=True)
 class Projection:
-    """Views of a projection's parameters: what is written here is written into the module."""
+    """Views of a projection's parameters: `weight_OI` is `[out, in]`, `bias_O` is `[out]`. Writing to them changes the module."""
 
     weight_OI: Tensor
     bias_O: Tensor | None
@@ -27,15 +27,15 @@ class Projection:
         return cls(weight.T if isinstance(linear, Conv1D) else weight, None if bias is None else bias.detach())
 
     def split(self, lengths: tuple[int, ...]) -> tuple[Projection, ...]:
-        """Rows of a fused projection, one after the other."""
+        """Divides a fused projection into consecutive groups of rows."""
         weights = self.weight_OI.split(lengths)
         biases = [None] * len(lengths) if self.bias_O is None else self.bias_O.split(lengths)
         return tuple(Projection(w, b) for w, b in zip(weights, biases, strict=True))
 
     def write(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
-        copy_(self.weight_OI, weight_OI)
+        copy_checked(self.weight_OI, weight_OI)
         if self.bias_O is not None and bias_O is not None:
-            copy_(self.bias_O, bias_O)
+            copy_checked(self.bias_O, bias_O)
 
     def write_rows(self, source: Projection, rows: Tensor) -> None:
         self.write(source.weight_OI[rows], None if source.bias_O is None else source.bias_O[rows])
@@ -43,7 +43,11 @@ class Projection:
 
 @dataclass(frozen=True)
 class AttentionProjections:
-    """Query, key, value and output of an attention: `[heads * head_dim, hidden_size]`, the output the other way round."""
+    """The projections of an attention.
+
+    `query` is `[num_attention_heads * head_dim, hidden_size]`, `key` and `value` are `[num_key_value_heads * head_dim, hidden_size]`,
+    and `output` is `[hidden_size, num_attention_heads * head_dim]`.
+    """
 
     query: Projection
     key: Projection
@@ -78,7 +82,11 @@ class AttentionProjections:
 
 @dataclass(frozen=True)
 class FFNProjections:
-    """`inner` are `[channels, hidden_size]` (gate, if there is one, and up), `down` is `[hidden_size, channels]`."""
+    """The projections of an FFN.
+
+    `inner` are the gate, where there is one, and the up projection, each `[channels, hidden_size]`. `down` is
+    `[hidden_size, channels]`.
+    """
 
     inner: tuple[Projection, ...]
     down: Projection
@@ -102,27 +110,30 @@ class FFNProjections:
     def width(self) -> int:
         return self.down.weight_OI.shape[1]
 
-    def keep(self, parent: FFNProjections, channels: Tensor) -> None:
-        """Takes over some channels of a wider FFN."""
+    def copy_channels(self, parent: FFNProjections, channels: Tensor) -> None:
+        """Copies some channels of a wider FFN into this one."""
         for target, source in zip(self.inner, parent.inner, strict=True):
             target.write_rows(source, channels)
         self.down.write(parent.down.weight_OI[:, channels], parent.down.bias_O)
 
 
 def resize_attention(layer: nn.Module, num_kv_heads: int, descriptor: Descriptor) -> None:
-    """Shape-only: an attention of `num_kv_heads`, in place. What changed size, and a whole fused projection, is undefined."""
+    """Gives an attention `num_kv_heads` key-value heads, in place.
+
+    The projections that change their size, or the whole fused projection, have undefined weights afterwards.
+    """
     core = descriptor.core(layer, "attention")
     old = AttentionProjections.of(layer, descriptor)
     queries, keys = old.query.weight_OI.shape[0], num_kv_heads * old.head_dim
     if descriptor.fused_qkv:
         fused = getattr(core, descriptor.fused_qkv)
-        setattr(core, descriptor.fused_qkv, resize_linear(fused, sizes(fused)[0], queries + 2 * keys))
+        setattr(core, descriptor.fused_qkv, resize_linear(fused, linear_sizes(fused)[0], queries + 2 * keys))
         core.num_key_value_heads = num_kv_heads  # type: ignore[assignment]
         core.split_size = [queries, keys, keys]  # type: ignore[assignment]
     else:
         for name in (descriptor.key, descriptor.value):
             linear = getattr(core, name)
-            setattr(core, name, resize_linear(linear, sizes(linear)[0], keys))
+            setattr(core, name, resize_linear(linear, linear_sizes(linear)[0], keys))
     for name in descriptor.key_norms:
         setattr(core, name, resize_norm(getattr(core, name), keys))
     core.num_key_value_groups = old.num_heads // num_kv_heads  # type: ignore[assignment]
@@ -132,19 +143,19 @@ def resize_attention(layer: nn.Module, num_kv_heads: int, descriptor: Descriptor
 
 
 def resize_ffn(layer: nn.Module, width: int, descriptor: Descriptor) -> None:
-    """Shape-only: an FFN of `width` channels, in place; its weights are undefined."""
+    """Gives an FFN `width` channels, in place. Its weights are undefined afterwards."""
     core = descriptor.core(layer, "ffn")
     inner = (descriptor.fused_gate_up,) if descriptor.fused_gate_up else (descriptor.ffn_gate, descriptor.ffn_up)
     for name in filter(None, inner):
         linear = getattr(core, name)
-        setattr(core, name, resize_linear(linear, sizes(linear)[0], width * (2 if descriptor.fused_gate_up else 1)))
+        setattr(core, name, resize_linear(linear, linear_sizes(linear)[0], width * (2 if descriptor.fused_gate_up else 1)))
     down = getattr(core, descriptor.ffn_down)
-    setattr(core, descriptor.ffn_down, resize_linear(down, width, sizes(down)[1]))
+    setattr(core, descriptor.ffn_down, resize_linear(down, width, linear_sizes(down)[1]))
     if hasattr(core, "intermediate_size"):
         core.intermediate_size = width  # type: ignore[assignment]
 
 
-def sizes(linear: nn.Module) -> tuple[int, int]:
+def linear_sizes(linear: nn.Module) -> tuple[int, int]:
     """(in_features, out_features) of a Linear or a Conv1D."""
     if isinstance(linear, Conv1D):
         return int(linear.nx), int(linear.nf)
@@ -153,7 +164,7 @@ def sizes(linear: nn.Module) -> tuple[int, int]:
 
 
 def resize_linear(linear: nn.Module, in_features: int, out_features: int) -> nn.Module:
-    """An uninitialised Linear or Conv1D of another size, with the same dtype, device and presence of a bias."""
+    """An uninitialised Linear or Conv1D of another size, with the same dtype and device, and with a bias if the old one has it."""
     weight: Tensor = linear.weight  # type: ignore[assignment]
     with torch.device("meta"):
         if isinstance(linear, Conv1D):
@@ -164,7 +175,7 @@ def resize_linear(linear: nn.Module, in_features: int, out_features: int) -> nn.
 
 
 def resize_norm(norm: nn.Module, size: int) -> nn.Module:
-    """A copy of a norm over another number of features, its weights one."""
+    """A copy of a norm for another number of features. Its weights are 1."""
     weight: Tensor = norm.weight  # type: ignore[assignment]
     new = copy.copy(norm)
     new._parameters = {**norm._parameters, "weight": nn.Parameter(weight.new_ones(size))}
@@ -172,8 +183,8 @@ def resize_norm(norm: nn.Module, size: int) -> nn.Module:
 
 
 @torch.no_grad()
-def copy_(target: Tensor, source: Tensor) -> None:
-    """Writes `source` into a parameter, whatever its dtype; shapes must agree exactly."""
+def copy_checked(target: Tensor, source: Tensor) -> None:
+    """Copies `source` into a parameter and converts its dtype. Raises ValueError where shapes differ."""
     if target.shape != source.shape:
         raise ValueError(f"shapes differ: {tuple(target.shape)} and {tuple(source.shape)}")
     target.copy_(source)

@@ -1,7 +1,7 @@
-"""The modules that stand in for an attention or an FFN. They take what transformers hands to the ones they replace.
+"""The modules that replace an attention or an FFN. They accept the arguments that transformers passes to the original ones.
 
-A layer without attention still tells the cache how many tokens it has seen, by a `[batch, 1, tokens, 1]` stub: transformers reads
-the length of a sequence from the first layer's cache, and a layer that never writes there makes positions silently wrong.
+A layer without attention still writes to the KV cache: a stub of zeros, `[batch, 1, tokens, 1]`. Transformers reads the length of a
+sequence from the cache of the first layer. If that layer never wrote there, positions would be wrong without any error.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _count_tokens(cache: Any, layer_idx: int, hidden_states: Tensor) -> None:
 
 
 class NoopAttention(nn.Module):
-    """Adds nothing to the residual."""
+    """Adds nothing to the residual stream."""
 
     def __init__(self, layer_idx: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class NoopAttention(nn.Module):
 
 
 class LinearAttention(nn.Module):
-    """One `[hidden_size, hidden_size]` matrix on each token alone."""
+    """One `[hidden_size, hidden_size]` matrix on each token, with no attention to other tokens."""
 
     def __init__(self, hidden_size: int, layer_idx: int, bias: bool = False) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class LinearAttention(nn.Module):
 
 
 class NoopFFN(nn.Module):
-    """Adds nothing to the residual."""
+    """Adds nothing to the residual stream."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return hidden_states.new_zeros(())
@@ -69,7 +69,11 @@ class LinearFFN(nn.Module):
 def _eager_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float, **_: Any
 ) -> tuple[Tensor, Tensor]:
-    """`[B, H, T, D]` queries on `[B, K, S, D]` keys and values with an additive mask -> (`[B, T, H, D]`, weights); scores in fp32."""
+    """Eager attention with an additive mask; scores are in float32.
+
+    Queries are `[batch, heads, tokens, head_dim]`; keys and values are `[batch, kv_heads, keys, head_dim]`. Returns the output,
+    `[batch, tokens, heads, head_dim]`, and the attention weights, `[batch, heads, tokens, keys]`.
+    """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = query.float() @ key.float().transpose(2, 3) * scaling
@@ -80,14 +84,15 @@ def _eager_attention(
 
 
 class GroupedAttention(nn.Module):
-    """Query heads that share KV heads, without rotary: for families whose own forward knows only one head count (OPT, GPT-Neo).
+    """Attention whose query heads share KV heads, without rotary embedding.
 
-    It takes over the projections of the attention it replaces, under their names; `key_value_groups` query heads share a KV head.
+    It is for families whose own forward has the same number of query and KV heads (OPT, GPT-Neo). It has the projections of the
+    attention that it replaces, under the same names. `key_value_groups` query heads share each KV head.
     """
 
     def __init__(self, replaced: nn.Module, descriptor: Descriptor, key_value_groups: int) -> None:
         super().__init__()
-        config: Any = replaced.config  # the one the model makes its masks by
+        config: Any = replaced.config  # the model makes its masks from the same config object
         self.config, self.descriptor, self.is_causal = config, descriptor, True
         self.layer_idx: int = getattr(replaced, descriptor.layer_index)
         setattr(self, descriptor.layer_index, self.layer_idx)

@@ -1,7 +1,7 @@
-"""Attention that looks back a fixed number of tokens: its mask, and the cache layer that keeps no more than it needs.
+"""Attention with a window of a fixed number of tokens: its mask, and a cache layer that stores only the tokens of the window.
 
-The mask is narrowed from whatever the model made: in each row the window counts back from the last token the row may see, which
-holds for training, prefill, cached decode, padding, and rows of a batch at different positions alike.
+The mask is made from the mask that the model passes. In every row the window ends at the last token that the row may see. This holds
+in training, in prefill, in cached decoding, with padding, and for rows of a batch at different positions.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ def windowed_mask(
 ) -> Tensor | None:
     """An attention mask under which a token sees itself and the `window - 1` tokens before it.
 
-    `mask` is `[batch, 1, tokens, >= keys]`, boolean or additive, and its last `keys` columns count; or None for plain causal attention
-    of `tokens` queries on `keys` keys, the first query standing at key `first`. `additive` says what to make where there was none.
+    `mask` is `[batch, 1, tokens, >= keys]`, boolean or additive; its last `keys` columns are used. None means causal attention of
+    `tokens` queries on `keys` keys, with the first query at the position of key `first`. The new mask is then additive where
+    `additive` is true, and boolean otherwise. Raises ConfigError where the mask has other than four dimensions.
     """
     if mask is None:
-        is_causal = first == 0 or (tokens == 1 and keys == first + 1)  # what sdpa computes without a mask
+        is_causal = first == 0 or (tokens == 1 and keys == first + 1)  # sdpa without a mask computes this
         if keys <= window and is_causal and not additive:
             return None
         last = torch.arange(first, first + tokens, device=like.device)[:, None]
@@ -51,9 +52,10 @@ def _additive(seen: Tensor, like: Tensor) -> Tensor:
 
 
 class WindowLayer(DynamicSlidingWindowLayer):
-    """A cache layer of the last `sliding_window - 1` tokens, beside layers that keep all.
+    """A cache layer that stores the last `sliding_window - 1` tokens, in a cache whose other layers store all tokens.
 
-    It speaks of the whole sequence's length, so that the masks transformers makes fit every layer; this one takes their end.
+    It reports the length of the whole sequence. So transformers makes masks that fit every layer, and this layer uses their last
+    columns.
     """
 
     is_sliding = False
@@ -66,7 +68,7 @@ class WindowLayer(DynamicSlidingWindowLayer):
 
 
 def _cache_layer(cache: Any, index: int, window: int) -> Any:
-    """The cache's layer `index`; an empty one that would keep every token makes way for a WindowLayer."""
+    """The cache's layer `index`. An empty layer of the kind that stores every token is replaced by a WindowLayer."""
     layers = cache.layers
     if index == len(layers) and getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:
         layers.append(WindowLayer(window))
@@ -95,8 +97,8 @@ def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     return args, {**kwargs, "attention_mask": narrowed}
 
 
-def look_back(attention: nn.Module, window: int, layer_index: int, attn_implementation: str) -> None:
-    """Makes an attention of any family look back `window` tokens, in place. Its weights stay what they are."""
+def limit_window(attention: nn.Module, window: int, layer_index: int, attn_implementation: str) -> None:
+    """Limits an attention of any family to a window of `window` tokens, in place. Its weights do not change."""
     attention.window = window  # type: ignore[assignment]
     attention.window_layer_index = layer_index  # type: ignore[assignment]
     attention.window_mask_is_additive = attn_implementation == "eager"  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Subblock variants, one file each that declares `VARIANT`; `base.py` says what one is and finds it by name.
+"""Subblock variants. Each is one file that declares `VARIANT`. `base.py` defines what a variant is and finds one by its name.
 
 `space.py` resolves the names in a config against a parent.
 May import: the ground, families, surgery, calibration.

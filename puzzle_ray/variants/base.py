@@ -1,9 +1,10 @@
-"""Subblock variants: what an attention or an FFN may become.
+"""Subblock variants: what can replace an attention or an FFN.
 
-A variant is one file here that defines `VARIANT`, an object with the methods of `Variant`; or such an object elsewhere, named by
-its dotted path `package.module:ATTRIBUTE` or by an entry point of the group `puzzle_ray.variants`. Its name in a search space is
-`<name>` or `<name>:<argument>`, and once resolved against a parent (`gqa:50%` -> `gqa:4`) it is canonical: the same name always
-means the same shape. A saved child names its variants, so whoever loads it needs the packages they come from.
+A variant is one file here that defines `VARIANT`, an object with the methods of `Variant`. It may also be such an object in another
+package. Then its name is the dotted path `package.module:ATTRIBUTE`, or the name of an entry point of the group `puzzle_ray.variants`.
+
+The name of a variant in a search space is `<name>` or `<name>:<argument>`. Resolved against a parent (`gqa:50%` -> `gqa:4`), the name
+is canonical: it always means the same shape. A saved child has the names of its variants, so loading it needs their packages.
 """
 
 from __future__ import annotations
@@ -29,9 +30,12 @@ ENTRY_POINTS = "puzzle_ray.variants"
 
 
 class Variant(Protocol):
-    """What every variant can do. `argument` is what stands behind the colon of its name (empty where there is none).
+    """The interface of a variant. `argument` is the part of its name behind the colon, or the empty string.
 
-    One that is spared gathering all calibration statistics also has `needs`, a tuple of words of `Statistics`.
+    `kinds` are the subblocks that it can replace. `trainable` says whether local distillation trains its weights.
+
+    A variant may have an attribute `needs`: the names of the statistics it is initialised from, as `Statistics` lists them. Without it
+    all statistics are gathered.
     """
 
     name: str
@@ -39,10 +43,17 @@ class Variant(Protocol):
     trainable: bool
 
     def resolve(self, argument: str, kind: SubblockKind, config: Any, multiple_of: int) -> str | None:
-        """The canonical argument for this parent; None where it would be the parent's own shape. Raises ConfigError."""
+        """The canonical argument for a parent, or None where the variant would have the parent's own shape.
+
+        `config` is the parent's transformers config. `multiple_of` is what a width of an FFN must be a multiple of. Raises ConfigError
+        where the argument does not suit the parent.
+        """
 
     def reshape(self, layer: nn.Module, argument: str, kind: SubblockKind, descriptor: Descriptor, config: Any) -> None:
-        """Gives `layer` this variant's modules, in place; their weights are still undefined."""
+        """Replaces modules of `layer` by those of this variant, in place. Their weights are still undefined.
+
+        `layer` is a decoder layer in its parent's shape. `descriptor` has the names of its modules.
+        """
 
     def initialise(
         self,
@@ -53,18 +64,25 @@ class Variant(Protocol):
         descriptor: Descriptor,
         statistics: Statistics,
     ) -> str:
-        """Fills the weights from the parent's, without training; returns how, in a word."""
+        """Fills the weights of the variant in `layer`, in place and without training. Returns the method in a few words.
+
+        `layer` is a decoder layer that `reshape` has given this variant. `parent` is the parent's decoder layer of the same index, with
+        its weights. Read and write their projections by `puzzle_ray.surgery.projections`, as weights `[out, in]` for every family.
+        `statistics` are the parent layer's on calibration tokens. Its tensors are in float64, such as
+        `statistics.channel_mean_F`, `[intermediate_size]`, and `statistics.moments[kind].xx`,
+        `[hidden_size + 1, hidden_size + 1]`; see `puzzle_ray.calibration` for all of them. What `needs` does not name is None.
+        """
 
 
 @cache
 def _variants() -> dict[str, Variant]:
-    found: list[Variant] = declared("puzzle_ray.variants", "VARIANT")
-    return {variant.name: variant for variant in found}
+    variants: list[Variant] = declared("puzzle_ray.variants", "VARIANT")
+    return {variant.name: variant for variant in variants}
 
 
 @cache
 def _plugins() -> dict[str, EntryPoint]:
-    """What installed packages offer, by name; nothing is imported yet. Raises ConfigError where a name is taken."""
+    """The variants of installed packages, by name, not imported yet. Raises ConfigError where two variants have one name."""
     plugins: dict[str, EntryPoint] = {}
     for point in entry_points(group=ENTRY_POINTS):
         if point.name in _variants() or point.name in plugins:
@@ -73,7 +91,7 @@ def _plugins() -> dict[str, EntryPoint]:
     return plugins
 
 
-def split_name(name: str) -> tuple[str, str]:
+def split_variant_name(name: str) -> tuple[str, str]:
     """`gqa:4` -> (`gqa`, `4`); `my.package:MINE:3` -> (`my.package:MINE`, `3`)."""
     parts = name.split(":")
     head = 2 if "." in parts[0] else 1
@@ -81,18 +99,18 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def find_variant(name: str, kind: SubblockKind) -> tuple[Variant, str]:
-    """The variant behind a name, and its argument. Raises ConfigError for one nobody knows or that does not fit the subblock."""
-    head, argument = split_name(name)
+    """The variant of a name, and its argument. Raises ConfigError where no variant has the name or it is not for the subblock."""
+    head, argument = split_variant_name(name)
     where = f"space.{kind}"
     own = _variants().get(head)
-    variant = _foreign(head, where, kind) if own is None else own
+    variant = _plugin_variant(head, where, kind) if own is None else own
     if kind not in variant.kinds:
         raise ConfigError(where, f"variant {name!r} is not for the {kind} subblock", f"it is for: {', '.join(variant.kinds)}")
     return variant, argument
 
 
-def _foreign(head: str, where: str, kind: SubblockKind) -> Variant:
-    """A variant of someone else's package."""
+def _plugin_variant(head: str, where: str, kind: SubblockKind) -> Variant:
+    """A variant of another package."""
     try:
         if "." in head:
             module_name, _, attribute = head.partition(":")
@@ -111,25 +129,25 @@ def _foreign(head: str, where: str, kind: SubblockKind) -> Variant:
     return variant
 
 
-def needs(names: Iterable[str], kind: SubblockKind) -> frozenset[str]:
-    """Which calibration statistics these variants start from; all of them for a variant that does not say."""
-    from puzzle_ray.calibration import EVERYTHING
+def needed_statistics(names: Iterable[str], kind: SubblockKind) -> frozenset[str]:
+    """The names of the statistics that these variants need; all statistics where a variant does not name them."""
+    from puzzle_ray.calibration import ALL_STATISTICS
 
-    return frozenset(word for name in names for word in getattr(find_variant(name, kind)[0], "needs", EVERYTHING))
+    return frozenset(word for name in names for word in getattr(find_variant(name, kind)[0], "needs", ALL_STATISTICS))
 
 
-def resolve(name: str, kind: SubblockKind, config: Any, multiple_of: int) -> str:
-    """The canonical name of a variant for one parent: `ffn:50%` -> `ffn:256`, or `parent` where nothing would change."""
+def resolve_variant(name: str, kind: SubblockKind, config: Any, multiple_of: int) -> str:
+    """The canonical name of a variant for one parent: `ffn:50%` -> `ffn:256`. It is `parent` where the shape would not change."""
     variant, argument = find_variant(name, kind)
     resolved = variant.resolve(argument, kind, config, multiple_of)
     if resolved is None:
         return "parent"
-    head, _ = split_name(name)
+    head, _ = split_variant_name(name)
     return f"{head}:{resolved}" if resolved else head
 
 
 def fraction_or_count(argument: str, whole: int, where: str) -> float:
-    """`50%` of `whole`, or a plain number."""
+    """The value of `50%` (of `whole`) or of a plain number. Raises ConfigError where it is neither, or above `whole`."""
     try:
         value = whole * float(argument[:-1]) / 100 if argument.endswith("%") else float(int(argument))
     except ValueError:

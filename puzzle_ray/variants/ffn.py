@@ -1,4 +1,4 @@
-"""`ffn:N`: the N FFN channels that contribute most, by mean |X_i| * ||W_down[:, i]|| (paper, section 3.2)."""
+"""`ffn:N`: the N FFN channels with the highest channel contribution, mean |X_i| * ||W_down[:, i]||. (Paper v5, appendix A.)"""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class NarrowFFN:
     needs: tuple[str, ...] = ()
 
     def resolve(self, argument: str, kind: SubblockKind, config: Any, multiple_of: int) -> str | None:
-        """A percentage is rounded to a multiple of `multiple_of`; a width that is written out must be one."""
+        """A percentage is rounded to a multiple of `multiple_of`. A plain width must be a multiple of it."""
         whole = ffn_width(config)
         width = fraction_or_count(argument, whole, "space.ffn")
         if argument.endswith("%"):
@@ -53,7 +53,7 @@ class NarrowFFN:
     ) -> str:
         old = FFNProjections.of(parent, descriptor)
         contribution_F = statistics.channel_mean_F * old.down.weight_OI.double().norm(dim=0)
-        FFNProjections.of(layer, descriptor).keep(old, contribution_F.topk(int(argument)).indices.sort().values)
+        FFNProjections.of(layer, descriptor).copy_channels(old, contribution_F.topk(int(argument)).indices.sort().values)
         return "channel contribution"
 
 

@@ -1,4 +1,4 @@
-"""`gqa:N`: attention with N key-value heads, each the mean of the parent's heads it stands for (Ainslie et al. 2023)."""
+"""`gqa:N`: attention with N key-value heads, each the mean of a group of the parent's heads (Ainslie et al. 2023)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from puzzle_ray.artifacts import SubblockKind
 from puzzle_ray.calibration import Statistics
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.families.descriptor import Descriptor
-from puzzle_ray.families.registry import kv_heads
-from puzzle_ray.surgery.projections import AttentionProjections, copy_, resize_attention
+from puzzle_ray.families.registry import num_kv_heads
+from puzzle_ray.surgery.projections import AttentionProjections, copy_checked, resize_attention
 from puzzle_ray.variants.base import fraction_or_count
 
 
@@ -23,7 +23,7 @@ class GroupedQueryAttention:
     needs: tuple[str, ...] = ()
 
     def resolve(self, argument: str, kind: SubblockKind, config: Any, multiple_of: int) -> str | None:
-        whole = kv_heads(config)
+        whole = num_kv_heads(config)
         wanted = fraction_or_count(argument, whole, "space.attention")
         fitting = [n for n in range(1, whole + 1) if whole % n == 0]
         heads = min(fitting, key=lambda n: abs(n - wanted)) if argument.endswith("%") else max(1, round(wanted))
@@ -51,7 +51,7 @@ class GroupedQueryAttention:
         heads = int(argument)
 
         def pooled(rows: Tensor) -> Tensor:
-            """[KV heads * head_dim, ...] -> [heads * head_dim, ...], mean over the heads of a group."""
+            """`[num_key_value_heads * head_dim, ...]` -> `[heads * head_dim, ...]`, the mean over the heads of a group."""
             return rows.unflatten(0, (heads, -1, old.head_dim)).mean(dim=1).flatten(0, 1)
 
         new.query.write(old.query.weight_OI, old.query.bias_O)
@@ -59,7 +59,7 @@ class GroupedQueryAttention:
             target.write(pooled(source.weight_OI), None if source.bias_O is None else pooled(source.bias_O))
         for name in descriptor.key_norms:
             norms = [getattr(descriptor.core(x, "attention"), name) for x in (parent, layer)]
-            copy_(norms[1].weight, pooled(norms[0].weight))
+            copy_checked(norms[1].weight, pooled(norms[0].weight))
         return "mean-pooled heads"
 
 

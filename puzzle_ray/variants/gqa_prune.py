@@ -1,9 +1,11 @@
-"""`gqa_prune:N`: attention with the N key-value heads that matter most; the others go, with what their query heads said.
+"""`gqa_prune:N`: attention with the N most important key-value heads. The others are removed.
 
-A KV head's importance is the mean over calibration tokens of ||sum over its query heads of W_o z||^2: what it and its query heads
-add to the residual. Query heads are put in a new order, so that those of a kept head come with it; each kept head also takes the
-query heads of some that went, whose columns of the output projection start at zero. The columns of the kept ones are fitted anew,
-by least squares on the same tokens, to do the work of all.
+The importance of a KV head is the mean over calibration tokens of ||sum over its query heads of W_o z||^2, where z is the output of a
+query head. It is what the KV head and its query heads add to the residual stream.
+
+Query heads are reordered, so that those of a kept KV head stay with it. The number of query heads does not change, so every kept KV
+head also serves the query heads of some removed ones. The columns of the output projection for these start at zero. The columns for
+the other query heads are fitted by least squares on the same tokens, so that they come closest to the output of all heads.
 """
 
 from __future__ import annotations
@@ -14,12 +16,16 @@ from torch import Tensor, nn
 from puzzle_ray.artifacts import SubblockKind
 from puzzle_ray.calibration import HEADS, Statistics, refit
 from puzzle_ray.families.descriptor import Descriptor
-from puzzle_ray.surgery.projections import AttentionProjections, copy_
+from puzzle_ray.surgery.projections import AttentionProjections, copy_checked
 from puzzle_ray.variants.gqa import GroupedQueryAttention
 
 
 def importance_K(attention: AttentionProjections, head_moment: Tensor) -> Tensor:
-    """Of every KV head: trace(W M W') over its query heads' columns of W_o, M the second moment of what enters W_o."""
+    """The importance of every KV head: trace(W M W'), `[num_key_value_heads]`.
+
+    W are the columns of W_o for the KV head's query heads. M is the second moment of the input of W_o, `head_moment`, for the same
+    columns.
+    """
     width = attention.num_heads // attention.num_kv_heads * attention.head_dim
     weight = attention.output.weight_OI.double()
     starts = range(0, weight.shape[1], width)
@@ -64,7 +70,7 @@ class PrunedHeads(GroupedQueryAttention):
         for names, rows in ((descriptor.query_norms, query_rows), (descriptor.key_norms, key_rows)):
             for name in names:
                 norms = [getattr(descriptor.core(x, "attention"), name) for x in (parent, layer)]
-                copy_(norms[1].weight, norms[0].weight[rows])
+                copy_checked(norms[1].weight, norms[0].weight[rows])
         return f"kept heads {', '.join(str(h) for h in kept.tolist())}"
 
 

@@ -1,7 +1,8 @@
-"""`linear`: one matrix in place of the subblock, behind its norm (paper, section 2); with a bias where the parent's output has one.
+"""`linear`: one matrix in place of the subblock, behind its norm, with a bias if the parent's output projection has one.
 
-It starts from the product of the parent's matrices (V then O; up then down) or from least squares on calibration activations.
-Both are judged on half of the calibration tokens that the least squares did not see; if it wins, it is fitted again on all.
+(Paper v5, section 2.) It is initialised by the product of the parent's matrices (V then O; up then down) or by least squares on
+calibration activations. Least squares are fitted on one half of the calibration tokens, and both are compared on the other half. If
+least squares are better, they are fitted again on all tokens.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from torch import Tensor, nn
 from puzzle_ray.artifacts import KINDS, SubblockKind
 from puzzle_ray.calibration import INPUTS, Statistics
 from puzzle_ray.families.descriptor import Descriptor
-from puzzle_ray.surgery.projections import AttentionProjections, FFNProjections, Projection, copy_
+from puzzle_ray.surgery.projections import AttentionProjections, FFNProjections, Projection, copy_checked
 from puzzle_ray.surgery.subblocks import LinearAttention, LinearFFN
 
 
 def _product(last: Projection, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    """`last` after a linear map, in fp64, the bias as one more column if `last` has one."""
+    """The matrix of a linear map followed by `last`, in float64, with the bias as one more column if `last` has one."""
     outer = last.weight_OI.double()
     product = outer @ weight_OI.double()
     if last.bias_O is None:
@@ -32,7 +33,7 @@ def _product_start(parent: nn.Module, kind: SubblockKind, descriptor: Descriptor
     if kind == "ffn":
         ffn = FFNProjections.of(parent, descriptor)
         return _product(ffn.down, ffn.up.weight_OI, ffn.up.bias_O)
-    # What attention does when every token sees itself alone: O . V.
+    # If every token attends to itself alone, attention computes O . V.
     attention = AttentionProjections.of(parent, descriptor)
     groups = attention.num_heads // attention.num_kv_heads
 
@@ -84,9 +85,9 @@ class Linear:
         }
         best = min(errors, key=lambda name: errors[name])
         start = product if best == "product" else statistics.moments[kind].least_squares(has_bias)
-        copy_(parameters[0], start[:, : parameters[0].shape[1]])
+        copy_checked(parameters[0], start[:, : parameters[0].shape[1]])
         if has_bias:
-            copy_(parameters[1], start[:, -1])
+            copy_checked(parameters[1], start[:, -1])
         other = next(name for name in errors if name != best)
         return f"{best} (relative error {errors[best]:.3f}; {other} {errors[other]:.3f})"
 

@@ -1,4 +1,4 @@
-"""`noop`: the subblock and its norms are dropped; only the residual is left (paper, section 2)."""
+"""`noop`: the subblock and its norms are removed, and only the residual stream is left. (Paper v5, section 2.)"""
 
 from __future__ import annotations
 

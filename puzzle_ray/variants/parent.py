@@ -1,4 +1,4 @@
-"""`parent`: the subblock as it is."""
+"""`parent`: the parent's own subblock, unchanged."""
 
 from __future__ import annotations
 

@@ -1,28 +1,31 @@
-"""What every layer may become: the variants that a config names, resolved against one parent."""
+"""The search space of a parent: for every layer, the variants that a config names, resolved against the parent."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from puzzle_ray.artifacts import PARENT, LayerSpace, SearchSpace, SubblockKind
-from puzzle_ray.families.registry import complete, layer_type
+from puzzle_ray.families.registry import complete_config, layer_type
 from puzzle_ray.settings import Count, Section
-from puzzle_ray.variants.base import resolve
+from puzzle_ray.variants.base import resolve_variant
 
 
 def search_space(config: Any, attention: tuple[str, ...], ffn: tuple[str, ...], multiple_of: int) -> SearchSpace:
-    """The variants named in a config, resolved against this parent; `parent` is always among them."""
-    complete(config)
+    """The search space of a parent with transformers config `config`. `parent` is among the variants of every layer.
+
+    Raises ConfigError where a variant does not suit the parent.
+    """
+    complete_config(config)
 
     def resolved(names: tuple[str, ...], kind: SubblockKind) -> tuple[str, ...]:
-        return tuple(dict.fromkeys([PARENT, *(resolve(name, kind, config, multiple_of) for name in names)]))
+        return tuple(dict.fromkeys([PARENT, *(resolve_variant(name, kind, config, multiple_of) for name in names)]))
 
     a, f = resolved(attention, "attention"), resolved(ffn, "ffn")
     return SearchSpace(tuple(LayerSpace(a, f, layer_type(config, i)) for i in range(config.num_hidden_layers)))
 
 
 class SpaceConfig(Section):
-    """Variants offered to every layer. Percentages are of the parent's own count or width."""
+    """The variants that every layer may have. Percentages are of the parent's number of KV heads, or of its FFN width."""
 
     attention: tuple[str, ...] = ("parent", "gqa:50%", "gqa:25%", "linear", "noop")
     ffn: tuple[str, ...] = ("parent", "ffn:75%", "ffn:50%", "ffn:25%", "ffn:10%", "linear", "noop")

@@ -1,7 +1,7 @@
-"""`window:W`: the parent's attention, every token seeing itself and the W - 1 tokens before it.
+"""`window:W`: the parent's attention, in which every token sees itself and the W - 1 tokens before it.
 
-For layers with full attention. Generation keeps the last W - 1 tokens of such a layer in transformers' own dynamic cache; caches of
-fixed size (static, and the rows of the serving engine) hold the whole length, and the mask alone makes the window.
+It is for parents with full attention. In transformers' dynamic cache such a layer stores the last W - 1 tokens only. Caches of fixed
+size (the static cache, and the rows of the serving engine) store the whole length, and only the mask limits the window.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from puzzle_ray.artifacts import SubblockKind
 from puzzle_ray.calibration import Statistics
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.families.descriptor import Descriptor
-from puzzle_ray.surgery.window import look_back
+from puzzle_ray.surgery.window import limit_window
 from puzzle_ray.variants.base import fraction_or_count
 
 
@@ -40,7 +40,7 @@ class SlidingWindow:
 
     def reshape(self, layer: nn.Module, argument: str, kind: SubblockKind, descriptor: Descriptor, config: Any) -> None:
         attention = layer.get_submodule(descriptor.attention)
-        look_back(attention, int(argument), getattr(attention, descriptor.layer_index), descriptor.attn_implementation)
+        limit_window(attention, int(argument), getattr(attention, descriptor.layer_index), descriptor.attn_implementation)
 
     def initialise(
         self,

@@ -33,7 +33,7 @@ from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.config import load
 from puzzle_ray.data.order import Tokens
 from puzzle_ray.distill.bld import Schedule
-from puzzle_ray.distill.library import Library, build_serially, checkpoint_name
+from puzzle_ray.distill.library import Library, build_serially, checkpoint_file
 from puzzle_ray.distill.settings import LibraryConfig
 from puzzle_ray.errors import ClusterError
 from puzzle_ray.models.child import read_config
@@ -473,7 +473,7 @@ def test_a_driver_killed_at_any_moment_goes_on_from_the_last_checkpoints(several
         assert {name: os.stat(library().path(name)).st_mtime_ns for name in before} == before
         there = library().names()
         for layer in range(4):
-            checkpoint = checkpoint_name(layer)
+            checkpoint = checkpoint_file(layer)
             position = int(library().read_tensors(checkpoint)[1]["position"]) if library().exists(checkpoint) else -1
             expected[layer] = None if sum(n.startswith(f"layer_{layer:03d}.") for n in there) == 3 else position + 1
         if number == 1:

@@ -28,7 +28,7 @@ from puzzle_ray.models.child import read_config
 from puzzle_ray.models.describe import describe
 from puzzle_ray.progress import Quiet
 from puzzle_ray.scoring.downstream import load_questions
-from puzzle_ray.scoring.items import replacements
+from puzzle_ray.scoring.replacements import all_replacements
 from puzzle_ray.scoring.serial import score_serially
 from puzzle_ray.scoring.settings import ScoringConfig
 from puzzle_ray.store import Store
@@ -207,7 +207,7 @@ def test_items_scored_when_they_are_asked_for_have_the_scores_of_the_stage_and_a
     folder, space, tokens, store, library = setting
     config = ScoringConfig(granularity="block", tokens=64, micro_batch_tokens=32, candidate_batch=3)
     alone = score_in_one_process(setting, config.model_copy(update={"candidate_batch": 1}), "serial, alone")
-    items, step = replacements(space, "block"), store.artifact("settled", {}, {})
+    items, step = all_replacements(space, "block"), store.artifact("settled", {}, {})
     arguments = (str(folder), space, library.artifact, config, CLUSTER, tokens, step, Quiet())
     with scoring_pool.scoring(*arguments) as score:
         found = score([items[7], items[2]]) + score([items[3], items[2]])

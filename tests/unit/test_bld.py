@@ -10,9 +10,9 @@ from layer_trainers import CONFIG, SPACE, assert_same, changed, restored, rows_o
 from small_models import save_parent
 
 from puzzle_ray.artifacts import LayerChoice, SearchSpace
-from puzzle_ray.distill.library import LIBRARY_TABLE, build_serially, checkpoint_name, unfinished_layers
+from puzzle_ray.distill.library import LIBRARY_TABLE, build_serially, checkpoint_file, unfinished_layers
 from puzzle_ray.distill.losses import normalised_mse
-from puzzle_ray.distill.schedule import Schedule, learning_rate
+from puzzle_ray.distill.schedule import LearningRate, Schedule
 from puzzle_ray.errors import NotFinite, OutOfOrder, StoreError
 from puzzle_ray.models.child import read_config
 from puzzle_ray.progress import Quiet
@@ -26,7 +26,7 @@ def test_normalised_mse_is_zero_for_a_copy_and_one_for_zeros():
 
 
 def test_learning_rate_warms_up_then_falls_to_a_tenth():
-    rates = [learning_rate(1.0, step, 100, 0.1) for step in range(100)]
+    rates = [LearningRate.of_bld(1.0, 100, 0.1).at(step) for step in range(100)]
     assert (
         rates[0] == 0.1
         and max(rates) == rates[9] == 1.0
@@ -77,7 +77,7 @@ def test_under_bfloat16_weights_moments_and_losses_stay_float32_and_training_wor
             assert slots["exp_avg"].dtype == slots["exp_avg_sq"].dtype == torch.float32
     for (a, b), (name, row) in zip(zip(full.candidates, half.candidates, strict=True), rows_of(half).items(), strict=True):
         assert all(torch.equal(a.start[k], b.start[k]) for k in a.start), "calibration and starts are those of float32"
-        exact = a.course
+        exact = a.record
         assert row.start_loss != exact.start_loss or name.startswith("ffn/noop"), "the forward is not float32's"
         assert row.start_loss == pytest.approx(exact.start_loss, rel=0.02)
         assert row.final_loss == pytest.approx(exact.final_loss, rel=0.1)
@@ -169,7 +169,7 @@ def test_an_interrupted_library_goes_on_and_equals_an_undisturbed_one(parent_fol
     step = store.artifact("cut", {}, {})
     with pytest.raises(Stop):
         build_serially(str(parent_folder), space, config, random_tokens, 0, step, Interrupting(7))
-    assert step.exists(checkpoint_name(0)) and not step.finished and len(unfinished_layers(space, step)) == 3
+    assert step.exists(checkpoint_file(0)) and not step.finished and len(unfinished_layers(space, step)) == 3
     cut = build_serially(str(parent_folder), space, config, random_tokens, 0, step, Quiet())
     assert_same_library(whole, cut)
     assert LIBRARY_TABLE in step.names() and step.names("checkpoints") == []

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from puzzle_ray.artifacts import BLOCK, PARENT, LayerChoice, SearchSpace
 from puzzle_ray.distill.bld import Schedule
-from puzzle_ray.distill.library import Library, build_serially, file_name, starting_library, summary, unfinished_layers
+from puzzle_ray.distill.library import Library, build_serially, library_summary, starting_library, unfinished_layers, variant_file
 from puzzle_ray.distill.losses import normalised_mse
 from puzzle_ray.distill.realize import realize
 from puzzle_ray.errors import ConfigError
@@ -63,7 +63,7 @@ def test_a_pair_starts_from_the_starts_of_its_halves_and_one_beside_the_parent_i
     assert all(torch.equal(start[k], v) for k, v in (a.start | f.start).items())
     for single in (a, f):
         same = of(pairs, single.choice)
-        assert same.course == single.course
+        assert same.record == single.record
         assert all(torch.equal(v, single.weights()[k]) for k, v in same.weights().items())
     assert any(not torch.equal(v, a.weights()[k]) for k, v in of(pairs, PAIR).weights().items() if k in a.weights())
 
@@ -79,7 +79,7 @@ def test_training_together_beats_putting_trained_halves_together(parent_folder):
         with torch.no_grad():
             middle = pairs.stack.run_layer(composed.halves["attention"], 1, x)
             losses.append(float(normalised_mse(pairs.stack.run_layer(composed.halves["ffn"], 1, middle), y)))
-    assert of(pairs, PAIR).course.final_loss < np.mean(losses) < of(pairs, PAIR).course.start_loss
+    assert of(pairs, PAIR).record.final_loss < np.mean(losses) < of(pairs, PAIR).record.start_loss
 
 
 def pair_trainer_like(folder, t):
@@ -128,9 +128,9 @@ def test_a_pairs_weights_are_its_own(library, parent_folder):
     assert any(not torch.equal(pair["attention"][k], v) for k, v in single["attention"].items())
     assert found.states(1, LayerChoice()) == {} and found.states(1, LayerChoice("noop", "noop")) == {"attention": {}, "ffn": {}}
     assert found.artifact.exists("layer_001.block.gqa-1+ffn-24.safetensors")
-    assert file_name(1, BLOCK, PAIR.label) == "layer_001.block.gqa-1+ffn-24.safetensors"
+    assert variant_file(1, BLOCK, PAIR.label) == "layer_001.block.gqa-1+ffn-24.safetensors"
     facts = found.artifact.facts()
-    assert facts["coupled"] and facts["variants"] == 3 * 8 and summary(facts).startswith("24 pairs, ")
+    assert facts["coupled"] and facts["variants"] == 3 * 8 and library_summary(facts).startswith("24 pairs, ")
 
 
 def test_rows_say_what_the_weights_in_the_files_do(library, parent_folder):

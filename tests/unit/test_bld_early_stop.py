@@ -7,8 +7,8 @@ import torch
 from layer_trainers import assert_same, changed, restored, rows_of, run, stream, trainer
 
 from puzzle_ray.config import load
-from puzzle_ray.distill.library import build_serially, summary
-from puzzle_ray.distill.schedule import is_flat, warmup_steps
+from puzzle_ray.distill.library import build_serially, library_summary
+from puzzle_ray.distill.schedule import LearningRate, is_flat
 from puzzle_ray.distill.settings import EarlyStop, LibraryConfig
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.models.child import read_config
@@ -55,17 +55,17 @@ def test_a_stopped_variant_keeps_the_weights_of_its_stop_and_the_others_go_on(pa
         t.step(position, x, y)
         for c in t.candidates:
             last[c.choice] = c.weights()
-            if c.course.stopped:
-                at_stop.setdefault(c.choice, (len(c.course.curve), c.weights()))
+            if c.record.stopped:
+                at_stop.setdefault(c.choice, (len(c.record.curve), c.weights()))
     free = run(trainer(parent_folder, STOPPING.model_copy(update={"early_stop": None})))
-    warmup = warmup_steps(64, STOPPING.warmup_fraction)
-    lengths = {c.choice: len(c.course.curve) for c in t.candidates if c.optimizer}
+    warmup = LearningRate.of_bld(1.0, 64, STOPPING.warmup_fraction).warmup_steps
+    lengths = {c.choice: len(c.record.curve) for c in t.candidates if c.optimizer}
     stopped = {choice for choice, length in lengths.items() if length < 64}
     assert stopped == set(at_stop) and len(stopped) > 0
     assert len(set(lengths.values())) > 1, "each variant has an end of its own"
     for a, b in zip(t.candidates, free.candidates, strict=True):
-        n = len(a.course.curve)
-        assert a.course.curve == b.course.curve[:n], "until then nothing is different"
+        n = len(a.record.curve)
+        assert a.record.curve == b.record.curve[:n], "until then nothing is different"
         if a.choice in stopped:
             assert at_stop[a.choice][0] == n and (n - warmup) % 6 == 0 and n >= warmup + 18
             assert all(torch.equal(v, last[a.choice][k]) for k, v in at_stop[a.choice][1].items())
@@ -116,8 +116,8 @@ def test_tables_facts_and_the_printed_line_say_what_was_spared(parent_folder, ra
     assert facts["tokens"] + facts["tokens_saved"] == 6 * 64 * 32  # two trainable variants of three layers
     assert facts["stopped_early"] == sum(row.tokens_saved > 0 for row in rows)
     share = facts["tokens_saved"] / (6 * 64 * 32)
-    assert f"{facts['stopped_early']} stopped early, which spared {share:.0%} of the training tokens" in summary(facts)
-    assert "stopped" not in summary(found["whole"].artifact.facts()) and "9 variants" in summary(facts)
+    assert f"{facts['stopped_early']} stopped early, which spared {share:.0%} of the training tokens" in library_summary(facts)
+    assert "stopped" not in library_summary(found["whole"].artifact.facts()) and "9 variants" in library_summary(facts)
 
 
 def test_settings_that_make_no_sense_are_refused():

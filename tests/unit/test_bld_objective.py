@@ -7,7 +7,7 @@ from layer_trainers import assert_same, changed, restored, rows_of, run, stream,
 
 from puzzle_ray.artifacts import KINDS, LayerChoice
 from puzzle_ray.config import load
-from puzzle_ray.distill.candidate import by_kind
+from puzzle_ray.distill.candidate import states_by_kind
 from puzzle_ray.distill.losses import LayerPass, normalised_mse, training_loss
 from puzzle_ray.distill.settings import BlockLoss
 from puzzle_ray.errors import ConfigError
@@ -80,7 +80,7 @@ def first_losses(t):
     parent, found = run_layer(t.layer), {}
     assert torch.equal(parent["block"], y)
     for c in t.candidates:
-        layer = swapped(t.layer, c.choice, t.stack.descriptor, t.stack.config, by_kind(c.start))
+        layer = swapped(t.layer, c.choice, t.stack.descriptor, t.stack.config, states_by_kind(c.start))
         child = run_layer(layer)
         subblock = np.mean([float(normalised_mse(child[kind], parent[kind])) for kind in c.choice.replaced])
         cosine = 1 - float(torch.nn.functional.cosine_similarity(child["block"], y, dim=-1).mean())
@@ -98,7 +98,7 @@ def test_a_trainers_loss_is_that_of_whole_layers_and_of_their_modules_outputs(pa
     learned = [c for c in t.candidates if c.optimizer]
     assert len(learned) == 4
     for c in learned:
-        assert c.course.curve[0] == pytest.approx(expected[t.space.entry(c.choice)], rel=1e-4)
+        assert c.record.curve[0] == pytest.approx(expected[t.space.entry(c.choice)], rel=1e-4)
 
 
 def test_whatever_is_minimised_variants_are_judged_by_the_block_loss(parent_folder):
@@ -114,11 +114,11 @@ def test_whatever_is_minimised_variants_are_judged_by_the_block_loss(parent_fold
     assert all(start == starts[0] for start in starts)
     for name, t in found.items():
         c = next(c for c in t.candidates if c.choice == LayerChoice(attention="gqa:1"))
-        assert np.mean(c.course.curve[-8:]) < 0.95 * np.mean(c.course.curve[:8]), name
-        kept = swapped(t.layer, c.choice, t.stack.descriptor, t.stack.config, by_kind(c.weights()))
+        assert np.mean(c.record.curve[-8:]) < 0.95 * np.mean(c.record.curve[:8]), name
+        kept = swapped(t.layer, c.choice, t.stack.descriptor, t.stack.config, states_by_kind(c.weights()))
         with torch.no_grad():
             values = [float(normalised_mse(t.stack.run_layer(kept, 1, x), y)) for _, x, y in stream(t, range(2, 4))]
-        assert c.course.final_loss == pytest.approx(np.mean(values), rel=1e-5)
+        assert c.record.final_loss == pytest.approx(np.mean(values), rel=1e-5)
 
 
 def test_a_trainer_with_all_terms_is_restored_to_the_same_bits(parent_folder):

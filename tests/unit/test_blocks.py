@@ -12,7 +12,7 @@ from puzzle_ray.models.blocks import load_stack, load_subblock, subblock_state, 
 from puzzle_ray.models.checkpoint import Checkpoint, fingerprint, locate
 from puzzle_ray.models.child import assemble, load_model, new_child, read_config, save_child
 from puzzle_ray.models.describe import describe
-from puzzle_ray.variants.base import find_variant, resolve
+from puzzle_ray.variants.base import find_variant, resolve_variant
 from puzzle_ray.variants.space import search_space
 
 ATTENTION = ("parent", "gqa:50%", "gqa_prune:50%", "linear", "noop")
@@ -167,12 +167,12 @@ def test_linear_start_is_exact_where_the_subblock_is_linear(parent_folder):
 )
 def test_wrong_variant_names_are_explained(name, kind, words):
     with pytest.raises(ConfigError, match=words):
-        resolve(name, kind, tiny_config(), 8)
+        resolve_variant(name, kind, tiny_config(), 8)
 
 
 def test_a_kv_count_that_does_not_divide_names_those_that_do():
     with pytest.raises(ConfigError, match="use one of 1, 2"):
-        resolve("gqa:3", "attention", tiny_config(num_key_value_heads=4), 8)
+        resolve_variant("gqa:3", "attention", tiny_config(num_key_value_heads=4), 8)
 
 
 def test_percentages_become_canonical_names_without_repeats():
@@ -224,7 +224,7 @@ def test_a_real_model_loads_in_pieces_bit_equal(shared_data):
 @pytest.mark.parametrize(("whole", "name"), [(3, "gqa:1"), (5, "gqa:1"), (6, "gqa:3"), (8, "gqa:4")])
 def test_a_percentage_of_the_heads_is_the_nearest_count_that_divides(whole, name):
     assert (
-        resolve(
+        resolve_variant(
             "gqa:50%",
             "attention",
             tiny_config(num_key_value_heads=whole, num_attention_heads=2 * whole, hidden_size=16 * whole),

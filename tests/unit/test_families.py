@@ -11,7 +11,7 @@ from small_models import save_parent, tiny_config
 
 from puzzle_ray.artifacts import PARENT, LayerChoice
 from puzzle_ray.errors import ParentError
-from puzzle_ray.families.registry import ffn_width, kv_heads
+from puzzle_ray.families.registry import ffn_width, num_kv_heads
 from puzzle_ray.models.blocks import load_stack
 from puzzle_ray.models.child import assemble, child_classes, load_model, new_child, read_config, save_child
 from puzzle_ray.models.describe import describe
@@ -25,7 +25,7 @@ IDS = torch.arange(60).remainder(96).reshape(2, 30)
 def test_a_config_without_kv_heads_learns_and_keeps_them(model_type, tmp_path):
     folder = save_parent(tmp_path / "parent", model_type)
     config = read_config(folder)
-    assert (kv_heads(config), ffn_width(config)) == (4, 48)
+    assert (num_kv_heads(config), ffn_width(config)) == (4, 48)
     space = search_space(config, ("gqa:50%",), ("ffn:50%",), 8)
     assert space.layers[0].attention == (PARENT, "gqa:2") and space.layers[0].ffn == (PARENT, "ffn:24")
     child = new_child(read_config(folder), [LayerChoice("gqa:2")] * 3, torch.float32)

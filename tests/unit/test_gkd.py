@@ -22,13 +22,13 @@ from puzzle_ray.distill.gkd import (
     GkdJob,
     GkdRow,
     GkdTrainer,
-    distill,
     distill_child,
+    gkd_steps,
     layer_outputs,
-    learning_rate,
-    total_steps,
+    train_to_end,
 )
 from puzzle_ray.distill.losses import cosine_distance, token_losses
+from puzzle_ray.distill.schedule import LearningRate
 from puzzle_ray.distill.settings import GkdConfig
 from puzzle_ray.errors import StoreError
 from puzzle_ray.models.child import load_model, new_child, save_child
@@ -147,11 +147,11 @@ def test_a_weight_of_zero_leaves_the_other_terms_alone(name):
 
 
 def test_steps_and_learning_rate():
-    assert total_steps(CONFIG) == 6 and total_steps(CONFIG.model_copy(update={"num_workers": 4})) == 2
-    assert total_steps(CONFIG.model_copy(update={"tokens": 0})) == 0
-    assert total_steps(CONFIG.model_copy(update={"tokens": 1})) == 1
+    assert gkd_steps(CONFIG) == 6 and gkd_steps(CONFIG.model_copy(update={"num_workers": 4})) == 2
+    assert gkd_steps(CONFIG.model_copy(update={"tokens": 0})) == 0
+    assert gkd_steps(CONFIG.model_copy(update={"tokens": 1})) == 1
     config = CONFIG.model_copy(update={"tokens": 100 * 64, "warmup_fraction": 0.2})
-    rates = [learning_rate(config, step) for step in range(100)]
+    rates = [LearningRate.of_gkd(config.learning_rate, 100, 0.2).at(step) for step in range(100)]
     assert max(rates) == rates[20] == config.learning_rate
     assert rates[:21] == sorted(rates[:21]) and rates[20:] == sorted(rates[20:], reverse=True)
     assert rates[0] > 0 and 0 < rates[-1] < 0.01 * config.learning_rate
@@ -175,7 +175,7 @@ def test_resuming_ends_in_the_same_bits(tmp_path, tied):
         first.step()
     step.write_tensors(CHECKPOINT, first.state_tensors())
     second = new_trainer(tied=tied)
-    distill(second, step, Quiet())
+    train_to_end(second, step, Quiet())
     assert_same(snapshot(second), snapshot(whole))
     assert second.curve == whole.curve and [row.step for row in second.curve] == list(range(6))
 
@@ -197,8 +197,8 @@ def test_one_process_does_what_two_do(tmp_path, tied):
     tensors, barrier, step = {}, threading.Barrier(2), Store(str(tmp_path)).artifact("gkd", {}, {})
     two = [new_trainer(config, tied, ranks=[r], all_reduce=summing_over_two(r, tensors, barrier)) for r in range(2)]
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda trainer: distill(trainer, step, Quiet(), writes=False), two))
-    distill(alone, step, Quiet())
+        list(pool.map(lambda trainer: train_to_end(trainer, step, Quiet(), writes=False), two))
+    train_to_end(alone, step, Quiet())
     assert_same(snapshot(two[0]), snapshot(alone))
     assert_same(snapshot(two[1]), snapshot(alone))
 

@@ -15,7 +15,7 @@ from puzzle_ray.config import load
 from puzzle_ray.distill.settings import LibraryConfig
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.scoring import fisher
-from puzzle_ray.scoring.items import replacements
+from puzzle_ray.scoring.replacements import all_replacements
 from puzzle_ray.search.limits import Limits
 from puzzle_ray.search.narrow import architectures, library_space, narrowed
 from puzzle_ray.search.setup import SearchSetup
@@ -79,7 +79,7 @@ def test_every_layer_keeps_the_parent_and_what_some_architecture_has_there(sweep
 def test_the_optimum_of_the_whole_space_is_the_narrowed_ones_too(architecture_file):
     space = library_space(SPACE, settings(architecture_file, mode="coupled"))
     assert all(layer.coupled for layer in space.layers)
-    scored = {(item.layer, item.choice) for item in replacements(space, "block")}
+    scored = {(item.layer, item.choice) for item in all_replacements(space, "block")}
     own = Scores(tuple(row for row in SCORES.rows if (row.layer, LayerChoice(row.attention, row.ffn)) in scored), "block")
     assert len(own.rows) < len(SCORES.rows)
     whole = found_within()
@@ -107,11 +107,11 @@ def test_a_coupled_space_holds_pairs_and_a_decoupled_one_halves():
 
 def test_coupled_pairs_are_never_scored_by_halves():
     space = SearchSpace((LayerSpace((PARENT, "noop"), (PARENT, "ffn:64"), coupled=True),))
-    assert len(replacements(space, "block")) == 3
+    assert len(all_replacements(space, "block")) == 3
     with pytest.raises(ConfigError, match="write scoring.granularity: block"):
-        replacements(space, "subblock")
+        all_replacements(space, "subblock")
     with pytest.raises(ConfigError, match="write scoring.shortlist: none"):
-        fisher._Halves.of(None, 0, space.layers[0], None)
+        fisher._LayerHalves.of(None, 0, space.layers[0], None)
 
 
 def test_too_many_pairs_are_refused_with_the_ways_out(sweep):

@@ -11,8 +11,17 @@ from puzzle_ray.models.blocks import load_stack, subblock_state
 from puzzle_ray.models.child import assemble, load_model, new_child, read_config
 from puzzle_ray.models.describe import describe
 from puzzle_ray.progress import Quiet
-from puzzle_ray.scoring.items import Damage, Replacement, ScoringTask, groups, replacements, rounds, rows_of, settled
-from puzzle_ray.scoring.metrics import compare, standard_error
+from puzzle_ray.scoring.metrics import compare_predictions, standard_error
+from puzzle_ray.scoring.replacements import (
+    Damage,
+    Replacement,
+    ScoringTask,
+    all_replacements,
+    batch_rounds,
+    is_precise,
+    replacement_groups,
+    score_rows,
+)
 from puzzle_ray.scoring.serial import score_serially
 from puzzle_ray.scoring.settings import ScoringConfig
 from puzzle_ray.scoring.shard import ShardScorer
@@ -39,7 +48,7 @@ def whole_model_damage(reference, child, ids):
     parent, changed = (model.model(ids).last_hidden_state for model in (reference, child))
     log_probs = F.log_softmax(reference(ids).logits, -1)
     loss = F.nll_loss(log_probs[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none").mean(-1)
-    return Damage.of(compare(log_probs, child(ids).logits, ids, parent, changed), loss.tolist())
+    return Damage.of(compare_predictions(log_probs, child(ids).logits, ids, parent, changed), loss.tolist())
 
 
 @pytest.mark.parametrize("borders", [[0, 3], [0, 1, 3], [0, 1, 2, 3]])
@@ -50,13 +59,13 @@ def test_scores_equal_the_whole_models_bit_for_bit(parent, borders):
         shards.append(ShardScorer(load_stack(folder, descriptor, config, first, last, torch.float32), BATCHES))
         entering = shards[-1].run_parent(entering)
     reference = load_model(folder, torch.float32)
-    for item in replacements(space, "block"):
+    for item in all_replacements(space, "block"):
         own = states(config, descriptor, item.choice)
         at = next(n for n, shard in enumerate(shards) if item.layer in range(shard.stack.first, shard.stack.last))
         task = ScoringTask((item,), (0, 1))
-        leaving = shards[at].exchange(task, lambda *_, own=own: own)
+        leaving = shards[at].run_replacements(task, lambda *_, own=own: own)
         for shard in shards[at + 1 :]:
-            leaving = shard.suffix(leaving)
+            leaving = shard.run_suffix(leaving)
         (found,) = shards[-1].measure(task, leaving)
         choices = [item.choice if i == item.layer else LayerChoice() for i in range(3)]
         child = assemble(folder, config, choices, {(item.layer, k): v for k, v in own.items()}, torch.float32)
@@ -68,12 +77,12 @@ def test_scores_equal_the_whole_models_bit_for_bit(parent, borders):
 def test_metrics_against_their_formulas():
     torch.manual_seed(0)
     p, q, ids = torch.randn(2, 5, 7), torch.randn(2, 5, 7), torch.randint(0, 7, (2, 5))
-    found = compare(F.log_softmax(p, -1), q, ids)
+    found = compare_predictions(F.log_softmax(p, -1), q, ids)
     kl = F.kl_div(F.log_softmax(q, -1), F.softmax(p, -1), reduction="none").sum(-1).mean(-1)
     assert found.kl == pytest.approx(kl.tolist(), rel=1e-5)
     loss = [F.cross_entropy(q[b, :-1], ids[b, 1:]).item() for b in range(2)]
     assert found.lm_loss == pytest.approx(loss, rel=1e-5) and found.tokens == 10
-    same = compare(F.log_softmax(p, -1), p, ids)
+    same = compare_predictions(F.log_softmax(p, -1), p, ids)
     assert max(map(abs, same.kl)) < 1e-6 and same.top1_agreement == (1.0, 1.0)
 
 
@@ -81,7 +90,7 @@ def test_metrics_against_their_formulas():
 def test_agreement_is_the_share_of_positions_whose_best_parent_token_is_in_the_childs_top_k(k):
     torch.manual_seed(0)
     p, q, ids = torch.randn(2, 50, 30), torch.randn(2, 50, 30), torch.randint(0, 30, (2, 50))
-    found = getattr(compare(F.log_softmax(p, -1), q, ids), f"top{k}_agreement")
+    found = getattr(compare_predictions(F.log_softmax(p, -1), q, ids), f"top{k}_agreement")
     expected = (q.topk(k).indices == p.argmax(-1, keepdim=True)).any(-1).float().mean(-1)
     assert found == pytest.approx(expected.tolist()) and 0 < max(found) < 1
 
@@ -90,12 +99,12 @@ def test_hidden_state_metrics_against_their_formulas():
     torch.manual_seed(0)
     log_probs, ids = F.log_softmax(torch.randn(2, 5, 7), -1), torch.randint(0, 7, (2, 5))
     h, g = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
-    found = compare(log_probs, log_probs, ids, h, g)
+    found = compare_predictions(log_probs, log_probs, ids, h, g)
     cosine = [1 - sum((a @ b / a.norm() / b.norm()).item() for a, b in zip(h[n], g[n], strict=True)) / 5 for n in range(2)]
     assert found.cosine_distance == pytest.approx(cosine, rel=1e-5)
     assert found.normalised_mse == pytest.approx([(F.mse_loss(g[n], h[n]) / h[n].square().mean()).item() for n in range(2)])
-    assert compare(log_probs, log_probs, ids, h, 2 * h).cosine_distance == pytest.approx([0, 0], abs=1e-6)
-    assert compare(log_probs, log_probs, ids, h, 2 * h).normalised_mse == pytest.approx([1, 1])
+    assert compare_predictions(log_probs, log_probs, ids, h, 2 * h).cosine_distance == pytest.approx([0, 0], abs=1e-6)
+    assert compare_predictions(log_probs, log_probs, ids, h, 2 * h).normalised_mse == pytest.approx([1, 1])
 
 
 def test_standard_error_of_the_mean():
@@ -104,10 +113,10 @@ def test_standard_error_of_the_mean():
 
 def test_plan_covers_each_exchange_once(parent):
     *_, space = parent
-    block, subblock = replacements(space, "block"), replacements(space, "subblock")
+    block, subblock = all_replacements(space, "block"), all_replacements(space, "subblock")
     assert len(block) == len(set(block)) == 3 * (3 * 3 - 1) and len(subblock) == 3 * (2 + 2)
     assert set(subblock) <= set(block) and not any(item.choice == LayerChoice() for item in block)
-    assert len({item.name for item in block}) == len(block)
+    assert len({item.file_name for item in block}) == len(block)
 
 
 def test_differences_from_the_parent_are_zero_for_the_parent(parent):
@@ -115,7 +124,7 @@ def test_differences_from_the_parent_are_zero_for_the_parent(parent):
     scorer = ShardScorer(load_stack(folder, descriptor, config, 0, 3, torch.float32), BATCHES)
     leaving = scorer.run_parent(BATCHES)
     item = Replacement(0, LayerChoice())
-    rows = rows_of(item, *scorer.measure(ScoringTask((item,), (0, 1)), leaving))
+    rows = score_rows(item, *scorer.measure(ScoringTask((item,), (0, 1)), leaving))
     assert len(rows) == 7 and all(abs(row.value) < 1e-6 for row in rows)
 
 
@@ -134,19 +143,19 @@ def test_candidates_that_share_a_pass_score_as_alone(parent, tmp_path):
 
 def test_groups_hold_candidates_of_one_layer(parent):
     *_, space = parent
-    items = replacements(space, "block")
-    found = groups(items, ScoringConfig(candidate_batch=3), 2, 0)
-    assert [item for group in found for item in group.items] == items
-    assert all(len(group.items) <= 3 and len({item.layer for item in group.items}) == 1 for group in found)
+    items = all_replacements(space, "block")
+    found = replacement_groups(items, ScoringConfig(candidate_batch=3), 2, 0)
+    assert [item for group in found for item in group.replacements] == items
+    assert all(len(group.replacements) <= 3 and len({item.layer for item in group.replacements}) == 1 for group in found)
     assert len(found) == 3 * 3
 
 
 @pytest.mark.parametrize("texts", [1, 2, 3, 4, 7, 8, 16])
 def test_rounds_read_every_batch_once_and_questions_first(texts):
     for racing in (False, True):
-        found = rounds(texts, 2, racing)
+        found = batch_rounds(texts, 2, racing)
         assert sorted(b for r in found for b in r) == list(range(texts + 2)) and {texts, texts + 1} <= set(found[0])
-    assert len(rounds(16, 0, True)) == 5 and len(rounds(16, 0, False)) == 1
+    assert len(batch_rounds(16, 0, True)) == 5 and len(batch_rounds(16, 0, False)) == 1
 
 
 def test_racing_reads_more_only_where_the_error_is_still_large(parent, tmp_path):
@@ -171,8 +180,8 @@ def test_racing_reads_more_only_where_the_error_is_still_large(parent, tmp_path)
 
 
 def test_an_error_is_settled_relative_to_the_mean_and_not_from_few_sequences():
-    assert settled((1.0, 1.1) * 4, 0.05) and not settled((1.0, 1.1), 0.05)
-    assert not settled((1.0, -1.0) * 8, 0.05) and not settled((0.0, 2.0) * 8, 0.05)
+    assert is_precise((1.0, 1.1) * 4, 0.05) and not is_precise((1.0, 1.1), 0.05)
+    assert not is_precise((1.0, -1.0) * 8, 0.05) and not is_precise((0.0, 2.0) * 8, 0.05)
 
 
 def test_subblock_scores_add_and_block_scores_must_be_measured():

@@ -14,7 +14,7 @@ from puzzle_ray.models.blocks import load_stack
 from puzzle_ray.models.child import assemble, load_model, read_config
 from puzzle_ray.models.describe import describe
 from puzzle_ray.progress import Quiet
-from puzzle_ray.scoring.downstream import Question, answer, load_questions, question_batches, read_questions
+from puzzle_ray.scoring.downstream import Question, answer_questions, load_questions, question_batches, read_questions
 from puzzle_ray.scoring.metrics import mean
 from puzzle_ray.scoring.serial import score_serially
 from puzzle_ray.scoring.settings import ScoringConfig
@@ -42,7 +42,7 @@ TEXTS = [torch.arange(32).remainder(96).reshape(2, 16)]
 @pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])
 def test_padding_and_batching_change_nothing(parent_folder, batch_tokens):
     model = load_model(parent_folder, torch.float32)
-    found = answer(model, question_batches(QUESTIONS, Letters(), batch_tokens))
+    found = answer_questions(model, question_batches(QUESTIONS, Letters(), batch_tokens))
     for question, correct, gold_log_prob in zip(QUESTIONS, found.correct, found.gold_log_prob, strict=True):
         means = []
         for choice in question.choices:
@@ -120,13 +120,13 @@ def test_damage_is_what_the_gold_choice_loses_in_the_whole_model(parent_folder, 
     step = Store(str(tmp_path)).artifact("scores", {"racing": racing}, {})
     settings = ScoringConfig(granularity="subblock", racing=racing)
     scores = score_serially(stack, TEXTS * 3, space, settings, step, states_of, Quiet(), batches)
-    gold = answer(load_model(parent_folder, torch.float32), batches).gold_log_prob
+    gold = answer_questions(load_model(parent_folder, torch.float32), batches).gold_log_prob
     rows = [row for row in scores.rows if row.metric == "downstream"]
     assert len(rows) == 6 and len(scores.rows) == 6 * 8
     for row in rows:
         choices = [LayerChoice(row.attention, row.ffn) if n == row.layer else LayerChoice() for n in range(3)]
         states = {(row.layer, kind): {} for kind in KINDS if choices[row.layer].variant(kind) != PARENT}
-        child = answer(assemble(parent_folder, config, choices, states, torch.float32), batches).gold_log_prob
+        child = answer_questions(assemble(parent_folder, config, choices, states, torch.float32), batches).gold_log_prob
         assert row.value == mean(tuple(p - c for p, c in zip(gold, child, strict=True)))
 
 
@@ -136,5 +136,5 @@ def test_a_trained_model_does_better_than_chance(shared_data):
     folder = shared_data / "stories260K"
     questions = read_questions(str(shared_data / "tinystories" / "next_sentence_mc.jsonl"), limit=200)
     batches = question_batches(questions, AutoTokenizer.from_pretrained(folder), 4096, 512)
-    found = answer(load_model(folder, torch.float32), batches).summary()
+    found = answer_questions(load_model(folder, torch.float32), batches).summary()
     assert found["questions"] == 200 and found["accuracy"] - 3 * found["accuracy_stderr"] > 0.25

@@ -14,12 +14,12 @@ from puzzle_ray.models.child import read_config
 from puzzle_ray.models.describe import describe
 from puzzle_ray.progress import Quiet
 from puzzle_ray.scoring import fisher
-from puzzle_ray.scoring.items import Replacement, ScoringTask, replacements
 from puzzle_ray.scoring.metrics import mean
+from puzzle_ray.scoring.replacements import Replacement, ScoringTask, all_replacements
 from puzzle_ray.scoring.serial import score_serially
 from puzzle_ray.scoring.settings import ScoringConfig
 from puzzle_ray.scoring.shard import ShardScorer
-from puzzle_ray.scoring.shortlist import Calibration, choose, footprints
+from puzzle_ray.scoring.shortlist import Calibration, choose_exact, footprints
 from puzzle_ray.store import Store
 from puzzle_ray.variants.space import search_space
 
@@ -71,10 +71,10 @@ def test_the_estimate_nears_the_exact_kl_of_small_changes(parent):
     (scorer,) = scorers(parent, [0, 3])
     config = ScoringConfig(granularity="block", fisher_samples=200)
     found, _ = fisher.shard_estimates(scorer, (0, 1, 2), None, space, config, states_of)
-    for item in replacements(space, "block"):
+    for item in all_replacements(space, "block"):
         task = ScoringTask((item,), (0, 1, 2))
-        (damage,) = scorer.measure(task, scorer.exchange(task, states_of))
-        assert mean(found[fisher.key_of(item)]) == pytest.approx(mean(damage.values["kl"]), rel=0.3)
+        (damage,) = scorer.measure(task, scorer.run_replacements(task, states_of))
+        assert mean(found[fisher.estimate_key(item)]) == pytest.approx(mean(damage.values["kl"]), rel=0.3)
 
 
 def test_one_layers_ffn_at_one_position_is_unbiased(parent):
@@ -90,12 +90,12 @@ def test_one_layers_ffn_at_one_position_is_unbiased(parent):
     settings = ScoringConfig(granularity="subblock", fisher_samples=4_000)
     found, _ = fisher.shard_estimates(scorer, (0,), None, space, settings, states_of)
     item = Replacement(2, LayerChoice(ffn="ffn:48"))
-    changed = scorer.exchange(ScoringTask((item,), (0,)), states_of)[0]
+    changed = scorer.run_replacements(ScoringTask((item,), (0,)), states_of)[0]
     end = scorer.inputs[0][3]
     jacobian = torch.autograd.functional.jvp(stack.logits, end, changed - end)[1]
     p = F.softmax(stack.logits(end), -1)
     second_order = ((p * jacobian.square()).sum(-1) - (p * jacobian).sum(-1).square()).flatten() / 2
-    assert found[fisher.key_of(item)] == pytest.approx(second_order.tolist(), rel=0.1)
+    assert found[fisher.estimate_key(item)] == pytest.approx(second_order.tolist(), rel=0.1)
 
 
 @pytest.mark.parametrize("borders", [[0, 1, 3], [0, 1, 2, 3]])
@@ -135,7 +135,7 @@ def test_a_shortlist_scores_its_share_exactly_and_the_rest_by_estimate(parent, t
         return score_serially(stack, TEXTS, space, options, step, random_states(parent), Quiet()), step
 
     (exact, _), (short, step) = score(), score(shortlist="fisher", shortlist_keep=keep)
-    items = replacements(space, granularity)
+    items = all_replacements(space, granularity)
     kl = {(r.layer, r.attention, r.ffn): r for r in short.rows if r.metric == "kl"}
     estimates = {(r.layer, r.attention, r.ffn): r.value for r in short.rows if r.metric == "fisher"}
     assert len(kl) == len(estimates) == len(items) and step.facts()["estimated"] == sum(r.tokens == 0 for r in kl.values())
@@ -157,9 +157,9 @@ def test_beaten_candidates_come_last_and_cheap_ones_are_not_beaten():
     weigh = {small: (8, 0), large: (16, 0), bad: (24, 0), noop: (0, 0)}
     values = {small: 0.3, large: 0.1, bad: 0.2, noop: 5.0}
     items = [small, large, bad, noop]
-    assert choose(items, values, weigh, 0.75) == (small, large, noop)  # `bad` costs more than `large` and is worse
-    assert choose(items, values, weigh, 0.5) == (small, large)
-    assert choose(items, values, weigh, 1.0) == tuple(items) and choose(items, values, weigh, 0.0) == ()
+    assert choose_exact(items, values, weigh, 0.75) == (small, large, noop)  # `bad` costs more than `large` and is worse
+    assert choose_exact(items, values, weigh, 0.5) == (small, large)
+    assert choose_exact(items, values, weigh, 1.0) == tuple(items) and choose_exact(items, values, weigh, 0.0) == ()
 
 
 def test_calibration_finds_a_power_law_and_always_increases():

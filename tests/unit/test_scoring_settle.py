@@ -11,8 +11,8 @@ from jobs.stages import architecture
 from puzzle_ray.artifacts import LayerChoice, ScoreRow, Scores
 from puzzle_ray.config import load
 from puzzle_ray.errors import Infeasible
-from puzzle_ray.scoring.items import Replacement
-from puzzle_ray.scoring.settle import estimated, lowered, settle
+from puzzle_ray.scoring.exact import estimated_replacements, exact_where_used, with_lowered_estimates
+from puzzle_ray.scoring.replacements import Replacement
 from puzzle_ray.search.limits import Limits
 from puzzle_ray.search.tables import search
 
@@ -40,7 +40,7 @@ def settled(scores: Scores, speedup: float) -> tuple[Scores, list[Replacement]]:
         asked.extend(items)
         return [TRUTH[item.layer, item.choice.attention, item.choice.ffn] for item in items]
 
-    return settle(scores, "kl", answers, score), asked
+    return exact_where_used(scores, "kl", answers, score), asked
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.integers(0, 1000), st.sampled_from([1.2, 1.5, 2.0, 2.5]))
@@ -49,7 +49,7 @@ def test_every_answer_is_exact_and_nothing_is_scored_twice(noise, share, seed, s
     scores = shortlisted(noise, share, seed)
     found, asked = settled(scores, speedup)
     answer = search(SPACE, found, PROFILE, SCENARIO, Limits(speedup=speedup))[0]
-    assert estimated(found, "kl", [answer.choices]) == []
+    assert estimated_replacements(found, "kl", [answer.choices]) == []
     assert answer.objective == pytest.approx(sum(SCORES.value(i, c, "kl") for i, c in enumerate(answer.choices)))
     assert len(asked) == len(set(asked))
     assert all(not scores.parts(item.layer, item.choice, "kl")[0].tokens for item in asked), "only estimates are scored"
@@ -68,18 +68,18 @@ def test_good_estimates_give_the_exact_answer_for_a_few_scores():
 
 def test_what_is_not_scored_is_below_its_calibrated_estimate():
     scores = shortlisted(0.3, 0.5, 3)
-    seen = lowered(scores, "kl")
+    seen = with_lowered_estimates(scores, "kl")
     exact = [row for row in scores.rows if row.metric == "kl" and row.tokens]
     assert all(row in seen.rows for row in exact) and len(seen.rows) == len(scores.rows)
     for row in (row for row in seen.rows if row.metric == "kl" and not row.tokens):
         assert 0 < row.value < 0.5 * TRUTH[row.layer, row.attention, row.ffn].value * np.exp(4 * 0.3)
-    assert estimated(seen, "kl", [(LayerChoice(),) * 4]) == [], "the parent's own blocks need no score"
+    assert estimated_replacements(seen, "kl", [(LayerChoice(),) * 4]) == [], "the parent's own blocks need no score"
 
 
 def test_an_impossible_budget_is_said_and_nothing_is_scored():
     asked = []
     with pytest.raises(Infeasible):
-        settle(
+        exact_where_used(
             shortlisted(0.3, 0.5, 1),
             "kl",
             lambda seen: [a.choices for a in search(SPACE, seen, PROFILE, SCENARIO, Limits(speedup=1000))],

@@ -23,8 +23,8 @@ from puzzle_ray.store import Store
 from puzzle_ray.surgery.kv_cache import cache_from, continuing
 from puzzle_ray.surgery.projections import AttentionProjections, FFNProjections
 from puzzle_ray.variants import base as variants
-from puzzle_ray.variants.base import find_variant, resolve
-from puzzle_ray.variants.ffn_iterative import least_missed
+from puzzle_ray.variants.base import find_variant, resolve_variant
+from puzzle_ray.variants.ffn_iterative import most_missed
 from puzzle_ray.variants.gqa_prune import importance_K
 from puzzle_ray.variants.space import search_space
 
@@ -108,7 +108,7 @@ def test_least_missed_agrees_with_trying_every_set_in_one_step():
         return float((x @ weight.T - x[:, kept] @ refit(weight, moment, torch.tensor(kept)).T).square().sum())
 
     best = min(itertools.combinations(range(6), 5), key=error)
-    assert tuple(least_missed(weight, moment, 5, rounds=1).tolist()) == best and len({4, 5} & set(best)) == 1
+    assert tuple(most_missed(weight, moment, 5, rounds=1).tolist()) == best and len({4, 5} & set(best)) == 1
     assert error(best) < 0.01 * min(error(kept) for kept in itertools.combinations((0, 1, 2, 3, 4, 5), 5) if {4, 5} <= set(kept))
 
 
@@ -160,7 +160,9 @@ def test_halves_make_the_whole(parent_folder):
 
 def test_only_the_statistics_that_are_needed_are_gathered(parent_folder):
     stack = whole(parent_folder)
-    needed = variants.needs(["parent", "gqa_prune:1", "noop"], "attention") | variants.needs(["ffn:8"], "ffn")
+    needed = variants.needed_statistics(["parent", "gqa_prune:1", "noop"], "attention") | variants.needed_statistics(
+        ["ffn:8"], "ffn"
+    )
     statistics = Statistics(needed)
     with torch.no_grad(), statistics.watch(stack.layer(0), stack.descriptor):
         stack.run_layer(stack.layer(0), 0, torch.randn(1, 8, 32))
@@ -257,17 +259,17 @@ def test_windows_heed_left_padding(tmp_path):
 )
 def test_wrong_settings_are_explained_before_work(name, kind, words):
     with pytest.raises(ConfigError, match=words):
-        resolve(name, kind, tiny_config(num_key_value_heads=4), 8)
+        resolve_variant(name, kind, tiny_config(num_key_value_heads=4), 8)
 
 
 def test_the_parents_own_width_need_be_no_multiple():
-    assert resolve("ffn:48", "ffn", tiny_config(), 5) == "parent"
+    assert resolve_variant("ffn:48", "ffn", tiny_config(), 5) == "parent"
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "gpt_neo"])
 def test_windows_are_refused_where_the_parent_has_its_own(model_type):
     with pytest.raises(ConfigError, match="sliding windows of its own"):
-        resolve("window:8", "attention", tiny_config(model_type), 8)
+        resolve_variant("window:8", "attention", tiny_config(model_type), 8)
 
 
 # --- a user's own

@@ -38,7 +38,7 @@ from puzzle_ray.profiling.devices import THIS_CPU, Device, device_of
 from puzzle_ray.profiling.machine import cpu_name
 from puzzle_ray.profiling.memory import KeptTokens, kept_tokens, subblock_modules
 from puzzle_ray.profiling.settings import ProfileConfig
-from puzzle_ray.surgery.projections import sizes
+from puzzle_ray.surgery.projections import linear_sizes
 from puzzle_ray.version import __version__
 
 WIDE = "bfloat16"  # what is not in fp8 where the rest is
@@ -88,7 +88,7 @@ class Subblock:
             return cls(matrices, norms)
         output = getattr(descriptor.core(layer, kind), descriptor.output, None)
         if isinstance(output, nn.Linear | Conv1D):
-            return cls(matrices, norms, sizes(output)[0], kept)
+            return cls(matrices, norms, linear_sizes(output)[0], kept)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(matrices, norms, config.num_attention_heads * head_dim, kept)
 

@@ -1,0 +1,204 @@
+"""The replacements that are scored, how they are divided into tasks, and how their scores are kept. Nothing here runs a model.
+
+A replacement is one layer with another choice than the parent's. Replacements of one layer form groups that run through the layers
+behind it together. Without racing, a group reads all batches at once. With racing it reads 1, 1, 2, 4, ... batches. A replacement
+whose standard error is small enough then leaves its group, and the others read on. What a group does depends on its own values only:
+not on other groups, not on timing, and not on which process does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+from puzzle_ray.artifacts import LayerChoice, ScoreRow, Scores, SearchSpace
+from puzzle_ray.errors import ConfigError
+from puzzle_ray.scoring.metrics import PredictionMetrics, mean, standard_error
+from puzzle_ray.scoring.settings import ScoringConfig
+from puzzle_ray.store import Artifact
+
+SCORES_TABLE = "scores.parquet"
+DOWNSTREAM = "downstream"
+RACING_SEQUENCES = 8  # with fewer sequences a standard error is too uncertain itself
+_FOLDER = "items"  # one file per replacement
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """One layer whose subblocks are replaced by `choice`; every other layer stays the parent's."""
+
+    layer: int
+    choice: LayerChoice
+
+    @property
+    def file_name(self) -> str:
+        """The file of its scores in the artifact."""
+        label = f"{self.choice.attention}+{self.choice.ffn}"
+        return f"{_FOLDER}/layer_{self.layer:03d}.{''.join(c if c.isalnum() or c in '+._' else '-' for c in label)}.json"
+
+
+def all_replacements(space: SearchSpace, granularity: str) -> list[Replacement]:
+    """Every replacement that a search space needs scores for, by layer.
+
+    With granularity `block` these are all pairs of variants. With `subblock` they are every variant beside the parent's other half.
+    Raises ConfigError where coupled pairs would be scored by halves.
+    """
+    replacements = []
+    for index, layer in enumerate(space.layers):
+        if layer.coupled and granularity == "subblock":
+            raise ConfigError("scoring.granularity", "coupled pairs have no halves to score", "write scoring.granularity: block")
+        for choice in layer.choices:
+            one_half = "parent" in (choice.attention, choice.ffn)
+            if choice != LayerChoice() and (granularity == "block" or one_half):
+                replacements.append(Replacement(index, choice))
+    return replacements
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What a replacement costs in quality, as differences from the parent. 0 is no damage.
+
+    `values` maps each metric to one value per sequence; metric `downstream` has one value per question. `tokens` maps each metric to
+    the number of tokens that were read for it.
+    """
+
+    values: Mapping[str, tuple[float, ...]]
+    tokens: Mapping[str, int]
+
+    @classmethod
+    def of(cls, metrics: PredictionMetrics, parent_loss: Sequence[float]) -> Damage:
+        """`parent_loss` is the parent's own next-token loss, one value per sequence."""
+        values = {
+            "kl": metrics.kl,
+            "lm_loss": tuple(c - p for c, p in zip(metrics.lm_loss, parent_loss, strict=True)),
+            "top1_disagreement": tuple(1.0 - a for a in metrics.top1_agreement),
+            "top5_disagreement": tuple(1.0 - a for a in metrics.top5_agreement),
+            "top10_disagreement": tuple(1.0 - a for a in metrics.top10_agreement),
+            "cosine_distance": metrics.cosine_distance,
+            "normalised_mse": metrics.normalised_mse,
+        }
+        return cls(values, dict.fromkeys(values, metrics.tokens))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Damage]) -> Damage:
+        """Several batches as one. Metrics are in the order in which they first appear."""
+        names = dict.fromkeys(name for part in parts for name in part.values)
+        values = {name: tuple(v for part in parts for v in part.values.get(name, ())) for name in names}
+        return cls(values, {name: sum(part.tokens.get(name, 0) for part in parts) for name in names})
+
+
+@dataclass(frozen=True)
+class ScoringTask:
+    """Replacements of one layer, and the numbers of the evaluation batches to run them on now."""
+
+    replacements: tuple[Replacement, ...]
+    batches: tuple[int, ...]
+
+    @property
+    def layer(self) -> int:
+        return self.replacements[0].layer
+
+
+def batch_rounds(num_texts: int, num_questions: int, racing: bool) -> list[tuple[int, ...]]:
+    """The batch numbers of each round. Text batches are numbered first, question batches behind them.
+
+    All question batches are in the first round. Without racing there is one round.
+    """
+    questions = tuple(range(num_texts, num_texts + num_questions))
+    if not racing or num_texts < 2:
+        return [(*range(num_texts), *questions)]
+    rounds, start = [(0, *questions)], 1
+    while start < num_texts:
+        stop = min(num_texts, 2 * start)
+        rounds.append(tuple(range(start, stop)))
+        start = stop
+    return rounds
+
+
+def is_precise(values: Sequence[float], relative_stderr: float) -> bool:
+    """Whether the mean's standard error is at most `relative_stderr` times the mean, on at least `RACING_SEQUENCES` sequences."""
+    return len(values) >= RACING_SEQUENCES and standard_error(values) <= relative_stderr * abs(mean(values))
+
+
+@dataclass
+class ReplacementGroup:
+    """Replacements of one layer on their way to their scores. Ask for the next task and add its damage, until there is no task."""
+
+    replacements: tuple[Replacement, ...]
+    rounds: Sequence[tuple[int, ...]]
+    config: ScoringConfig
+    measured: dict[Replacement, list[Damage]] = field(default_factory=dict)
+    rounds_done: int = 0
+
+    def next_task(self) -> ScoringTask | None:
+        if self.rounds_done == len(self.rounds):
+            return None
+        racing = tuple(r for r in self.replacements if self.rounds_done == 0 or not self._is_precise(r))
+        return ScoringTask(racing, self.rounds[self.rounds_done]) if racing else None
+
+    def add(self, task: ScoringTask, damages: Sequence[Damage]) -> None:
+        """`damages` has one entry for every replacement of the task, in order."""
+        for replacement, damage in zip(task.replacements, damages, strict=True):
+            self.measured.setdefault(replacement, []).append(damage)
+        self.rounds_done += 1
+
+    def _is_precise(self, replacement: Replacement) -> bool:
+        damage = Damage.joined(self.measured[replacement])
+        metric = self.config.metric if self.config.metric in damage.values and self.config.metric != DOWNSTREAM else "kl"
+        return is_precise(damage.values[metric], self.config.racing_stderr)
+
+    def save(self, artifact: Artifact) -> None:
+        """Writes one file of score rows per replacement."""
+        for replacement in self.replacements:
+            rows = score_rows(replacement, Damage.joined(self.measured[replacement]))
+            artifact.write_json(replacement.file_name, [asdict(row) for row in rows])
+
+
+def replacement_groups(
+    replacements: Sequence[Replacement], config: ScoringConfig, num_texts: int, num_questions: int
+) -> list[ReplacementGroup]:
+    """The replacements, in order, in groups of one layer and of at most `candidate_batch`."""
+    rounds = batch_rounds(num_texts, num_questions, config.racing)
+    groups: list[ReplacementGroup] = []
+    for replacement in replacements:
+        last = groups[-1] if groups else None
+        if last and last.replacements[0].layer == replacement.layer and len(last.replacements) < config.candidate_batch:
+            last.replacements = (*last.replacements, replacement)
+        else:
+            groups.append(ReplacementGroup((replacement,), rounds, config))
+    return groups
+
+
+def score_rows(replacement: Replacement, damage: Damage) -> list[ScoreRow]:
+    """One row per metric. `tokens` is the number that was really read; with racing it differs between replacements."""
+    layer, choice = replacement.layer, replacement.choice
+    return [
+        ScoreRow(layer, choice.attention, choice.ffn, metric, mean(values), standard_error(values), damage.tokens[metric])
+        for metric, values in damage.values.items()
+    ]
+
+
+def unfinished_groups(groups: Iterable[ReplacementGroup], artifact: Artifact) -> list[ReplacementGroup]:
+    """Groups with a replacement that has no file yet. Such a group is done again as a whole, so that its scores keep their bits."""
+    existing = set(artifact.names(_FOLDER))
+    return [g for g in groups if any(r.file_name.removeprefix(f"{_FOLDER}/") not in existing for r in g.replacements)]
+
+
+def saved_score_rows(replacements: Sequence[Replacement], artifact: Artifact) -> list[ScoreRow]:
+    """The rows of replacements that are scored already."""
+    return [ScoreRow(**row) for replacement in replacements for row in artifact.read_json(replacement.file_name)]
+
+
+def merge_scores(rows: Sequence[ScoreRow], config: ScoringConfig, artifact: Artifact) -> Scores:
+    """Writes all rows as one table and finishes the artifact."""
+    scores = Scores(tuple(rows), config.granularity)
+    artifact.write(SCORES_TABLE, scores.to_parquet())
+    of_metric = [row for row in rows if row.metric == config.metric]
+    worst = max(of_metric, key=lambda row: row.value, default=None)
+    facts = {
+        "items": len(of_metric),
+        "estimated": sum(row.tokens == 0 for row in of_metric),
+        "tokens": sum(r.tokens for r in of_metric),
+    }
+    artifact.finish(facts | {"worst": asdict(worst) if worst else None})
+    return scores
