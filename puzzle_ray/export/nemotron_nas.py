@@ -127,7 +127,7 @@ def nas_config(parent_config: Any, choices: Sequence[LayerChoice], dtype: str, b
     }
 
 
-def write_config(folder: Path, parent_config: Any, choices: Sequence[LayerChoice], dtype: str, biases: bool = True) -> None:
+def write_nas_config(folder: Path, parent_config: Any, choices: Sequence[LayerChoice], dtype: str, biases: bool = True) -> None:
     """`config.json` and the class that reads it, in `folder`; no weights."""
     settings = nas_config(parent_config, choices, dtype, biases)
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from puzzle_ray.artifacts import KINDS, MIB, PARENT, ProfileRow, SubblockKind
 from puzzle_ray.report.contents import KIND_NAMES, ReportData, TrainedVariant, shown
-from puzzle_ray.report.markup import Html, count, join, legend, note, number, percent, small, table, tag
-from puzzle_ray.report.training import panels
+from puzzle_ray.report.markup import Html, count, html_table, join, legend, note, number, percent, small, tag
+from puzzle_ray.report.training import distillation_details
 
 Subblock = tuple[int, SubblockKind, str]
 
@@ -68,7 +68,7 @@ def _subblocks(data: ReportData) -> list[Subblock]:
     return [s for s in found if s[2] != PARENT]
 
 
-def scores(data: ReportData) -> list[Html] | None:
+def replace_one_damage(data: ReportData) -> list[Html] | None:
     """Damage of every variant at every layer."""
 
     def cell(layer: int, kind: SubblockKind, variant: str) -> Heat | None:
@@ -88,7 +88,7 @@ def scores(data: ReportData) -> list[Html] | None:
     return [note(text), drawn] if drawn else None
 
 
-def costs(data: ReportData) -> list[Html] | None:
+def subblock_costs(data: ReportData) -> list[Html] | None:
     """What every subblock shape costs."""
     profile = data.profile
     if profile is None or not profile.rows:
@@ -107,7 +107,7 @@ def costs(data: ReportData) -> list[Html] | None:
     text = f"Estimated, not measured: {how}." if profile.estimated else f"Measured: {how}; ± is half the inter-quartile range."
     scenario = f" Scenario: {data.serving}." if data.serving else ""
     header = ["subblock", "prefill, ms", "decode, ms a step", "weights, MiB", "KV cache, KiB a token", "params"]
-    return [note(f"{text} Percentages are of the parent's subblock.{scenario}"), table(header, rows)]
+    return [note(f"{text} Percentages are of the parent's subblock.{scenario}"), html_table(header, rows)]
 
 
 def _times(row: ProfileRow, parent: ProfileRow | None, estimated: bool) -> list[Html]:
@@ -121,7 +121,7 @@ def _times(row: ProfileRow, parent: ProfileRow | None, estimated: bool) -> list[
     return cells
 
 
-def distillation(data: ReportData) -> list[Html] | None:
+def block_distillation(data: ReportData) -> list[Html] | None:
     """Blockwise local distillation: loss before and after for every variant, and its course."""
     rows = {(row.layer, row.kind, row.variant): row for row in data.library}
 
@@ -132,7 +132,7 @@ def distillation(data: ReportData) -> list[Html] | None:
     drawn = heat_map(data, cell, "normalised MSE")
     text = "Normalised MSE of the block's output on validation text, for the weights that were kept: 0 copies the parent, "
     text += "1 is as far off as writing zeros. Below it, the loss before training. Colours on a log scale."
-    return [*([note(text), drawn] if drawn else []), *panels(data)] or None
+    return [*([note(text), drawn] if drawn else []), *distillation_details(data)] or None
 
 
 def _before_and_after(row: TrainedVariant) -> Heat:

@@ -79,16 +79,16 @@ class Axes:
         for value in log_ticks(*self.y) if self.log_y else ticks(*self.y, about=4):
             _, y = self.place(self.x[0], value)
             grid.append(tag("line", x1=self.left, x2=self.right, y1=_px(y), y2=_px(y), class_="grid"))
-            grid.append(text(self.left - 8, y + 4, f"{value:.4g}", anchor="end"))
+            grid.append(svg_text(self.left - 8, y + 4, f"{value:.4g}", anchor="end"))
         for value in ticks(*self.x, about=5 if self.width > 300 else 3):
             x, _ = self.place(value, self.y[0])
             grid.append(tag("line", x1=_px(x), x2=_px(x), y1=self.bottom, y2=self.bottom + 4, class_="axis"))
-            grid.append(text(x, self.bottom + 18, f"{value:.4g}{self.x_unit}", anchor="middle"))
+            grid.append(svg_text(x, self.bottom + 18, f"{value:.4g}{self.x_unit}", anchor="middle"))
         grid.append(tag("line", x1=self.left, x2=self.right, y1=self.bottom, y2=self.bottom, class_="axis"))
         if self.x_label:
-            grid.append(text((self.left + self.right) / 2, self.height - 4, self.x_label, anchor="middle"))
+            grid.append(svg_text((self.left + self.right) / 2, self.height - 4, self.x_label, anchor="middle"))
         if self.y_label:
-            grid.append(text(2, 14, self.y_label))
+            grid.append(svg_text(2, 14, self.y_label))
         return tag("svg", *grid, *marks, viewBox=f"0 0 {self.width} {self.height}", role="img", aria_label=label, class_="chart")
 
     def line(self, points: Sequence[Point], class_: str, title: str = "", style: str | None = None) -> Html:
@@ -108,10 +108,10 @@ class Axes:
     def caption(self, point: Point, content: str, dx: float, dy: float, anchor: str = "start", class_: str = "") -> Html:
         """Text `dx`, `dy` pixels from a point."""
         x, y = self.place(*point)
-        return text(x + dx, y + dy, content, anchor, class_)
+        return svg_text(x + dx, y + dy, content, anchor, class_)
 
 
-def text(x: float, y: float, content: str, anchor: str = "start", class_: str = "") -> Html:
+def svg_text(x: float, y: float, content: str, anchor: str = "start", class_: str = "") -> Html:
     return tag("text", content, x=_px(x), y=_px(y), text_anchor=anchor, class_=class_ or None)
 
 

@@ -8,7 +8,7 @@ from collections import Counter
 from puzzle_ray.artifacts import KINDS, PARENT, Architecture, SubblockKind
 from puzzle_ray.report.charts import Axes
 from puzzle_ray.report.contents import KIND_NAMES, ReportData, SweepPoint, runtime_ms, shown
-from puzzle_ray.report.markup import Html, count, css_width, duration, legend, note, number, percent, table, tag, times
+from puzzle_ray.report.markup import Html, count, css_width, duration, html_table, legend, note, number, percent, tag, times
 
 ORIGIN = (1.0, 0.0)  # the parent: its own speed, no damage
 
@@ -22,7 +22,7 @@ def frontier(data: ReportData) -> list[Html] | None:
     for point, reason in _refused(data):
         rows.append([point.asked, tag("td", f"none: {reason}", colspan=5, class_="text")])
     header = ["asked", data.costs_are, "sum of scores", "proven", "params", "MiB"]
-    found = table(header, rows) if rows else None
+    found = html_table(header, rows) if rows else None
     chart = _frontier_chart(data) if answers or data.architecture else None
     return [tag("div", chart, tag("div", found, _search_facts(data)), class_="columns")]
 

@@ -80,7 +80,7 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
-def table(header: Sequence[object], rows: Iterable[Sequence[object]], class_: str = "") -> Html:
+def html_table(header: Sequence[object], rows: Iterable[Sequence[object]], class_: str = "") -> Html:
     """The first column names the row; the others are set right. A cell that is a whole `<td>` is used as it is."""
     head = tag("tr", *(tag("th", cell, scope="col") for cell in header))
     body = (tag("tr", tag("th", row[0], scope="row"), *(_cell(cell) for cell in row[1:])) for row in rows)

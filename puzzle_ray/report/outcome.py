@@ -11,13 +11,13 @@ from puzzle_ray.report.markup import (
     count,
     css_width,
     duration,
+    html_table,
     join,
     note,
     number,
     percent,
     signed,
     small,
-    table,
     tag,
     times,
 )
@@ -95,7 +95,7 @@ def _last_child(data: ReportData) -> tuple[str, Mapping[str, float]]:
     return name, data.models.get(name, {})
 
 
-def outcome(data: ReportData) -> list[Html] | None:
+def evaluation(data: ReportData) -> list[Html] | None:
     """Every evaluated model's figures, and the prediction beside the measurement."""
     parts = []
     if data.models:
@@ -104,7 +104,7 @@ def outcome(data: ReportData) -> list[Html] | None:
         rows = [[FIGURES[key], *(_figure(key, model.get(key)) for model in data.models.values())] for key in present]
         same = "GKD changes no shape: the child before it is as fast as the child."
         known = note(same) if {"child", "child_before_gkd"} <= data.models.keys() else None
-        parts.append(tag("div", tag("h3", "Evaluated in one run"), table(["", *names], rows), known))
+        parts.append(tag("div", tag("h3", "Evaluated in one run"), html_table(["", *names], rows), known))
     if data.architecture:
         text = f"Difference: measured against {data.costs_are}."
         text += "" if data.models else " An evaluation fills the second column."
@@ -145,7 +145,7 @@ def _comparison(data: ReportData) -> Html:
         add(f"{name}: one decoding step, ms", costs.decode_ms, measured.get("decode_ms"))
         add(f"{name}: runtime, ms", costs.runtime_ms, measured.get("runtime_ms"))
         add(f"{name}: throughput, tokens/s", costs.throughput_tokens_per_s, measured.get("throughput_tokens_per_s"))
-    return table(["", data.costs_are, "measured", "difference"], rows)
+    return html_table(["", data.costs_are, "measured", "difference"], rows)
 
 
 def samples(data: ReportData) -> list[Html] | None:
@@ -160,7 +160,7 @@ def samples(data: ReportData) -> list[Html] | None:
     return [note("Greedy continuation of the same prompt."), tag("div", *cards, class_="samples")] if cards else None
 
 
-def stages(data: ReportData) -> list[Html] | None:
+def stage_times(data: ReportData) -> list[Html] | None:
     """Where the time went."""
     if not data.stage_seconds:
         return None
@@ -170,16 +170,16 @@ def stages(data: ReportData) -> list[Html] | None:
         bar = tag("i", tag("b", style=css_width(seconds / longest)), class_="bar")
         rows.append([name, tag("td", bar), duration(seconds)])
     rows.append([tag("b", "sum of stages"), "", tag("b", duration(sum(data.stage_seconds.values())))])
-    return [table(["stage", "", "time"], rows, class_="stages")]
+    return [html_table(["stage", "", "time"], rows, class_="stages")]
 
 
-def settings(data: ReportData) -> list[Html] | None:
+def configuration(data: ReportData) -> list[Html] | None:
     """What it takes to run it again."""
     parts = [_details("Configuration", tag("pre", data.config_yaml))] if data.config_yaml else []
     for title, facts in (("Versions", data.versions), ("Machine", data.machine)):
         if facts:
             rows = [[name, tag("td", value, class_="text")] for name, value in facts.items()]
-            parts.append(_details(title, table((), rows, class_="facts")))
+            parts.append(_details(title, html_table((), rows, class_="facts")))
     return parts or None
 
 

@@ -19,14 +19,14 @@ Section = Callable[[ReportData], Sequence[Html] | None]
 SECTIONS: tuple[tuple[str, str, Section, str], ...] = (
     ("frontier", "How much speed costs how much", chosen.frontier, "a search, or a sweep over budgets"),
     ("architecture", "The child, layer by layer", chosen.architecture, "a search"),
-    ("scores", "What each replacement damages", blocks.scores, "scoring"),
-    ("costs", "What each subblock costs", blocks.costs, "a profile"),
-    ("outcome", "Kept and gained", outcome.outcome, "an evaluation of parent and child"),
-    ("library", "Blockwise local distillation", blocks.distillation, "a block library"),
-    ("gkd", "Global distillation", training.gkd, "GKD"),
+    ("scores", "What each replacement damages", blocks.replace_one_damage, "scoring"),
+    ("costs", "What each subblock costs", blocks.subblock_costs, "a profile"),
+    ("outcome", "Kept and gained", outcome.evaluation, "an evaluation of parent and child"),
+    ("library", "Blockwise local distillation", blocks.block_distillation, "a block library"),
+    ("gkd", "Global distillation", training.global_distillation, "GKD"),
     ("samples", "What they write", outcome.samples, "an evaluation with a prompt"),
-    ("stages", "Where the time went", outcome.stages, ""),
-    ("settings", "Configuration and versions", outcome.settings, ""),
+    ("stages", "Where the time went", outcome.stage_times, ""),
+    ("settings", "Configuration and versions", outcome.configuration, ""),
 )
 
 

@@ -7,14 +7,14 @@ import math
 from puzzle_ray.artifacts import BLOCK
 from puzzle_ray.report.charts import Axes, Point, binned
 from puzzle_ray.report.contents import KIND_NAMES, ReportData
-from puzzle_ray.report.markup import Html, count, legend, note, number, percent, table, tag
+from puzzle_ray.report.markup import Html, count, html_table, legend, note, number, percent, tag
 
 PANEL_POINTS = 40  # per line: keeps the page of an 80-layer model small
 GKD_POINTS = 200
 GKD_TERMS = {"loss": "loss, the weighted sum", "kl": "KL", "cosine": "cosine distance", "lm": "next-token loss"}
 
 
-def panels(data: ReportData) -> list[Html]:
+def distillation_details(data: ReportData) -> list[Html]:
     """Local distillation: a table of coupled pairs, what early stops spared, and the loss curves."""
     return [*_pairs(data), *_early_stops(data), *_curves(data)]
 
@@ -32,7 +32,7 @@ def _pairs(data: ReportData) -> list[Html]:
         name = f"layer {row.layer} · {row.variant}{mark}"
         lines.append([name, number(row.start_loss), number(row.final_loss), count(row.tokens), kept])
     text = "Pairs whose halves were trained together (coupled). Normalised MSE of the block's output on validation text."
-    return [note(text), table(["pair", "before", "after", "tokens", "kept"], lines)]
+    return [note(text), html_table(["pair", "before", "after", "tokens", "kept"], lines)]
 
 
 def _early_stops(data: ReportData) -> list[Html]:
@@ -76,7 +76,7 @@ def _curves(data: ReportData) -> list[Html]:
     return [tag("h3", "Training loss"), text, tag("div", *figures, class_="panels"), key]
 
 
-def gkd(data: ReportData) -> list[Html] | None:
+def global_distillation(data: ReportData) -> list[Html] | None:
     """Global distillation: the loss and its terms."""
     lines: list[tuple[str, str, list[Point]]] = []
     for key, name in GKD_TERMS.items():

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from puzzle_ray.artifacts import Architecture, LayerChoice, Measure, Scores, to_json
-from puzzle_ray.search.pick import PICKED, answers, pick_as_configured
+from puzzle_ray.search.pick import PICKED, candidate_choices, pick_as_configured
 from puzzle_ray.search.settings import SearchConfig
-from puzzle_ray.search.setup import SearchSetup, solve
+from puzzle_ray.search.setup import SearchSetup, solve_budget
 from puzzle_ray.store import Artifact
 
 ARCHITECTURE = "architecture.json"
@@ -43,10 +43,10 @@ def choose(
     """
     scores = setup.scores
     if make_exact is not None:
-        scores = make_exact(scores, lambda seen: answers(replace(setup, scores=seen), search))
+        scores = make_exact(scores, lambda seen: candidate_choices(replace(setup, scores=seen), search))
         setup = replace(setup, scores=scores)
     if not search.measures:
-        return Chosen(solve(setup, search.limits), scores)
+        return Chosen(solve_budget(setup, search.limits), scores)
     with measuring() as measure:
         architecture, report = pick_as_configured(setup, search, measure)
     if make_exact is not None:  # local search may have chosen blocks whose scores are still estimates

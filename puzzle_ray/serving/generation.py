@@ -98,7 +98,7 @@ class Generation:
             self.cancel()
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
-        async for _, delta in stream([self]):
+        async for _, delta in stream_deltas([self]):
             yield delta
 
     def take(self) -> tuple[list[Delta], bool]:
@@ -143,7 +143,7 @@ class Generation:
                 self.cancel()
 
 
-async def stream(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Delta], None]:
+async def stream_deltas(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Delta], None]:
     """(index, delta) of several requests as they come. Leaving early cancels them all. Raises EngineFailed."""
     loop, news = asyncio.get_running_loop(), asyncio.Event()
     for generation in generations:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from puzzle_ray.errors import ConfigError, PuzzleError
 from puzzle_ray.serving.engine import Engine
-from puzzle_ray.serving.generation import EngineBusy, Generation, stream
+from puzzle_ray.serving.generation import EngineBusy, Generation, stream_deltas
 from puzzle_ray.serving.sampling import SamplingParams
 
 Json = dict[str, Any]
@@ -189,7 +189,7 @@ class OpenAIService:
     async def answer(self, request: CompletionRequest | ChatRequest) -> Json:
         """The whole response. Being cancelled (the client is gone) frees the slots."""
         generations = self.submit(request)
-        async for _ in stream(generations):
+        async for _ in stream_deltas(generations):
             pass
         shape = _Shape(request, self.model_name)
         choices = [shape.choice(index, each.text, each.finish_reason) for index, each in enumerate(generations)]
@@ -205,7 +205,7 @@ class OpenAIService:
         # With usage asked for, every chunk has the field: null but in the last.
         head = {**shape.head(), "usage": None} if usage else shape.head()
         try:
-            async with contextlib.aclosing(stream(generations)) as deltas:
+            async with contextlib.aclosing(stream_deltas(generations)) as deltas:
                 async for index, delta in deltas:
                     if delta.text or delta.finish_reason:
                         yield _event({**head, "choices": [shape.choice(index, delta.text, delta.finish_reason)]})

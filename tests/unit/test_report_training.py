@@ -6,7 +6,7 @@ from dataclasses import replace
 from puzzle_ray.artifacts import BLOCK, PARENT, Architecture, Costs, LayerChoice, LayerSpace, SearchSpace
 from puzzle_ray.distill.bld import LibraryRow
 from puzzle_ray.report.page import ReportData, render
-from puzzle_ray.report.training import panels
+from puzzle_ray.report.training import distillation_details
 
 SPACE = SearchSpace((LayerSpace((PARENT, "gqa:2", "noop"), (PARENT, "ffn:64")),) * 2)
 COUPLED = SearchSpace(tuple(replace(layer, coupled=True) for layer in SPACE.layers))
@@ -20,7 +20,7 @@ def trained(space, **changes) -> ReportData:
 
 
 def text(data) -> str:
-    return re.sub(r"<[^>]*>", " ", "".join(panels(data)))
+    return re.sub(r"<[^>]*>", " ", "".join(distillation_details(data)))
 
 
 def test_early_stops_are_counted_with_what_they_spared():
