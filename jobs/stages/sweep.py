@@ -6,8 +6,7 @@ from typing import Any
 
 from jobs.run import Run, Stage
 from jobs.stages import architecture, child, evaluation, gkd, scores
-from puzzle_ray.search.sweep import Context, Grid, SweepPoint, grid_contexts, grid_points
-from puzzle_ray.search.sweep import read_sweep as read_points
+from puzzle_ray.search.sweep import Context, Grid, SweepPoint, grid_contexts, grid_points, read_sweep
 from puzzle_ray.store import Artifact
 
 
@@ -37,7 +36,7 @@ def work(run: Run, artifact: Artifact) -> None:
     grid = _grid(run)
     make_exact = scores.exact(run)
     if make_exact is not None:
-        exact = make_exact(scores.read(run), lambda seen: grid.with_scores(seen).answers(points))
+        exact = make_exact(scores.read(run), lambda seen: grid.with_scores(seen).choices_at(points))
         grid = grid.with_scores(exact)
     sweep(grid, points, artifact, cluster_cpus())
     found = solved_points(points, artifact)
@@ -60,7 +59,7 @@ def _grid(run: Run) -> Grid:
 
 
 def read(run: Run) -> tuple[SweepPoint, ...]:
-    return tuple(read_points(run.content("sweep")))
+    return tuple(read_sweep(run.content("sweep")))
 
 
 STAGE = Stage("sweep", work, inputs=("scores",), reads=("profile",), settings=settings, sources=sources)

@@ -1,4 +1,4 @@
-"""Small SVG charts: axes, lines, marks. Colours come from the page's style sheet, values under the pointer from `<title>`."""
+"""Small SVG charts: axes, lines and marks. Colours come from the page's style sheet. A `<title>` holds the value under the pointer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Point = tuple[float, float]
 
 
 def binned(values: Sequence[float], bins: int) -> list[Point]:
-    """(centre, mean) of at most `bins` equal runs of `values`, whose positions are 0, 1, ...; what is not finite is left out."""
+    """(centre, mean) of at most `bins` equal runs of `values`, which are at positions 0, 1, ... Values that are not finite are left out."""
     step = max(1, math.ceil(len(values) / bins))
     points = []
     for start in range(0, len(values), step):
@@ -23,7 +23,7 @@ def binned(values: Sequence[float], bins: int) -> list[Point]:
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers within low ... high."""
+    """Round numbers from low to high."""
     raw = (high - low) / about
     unit = 10.0 ** math.floor(math.log10(raw))
     step = next(m * unit for m in (1, 2, 5, 10) if m * unit >= raw)
@@ -32,7 +32,7 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten within low ... high; with 2 and 5 between them where there would be fewer than three."""
+    """Powers of ten from low to high, with 2 and 5 times a power where there would be fewer than three."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1,), (1, 2, 5)):
         found = [f * 10.0**d for d in decades for f in factors if low * 0.999 <= f * 10.0**d <= high * 1.001]
@@ -43,7 +43,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 @dataclass(frozen=True)
 class Axes:
-    """A plot area: maps data to pixels and draws its own grid. Ranges must not be empty."""
+    """A plot area. It maps data to pixels and draws its own grid. Ranges must not be empty."""
 
     x: tuple[float, float]
     y: tuple[float, float]
@@ -74,7 +74,7 @@ class Axes:
         return self.left + across * (self.right - self.left), self.bottom - up * (self.bottom - self.top)
 
     def draw(self, *marks: object, label: str) -> Html:
-        """The axes with `marks` on them; `label` is what a screen reader says."""
+        """The axes with `marks` on them. A screen reader says `label`."""
         grid: list[Html] = []
         for value in log_ticks(*self.y) if self.log_y else ticks(*self.y, about=4):
             _, y = self.place(self.x[0], value)
@@ -99,6 +99,11 @@ class Axes:
     def dot(self, point: Point, class_: str, title: str, radius: float = 5) -> Html:
         x, y = self.place(*point)
         return tag("circle", tag("title", title), cx=_px(x), cy=_px(y), r=radius, class_=class_)
+
+    def diamond(self, point: Point, title: str, size: float = 6) -> Html:
+        x, y = self.place(*point)
+        path = f"M{_px(x - size)} {_px(y)}L{_px(x)} {_px(y - size)}L{_px(x + size)} {_px(y)}L{_px(x)} {_px(y + size)}Z"
+        return tag("path", tag("title", title), d=path, class_="distilled")
 
     def cross(self, point: Point, title: str, size: float = 5) -> Html:
         x, y = self.place(*point)

@@ -295,6 +295,46 @@ def test_a_sweep_without_any_answer_still_says_why():
     assert "none: the best reachable is 7.4" in page.text
 
 
+def measured_run() -> ReportData:
+    """A run whose sweep was measured, before and after GKD."""
+    kl = (0.021, 0.055, 0.0874, 0.31, None)
+    points = [replace(p, measured_kl=x, distilled_kl=x and 0.4 * x) for p, x in zip(SWEEP, kl, strict=True)]
+    return replace(whole_run(), sweep=points)
+
+
+def test_a_measured_kl_is_drawn_in_place_of_the_sum_of_scores():
+    page = Page(render(measured_run()))
+    assert page.faults == []
+    assert len(page.all("circle", "point")) == len(page.all("path", "distilled")) == 4
+    assert not page.all("circle", "predicted")
+    assert "answer to a budget: measured KL of the whole child" in page.text and "measured KL after GKD" in page.text
+    assert "measured KL 0.0874" in page.text and "KL 0.0350 after GKD" in page.text
+    places = {circle["cy"] for circle in page.all("circle", "point")}
+    assert {circle["cy"] for circle in page.all("circle", "chosen-dot")} <= places
+
+
+def test_what_was_not_measured_is_told_from_what_was():
+    points = [replace(SWEEP[0], measured_kl=0.021), *SWEEP[1:]]
+    page = Page(render(replace(whole_run(), sweep=points)))
+    assert len(page.all("circle", "point")) == 1 and len(page.all("circle", "predicted")) == 3
+    assert "not measured: sum of scores" in page.text
+    scores = replace(SCORES, rows=tuple(replace(row, metric="lm_loss") for row in SCORES.rows))
+    other = [replace(p, architecture=p.architecture and replace(p.architecture, metric="lm_loss")) for p in points]
+    run = replace(whole_run(), sweep=other, scores=scores, architecture=replace(CHOSEN, metric="lm_loss"))
+    page = Page(render(run))  # sums of another metric have no place on an axis of KL
+    assert len(page.all("circle", "point")) == 1 and not page.all("circle", "predicted")
+
+
+def test_noise_around_a_kl_of_zero_is_zero_and_an_engine_is_named_once():
+    run = whole_run()
+    models = {**run.models, "parent": {**run.models["parent"], "kl": -8.51e-11}}
+    profile = replace(PROFILE, engine_version="torch 2.13.0, transformers 5.24.0")
+    text = render(replace(run, evaluation={**run.evaluation, "models": models}, profile=profile))
+    assert "8.51e" not in text
+    assert "torch 2.13.0, transformers 5.24.0 on AMD" in text and "torch torch" not in text
+    assert "torch 2.13.0 on AMD" in WHOLE
+
+
 HOSTILE = """'"><script>alert(1)</script><img src=http://a.b/c onerror=alert(2)>&amp;"""
 
 
@@ -390,3 +430,27 @@ def test_a_browser_draws_the_page_without_a_complaint(tmp_path):
     assert int(marks) == int(drawn) == trained + frontier + terms
     assert fits == "true"
     assert tip.startswith("layer 0: ")
+
+
+# Opens the page in a frame of a given width, and lists the elements whose content is wider than they are. Heat maps may scroll.
+FRAME = """<!DOCTYPE html><body><iframe srcdoc="{page}" style="border:0;width:{width}px;height:9000px"></iframe><script>
+addEventListener("load", () => {{
+  const frame = document.querySelector("iframe").contentDocument;
+  const wide = [...frame.querySelectorAll("body *")].filter((e) =>
+    !e.ownerSVGElement && frame.defaultView.getComputedStyle(e).display !== "inline" && e.scrollWidth > e.clientWidth + 1);
+  const names = wide.filter((e) => !e.matches({allowed})).map((e) => e.tagName + " " + e.className + " " + e.textContent.slice(0, 40));
+  document.body.dataset.probe = [frame.documentElement.scrollWidth, ...names].join("|");
+}});
+</script></body>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+@pytest.mark.parametrize(("width", "allowed"), [(1280, "pre"), (390, "pre, .wide-map")])
+def test_nothing_is_wider_than_its_box(width, allowed, tmp_path):
+    run = measured_run()
+    models = {name: {**model, "downstream_accuracy": 0.71} for name, model in run.models.items()}
+    text = render(replace(run, evaluation={**run.evaluation, "models": models}))
+    page = tmp_path / "index.html"
+    page.write_text(FRAME.format(page=html.escape(text), width=width, allowed=f"'{allowed}'"))
+    dom, _ = _opened(page, tmp_path / "profile")
+    assert re.search(r'data-probe="([^"]*)"', dom)[1] == str(width)
