@@ -116,7 +116,7 @@ def engine_of(config: ProfileConfig) -> Engine:
 
 
 def target_of(engine: Engine, config: ProfileConfig, num_cpus: int) -> str:
-    """What a profile is of, in words that change when the device does."""
+    """The device that a profile is of, in words. They change when the device does."""
     return "the GPU that is asked for" if config.num_gpus else f"{engine.device_name()}; {num_cpus} CPUs"
 
 
