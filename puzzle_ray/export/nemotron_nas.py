@@ -79,7 +79,7 @@ def _width(mult: float, hidden_size: int) -> int:
 
 def block_config(choice: LayerChoice, config: Any) -> dict[str, dict[str, Any]]:
     """A layer's entry of `block_configs`. Raises ConfigError for a variant that the format does not have."""
-    found: dict[str, dict[str, Any]] = {}
+    halves: dict[str, dict[str, Any]] = {}
     for kind, size_key, sized in (
         ("attention", "n_heads_in_group", ("gqa", "gqa_prune")),
         ("ffn", "ffn_mult", ("ffn", "ffn_iterative")),
@@ -94,8 +94,8 @@ def block_config(choice: LayerChoice, config: Any) -> dict[str, dict[str, Any]]:
         elif head not in ("noop", "linear"):
             known = ", ".join((PARENT, *(f"{word}:N" for word in sized), "linear", "noop"))
             raise ConfigError(f"space.{kind}", f"the nemotron-nas format has no {name!r}", f"it has {known}; or use engine torch")
-        found[kind] = half
-    return found
+        halves[kind] = half
+    return halves
 
 
 def _rope(config: Any) -> dict[str, Any]:

@@ -63,12 +63,12 @@ def _subblocks(data: ReportData) -> list[Subblock]:
     """Every (layer, kind, variant) except the parent's own. From the search space or, without one, from scores and library."""
     if data.space:
         return list(data.space.subblocks())
-    found: dict[Subblock, None] = {}
+    subblocks: dict[Subblock, None] = {}
     for row in data.scores.rows if data.scores else ():
-        found[row.layer, "attention", row.attention] = found[row.layer, "ffn", row.ffn] = None
+        subblocks[row.layer, "attention", row.attention] = subblocks[row.layer, "ffn", row.ffn] = None
     for trained in data.library:
-        found[trained.layer, "attention" if trained.kind == "attention" else "ffn", trained.variant] = None
-    return [s for s in found if s[2] != PARENT]
+        subblocks[trained.layer, "attention" if trained.kind == "attention" else "ffn", trained.variant] = None
+    return [s for s in subblocks if s[2] != PARENT]
 
 
 def replace_one_damage(data: ReportData) -> list[Html] | None:

@@ -35,10 +35,10 @@ def log_ticks(low: float, high: float) -> list[float]:
     """Powers of ten from low to high, with 2 and 5 times a power where there would be fewer than three."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1,), (1, 2, 5)):
-        found = [f * 10.0**d for d in decades for f in factors if low * 0.999 <= f * 10.0**d <= high * 1.001]
-        if len(found) >= 3:
+        marks = [f * 10.0**d for d in decades for f in factors if low * 0.999 <= f * 10.0**d <= high * 1.001]
+        if len(marks) >= 3:
             break
-    return found
+    return marks
 
 
 @dataclass(frozen=True)

@@ -183,8 +183,8 @@ def architecture(data: ReportData) -> list[Html] | None:
 
 
 def _counts(a: Architecture, kind: SubblockKind) -> str:
-    found = Counter(choice.variant(kind) for choice in a.choices)
-    return ", ".join(f"{n} × {shown(variant)}" for variant, n in found.most_common())
+    counts = Counter(choice.variant(kind) for choice in a.choices)
+    return ", ".join(f"{n} × {shown(variant)}" for variant, n in counts.most_common())
 
 
 def _runtimes_ms(data: ReportData, layer: int) -> tuple[float, float] | None:
