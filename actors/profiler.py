@@ -21,7 +21,16 @@ from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.errors import ClusterError, ProfileError
 from puzzle_ray.models.checkpoint import locate
 from puzzle_ray.models.child import read_config
-from puzzle_ray.profiling.measure import Measurement, ProfileTask, measure, merge, profile_tasks, runs_of, save_item, unfinished
+from puzzle_ray.profiling.measure import (
+    Measurement,
+    ProfileTask,
+    measure_task,
+    merge_profile,
+    num_runs,
+    profile_tasks,
+    save_measurement,
+    unfinished_tasks,
+)
 from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.progress import Bar, Progress
 from puzzle_ray.store import Artifact
@@ -46,7 +55,7 @@ class ShapeProfiler:
 
         torch.set_num_threads(self.num_threads)  # holds for the calling thread, so it belongs here
         self.runs = 0
-        return measure(item, self.model_config, self.config, self)
+        return measure_task(item, self.model_config, self.config, self)
 
     def advance(self, count: int = 1, **facts: float) -> None:
         self.runs += count
@@ -81,17 +90,17 @@ def profile_blocks(
     Raises ClusterError when profilers cannot be placed or stop answering, ProfileError when they cannot measure.
     """
     items = profile_tasks(space, config)
-    todo = unfinished(items, artifact)
+    todo = unfinished_tasks(items, artifact)
     if todo:
         pool = _Pool(parent, config, cluster, artifact)
         try:
             pool.start(min(config.num_profilers, len(todo)))
-            with progress.stage("profile", sum(runs_of(item, config) for item in items), "run") as bar:
-                bar.advance(sum(runs_of(item, config) for item in items if item not in todo))
+            with progress.stage("profile", sum(num_runs(item, config) for item in items), "run") as bar:
+                bar.advance(sum(num_runs(item, config) for item in items if item not in todo))
                 pool.measure(todo, bar)
         finally:
             pool.end()
-    return merge(items, config, artifact)
+    return merge_profile(items, config, artifact)
 
 
 def options_of(config: ProfileConfig) -> dict[str, Any]:
@@ -187,8 +196,8 @@ class _Pool:
             waiting.append(work)
             self._add()
             return
-        save_item(self.artifact, result)
-        bar.advance(runs_of(work.item, self.config) - work.shown)
+        save_measurement(self.artifact, result)
+        bar.advance(num_runs(work.item, self.config) - work.shown)
         self.idle.append(work.profiler)
 
     def _watch(self, bar: Bar) -> None:

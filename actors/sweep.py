@@ -16,9 +16,9 @@ START_S = 300.0  # at the most until trials run
 
 def solve_points(grid: Any, points: Sequence[Any], artifact: Artifact) -> int:
     """Solves the points that have no file yet; returns how many that were. `grid` is a `puzzle_ray.search.sweep.Grid`."""
-    from puzzle_ray.search.sweep import point_name, unsolved
+    from puzzle_ray.search.sweep import point_name, unsolved_points
 
-    todo = unsolved(points, artifact)
+    todo = unsolved_points(points, artifact)
     for point in todo:
         artifact.write_json(point_name(point), grid.solve(point))
     return len(todo)
@@ -37,9 +37,9 @@ def sweep(grid: Any, points: Sequence[Any], artifact: Artifact, num_trials: int)
     Raises ConfigError or ProfileError where a point's numbers are missing, RuntimeError when a trial fails, ClusterError when trials
     are not done in the time that their solves may take.
     """
-    from puzzle_ray.search.sweep import unsolved
+    from puzzle_ray.search.sweep import unsolved_points
 
-    todo = unsolved(points, artifact)
+    todo = unsolved_points(points, artifact)
     if not todo:
         return
     for point in todo:
@@ -49,12 +49,12 @@ def sweep(grid: Any, points: Sequence[Any], artifact: Artifact, num_trials: int)
     folder = artifact.path(FOLDER)
     if _can_restore(folder):
         _fit(_restored(folder, grid, artifact))
-        todo = unsolved(points, artifact)
+        todo = unsolved_points(points, artifact)
     if todo:
         count = min(num_trials, -(-len(todo) // POINTS_PER_TRIAL))
         limit_s = START_S + -(-len(todo) // count) * longest_solve_s(grid)
         _fit(_fresh([todo[i::count] for i in range(count)], grid, artifact, limit_s))
-        left = unsolved(points, artifact)
+        left = unsolved_points(points, artifact)
         if left:
             problem = f"{len(left)} of {len(points)} points were not solved within {limit_s:.0f} s"
             raise ClusterError("sweep", problem, "see that trials find a free CPU, then run the same command again")

@@ -28,7 +28,7 @@ from puzzle_ray.distill.library import SerialLibrary
 from puzzle_ray.distill.settings import LibraryConfig
 from puzzle_ray.models.child import quiet_transformers, read_config
 from puzzle_ray.process import num_cores
-from puzzle_ray.profiling.devices import KNOWN
+from puzzle_ray.profiling.devices import KNOWN_DEVICES
 from puzzle_ray.profiling.engines.torch_engine import ENGINE
 from puzzle_ray.store import Store
 from puzzle_ray.variants.space import search_space
@@ -139,7 +139,7 @@ def profiled(stage: SerialLibrary, most: int = 12) -> list[dict[str, Any]]:
 
 def peak_of(device_name: str, dtype: str) -> float | None:
     """The maker's figure for a device that is known by name."""
-    known = next((device for key, device in KNOWN.items() if key in device_name.replace(" ", "")), None)
+    known = next((device for key, device in KNOWN_DEVICES.items() if key in device_name.replace(" ", "")), None)
     return known.tflops[dtype] if known else None
 
 

@@ -26,7 +26,7 @@ from puzzle_ray.profiling.engine import measure_side_by_side
 from puzzle_ray.profiling.measure import profile_serially
 from puzzle_ray.profiling.memory import model_memory_mib
 from puzzle_ray.profiling.settings import ProfileConfig
-from puzzle_ray.progress import Lines
+from puzzle_ray.progress import Display
 from puzzle_ray.recipes.tiny_parent import TinyParentSpec, model_config
 from puzzle_ray.search.tables import predicted_costs
 from puzzle_ray.store import Store
@@ -105,7 +105,7 @@ def main() -> None:
     repeats = 3 if arguments.quick else arguments.repeats
     settings = ProfileConfig(engine=arguments.engine, device=device, scenario=Scenario(16, 256, 32), repeats=repeats)
     with tempfile.TemporaryDirectory() as folder:
-        profile = profile_serially(config, space, settings, Store(folder).artifact("profile", {}, {}), Lines())
+        profile = profile_serially(config, space, settings, Store(folder).artifact("profile", {}, {}), Display())
     rows = compared(config, space, profile, settings, drawn(space, 4 if arguments.quick else 12, seed=0))
     word = "ESTIMATED" if profile.estimated else "predicted"
     print(f"{'architecture':>14} {'prefill ms':>17} {'decode ms':>17} {'runtime ms':>17} {'error':>7}   {word} / measured")

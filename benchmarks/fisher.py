@@ -24,7 +24,7 @@ from jobs.stages import architecture, scores
 from puzzle_ray.artifacts import Scores
 from puzzle_ray.config import load
 from puzzle_ray.search.limits import Limits
-from puzzle_ray.search.setup import SearchSetup, solve
+from puzzle_ray.search.setup import SearchSetup, solve_budget
 
 KINDS = {"exact": "none", "fisher": "fisher"}
 
@@ -38,7 +38,7 @@ def searched(run: Run) -> SearchSetup:
     return replace(
         setup,
         scores=make_exact(
-            setup.scores, lambda seen: [solve(replace(setup, scores=seen), Limits(speedup=s)).choices for s in BUDGETS]
+            setup.scores, lambda seen: [solve_budget(replace(setup, scores=seen), Limits(speedup=s)).choices for s in BUDGETS]
         ),
     )
 
@@ -58,7 +58,7 @@ def main() -> None:
         runs = {kind: Run(load("tiny", None, (*words, f"scoring.shortlist={name}"))) for kind, name in KINDS.items()}
         with connected(runs["exact"].config.cluster):
             setups = {kind: searched(run) for kind, run in runs.items()}
-            found = {(kind, s): solve(setup, Limits(speedup=s)) for kind, setup in setups.items() for s in BUDGETS}
+            found = {(kind, s): solve_budget(setup, Limits(speedup=s)) for kind, setup in setups.items() for s in BUDGETS}
             with architecture.measuring(runs["exact"]) as measure:
                 measured = dict(zip(found, measure([a.choices for a in found.values()]), strict=True))
     for speedup in BUDGETS:

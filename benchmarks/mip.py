@@ -23,10 +23,10 @@ from jobs.session import connected
 from puzzle_ray.artifacts import Architecture
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.search.limits import Limits
-from puzzle_ray.search.mip import solve, solve_diverse
+from puzzle_ray.search.mip import solve_diverse, solve_exactly
 from puzzle_ray.search.problem import Problem
 from puzzle_ray.search.setup import SearchSetup
-from puzzle_ray.search.sweep import Grid, finish, gathered, points_of
+from puzzle_ray.search.sweep import Grid, finish_sweep, grid_points, solved_points
 from puzzle_ray.store import Store
 
 PLAIN = {"CBC": ("CBC", None), "HiGHS": ("HiGHS", None), "HiGHS gap 0": ("HiGHS", 0.0)}
@@ -95,7 +95,7 @@ def ours(problem: Problem, offset: float) -> dict[str, Any]:
     seconds = []
     for _ in range(REPEATS):
         started = time.perf_counter()
-        found = solve(problem)
+        found = solve_exactly(problem)
         seconds.append(time.perf_counter() - started)
     total = len(problem.score) * offset
     return {
@@ -142,13 +142,13 @@ def sweep_budgets(library: NvlabsLibrary, count: int) -> tuple[list[Architecture
         space, scores, profile, scenario, "kl_div", "mip", MAX_SECONDS, limits
     )})  # fmt: skip
     shares = [float(x) for x in np.linspace(0.2, 0.95, math.isqrt(count))]
-    points = points_of({"memory_fraction": shares, "latency_fraction": shares})
+    points = grid_points({"memory_fraction": shares, "latency_fraction": shares})
     with tempfile.TemporaryDirectory() as folder, connected(ClusterConfig()):
         step = Store(folder).artifact("sweep", {}, {})
         started = time.perf_counter()
         sweep(grid, points, step, cluster_cpus())
-        found = gathered(points, step)
-        finish(found, step)
+        found = solved_points(points, step)
+        finish_sweep(found, step)
         return [p.architecture for p in found if p.architecture], time.perf_counter() - started
 
 

@@ -25,7 +25,7 @@ from transformers import LlamaConfig
 from benchmarks.nvlabs import read_nvlabs
 from benchmarks.record import write
 from puzzle_ray.artifacts import PARENT, ProfileRow, Scenario
-from puzzle_ray.profiling.measure import measure, profile_of, profile_tasks
+from puzzle_ray.profiling.measure import measure_task, profile_of, profile_tasks
 from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.variants.space import search_space
 
@@ -56,7 +56,7 @@ def estimated_parts(widths: list[int], scenario: Scenario) -> dict[tuple[str, st
     config = LlamaConfig(**LLAMA_70B)
     space = search_space(config, (PARENT,), tuple(f"ffn:{w}" for w in widths if w < config.intermediate_size), 1)
     settings = ProfileConfig(engine="roofline", device="H100", dtype="fp8", scenario=scenario)
-    profile = profile_of([measure(item, config, settings) for item in profile_tasks(space, settings)], settings)
+    profile = profile_of([measure_task(item, config, settings) for item in profile_tasks(space, settings)], settings)
 
     def runtime_ms(row: ProfileRow) -> float:
         return row.prefill_ms + (scenario.output_tokens - 1) * row.decode_ms

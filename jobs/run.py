@@ -21,7 +21,7 @@ from puzzle_ray.artifacts import SearchSpace
 from puzzle_ray.config import TINY, RunConfig
 from puzzle_ray.plugins import declared
 from puzzle_ray.profiling.settings import ProfileConfig
-from puzzle_ray.progress import Lines, Progress
+from puzzle_ray.progress import Display, Progress
 from puzzle_ray.store import Artifact, Store
 
 SECONDS = "seconds.json"
@@ -109,7 +109,7 @@ class Run:
 
     def __init__(self, config: RunConfig, progress: Progress | None = None) -> None:
         self.config = config
-        self.progress = progress or Lines()
+        self.progress = progress or Display()
         self.store = Store(config.store)
         self.seconds: dict[str, float] = {}  # of every stage that was done or found
         self._artifacts: dict[str, Artifact] = {}

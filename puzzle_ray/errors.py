@@ -1,4 +1,4 @@
-"""The errors a user can meet.
+"""The errors that a user can meet.
 
     PuzzleError
     |- ConfigError          a setting is wrong
@@ -8,18 +8,18 @@
     |- ProfileError         a measurement could not be made
     |- Infeasible           no architecture meets the limits
     |- NotFinite            a loss or an activation became NaN or infinite
-    |- OutOfOrder           a trainer was handed a micro-batch it has not come to yet
+    |- OutOfOrder           a trainer got another micro-batch than the next one
     |- ClusterError         Ray cannot be reached or lacks what was asked for
 
-Every error takes plain values, hands them all to `Exception.__init__` (so that it survives the trip between Ray processes) and
-says in one line what was wrong, with which value, and what to write instead.
+Every error says in one line what is wrong, with which value, and what to write instead.
+Every error takes plain values and passes them all to `Exception.__init__`. So it can be sent between Ray processes.
 """
 
 from __future__ import annotations
 
 
 class PuzzleError(Exception):
-    """Base of all errors that are the user's to mend."""
+    """The base of all errors that a user can mend."""
 
 
 class ConfigError(PuzzleError):
@@ -54,10 +54,10 @@ class ClusterError(ConfigError):
 
 
 class Infeasible(PuzzleError):
-    """No architecture meets `limit` (`sense` is `<=` or `>=`).
+    """No architecture meets `limit`. `sense` is `<=` or `>=`, and `asked` is the limit's value.
 
-    `best` is what the best architecture for that limit alone reaches; where limits clash only together, the best while the others
-    hold (`note` says so); for a searcher that proves nothing, what its own best try reached.
+    `best` is the best value that any architecture reaches. Where limits can be met alone, but not together, it is the best value while
+    the other limits hold. For a searcher that proves nothing, it is the value of its best try. `note` says which.
     """
 
     def __init__(self, limit: str, sense: str, asked: float, best: float, unit: str = "", note: str = "") -> None:
@@ -85,7 +85,7 @@ class NotFinite(PuzzleError):
 
 
 class OutOfOrder(PuzzleError):
-    """A trainer was handed micro-batch `got` while the next one it needs is `expected`."""
+    """A trainer got micro-batch `got`, while the next one is `expected`."""
 
     def __init__(self, got: int, expected: int) -> None:
         super().__init__(got, expected)

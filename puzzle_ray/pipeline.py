@@ -41,7 +41,7 @@ from puzzle_ray.profiling.batch_sizes import with_batch_sizes
 from puzzle_ray.profiling.engine import engine_of, target_of
 from puzzle_ray.profiling.measure import PROFILE_TABLE, profile_serially
 from puzzle_ray.profiling.settings import ProfileConfig
-from puzzle_ray.progress import Lines, Progress
+from puzzle_ray.progress import Display, Progress
 from puzzle_ray.recipes import tiny_parent
 from puzzle_ray.scoring.downstream import load_questions
 from puzzle_ray.scoring.exact import exact_where_used
@@ -85,7 +85,7 @@ def compress(
     words = {**(settings or {}), **{name: value for name, value in named.items() if value is not None}}
     config = load(recipe, file, tuple(f"{name}={json.dumps(value)}" for name, value in words.items()))
     check(config, Store(config.store))
-    return run(Setting(config, Store(config.store), progress or Lines()))
+    return run(Setting(config, Store(config.store), progress or Display()))
 
 
 def run(s: Setting) -> Compressed:

@@ -1,4 +1,4 @@
-"""How a process computes: where, with how many threads, and what it does with memory it has freed."""
+"""How a process computes: on which device, with how many threads, and what happens to freed memory."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def num_cores() -> int:
 
 @lru_cache(maxsize=1)
 def keep_freed_memory() -> bool:
-    """Tells glibc to keep freed memory in this process, where it is used; says whether it did.
+    """Tells glibc to keep freed memory in this process. Returns False where there is no glibc.
 
-    By default every large activation is handed back to the kernel and comes again page by page, zeroed: up to a quarter of a prefill
-    on the CPU, a twentieth to a tenth of block distillation; and how much depends on what was freed before, so that layers cost more
-    together than alone. See mallopt(3).
+    By default, glibc returns every large activation to the kernel, and gets it back page by page, filled with zeros. That takes up to a
+    quarter of a prefill on the CPU, and a twentieth to a tenth of block distillation. It also depends on what was freed before, so that
+    layers cost more together than alone. See mallopt(3).
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -35,7 +35,7 @@ def keep_freed_memory() -> bool:
 
 
 def compute_with(num_threads: int) -> None:
-    """Readies a process that is there to compute: so many threads, and freed memory is kept for the next activations."""
+    """Prepares a process for computing: sets its number of threads, and keeps freed memory for the next activations."""
     import torch
 
     torch.set_num_threads(num_threads)
@@ -43,9 +43,9 @@ def compute_with(num_threads: int) -> None:
 
 
 def device_for(num_gpus: float) -> torch.device:
-    """The GPU that was set aside for this process, or the CPU where none was.
+    """The GPU that is reserved for this process, or the CPU where none is.
 
-    Raises ClusterError where one was and torch cannot use it.
+    Raises ClusterError where a GPU is reserved that torch cannot use.
     """
     import torch
 

@@ -12,6 +12,7 @@ from jobs.run import Run, Stage
 from jobs.stages import architecture, evaluation, library, profile, sweep
 from puzzle_ray.artifacts import rows_from_parquet
 from puzzle_ray.report.contents import ReportData, SweepPoint
+from puzzle_ray.search.sweep import SweepPoint as SearchedPoint
 from puzzle_ray.store import Artifact
 from puzzle_ray.version import __version__
 
@@ -34,7 +35,7 @@ def data(run: Run) -> ReportData:
         profile=costs,
         scores=architecture.searched_scores(run),
         architecture=architecture.read(run),
-        sweep=[SweepPoint(p.speedup_asked, p.architecture, p.infeasible_reason, p.label) for p in sweep.read(run)],
+        sweep=[_point(p) for p in sweep.read(run)],
         library=blocks.rows(),
         bld_curves=blocks.curves(),
         gkd_curve=[asdict(row) for row in curve],
@@ -43,6 +44,13 @@ def data(run: Run) -> ReportData:
         config_yaml=yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False),
         versions={"python": platform.python_version(), "puzzle_ray": __version__} | _versions(),
         machine={"device": costs.device, "processor": platform.machine(), "system": platform.system()},
+    )
+
+
+def _point(point: SearchedPoint) -> SweepPoint:
+    distilled_kl = point.distilled["kl"] if point.distilled else None
+    return SweepPoint(
+        point.speedup_asked, point.architecture, point.infeasible_reason, point.label, point.measured_kl, distilled_kl
     )
 
 

@@ -6,8 +6,7 @@ from typing import Any
 
 from jobs.run import Run, Stage
 from jobs.stages import architecture, child, evaluation, gkd, scores
-from puzzle_ray.search.sweep import Context, Grid, SweepPoint, contexts_of, points_of
-from puzzle_ray.search.sweep import read as read_points
+from puzzle_ray.search.sweep import Context, Grid, SweepPoint, grid_contexts, grid_points, read_sweep
 from puzzle_ray.store import Artifact
 
 
@@ -21,7 +20,7 @@ def settings(run: Run) -> dict[str, Any]:
 
 def contexts(run: Run) -> dict[Context, Run]:
     """For every length of sequences that the grid asks for, the run that profiles it."""
-    return {c: run.in_context(*c) for c in contexts_of(run.config.search.grid, run.profile_config.scenario)}
+    return {c: run.in_context(*c) for c in grid_contexts(run.config.search.grid, run.profile_config.scenario)}
 
 
 def sources(run: Run) -> dict[str, str]:
@@ -31,22 +30,22 @@ def sources(run: Run) -> dict[str, str]:
 def work(run: Run, artifact: Artifact) -> None:
     from actors.placement import cluster_cpus
     from actors.sweep import sweep
-    from puzzle_ray.search.sweep import finish, gathered, with_distilled, with_measured
+    from puzzle_ray.search.sweep import finish_sweep, solved_points, with_distilled, with_measured
 
-    search, points = run.config.search, points_of(run.config.search.grid)
+    search, points = run.config.search, grid_points(run.config.search.grid)
     grid = _grid(run)
     make_exact = scores.exact(run)
     if make_exact is not None:
-        exact = make_exact(scores.read(run), lambda seen: grid.with_scores(seen).answers(points))
+        exact = make_exact(scores.read(run), lambda seen: grid.with_scores(seen).choices_at(points))
         grid = grid.with_scores(exact)
     sweep(grid, points, artifact, cluster_cpus())
-    found = gathered(points, artifact)
+    found = solved_points(points, artifact)
     if search.sweep_measure:
         with architecture.measuring(run) as measure:
             found = with_measured(found, measure)
     if search.sweep_gkd:
         found = with_distilled(found, lambda c: evaluation.heldout_of(run, gkd.of(run, child.of(run, c))))
-    finish(found, artifact)
+    finish_sweep(found, artifact)
 
 
 def _grid(run: Run) -> Grid:
@@ -60,7 +59,7 @@ def _grid(run: Run) -> Grid:
 
 
 def read(run: Run) -> tuple[SweepPoint, ...]:
-    return tuple(read_points(run.content("sweep")))
+    return tuple(read_sweep(run.content("sweep")))
 
 
 STAGE = Stage("sweep", work, inputs=("scores",), reads=("profile",), settings=settings, sources=sources)

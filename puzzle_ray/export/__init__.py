@@ -1,5 +1,5 @@
-"""Children in formats of other programs, one file each.
+"""Children in the formats of other programs, one file each.
 
-The native format is `puzzle_ray.models.child`.
+The native format is in `puzzle_ray.models.child`.
 May import: the ground, families, variants.
 """

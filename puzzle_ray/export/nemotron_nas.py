@@ -1,9 +1,10 @@
-"""The `nemotron-nas` (DeciLM) config of a child: the format that vLLM, TensorRT-LLM and llama.cpp know for layers of differing shape.
+"""The `nemotron-nas` (DeciLM) config of a child.
 
-Written from what those engines read: vLLM's `model_executor/models/nemotron_nas.py`, TensorRT-LLM's
-`_torch/models/modeling_nemotron_nas.py`. A layer's KV heads are `num_attention_heads // n_heads_in_group`, its FFN's width is
-`int(2 * ffn_mult * hidden_size / 3)` rounded up to a multiple of 256. Only the config is made here, not a checkpoint; that
-transformers reads it is tested, that the engines do was not run.
+vLLM, TensorRT-LLM and llama.cpp read this format for models whose layers differ in shape. It follows the sources of these engines:
+vLLM's `model_executor/models/nemotron_nas.py` and TensorRT-LLM's `_torch/models/modeling_nemotron_nas.py`.
+A layer has `num_attention_heads // n_heads_in_group` KV heads. Its FFN's width is `int(2 * ffn_mult * hidden_size / 3)`, rounded up to a
+multiple of 256.
+Only the config is made here, not a checkpoint. A test checks that transformers reads it. The engines themselves were not run.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from puzzle_ray.families.registry import complete_config
 from puzzle_ray.variants.base import split_variant_name
 
 WIDTH_MULTIPLE = 256
-FAMILIES = ("llama", "mistral", "qwen2")  # what DeciLM can compute; the others have norms, scales or biases that it lacks
+FAMILIES = ("llama", "mistral", "qwen2")  # what DeciLM can compute; other families have norms, scales or biases that it lacks
 COPIED = (
     "vocab_size",
     "hidden_size",
@@ -42,7 +43,7 @@ COPIED = (
 
 
 def check_parent(config: Any, biases: bool = True) -> None:
-    """Raises ParentError for a parent that DeciLM cannot compute, saying why. `biases`: whether the engine has them."""
+    """Raises ParentError, with the reason, for a parent that DeciLM cannot compute. `biases`: whether the engine has biases."""
 
     def refuse(why: str) -> None:
         raise ParentError(
@@ -63,22 +64,22 @@ def check_parent(config: Any, biases: bool = True) -> None:
 
 
 def ffn_mult(width: int, hidden_size: int) -> float:
-    """The multiplier that engines turn back into `width`. Raises ConfigError for a width they cannot have."""
-    found = 3 * width / (2 * hidden_size)
-    if _width(found, hidden_size) != width:
+    """The multiplier from which engines compute `width`. Raises ConfigError for a width that they cannot have."""
+    multiplier = 3 * width / (2 * hidden_size)
+    if _width(multiplier, hidden_size) != width:
         problem = f"an FFN of {width} channels: the nemotron-nas format has multiples of {WIDTH_MULTIPLE} only"
         raise ConfigError("space.ffn", problem, f"set space.ffn_multiple_of={WIDTH_MULTIPLE}, or use engine torch")
-    return found
+    return multiplier
 
 
 def _width(mult: float, hidden_size: int) -> int:
-    """As the engines compute it."""
+    """The width that engines compute from a multiplier."""
     return -(-int(2 * mult * hidden_size / 3) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
 
 def block_config(choice: LayerChoice, config: Any) -> dict[str, dict[str, Any]]:
-    """One layer's entry. Raises ConfigError for a variant that the format does not know."""
-    found: dict[str, dict[str, Any]] = {}
+    """A layer's entry of `block_configs`. Raises ConfigError for a variant that the format does not have."""
+    halves: dict[str, dict[str, Any]] = {}
     for kind, size_key, sized in (
         ("attention", "n_heads_in_group", ("gqa", "gqa_prune")),
         ("ffn", "ffn_mult", ("ffn", "ffn_iterative")),
@@ -93,12 +94,12 @@ def block_config(choice: LayerChoice, config: Any) -> dict[str, dict[str, Any]]:
         elif head not in ("noop", "linear"):
             known = ", ".join((PARENT, *(f"{word}:N" for word in sized), "linear", "noop"))
             raise ConfigError(f"space.{kind}", f"the nemotron-nas format has no {name!r}", f"it has {known}; or use engine torch")
-        found[kind] = half
-    return found
+        halves[kind] = half
+    return halves
 
 
 def _rope(config: Any) -> dict[str, Any]:
-    """Rotary settings in transformers' words of version 5, and of version 4 for those that read no other."""
+    """The rotary settings as transformers 5 writes them, and as transformers 4 does, for readers that know only these."""
     parameters = dict(config.rope_parameters)
     scaling = {name: value for name, value in parameters.items() if name != "rope_theta"}
     plain = scaling.get("rope_type", "default") == "default"
@@ -106,12 +107,12 @@ def _rope(config: Any) -> dict[str, Any]:
 
 
 def nas_config(parent_config: Any, choices: Sequence[LayerChoice], dtype: str, biases: bool = True) -> dict[str, Any]:
-    """What `config.json` holds for a child of these choices. Raises ParentError or ConfigError by name for what does not fit."""
+    """The content of `config.json` for a child of these choices. Raises ParentError or ConfigError for what does not fit."""
     config = complete_config(copy.deepcopy(parent_config))
     check_parent(config, biases)
     settings = {name: getattr(config, name) for name in COPIED if getattr(config, name, None) is not None}
     if config.model_type == "qwen2":
-        settings["qkv_bias"] = True  # without it vLLM drops the biases in silence
+        settings["qkv_bias"] = True  # without it, vLLM silently drops the biases
     return {
         "architectures": ["DeciLMForCausalLM"],
         "model_type": remote.NemotronNasConfig.model_type,
@@ -127,8 +128,8 @@ def nas_config(parent_config: Any, choices: Sequence[LayerChoice], dtype: str, b
     }
 
 
-def write_config(folder: Path, parent_config: Any, choices: Sequence[LayerChoice], dtype: str, biases: bool = True) -> None:
-    """`config.json` and the class that reads it, in `folder`; no weights."""
+def write_nas_config(folder: Path, parent_config: Any, choices: Sequence[LayerChoice], dtype: str, biases: bool = True) -> None:
+    """Writes `config.json` and the class that reads it into `folder`, without weights."""
     settings = nas_config(parent_config, choices, dtype, biases)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")

@@ -1,5 +1,6 @@
-"""What every subblock costs on the target: scenarios, devices, bytes, and measurements that are independent of each other.
+"""What every subblock costs on the target hardware, measured or estimated.
 
-`engine.py` says what an engine is; one file in `engines/` is one engine.
+`measure.py` measures in tasks that are independent of each other. `engine.py` says what an engine is. One file in `engines/` is one
+engine. `memory.py` counts bytes, `scenarios.py` says what is served, and `devices.py` what is known of devices.
 May import: the ground, models, export, the search's limits.
 """

@@ -1,9 +1,10 @@
-"""What the makers say of a device, for estimates: dense peak rates, memory bandwidth, memory size.
+"""Figures of devices for estimates: dense peak rates, memory bandwidth and memory size, as their makers publish them.
 
-Rates are of dense matrix products with 32-bit accumulation, without sparsity; `float32` is the plain fp32 rate, as PyTorch multiplies by
-default; memory is what nvidia-smi shows of it. Efficiencies and times per kernel and per step are rules of thumb for serving engines
-with CUDA graphs, not measurements: large products reach about 70 % of the peak, streams about 80 % of the bandwidth, a kernel in a
-graph costs a few microseconds however little it does, and scheduling and sampling cost a step a tenth of a millisecond.
+Rates are of dense matrix products with 32-bit accumulation, without sparsity. `float32` is the plain fp32 rate, which PyTorch uses by
+default. Memory is what nvidia-smi shows.
+Efficiencies, and the times per kernel and per step, are rules of thumb for serving engines with CUDA graphs. They are not measured.
+Large products reach about 70 % of the peak rate, and streams about 80 % of the bandwidth. A kernel in a graph costs a few
+microseconds, however little it does. Scheduling and sampling cost about a tenth of a millisecond per step.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ DTYPES = ("float32", "bfloat16", "float16", "fp8")
 
 @dataclass(frozen=True)
 class Device:
-    """`tflops`: peak 10^12 operations a second by dtype; bandwidth in 10^9 bytes a second; memory in MiB."""
+    """`tflops`: peak rate by dtype, in 10^12 operations per second. Bandwidth is in 10^9 bytes per second, memory in MiB."""
 
     name: str
     tflops: Mapping[str, float]
@@ -50,7 +51,7 @@ def _half(tflops: float) -> dict[str, float]:
     return {"bfloat16": tflops, "float16": tflops}
 
 
-KNOWN: Mapping[str, Device] = {
+KNOWN_DEVICES: Mapping[str, Device] = {
     device.name: device
     for device in (
         # NVIDIA H100 Tensor Core GPU datasheet, SXM: fp32 67, bf16 1979 and fp8 3958 with sparsity; 80 GB at 3.35 TB/s
@@ -72,9 +73,9 @@ KNOWN: Mapping[str, Device] = {
 
 
 def device_of(value: str | Mapping[str, Any]) -> Device | None:
-    """A device by name, or by a mapping with a `name` and what is different of it, or all of it; None for this machine's CPU.
+    """A device by name, or by a mapping with a `name` and the figures that differ from a known device, or all figures.
 
-    Raises ValueError saying what to write.
+    None for this machine's CPU. Raises ValueError, which says what to write.
     """
     given: dict[str, Any] = {"name": value} if isinstance(value, str) else dict(value)
     settings = [field.name for field in fields(Device)]
@@ -94,13 +95,13 @@ def device_of(value: str | Mapping[str, Any]) -> Device | None:
     for dtype in rates:
         if dtype not in DTYPES:
             raise ValueError(f"device {name}: {dtype!r} is no dtype; {did_you_mean(dtype, DTYPES)}")
-    known = next((device for key, device in KNOWN.items() if _plain(key) == _plain(name)), None)
+    known = next((device for key, device in KNOWN_DEVICES.items() if _plain(key) == _plain(name)), None)
     if known is not None:
         changed: dict[str, Any] = given | {"name": known.name, "tflops": {**known.tflops, **rates}}
         return replace(known, **changed)
     given |= {"tflops": rates} if rates else {}
     if missing := {"name", "tflops", "bandwidth_gb_s", "memory_mib"} - given.keys():
-        hint = did_you_mean(name, [*KNOWN, THIS_CPU])
+        hint = did_you_mean(name, [*KNOWN_DEVICES, THIS_CPU])
         raise ValueError(f"no device {name!r} is known; {hint}; or write a mapping that also has {', '.join(sorted(missing))}")
     return Device(**given)
 

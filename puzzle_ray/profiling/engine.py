@@ -1,4 +1,4 @@
-"""Engines: what runs models and times them, side by side. An engine is one file in `engines/` that defines `ENGINE`."""
+"""Engines run models and time them. An engine is one file in `engines/` that defines `ENGINE`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ Series = np.ndarray[Any, np.dtype[np.float64]]  # one value per round
 
 @dataclass(frozen=True)
 class Timing:
-    """One model in one scenario. A sample per repeat: a prefill of the whole batch's prompts; the mean of its decode steps."""
+    """The times of one model in one scenario. There is a sample per repeat.
+
+    A prefill sample is the prefill of the whole batch's prompts. A decode sample is the mean of the decode steps after it.
+    """
 
     prefill_samples_ms: Samples
     decode_samples_ms: Samples
@@ -54,36 +57,39 @@ def spread(samples: Sequence[float] | Series) -> float:
 
 
 class Engine(Protocol):
-    """What runs a model. `use_gpu` says on which device models are built and whose name is given.
+    """What runs a model and times it. `use_gpu` selects the device: the GPU or the CPU.
 
-    One whose times are computed instead of measured also has `estimated = True`; one that reads settings, `configured(config)`, which
-    returns it for them or raises ConfigError. One that runs one model at a time has `time_stacks(item, model_config, config, bar)` in
-    place of `build` and `time_once`: it returns the StackTimings of stacks that stand on one layer of the parent's own. One that cannot
-    run every shape, `check(item, model_config)`, which raises ConfigError or ParentError and is asked before a run begins.
+    An engine may have more members:
+    - `estimated = True`, where times are computed instead of measured.
+    - `configured(config)`, where the engine has settings. It returns the engine for these settings, or raises ConfigError.
+    - `time_stacks(task, model_config, config, bar)` in place of `build` and `time_once`, where the engine runs one model at a time. It
+      returns the StackTimings of stacks that stand on one layer of the parent's own.
+    - `check(task, model_config)`, where the engine cannot run every shape. It raises ConfigError or ParentError, and is called before
+      a run begins.
     """
 
     name: str
 
     def version(self) -> str:
-        """Versions of all that decides how fast it is."""
+        """The versions of everything that decides how fast the engine is."""
 
     def device_name(self, use_gpu: bool = False) -> str:
-        """The kind of device measured on; profiles of two kinds are never mixed."""
+        """The kind of device that is measured. Measurements of two kinds are never mixed."""
 
     def facts(self, use_gpu: bool = False) -> dict[str, Any]:
-        """What else identifies the measurement: driver, clocks ... JSON-able."""
+        """What else identifies the measurement, such as driver and clocks. JSON-able."""
 
     def build(self, config: Any, choices: Sequence[LayerChoice], dtype: str, use_gpu: bool = False, like: Any = None) -> Any:
-        """A model of random weights; it may share with `like` all that is in no layer. Raises ProfileError."""
+        """A model of random weights. It may share with the model `like` what is in no layer. Raises ProfileError."""
 
     def time_once(self, model: Any, scenario: Scenario) -> tuple[float, float]:
-        """(prefill_ms, decode_ms) of one batch; no `lengths` in the scenario."""
+        """(prefill_ms, decode_ms) of one batch. The scenario has no `lengths`."""
 
 
 @lru_cache(maxsize=1)
 def _engines() -> dict[str, Engine]:
-    found: list[Engine] = declared("puzzle_ray.profiling.engines", "ENGINE")
-    return {engine.name: engine for engine in found}
+    engines: list[Engine] = declared("puzzle_ray.profiling.engines", "ENGINE")
+    return {engine.name: engine for engine in engines}
 
 
 def find_engine(name: str) -> Engine:
@@ -102,15 +108,15 @@ def find_engine(name: str) -> Engine:
 
 
 def engine_of(config: ProfileConfig) -> Engine:
-    """The config's engine, for its settings. Raises ConfigError."""
+    """The engine that a config names, with the config's settings. Raises ConfigError."""
     engine = find_engine(config.engine)
     configured = getattr(engine, "configured", None)
-    found: Engine = configured(config) if configured else engine
-    return found
+    engine_for_config: Engine = configured(config) if configured else engine
+    return engine_for_config
 
 
 def target_of(engine: Engine, config: ProfileConfig, num_cpus: int) -> str:
-    """What a profile is of, in words that change when the device does."""
+    """The device that a profile is of, in words. They change when the device does."""
     return "the GPU that is asked for" if config.num_gpus else f"{engine.device_name()}; {num_cpus} CPUs"
 
 
@@ -120,8 +126,10 @@ def is_estimate(engine: Engine) -> bool:
 
 
 def mean_over_lengths(scenario: Scenario, samples: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """(prefill_ms, decode_ms) of a mean request from those of every kind in `scenario.shapes`: such that the prefill and
-    `output_tokens - 1` steps take what the requests take on average."""
+    """(prefill_ms, decode_ms) of a mean request, from a sample for every kind of request in `scenario.shapes`.
+
+    They are such that one prefill and `output_tokens - 1` steps take as long as the requests take on average.
+    """
     shares = [share for _, share in scenario.shapes]
     steps = [share * (shape.output_tokens - 1) for shape, share in scenario.shapes]
     prefill_ms = math.fsum(share * ms for share, (ms, _) in zip(shares, samples, strict=True))
@@ -132,9 +140,9 @@ def mean_over_lengths(scenario: Scenario, samples: Sequence[tuple[float, float]]
 def measure_side_by_side(
     models: Mapping[str, Any], scenario: Scenario, repeats: int, engine: Engine | None = None, bar: Bar | None = None
 ) -> dict[str, Timing]:
-    """Times models where they are, in turn: one warm-up of each, then `repeats` rounds over all, every round in another order.
+    """Times models in turn: one warm-up of each, then `repeats` rounds over all of them, every round in another order.
 
-    A machine that gets slower while this runs is slower for all of them. Sample i of every model is of round i.
+    So a machine that becomes slower meanwhile is slower for all models. Sample i of every model is from round i.
     """
     engine = engine or find_engine("torch")
     order = list(models)
@@ -148,4 +156,4 @@ def measure_side_by_side(
                 samples[name].append(sample)
             if bar is not None:
                 bar.advance()
-    return {name: Timing(tuple(s[0] for s in found), tuple(s[1] for s in found)) for name, found in samples.items()}
+    return {name: Timing(tuple(s[0] for s in own), tuple(s[1] for s in own)) for name, own in samples.items()}

@@ -1,4 +1,4 @@
-"""What identifies the machine a measurement was taken on, beside the device's name: driver, clocks, governor, threads."""
+"""What identifies a measuring machine besides its device's name: driver, clocks, governor, threads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TIMEOUT_S = 20.0
 
 
 def cpu_name() -> str:
-    """`platform.processor()` is empty or only the architecture on Linux."""
+    """The CPU's model name. On Linux it is read from /proc, since `platform.processor()` gives at most the architecture there."""
     return next(iter(_cpuinfo("model name")), platform.processor() or platform.machine())
 
 
@@ -35,7 +35,7 @@ def _cpuinfo(field: str) -> list[str]:
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:
-    """What can be read here without rights; what cannot is left out. Read right after timing, so clocks are those under load."""
+    """What can be read here without special rights. Read right after timing, so that clocks are those under load."""
     return _gpu_facts(device) if device.type == "cuda" else _cpu_facts()
 
 
@@ -60,16 +60,16 @@ def _gpu_facts(device: torch.device) -> dict[str, Any]:
         done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_S, check=True)
     except (OSError, subprocess.SubprocessError):
         return facts
-    return facts | parsed(done.stdout)
+    return facts | parse_gpu_facts(done.stdout)
 
 
-def parsed(line: str) -> dict[str, Any]:
-    """A line of nvidia-smi's answer to GPU_FACTS; what it does not know is left out."""
-    found: dict[str, Any] = {}
+def parse_gpu_facts(line: str) -> dict[str, Any]:
+    """A line of nvidia-smi's answer for GPU_FACTS, by name. Values that it does not know are left out."""
+    facts: dict[str, Any] = {}
     for name, text in zip(GPU_FACTS, (part.strip() for part in line.strip().split(",")), strict=False):
         known = text and not text.startswith("[")
         if known and name == "driver_version":
-            found[name] = text
+            facts[name] = text
         elif known:
-            found[name.replace(".", "_")] = float(text)
-    return found
+            facts[name.replace(".", "_")] = float(text)
+    return facts

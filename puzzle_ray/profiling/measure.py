@@ -1,18 +1,21 @@
 """What every subblock shape costs, from stacks of identical layers in real models of the family.
 
-A model of k layers (a, f) takes T(k) = fixed + k c(a, f), where `fixed` (embedding, head, what a step costs besides its layers)
-is the same for all. Two stacks of no-ops, n and 2n layers deep, tell it: fixed = 2 T(n) - T(2n). Every other stack is 2n deep,
-and c = (T(2n) - fixed) / 2n: (T(2n) - T(n)) / n is a small difference of large times, with twice the error on a noisy CPU.
+A model of k layers (a, f), with attention a and FFN f, takes T(k) = fixed + k c(a, f). `fixed` is the same for all layers: embedding,
+head, and what a step costs besides its layers. Two stacks of no-ops, n and 2n layers deep, give it: fixed = 2 T(n) - T(2n).
+Every other stack is 2n layers deep, and c = (T(2n) - fixed) / 2n. The difference (T(2n) - T(n)) / n would need a second stack, and has
+twice the error on a noisy CPU, as a small difference of large times.
 
-FFN f costs c(noop, f) - c(noop, noop), attention a costs c(a, parent) - c(noop, parent) + c(noop, noop). So the parent's two
-halves add up to c(parent, parent), which was measured whole; the no-op FFN is free; the no-op attention carries a layer's
-overhead. Attention is taken beside an FFN because it shares the CPU's caches with one wherever it runs: alone it looks cheap.
+An FFN f costs c(noop, f) - c(noop, noop). An attention a costs c(a, parent) - c(noop, parent) + c(noop, noop).
+So the parent's two halves add up to c(parent, parent), which was measured as a whole. The no-op FFN is free, and the no-op attention
+has the overhead of a layer. Attention is measured with an FFN in its layer, because in any model it shares the CPU's caches with one.
+Alone it would look cheaper.
 
-Where requests differ in length (`Scenario.lengths`), every run is one of each kind, and a sample their mean by weight.
+Where requests differ in length (`Scenario.lengths`), every run has one request of each kind, and a sample is their weighted mean.
 
-All stacks of an item are timed in turn, round after round, each round in another order. Costs are formed within a round, in
-which the machine is the same for all, and their median over rounds is kept. This module says what is independent (plan, measure,
-merge), not where it runs. Engines that put every stack on a layer of the parent's own have its cost in `fixed`; it is taken off.
+All stacks of a task are timed in turn, round after round, each round in another order. Costs are computed within a round, where the
+machine is the same for all stacks. Then the median over rounds is kept.
+An engine may have to put every stack on a layer of the parent's own. Then `fixed` contains that layer's cost, and it is subtracted.
+This module says what is independent (tasks, measuring, merging). It does not say where it runs.
 """
 
 from __future__ import annotations
@@ -38,7 +41,6 @@ from puzzle_ray.artifacts import (
     Scenario,
     SearchSpace,
     SubblockKind,
-    to_json,
 )
 from puzzle_ray.errors import ProfileError
 from puzzle_ray.models.describe import describe
@@ -50,12 +52,12 @@ from puzzle_ray.store import Artifact
 
 PROFILE_TABLE = "profile.parquet"
 NOOP = "noop"
-NOTHING = LayerChoice(NOOP, NOOP)
+NOOP_LAYER = LayerChoice(NOOP, NOOP)
 
 
 @dataclass(frozen=True)
 class ProfileTask:
-    """All shapes of one layer type at one batch size: what must be timed in turn to be comparable."""
+    """All shapes of one layer type at one batch size. They are timed in turn, so that their times can be compared."""
 
     layer_type: str
     batch_size: int
@@ -64,37 +66,41 @@ class ProfileTask:
 
     @property
     def name(self) -> str:
+        """The file of its measurement in a profile's artifact."""
         return f"items/{self.layer_type}.batch_{self.batch_size}.json"
 
     def stacks(self, n: int) -> tuple[tuple[LayerChoice, int], ...]:
-        """(layer, number of layers): no-ops n and 2n deep, then every FFN beside no attention, every attention beside an FFN."""
+        """The stacks to time, each as (layer, number of layers).
+
+        No-ops n and 2n layers deep, then every FFN beside a no-op attention, and every attention beside the parent's FFN.
+        """
         pairs = [LayerChoice(NOOP, f) for f in self.ffn] + [LayerChoice(a, PARENT) for a in self.attention]
-        return ((NOTHING, n), *((choice, 2 * n) for choice in dict.fromkeys([NOTHING, *pairs])))
+        return ((NOOP_LAYER, n), *((choice, 2 * n) for choice in dict.fromkeys([NOOP_LAYER, *pairs])))
 
 
 def profile_tasks(space: SearchSpace, config: ProfileConfig) -> list[ProfileTask]:
-    """One item per layer type and batch size; every distinct shape is in one of them."""
+    """One task per layer type and batch size. Every distinct shape is in one of them."""
     assert config.batch_sizes != "auto", "batch sizes are still to be resolved"
-    items = []
+    tasks = []
     for batch_size in sorted({config.scenario.batch_size, *config.batch_sizes}):
         for layer_type in dict.fromkeys(layer.layer_type for layer in space.layers):
             layers = [layer for layer in space.layers if layer.layer_type == layer_type]
             a, f = (tuple(dict.fromkeys(v for x in layers for v in x.variants(kind))) for kind in KINDS)
-            items.append(ProfileTask(layer_type, batch_size, a, f))
-    return items
+            tasks.append(ProfileTask(layer_type, batch_size, a, f))
+    return tasks
 
 
 def check_shapes(space: SearchSpace, model_config: Any, config: ProfileConfig) -> None:
     """Raises ConfigError or ParentError for a parent or a variant that the engine cannot run."""
     check = getattr(find_engine(config.engine), "check", None)
     if check is not None:
-        for item in profile_tasks(space, config):
-            check(item, model_config)
+        for task in profile_tasks(space, config):
+            check(task, model_config)
 
 
-def runs_of(item: ProfileTask, config: ProfileConfig) -> int:
-    """How many times `measure` runs a model, its warm-ups included."""
-    return len(item.stacks(config.stack)) * (_repeats(config) + 1)
+def num_runs(task: ProfileTask, config: ProfileConfig) -> int:
+    """How many times `measure_task` runs a model, warm-ups included."""
+    return len(task.stacks(config.stack)) * (_repeats(config) + 1)
 
 
 def _repeats(config: ProfileConfig) -> int:
@@ -103,7 +109,7 @@ def _repeats(config: ProfileConfig) -> int:
 
 @dataclass(frozen=True)
 class StackTiming:
-    """`num_layers` layers (attention, ffn) in a model."""
+    """The times of a model of `num_layers` layers (attention, ffn)."""
 
     attention: str
     ffn: str
@@ -113,7 +119,7 @@ class StackTiming:
 
 @dataclass(frozen=True)
 class SubblockSize:
-    """What one subblock (or, as `fixed`, all that is in none) takes."""
+    """The size of one subblock. Subblock `fixed` is all that is in no subblock."""
 
     subblock: str
     variant: str
@@ -124,25 +130,31 @@ class SubblockSize:
 
 @dataclass(frozen=True)
 class Measurement:
-    """All that was measured for an item, before anything is computed from it."""
+    """All that was measured for a task, before anything is computed from it."""
 
-    item: ProfileTask
+    task: ProfileTask
     stacks: tuple[StackTiming, ...]
     sizes: tuple[SubblockSize, ...]
     engine_version: str
     device: str
     machine: Mapping[str, Any] = field(default_factory=dict)
-    base_layers: int = 0  # of the parent's own, under every stack
-    activation_bytes: int = 0  # of the parent's prefill, see `activation_bytes`
+    base_layers: int = 0  # layers of the parent's own under every stack
+    activation_bytes: int = 0  # of the parent's prefill, see the function `activation_bytes`
+
+    def to_json(self) -> bytes:
+        """In files, the task is called `item`."""
+        values = asdict(self)
+        return json.dumps({"item": values.pop("task"), **values}, indent=1).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> Measurement:
+        """What `to_json` wrote."""
         raw = json.loads(data)
-        item = raw["item"]
-        item |= {"attention": tuple(item["attention"]), "ffn": tuple(item["ffn"])}
+        task = raw["item"]
+        task |= {"attention": tuple(task["attention"]), "ffn": tuple(task["ffn"])}
         stacks = [s | {"timing": Timing(*(tuple(v) for v in s["timing"].values()))} for s in raw["stacks"]]
         return cls(
-            ProfileTask(**item),
+            ProfileTask(**task),
             tuple(StackTiming(**s) for s in stacks),
             tuple(SubblockSize(**s) for s in raw["sizes"]),
             raw["engine_version"],
@@ -159,39 +171,39 @@ def stack_config(model_config: Any, layer_type: str, num_layers: int) -> Any:
     config.num_hidden_layers = num_layers
     if getattr(config, "layer_types", None) is not None:
         config.layer_types = [layer_type] * num_layers
-    if getattr(config, "attention_layers", None) is not None:  # GPT-Neo's word for it
+    if getattr(config, "attention_layers", None) is not None:  # GPT-Neo's name of `layer_types`
         config.attention_types, config.attention_layers = [[[layer_type], num_layers]], [layer_type] * num_layers
     return config
 
 
-def measure(item: ProfileTask, model_config: Any, config: ProfileConfig, bar: Bar | None = None) -> Measurement:
-    """Builds the item's stacks and times them. Raises ProfileError where the device is missing or too small."""
-    engine, use_gpu, activations = engine_of(config), config.num_gpus > 0, activation_bytes(item, model_config, config)
-    scenario = replace(config.scenario, batch_size=item.batch_size)
+def measure_task(task: ProfileTask, model_config: Any, config: ProfileConfig, bar: Bar | None = None) -> Measurement:
+    """Builds the task's stacks and times them. Raises ProfileError where the device is missing or too small."""
+    engine, use_gpu, activations = engine_of(config), config.num_gpus > 0, activation_bytes(task, model_config, config)
+    scenario = replace(config.scenario, batch_size=task.batch_size)
     _check_length(model_config, scenario)
-    alone = getattr(engine, "time_stacks", None)
-    if alone is not None:
-        timed, sizes = alone(item, model_config, config, bar), sizes_of(item, model_config, config)
+    time_stacks = getattr(engine, "time_stacks", None)
+    if time_stacks is not None:
+        timed, sizes = time_stacks(task, model_config, config, bar), subblock_sizes(task, model_config, config)
         about = (engine.version(), engine.device_name(use_gpu), engine.facts(use_gpu))
-        return Measurement(item, tuple(timed), sizes, *about, 1, activations)
+        return Measurement(task, tuple(timed), sizes, *about, 1, activations)
     stacks: dict[tuple[LayerChoice, int], Any] = {}
     try:
-        for choice, depth in item.stacks(config.stack):
+        for choice, depth in task.stacks(config.stack):
             like = next(iter(stacks.values()), None)
-            shape = stack_config(model_config, item.layer_type, depth)
+            shape = stack_config(model_config, task.layer_type, depth)
             stacks[choice, depth] = engine.build(shape, [choice] * depth, config.dtype, use_gpu, like)
-        sizes = _sizes(item, model_config, {choice: model for (choice, _), model in stacks.items()}, config)
+        sizes = _sizes_in_models(task, model_config, {choice: model for (choice, _), model in stacks.items()}, config)
         named = {f"{choice.label} x {depth}": model for (choice, depth), model in stacks.items()}
         timings = measure_side_by_side(named, scenario, _repeats(config), engine, bar)
     except torch.OutOfMemoryError as error:
         raise ProfileError(
             "profile",
-            f"{len(stacks)} models at batch size {item.batch_size} do not fit the GPU ({error})",
+            f"{len(stacks)} models at batch size {task.batch_size} do not fit the GPU ({error})",
             "lower profile.stack or the batch size",
         ) from None
     timed = [StackTiming(c.attention, c.ffn, d, timings[f"{c.label} x {d}"]) for c, d in stacks]
     about = (engine.version(), engine.device_name(use_gpu), engine.facts(use_gpu))
-    return Measurement(item, tuple(timed), sizes, *about, 0, activations)
+    return Measurement(task, tuple(timed), sizes, *about, 0, activations)
 
 
 def _check_length(model_config: Any, scenario: Scenario) -> None:
@@ -204,78 +216,78 @@ def _check_length(model_config: Any, scenario: Scenario) -> None:
         )
 
 
-def sizes_of(item: ProfileTask, model_config: Any, config: ProfileConfig) -> tuple[SubblockSize, ...]:
-    """What the item's shapes take, from models without memory: their parameters and caches are only shapes."""
+def subblock_sizes(task: ProfileTask, model_config: Any, config: ProfileConfig) -> tuple[SubblockSize, ...]:
+    """The sizes of a task's shapes, from models on the `meta` device, whose parameters and caches are only shapes."""
     from puzzle_ray.models.child import new_child
 
     dtype = torch.bfloat16 if config.dtype == "fp8" else getattr(torch, config.dtype)
-    shape = stack_config(model_config, item.layer_type, 1)
+    shape = stack_config(model_config, task.layer_type, 1)
     with torch.device("meta"):
-        stacks = {choice: new_child(shape, [choice], dtype).eval() for choice, _ in item.stacks(1)}
-    return _sizes(item, model_config, stacks, config)
+        stacks = {choice: new_child(shape, [choice], dtype).eval() for choice, _ in task.stacks(1)}
+    return _sizes_in_models(task, model_config, stacks, config)
 
 
-def activation_bytes(item: ProfileTask, model_config: Any, config: ProfileConfig) -> int:
-    """The most that the longest prefill of the parent's own layers holds beside weights and KV cache; children have nothing larger."""
+def activation_bytes(task: ProfileTask, model_config: Any, config: ProfileConfig) -> int:
+    """The most bytes that the longest prefill of the parent's own layers holds besides weights and KV cache. Children need no more."""
     from puzzle_ray.models.child import new_child
 
     dtype = "bfloat16" if config.dtype == "fp8" else config.dtype
     prompt = max(int(shape.input_tokens) for shape, _ in config.scenario.shapes)
-    shape, layers = stack_config(model_config, item.layer_type, 2), [LayerChoice()] * 2  # deeper ones hold no more
-    return peak_bytes(lambda: new_child(shape, layers, getattr(torch, dtype)).eval(), item.batch_size, prompt)
+    shape, layers = stack_config(model_config, task.layer_type, 2), [LayerChoice()] * 2  # deeper models hold no more
+    return peak_bytes(lambda: new_child(shape, layers, getattr(torch, dtype)).eval(), task.batch_size, prompt)
 
 
-def _sizes(
-    item: ProfileTask, model_config: Any, stacks: Mapping[LayerChoice, Any], config: ProfileConfig
+def _sizes_in_models(
+    task: ProfileTask, model_config: Any, stacks: Mapping[LayerChoice, Any], config: ProfileConfig
 ) -> tuple[SubblockSize, ...]:
-    """In fp8, models of 16 bits stand for what is half as large, but for embedding and head, which are not."""
+    """The sizes of a task's shapes in `stacks`. For fp8, models are built in 16 bits and sizes are halved, except embedding and head."""
     descriptor, tokens = describe(model_config), config.scenario.kv_tokens_per_sequence
     narrower = 2 if config.dtype == "fp8" else 1
 
     def size(kind: SubblockKind, variant: str, choice: LayerChoice) -> SubblockSize:
         model = stacks[choice]
-        found = subblock_weights(model.get_submodule(descriptor.layers)[0], kind, descriptor)
+        weights = subblock_weights(model.get_submodule(descriptor.layers)[0], kind, descriptor)
         kv_bytes = kept_tokens(model)[0].in_dtype(config.dtype).bytes_per_token(tokens) if kind == "attention" else 0
-        return SubblockSize(kind, variant, found.weight_bytes // narrower, found.num_params, kv_bytes)
+        return SubblockSize(kind, variant, weights.weight_bytes // narrower, weights.num_params, kv_bytes)
 
     fixed: Weights = fixed_weights(next(iter(stacks.values())), descriptor)
     return (
-        *(size("attention", a, LayerChoice(a, PARENT)) for a in item.attention),
-        *(size("ffn", f, LayerChoice(NOOP, f)) for f in item.ffn),
+        *(size("attention", a, LayerChoice(a, PARENT)) for a in task.attention),
+        *(size("ffn", f, LayerChoice(NOOP, f)) for f in task.ffn),
         SubblockSize(FIXED, FIXED, fixed.weight_bytes, fixed.num_params, 0),
     )
 
 
 def subblock_series(result: Measurement, phase: str) -> dict[tuple[str, str], Series]:
-    """(subblock, variant), (`fixed`, `fixed`) among them -> its cost in ms in every round. `phase`: `prefill` or `decode`."""
+    """(subblock, variant) -> its cost in ms in every round, (`fixed`, `fixed`) included. `phase`: `prefill` or `decode`."""
     times: dict[tuple[LayerChoice, int], Series] = {}
     for s in result.stacks:
         samples = s.timing.prefill_samples_ms if phase == "prefill" else s.timing.decode_samples_ms
         times[LayerChoice(s.attention, s.ffn), s.num_layers] = np.asarray(samples)
     n = min(s.num_layers for s in result.stacks)
-    fixed = 2 * times[NOTHING, n] - times[NOTHING, 2 * n]
+    fixed = 2 * times[NOOP_LAYER, n] - times[NOOP_LAYER, 2 * n]
 
     def layer(attention: str, ffn: str) -> Series:
         return (times[LayerChoice(attention, ffn), 2 * n] - fixed) / (2 * n)
 
     overhead, beside = layer(NOOP, NOOP), layer(NOOP, PARENT)
-    series = {("attention", a): overhead + (layer(a, PARENT) - beside) for a in result.item.attention}
-    series |= {("ffn", f): layer(NOOP, f) - overhead for f in result.item.ffn}
+    series = {("attention", a): overhead + (layer(a, PARENT) - beside) for a in result.task.attention}
+    series |= {("ffn", f): layer(NOOP, f) - overhead for f in result.task.ffn}
     return series | {(FIXED, FIXED): fixed - result.base_layers * layer(PARENT, PARENT)}
 
 
-def _rows(result: Measurement, scenario: Scenario, estimated: bool) -> list[ProfileRow]:
-    """A cost below zero is noise around one that is nearly nothing; it is set to 0, lest a search earns time by adding layers."""
+def _profile_rows(result: Measurement, scenario: Scenario, estimated: bool) -> list[ProfileRow]:
+    """A measurement as rows. A cost below zero is noise around a cost near zero. It is set to 0, so that no layer can save time."""
     prefill, decode = (subblock_series(result, phase) for phase in ("prefill", "decode"))
     rows = []
     for size in result.sizes:
         key = (size.subblock, size.variant)
         rows.append(
             ProfileRow(
-                "" if size.subblock == FIXED else result.item.layer_type,
+                "" if size.subblock == FIXED else result.task.layer_type,
                 size.subblock,
                 size.variant,
-                result.item.batch_size,
+                result.task.batch_size,
                 scenario.input_tokens,
                 scenario.output_tokens,
                 max(0.0, float(np.median(prefill[key]))),
@@ -292,75 +304,77 @@ def _rows(result: Measurement, scenario: Scenario, estimated: bool) -> list[Prof
 
 
 def _one_fixed(rows: Sequence[ProfileRow]) -> ProfileRow:
-    """The layer types' own measurements of the same thing, averaged."""
+    """The mean of the measurements of `fixed`, which every layer type has."""
     times = ("prefill_ms", "decode_ms", "prefill_spread_ms", "decode_spread_ms")
     return ProfileRow(**asdict(rows[0]) | {name: fmean(getattr(row, name) for row in rows) for name in times})
 
 
 def profile_of(results: Iterable[Measurement], config: ProfileConfig) -> Profile:
-    """The results, in any order, as one table. Raises ProfileError when they come from devices or versions of different kinds."""
-    results = sorted(results, key=lambda r: r.item.name)
+    """Measurements, in any order, as one profile. Raises ProfileError when they are from different kinds of devices or versions."""
+    results = sorted(results, key=lambda r: r.task.name)
     sources = {(r.device, r.engine_version) for r in results}
     if len(sources) != 1:
-        found = "; ".join(f"{version} on {device}" for device, version in sorted(sources))
+        kinds = "; ".join(f"{version} on {device}" for device, version in sorted(sources))
         remedy = "pin one kind with profile.label_selector"
-        raise ProfileError("profile", f"measurements of different kinds do not mix: {found}", remedy)
+        raise ProfileError("profile", f"measurements of different kinds do not mix: {kinds}", remedy)
     estimated = is_estimate(find_engine(config.engine))
-    rows = [row for result in results for row in _rows(result, config.scenario, estimated)]
+    rows = [row for result in results for row in _profile_rows(result, config.scenario, estimated)]
     measured = [row for row in rows if row.subblock != FIXED]
     fixed = [
         _one_fixed([row for row in rows if row.subblock == FIXED and row.batch_size == batch_size])
         for batch_size in sorted({row.batch_size for row in rows})
     ]
     device, version = sources.pop()
-    details = {"stack": config.stack, "repeats": _repeats(config), "num_gpus": config.num_gpus, **_about(results)}
+    details = {"stack": config.stack, "repeats": _repeats(config), "num_gpus": config.num_gpus, **_details(results)}
     if config.memory_mib is not None:
         details |= {"memory_mib": config.memory_mib, "reserved_mib": config.reserved_mib}
     return Profile((*measured, *fixed), config.engine, version, device, config.dtype, estimated, details)
 
 
-def _about(results: Sequence[Measurement]) -> dict[str, Any]:
-    """The machines measured on, each item's with its clocks, and how far repeats of one stack lay apart, as a share of their median."""
-    machines = {result.item.name.partition("/")[2].removesuffix(".json"): dict(result.machine) for result in results}
+def _details(results: Sequence[Measurement]) -> dict[str, Any]:
+    """The machine of every task, the spread of repeats of one stack as a share of their median, and activations by batch size."""
+    machines = {result.task.name.partition("/")[2].removesuffix(".json"): dict(result.machine) for result in results}
     shares: dict[str, list[float]] = {"prefill": [], "decode": []}
     for timing in (stack.timing for result in results for stack in result.stacks):
-        for phase, found in shares.items():
+        for phase, relative in shares.items():
             if ms := getattr(timing, f"{phase}_ms"):
-                found.append(getattr(timing, f"{phase}_spread_ms") / ms)
-    spreads = {phase: {"median": median(found), "max": max(found)} for phase, found in shares.items() if found}
+                relative.append(getattr(timing, f"{phase}_spread_ms") / ms)
+    spreads = {phase: {"median": median(all_), "max": max(all_)} for phase, all_ in shares.items() if all_}
     activations: dict[str, float] = {}
     for result in results:
-        size = str(result.item.batch_size)
+        size = str(result.task.batch_size)
         activations[size] = max(activations.get(size, 0.0), result.activation_bytes / MIB)
     return {"machines": machines, "relative_spread": spreads, "activation_mib": activations}
 
 
-def unfinished(items: Sequence[ProfileTask], artifact: Artifact) -> list[ProfileTask]:
+def unfinished_tasks(tasks: Sequence[ProfileTask], artifact: Artifact) -> list[ProfileTask]:
+    """The tasks that have no measurement in the artifact yet."""
     there = set(artifact.names("items"))
-    return [item for item in items if item.name.removeprefix("items/") not in there]
+    return [task for task in tasks if task.name.removeprefix("items/") not in there]
 
 
-def save_item(artifact: Artifact, result: Measurement) -> None:
-    artifact.write(result.item.name, to_json(result))
+def save_measurement(artifact: Artifact, result: Measurement) -> None:
+    """Writes the file of one task."""
+    artifact.write(result.task.name, result.to_json())
 
 
-def merge(items: Sequence[ProfileTask], config: ProfileConfig, artifact: Artifact) -> Profile:
-    """All item files as one profile; closes the step."""
-    profile = profile_of([Measurement.from_json(artifact.read(item.name)) for item in items], config)
+def merge_profile(tasks: Sequence[ProfileTask], config: ProfileConfig, artifact: Artifact) -> Profile:
+    """All measurements as one profile. Finishes the artifact."""
+    profile = profile_of([Measurement.from_json(artifact.read(task.name)) for task in tasks], config)
     artifact.write(PROFILE_TABLE, profile.to_parquet())
     about = {name: getattr(profile, name) for name in ("device", "engine", "engine_version", "estimated")}
-    artifact.finish({"items": len(items), "rows": len(profile.rows)} | about)
+    artifact.finish({"items": len(tasks), "rows": len(profile.rows)} | about)
     return profile
 
 
 def profile_serially(
     model_config: Any, space: SearchSpace, config: ProfileConfig, artifact: Artifact, progress: Progress
 ) -> Profile:
-    """The profile stage in this process, without Ray."""
-    items = profile_tasks(space, config)
-    with progress.stage("profile", sum(runs_of(item, config) for item in items), "run") as bar:
-        todo = unfinished(items, artifact)
-        bar.advance(sum(runs_of(item, config) for item in items if item not in todo))
-        for item in todo:
-            save_item(artifact, measure(item, model_config, config, bar))
-    return merge(items, config, artifact)
+    """The whole profile in this process, without Ray."""
+    tasks = profile_tasks(space, config)
+    with progress.stage("profile", sum(num_runs(task, config) for task in tasks), "run") as bar:
+        todo = unfinished_tasks(tasks, artifact)
+        bar.advance(sum(num_runs(task, config) for task in tasks if task not in todo))
+        for task in todo:
+            save_measurement(artifact, measure_task(task, model_config, config, bar))
+    return merge_profile(tasks, config, artifact)

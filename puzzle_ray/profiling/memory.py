@@ -1,8 +1,8 @@
-"""Bytes of weights and of KV cache, counted on real modules and real cache tensors: exact, not estimated.
+"""Bytes of weights and of KV cache, counted on real modules and real cache tensors. They are exact, not estimated.
 
-Weights are parameters, each counted once however many modules share it. KV is what must be kept per token of a sequence. The
-`[batch, 1, tokens, 1]` stub by which a layer without attention counts tokens (see `puzzle_ray.surgery.subblocks`) holds no keys or values
-and is no KV: a server need not store it.
+Weights are parameters. A parameter counts once, however many modules share it. KV is what must be kept per token of a sequence.
+A layer without attention counts tokens by a `[batch, 1, tokens, 1]` stub (see `puzzle_ray.surgery.subblocks`). The stub holds no keys or
+values, and a server need not store it, so it does not count.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ _PROBE_TOKENS = 2
 
 @dataclass(frozen=True)
 class Weights:
-    """Size of some modules in the dtypes they have."""
+    """The size of some modules, in the dtypes that they have."""
 
     weight_bytes: int
     num_params: int
 
 
-def weights(parameters: Iterable[Tensor]) -> Weights:
-    """Every distinct parameter once."""
+def weights_of(parameters: Iterable[Tensor]) -> Weights:
+    """The size of parameters, each distinct one counted once."""
     distinct = {id(parameter): parameter for parameter in parameters}.values()
     return Weights(sum(p.numel() * p.element_size() for p in distinct), sum(p.numel() for p in distinct))
 
 
 def subblock_modules(layer: nn.Module, kind: SubblockKind, descriptor: Descriptor) -> list[nn.Module]:
-    """The main module of one half of a layer, then its norms."""
+    """One half of a layer: its main module, then its norms."""
     return [layer.get_submodule(name) for name in (descriptor.module(kind), *descriptor.norms(kind))]
 
 
@@ -49,47 +49,47 @@ def _subblock_parameters(layer: nn.Module, kind: SubblockKind, descriptor: Descr
 
 
 def subblock_weights(layer: nn.Module, kind: SubblockKind, descriptor: Descriptor) -> Weights:
-    """One half of a layer: the attention or the FFN, with its norms."""
-    return weights(_subblock_parameters(layer, kind, descriptor))
+    """The size of one half of a layer: the attention or the FFN, with its norms."""
+    return weights_of(_subblock_parameters(layer, kind, descriptor))
 
 
 def fixed_weights(model: nn.Module, descriptor: Descriptor) -> Weights:
-    """All that is in no subblock: embedding, final norm, head (a tied head is the embedding)."""
+    """The size of what is in no subblock: embedding, final norm and head. A tied head is the embedding."""
     layers: Any = model.get_submodule(descriptor.layers)
     in_subblocks = {id(p) for layer in layers for kind in KINDS for p in _subblock_parameters(layer, kind, descriptor)}
-    return weights(p for p in model.parameters() if id(p) not in in_subblocks)
+    return weights_of(p for p in model.parameters() if id(p) not in in_subblocks)
 
 
 @dataclass(frozen=True)
 class KeptTokens:
-    """What one layer keeps of a sequence: `bytes_each` per token, of the last `at_most` tokens where it looks back only so far."""
+    """What one layer keeps of a sequence: `bytes_each` per token. With a sliding window, only the last `at_most` tokens are kept."""
 
     bytes_each: int
     at_most: int | None = None
 
     def of(self, tokens: int) -> int:
-        """How many of a sequence's tokens are kept."""
+        """The number of a sequence's tokens that are kept."""
         return tokens if self.at_most is None else min(tokens, self.at_most)
 
     def in_dtype(self, dtype: str) -> KeptTokens:
-        """The same in a cache of `dtype`: models are built in 16 bits where it is fp8."""
+        """The same in a cache of `dtype`. For fp8, models are built in 16 bits, so bytes are halved."""
         return replace(self, bytes_each=self.bytes_each // 2) if dtype == "fp8" else self
 
     def bytes_per_token(self, tokens: int) -> int:
-        """What is kept of `tokens` tokens, shared out over all of them, rounded up."""
+        """The bytes kept of a sequence of `tokens` tokens, divided by its tokens and rounded up."""
         return -(-self.bytes_each * self.of(tokens) // tokens)
 
 
 @torch.inference_mode()
 def kept_tokens(model: Any) -> tuple[KeptTokens, ...]:
-    """Per layer, as the model's own cache has it after a forward; on any device, `meta` among them."""
+    """What every layer keeps, read from the model's own cache after a forward. Any device will do, `meta` too."""
     ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device=model.device)
     layers = cache_from(model(ids, use_cache=True, logits_to_keep=1)).layers
     return tuple(_kept(layer) for layer in layers)
 
 
 def _kept(layer: Any) -> KeptTokens:
-    """`layer.keys` and `values` are `[batch, KV heads, tokens, head_dim]`; a layer that looks back W tokens keeps W - 1."""
+    """From a cache layer, whose keys and values are `[batch, num_key_value_heads, tokens, head_dim]`. A window of W keeps W - 1 tokens."""
     keys, values = layer.keys, layer.values
     if keys.shape[1] * keys.shape[3] == 1:  # the token-counting stub
         return KeptTokens(0)
@@ -99,19 +99,19 @@ def _kept(layer: Any) -> KeptTokens:
 
 
 def kv_bytes_per_token(model: Any, tokens: int) -> tuple[int, ...]:
-    """Per layer, the bytes a token of one sequence of `tokens` takes in the cache; 0 for a layer that keeps nothing."""
+    """Per layer, the cache bytes per token of a sequence of `tokens` tokens. 0 for a layer that keeps nothing."""
     return tuple(layer.bytes_per_token(tokens) for layer in kept_tokens(model))
 
 
 def model_memory_mib(model: Any, scenario: Scenario) -> float:
-    """Weights and the KV cache of the whole batch at its full length."""
+    """Weights, and the KV cache of the whole batch at its full length."""
     tokens = scenario.kv_tokens_per_sequence
     kv_bytes = sum(kv_bytes_per_token(model, tokens)) * scenario.batch_size * tokens
-    return (weights(model.parameters()).weight_bytes + kv_bytes) / MIB
+    return (weights_of(model.parameters()).weight_bytes + kv_bytes) / MIB
 
 
 class _Live(TorchDispatchMode):
-    """Follows the bytes of all storages that appear while it is on, until they are freed."""
+    """Counts the bytes of all storages that are made while it is active, until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,10 +131,10 @@ class _Live(TorchDispatchMode):
 
 
 def peak_bytes(build: Callable[[], Any], batch_size: int, tokens: int) -> int:
-    """The most bytes that tensors of a prefill take at once beside the weights, without a KV cache.
+    """The most bytes that a prefill's tensors take at once besides the weights, without a KV cache.
 
-    `build` makes the model, and both are done with shapes only: nothing is allocated or computed. Kernels are the CPU's, so attention
-    is counted as a fused kernel; what kernels need inside themselves is not.
+    `build` makes the model. Building and prefill are done with shapes only, so nothing is allocated or computed. Kernels are those of
+    the CPU, so attention counts as one fused kernel. The memory that kernels use inside themselves does not count.
     """
     with FakeTensorMode(), torch.inference_mode():
         model, ids = build(), torch.zeros(batch_size, tokens, dtype=torch.long)

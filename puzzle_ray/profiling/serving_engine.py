@@ -1,9 +1,11 @@
-"""What serving engines share: one runs one model at a time, in a process of its own, from a `nemotron-nas` config without weights.
+"""What the serving engines share.
 
-A stack stands on a layer of the parent's own (DeciLM in vLLM cannot begin without attention), so what is in no layer is the stacks'
-intercept less that layer: `puzzle_ray.profiling.measure` takes it off. One prefill takes as long as generating one token; a decode
-step (T(G) - T(1)) / (G - 1) of generating G. Stacks are timed one after the other, not in turn as with the torch engine, since each
-fills the GPU: what changes between them, changes the costs.
+A serving engine runs one model at a time, in a process of its own, from a `nemotron-nas` config without weights.
+A stack stands on a layer of the parent's own, since DeciLM in vLLM cannot begin with a layer without attention. So the stacks' common
+part contains that layer, and `puzzle_ray.profiling.measure` subtracts it.
+With T(G) the time of generating G tokens, a prefill takes T(1), and a decode step takes (T(G) - T(1)) / (G - 1).
+Each stack fills the GPU. So stacks are timed one after the other, and not in turn as with the torch engine. A machine that changes
+between two stacks therefore changes the costs.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import torch
 
 from puzzle_ray.artifacts import LayerChoice, Scenario
 from puzzle_ray.errors import ConfigError, ProfileError
-from puzzle_ray.export.nemotron_nas import nas_config, write_config
+from puzzle_ray.export.nemotron_nas import nas_config, write_nas_config
 from puzzle_ray.profiling.engine import Timing, find_engine, mean_over_lengths
 from puzzle_ray.profiling.machine import machine_facts
 from puzzle_ray.profiling.measure import ProfileTask, StackTiming, stack_config
@@ -35,20 +37,20 @@ Generate = Callable[[Sequence[Sequence[int]], int], float]  # prompts' token ids
 
 
 class ServingEngine:
-    """An engine behind a package that serves; a subclass says how to start it."""
+    """An engine in a serving package. A subclass says how to start it."""
 
     name: ClassVar[str]
     package: ClassVar[str]
     extra: ClassVar[str]
-    biases: ClassVar[bool]
-    linear: ClassVar[bool]  # whether it has subblocks of one matrix
+    biases: ClassVar[bool]  # whether its projections may have biases
+    linear: ClassVar[bool]  # whether it can run linear subblocks
 
     def load(self, folder: Path, scenario: Scenario, dtype: str) -> tuple[Any, Callable[..., Any]]:
-        """The package's `LLM` on the config in `folder` with random weights, for the scenario's batches; its class of sampling settings."""
+        """The package's `LLM` with random weights, on the config in `folder` and for the scenario's batches; its sampling class."""
         raise NotImplementedError
 
     def arguments(self, folder: Path, scenario: Scenario, dtype: str) -> dict[str, Any]:
-        """Of the package's `LLM`, as far as they are plain values."""
+        """The arguments of the package's `LLM` that are plain values."""
         return {
             "model": str(folder),
             "trust_remote_code": True,  # the config class beside config.json, which we wrote
@@ -58,7 +60,7 @@ class ServingEngine:
         }
 
     def sampling(self, new_tokens: int) -> dict[str, Any]:
-        """Settings under which exactly so many tokens are generated."""
+        """Sampling settings with which exactly `new_tokens` tokens are generated."""
         return {"max_tokens": new_tokens, "ignore_eos": True, "detokenize": False}
 
     def inputs(self, prompts: Sequence[Sequence[int]]) -> list[Any]:
@@ -66,7 +68,7 @@ class ServingEngine:
         raise NotImplementedError
 
     def start(self, folder: Path, scenario: Scenario, dtype: str) -> Generate:
-        """Loads a model; what is returned generates, and says how long that took."""
+        """Loads a model. The returned function generates, and returns how many seconds that took."""
         llm, settings = self.load(folder, scenario, dtype)
 
         def generate(prompts: Sequence[Sequence[int]], new_tokens: int) -> float:
@@ -78,7 +80,7 @@ class ServingEngine:
         return generate
 
     def configured(self, config: ProfileConfig) -> ServingEngine:
-        """Itself. Raises ConfigError where the package or the GPU is missing."""
+        """The engine itself. Raises ConfigError where the package or the GPU is missing."""
         self.version()
         if config.num_gpus != 1:
             problem = f"engine {self.name} runs on one GPU, and profile.num_gpus is {config.num_gpus:g}"
@@ -107,35 +109,35 @@ class ServingEngine:
             )
         return torch.device("cuda")
 
-    def check(self, item: ProfileTask, model_config: Any) -> None:
-        """Raises ConfigError or ParentError for what the format or the engine lacks; needs neither package nor GPU."""
-        for choice in dict.fromkeys(choice for choice, _ in item.stacks(1)):
+    def check(self, task: ProfileTask, model_config: Any) -> None:
+        """Raises ConfigError or ParentError for what the format or the engine cannot do. Needs neither the package nor a GPU."""
+        for choice in dict.fromkeys(choice for choice, _ in task.stacks(1)):
             if not self.linear and "linear" in (choice.attention, choice.ffn):
                 remedy = "drop linear from the search space, or use engine torch"
                 raise ConfigError("space", f"{self.name} has no linear subblocks", remedy)
             nas_config(model_config, [LayerChoice(), choice], "bfloat16", self.biases)
 
-    def time_stacks(self, item: ProfileTask, model_config: Any, config: ProfileConfig, bar: Bar | None) -> list[StackTiming]:
-        """All stacks of an item. Raises as `check` before anything runs, and ProfileError."""
-        self.check(item, model_config)
-        scenario = replace(config.scenario, batch_size=item.batch_size)
+    def time_stacks(self, task: ProfileTask, model_config: Any, config: ProfileConfig, bar: Bar | None) -> list[StackTiming]:
+        """The times of all stacks of a task. Raises as `check` does before anything runs, and ProfileError."""
+        self.check(task, model_config)
+        scenario = replace(config.scenario, batch_size=task.batch_size)
         dtype = "bfloat16" if config.dtype == "fp8" else config.dtype
         with tempfile.TemporaryDirectory() as root:
             folders = {}
-            for index, (choice, depth) in enumerate(item.stacks(config.stack)):
+            for index, (choice, depth) in enumerate(task.stacks(config.stack)):
                 folders[choice, depth] = Path(root) / str(index)
-                shape = stack_config(model_config, item.layer_type, depth + 1)
-                write_config(folders[choice, depth], shape, [LayerChoice(), *[choice] * depth], dtype, self.biases)
-            found = []
+                shape = stack_config(model_config, task.layer_type, depth + 1)
+                write_nas_config(folders[choice, depth], shape, [LayerChoice(), *[choice] * depth], dtype, self.biases)
+            timings = []
             for (choice, depth), folder in folders.items():
                 timing = self._isolated(folder, scenario, config)
-                found.append(StackTiming(choice.attention, choice.ffn, depth, timing))
+                timings.append(StackTiming(choice.attention, choice.ffn, depth, timing))
                 if bar is not None:
                     bar.advance(config.repeats + 1)
-        return found
+        return timings
 
     def _isolated(self, folder: Path, scenario: Scenario, config: ProfileConfig) -> Timing:
-        """In a process of its own, whose end gives all GPU memory back."""
+        """Times one stack in a process of its own. The end of the process frees all GPU memory."""
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             try:
                 return pool.submit(time_one, self.name, folder, scenario, config.dtype, config.repeats).result()
@@ -150,18 +152,18 @@ class ServingEngine:
         return Timing(tuple(p for p, _ in samples), tuple(d for _, d in samples))
 
     def _sample(self, generate: Generate, vocab_size: int, scenario: Scenario) -> tuple[float, float]:
-        """(prefill_ms, decode_ms): means over the lengths of the scenario's requests."""
-        found = []
+        """(prefill_ms, decode_ms), as means over the kinds of requests."""
+        samples = []
         for shape, _ in scenario.shapes:
             prompts = torch.randint(vocab_size, (shape.batch_size, int(shape.input_tokens))).tolist()
             first_s, steps = generate(prompts, 1), int(shape.output_tokens) - 1
             all_s = generate(prompts, steps + 1) if steps else first_s
-            found.append((1e3 * first_s, 1e3 * max(0.0, all_s - first_s) / steps if steps else 0.0))
-        return mean_over_lengths(scenario, found)
+            samples.append((1e3 * first_s, 1e3 * max(0.0, all_s - first_s) / steps if steps else 0.0))
+        return mean_over_lengths(scenario, samples)
 
 
 def time_one(name: str, folder: Path, scenario: Scenario, dtype: str, repeats: int) -> Timing:
-    """One stack, in this process."""
+    """Times one stack, in this process."""
     engine: Any = find_engine(name)
     vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
     timing: Timing = engine.timed(engine.start(folder, scenario, dtype), vocab_size, scenario, repeats)

@@ -7,30 +7,30 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from puzzle_ray.artifacts import Scenario
-from puzzle_ray.profiling.devices import KNOWN, THIS_CPU, device_of
-from puzzle_ray.profiling.scenarios import AUTO, scenario_of
-from puzzle_ray.profiling.scenarios import DEFAULT as DEFAULT_SCENARIO
+from puzzle_ray.profiling.devices import KNOWN_DEVICES, THIS_CPU, device_of
+from puzzle_ray.profiling.scenarios import AUTO, DEFAULT_SCENARIO, scenario_of
 from puzzle_ray.settings import Count, NonNegative, Positive, Section
 
 
 class ProfileConfig(Section):
-    """What is measured, where. `resources` and `label_selector` pin the profilers, e.g. {"accelerator_type:H100": 0.001}.
+    """What is measured, and where.
 
-    `scenario`: see `puzzle_ray.profiling.scenarios`. `batch_sizes: auto` (or `scenario.batch_size: auto`): the powers of two at which
-    something fits in `memory_mib` (or `search.limits.memory_mib`); the parent is taken at the largest that it fits.
-    Engine `roofline` estimates instead, for a `device` by name, by its figures, or for `cpu` (see `puzzle_ray.profiling.devices`).
+    `resources` and `label_selector` pin the profilers to nodes, e.g. {"accelerator_type:H100": 0.001}.
+    `scenario`: see `puzzle_ray.profiling.scenarios`. `batch_sizes: auto` (or `scenario.batch_size: auto`) stands for the powers of two
+    at which some child fits in `memory_mib` (or `search.limits.memory_mib`). The parent is compared at the largest that it fits.
+    Engine `roofline` estimates instead of measuring. Its `device` is a name, figures, or `cpu` (see `puzzle_ray.profiling.devices`).
     """
 
     engine: str = "torch"  # or roofline, vllm, tensorrt_llm, or package.module:ATTRIBUTE
-    device: str | dict[str, Any] | None = None  # that roofline is for
+    device: str | dict[str, Any] | None = None  # the one that roofline estimates for
     scenario: Annotated[Scenario, BeforeValidator(scenario_of)] = DEFAULT_SCENARIO
-    batch_sizes: tuple[Count, ...] | Literal["auto"] = ()  # more than the scenario's own
+    batch_sizes: tuple[Count, ...] | Literal["auto"] = ()  # in addition to the scenario's own
     max_batch_size: Count = 256  # of `auto`
-    memory_mib: Positive | None = None  # the device has; where given, no answer needs more. A known device's own with `auto`
-    reserved_mib: NonNegative = 0.0  # of it, for what the engine itself needs; activations are counted
+    memory_mib: Positive | None = None  # of the device; no child needs more. With `auto`, a known device's own by default
+    reserved_mib: NonNegative = 0.0  # part of it that the engine itself needs; activations are counted apart
     dtype: Literal["float32", "bfloat16", "float16", "fp8"] = "float32"
     repeats: Annotated[int, Field(ge=2)] = 5
-    stack: Count = 4  # stacks have twice as many layers; the second no-op stack this many
+    stack: Count = 4  # stacks have twice as many layers; the second no-op stack has this many
     num_profilers: Count = 1
     num_gpus: NonNegative = 0
     resources: dict[str, float] = {}
@@ -55,7 +55,9 @@ class ProfileConfig(Section):
     def _device_for_an_estimate(self) -> ProfileConfig:
         if self.engine == "roofline":
             if self.device is None:
-                raise ValueError(f"engine roofline needs a device; set profile.device to one of {', '.join([*KNOWN, THIS_CPU])}")
+                raise ValueError(
+                    f"engine roofline needs a device; set profile.device to one of {', '.join([*KNOWN_DEVICES, THIS_CPU])}"
+                )
             device = device_of(self.device)
             if self.dtype == "fp8" and device is None:
                 raise ValueError("device cpu has no fp8; set profile.dtype to float32 or bfloat16")

@@ -1,5 +1,5 @@
-"""Settings that come with the package, one YAML file each, and the tiny parent that recipe `tiny` trains.
+"""Recipes: settings that come with the package, one YAML file each. Also the tiny parent, which recipe `tiny` trains.
 
-`puzzle_ray.config.load` reads them.
+`puzzle_ray.config.load` reads the YAML files.
 May import: the ground.
 """

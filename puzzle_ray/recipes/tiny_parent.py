@@ -1,7 +1,7 @@
-"""A small, really trained Llama that every machine with Python can make: it learns the standard library's own sources.
+"""A small trained Llama that any machine with Python can make. It learns the sources of Python's standard library.
 
-The text is there without a network, it repeats itself the way language does, and a few minutes on two cores bring the model
-far below the unigram entropy, so that damage done to it shows. Same spec, same Python, same number of threads: same weights.
+This text is there without a network, and it repeats itself as language does. A few minutes on two cores bring the model far below the
+unigram entropy, so that damage to it can be measured. The same spec, Python and number of threads give the same weights.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from puzzle_ray.errors import ConfigError, DataError, StoreError
 from puzzle_ray.progress import Progress, Quiet
 
-FORMAT_VERSION = 1  # raise it whenever the same spec would give another folder
+FORMAT_VERSION = 1  # raise it whenever the same spec gives another folder
 BOS, EOS = "<s>", "</s>"
 BOS_ID, EOS_ID = 0, 1
 
-# Tests and bundled third-party code are not the library's own prose; encodings and pydoc_data are generated tables; config-*
-# and _sysconfigdata* hold the paths and flags of one machine.
+# Left out: tests and bundled third-party code, generated tables (encodings, pydoc_data), and the paths and flags of one machine
+# (config-*, _sysconfigdata*).
 SKIPPED_FOLDERS = frozenset(
     {"test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data"}
     | {"site-packages", "dist-packages", "__pycache__"}
 )
 SKIPPED_PREFIXES = ("config-", "_sysconfigdata")
 
-EVALUATION_BATCH_SIZE = 16  # windows; bounds memory, does not change the loss
+EVALUATION_BATCH_SIZE = 16  # windows; it bounds memory and does not change the loss
 CURVE_POINTS = 20
 
 
 @dataclass(frozen=True)
 class TinyParentSpec:
-    """Everything the tiny parent depends on, besides the Python that holds the text.
+    """Everything that the tiny parent depends on, except the Python whose sources are the text.
 
     Raises ValueError for a value that cannot work.
     """
@@ -59,12 +59,12 @@ class TinyParentSpec:
     num_key_value_heads: int = 4
     intermediate_size: int = 512
     max_position_embeddings: int = 1024
-    initializer_range: float = 0.06  # near 1 / sqrt(hidden_size): a short training does not outgrow Llama's 0.02
+    initializer_range: float = 0.06  # near 1 / sqrt(hidden_size); Llama's 0.02 is too small for a short training
     sequence_length: int = 256  # tokens per training window
     batch_size: int = 4  # windows per step
     steps: int = 500
     warmup_steps: int = 20
-    learning_rate: float = 3e-3  # of embeddings and norms (AdamW): the peak; falls to zero along a cosine
+    learning_rate: float = 3e-3  # peak, of embeddings and norms (AdamW); it falls to zero along a cosine
     matrix_learning_rate: float = 0.02  # of the layers' matrices (Muon)
     weight_decay: float = 0.1  # on matrices only
     max_grad_norm: float = 1.0
@@ -101,7 +101,7 @@ class TinyParentSpec:
 
 @dataclass(frozen=True)
 class TinyParentSummary:
-    """What came out. Losses and entropy in nats per token; `losses` holds (steps done, mean training loss since the last)."""
+    """The result of a training. Losses and entropy are in nats per token. `losses` holds (steps done, mean loss since the last entry)."""
 
     heldout_loss: float
     unigram_entropy: float
@@ -146,7 +146,7 @@ def standard_library_files(max_text_bytes: int) -> list[tuple[str, Path]]:
 
 def _python_files(root: Path) -> Iterator[Path]:
     for folder, subfolders, names in os.walk(root):
-        # cut here, not filtered later: site-packages alone holds more files than all the rest
+        # skipped folders are not entered, since site-packages alone holds more files than all the rest
         subfolders[:] = [name for name in subfolders if name not in SKIPPED_FOLDERS and not name.startswith(SKIPPED_PREFIXES)]
         for name in names:
             if name.endswith(".py") and not name.startswith(SKIPPED_PREFIXES):
@@ -154,7 +154,7 @@ def _python_files(root: Path) -> Iterator[Path]:
 
 
 def source_fingerprint(spec: TinyParentSpec) -> str:
-    """Hex digest of all that decides the result: format, spec, Python version, and the chosen files' paths and contents."""
+    """Hex digest of everything that decides the result: format, spec, Python version, and the chosen files' paths and contents."""
     digest = hashlib.sha256()
     digest.update(json.dumps([FORMAT_VERSION, python_version(), asdict(spec)], sort_keys=True).encode())
     for relative, file in standard_library_files(spec.max_text_bytes):
@@ -165,7 +165,7 @@ def source_fingerprint(spec: TinyParentSpec) -> str:
 
 
 def read_documents(spec: TinyParentSpec) -> tuple[list[Document], list[Document]]:
-    """(train, held-out) documents, each sorted by path. The files whose paths hash lowest are held out, at least one."""
+    """(train, held-out) documents, each sorted by path. Held out are the files whose paths have the lowest hashes, at least one."""
     documents = []
     for relative, file in standard_library_files(spec.max_text_bytes):
         with tokenize.open(file) as source:  # honours the file's own encoding line
@@ -179,7 +179,7 @@ def read_documents(spec: TinyParentSpec) -> tuple[list[Document], list[Document]
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE (`<s>` 0, `</s>` 1): every text can be written in it and comes back unchanged."""
+    """A byte-level BPE tokenizer with `<s>` = 0 and `</s>` = 1. It can encode every text without loss."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -194,7 +194,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document]) -> Iterator[Tensor]:
-    """Token ids of one document after the other, each `<s> text </s>`, int64."""
+    """Token ids (int64) of one document after another, each as `<s> text </s>`."""
     for document in documents:
         ids = tokenizer.backend_tokenizer.encode(document.text).ids
         yield torch.tensor([BOS_ID, *ids, EOS_ID])
@@ -207,7 +207,7 @@ def unigram_entropy(targets: Tensor, train_ids: Tensor, vocab_size: int) -> floa
 
 
 def _windows(ids: Tensor, sequence_length: int, split: str) -> Tensor:
-    """Consecutive windows [N, sequence_length + 1]: each one's last token is the next one's first."""
+    """Consecutive windows [N, sequence_length + 1]. The last token of a window is the first of the next."""
     if len(ids) <= sequence_length:
         raise DataError(
             f"{split} text",
@@ -218,7 +218,7 @@ def _windows(ids: Tensor, sequence_length: int, split: str) -> Tensor:
 
 
 def model_config(spec: TinyParentSpec) -> LlamaConfig:
-    """The shapes of the parent that a spec asks for."""
+    """The config of the parent that a spec describes."""
     return LlamaConfig(
         vocab_size=spec.vocab_size,
         hidden_size=spec.hidden_size,
@@ -243,13 +243,13 @@ def _new_model(spec: TinyParentSpec) -> LlamaForCausalLM:
 
 
 def _loss(model: LlamaForCausalLM, windows: Tensor) -> Tensor:
-    """Mean next-token cross-entropy in nats; windows [B, T + 1]."""
+    """Mean next-token cross-entropy in nats, on windows [B, T + 1]."""
     logits = model(windows[:, :-1], use_cache=False).logits
     return cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
 
 class Muon:
-    """Momentum whose every update is made nearly orthogonal by five Newton-Schulz steps (Jordan et al. 2024), in fp32."""
+    """Muon (Jordan et al. 2024): momentum, with every update made nearly orthogonal by five Newton-Schulz steps, in fp32."""
 
     def __init__(self, matrices: Sequence[Tensor], weight_decay: float, momentum: float = 0.95) -> None:
         by_shape: dict[torch.Size, list[Tensor]] = {}
@@ -260,7 +260,7 @@ class Muon:
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
-        """Moves the matrices by their gradients, which it clears."""
+        """Updates the matrices by their gradients, and clears these."""
         for matrices, average in self.groups:  # average [N, rows, columns]
             gradient = torch.stack([matrix.grad for matrix in matrices if matrix.grad is not None])
             average.lerp_(gradient, 1 - self.momentum)
@@ -278,7 +278,7 @@ class Muon:
 
 
 def _learning_rate_factor(spec: TinyParentSpec, step: int) -> float:
-    """Linear warm-up to 1, then a cosine down to zero."""
+    """Linear warm-up to 1, then a cosine to zero."""
     if step < spec.warmup_steps:
         return (step + 1) / (spec.warmup_steps + 1)
     done = (step - spec.warmup_steps) / (spec.steps - spec.warmup_steps)
@@ -286,7 +286,7 @@ def _learning_rate_factor(spec: TinyParentSpec, step: int) -> float:
 
 
 def _train(model: LlamaForCausalLM, windows: Tensor, spec: TinyParentSpec, progress: Progress) -> tuple[tuple[int, float], ...]:
-    """Trains in place on `windows` [N, T + 1], epoch after epoch in random order; returns the coarse loss curve."""
+    """Trains the model in place on `windows` [N, T + 1], in another random order every epoch. Returns the loss curve (CURVE_POINTS)."""
     generator = torch.Generator().manual_seed(spec.seed)
     epochs = math.ceil(spec.steps * spec.batch_size / len(windows))
     order = torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(epochs)])

@@ -1,5 +1,5 @@
-"""The run's page: one HTML file that needs nothing but itself.
+"""A run's report: one HTML file that needs nothing but itself.
 
-`contents.py` says what it is made from; whatever is missing is left out.
+`contents.py` says what a report is made from. A section is left out where its data are missing.
 May import: the ground.
 """

@@ -1,4 +1,4 @@
-"""What is known of every variant: the damage it does, what it costs, and how well it was distilled."""
+"""What is known of every variant: its damage, its costs, and how well it was distilled."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from puzzle_ray.artifacts import KINDS, MIB, PARENT, ProfileRow, SubblockKind
 from puzzle_ray.report.contents import KIND_NAMES, ReportData, TrainedVariant, shown
-from puzzle_ray.report.markup import Html, count, join, legend, note, number, percent, small, table, tag
-from puzzle_ray.report.training import panels
+from puzzle_ray.report.markup import Html, count, html_table, join, legend, note, number, percent, small, tag
+from puzzle_ray.report.training import distillation_details
 
 Subblock = tuple[int, SubblockKind, str]
 
@@ -24,24 +24,27 @@ class Heat:
 
 
 def heat_map(data: ReportData, cell: Callable[[int, SubblockKind, str], Heat | None], meaning: str) -> Html | None:
-    """Layers down, variants across, colour on a log scale; the chosen variants are framed. None where no cell has a value."""
-    found: dict[Subblock, Heat] = {s: heat for s in _subblocks(data) if (heat := cell(*s))}
-    if not found:
+    """A heat map of layers (rows) and variants (columns), with colours on a log scale. The chosen variants are framed.
+
+    None where no cell has a value.
+    """
+    heats: dict[Subblock, Heat] = {s: heat for s in _subblocks(data) if (heat := cell(*s))}
+    if not heats:
         return None
-    positive = [heat.value for heat in found.values() if math.isfinite(heat.value) and heat.value > 0] or [1.0]
+    positive = [heat.value for heat in heats.values() if math.isfinite(heat.value) and heat.value > 0] or [1.0]
     scale = (min(positive), max(positive))
-    columns = [(kind, list(dict.fromkeys(v for _, k, v in found if k == kind))) for kind in KINDS]
+    columns = [(kind, list(dict.fromkeys(v for _, k, v in heats if k == kind))) for kind in KINDS]
     groups = [tag("th", KIND_NAMES[k], colspan=len(v), scope="colgroup", class_=k) for k, v in columns if v]
     names = [tag("th", shown(variant), scope="col") for _, variants in columns for variant in variants]
     head = tag("thead", tag("tr", tag("th", "layer", rowspan=2, scope="col"), *groups), tag("tr", *names))
     rows = []
-    for layer in sorted({layer for layer, _, _ in found}):
+    for layer in sorted({layer for layer, _, _ in heats}):
         cells = [
-            _heat_cell(found.get((layer, kind, v)), scale, framed=data.chosen(layer, kind) == v)
+            _heat_cell(heats.get((layer, kind, v)), scale, framed=data.chosen(layer, kind) == v)
             for kind, variants in columns for v in variants
         ]  # fmt: skip
         rows.append(tag("tr", tag("th", layer, scope="row"), *cells))
-    drawn = tag("div", tag("table", head, tag("tbody", *rows), class_="heat"), class_="scroll")
+    drawn = tag("div", tag("table", head, tag("tbody", *rows), class_="heat"), class_="scroll wide-map")
     key = tag("p", number(scale[0], 2), tag("i", class_="ramp"), f"{number(scale[1], 2)} {meaning}", class_="legend")
     return join([drawn, tag("div", key, legend(("frame", "chosen")) if data.architecture else None, class_="keys")])
 
@@ -57,19 +60,19 @@ def _heat_cell(heat: Heat | None, scale: tuple[float, float], framed: bool) -> H
 
 
 def _subblocks(data: ReportData) -> list[Subblock]:
-    """Every (layer, kind, variant) but the parent's, from the search space or, without one, from scores and library."""
+    """Every (layer, kind, variant) except the parent's own. From the search space or, without one, from scores and library."""
     if data.space:
         return list(data.space.subblocks())
-    found: dict[Subblock, None] = {}
+    subblocks: dict[Subblock, None] = {}
     for row in data.scores.rows if data.scores else ():
-        found[row.layer, "attention", row.attention] = found[row.layer, "ffn", row.ffn] = None
+        subblocks[row.layer, "attention", row.attention] = subblocks[row.layer, "ffn", row.ffn] = None
     for trained in data.library:
-        found[trained.layer, "attention" if trained.kind == "attention" else "ffn", trained.variant] = None
-    return [s for s in found if s[2] != PARENT]
+        subblocks[trained.layer, "attention" if trained.kind == "attention" else "ffn", trained.variant] = None
+    return [s for s in subblocks if s[2] != PARENT]
 
 
-def scores(data: ReportData) -> list[Html] | None:
-    """Damage of every variant at every layer."""
+def replace_one_damage(data: ReportData) -> list[Html] | None:
+    """The replace-one score of every variant at every layer (arXiv 2411.19146 v5, section 4.2)."""
 
     def cell(layer: int, kind: SubblockKind, variant: str) -> Heat | None:
         value, row = data.score(layer, kind, variant), data.score_row(layer, kind, variant)
@@ -82,14 +85,14 @@ def scores(data: ReportData) -> list[Html] | None:
         return Heat(value, shown_as, f"layer {layer}, {variant}: {number(value)}{sure}")
 
     drawn = heat_map(data, cell, data.unit)
-    text = "Damage when this one subblock is replaced and everything else stays the parent's; 0 is none. Colours on a log scale."
+    text = "The damage of replacing this one subblock, with everything else the parent's own. 0 is no damage. Colours on a log scale."
     if data.scores and any(row.metric == data.metric and not row.tokens for row in data.scores.rows):
-        text += " ≈ marks estimates from gradients, for what no answer is made of."
+        text += " ≈ marks estimates from gradients. They were not scored, since no architecture uses them."
     return [note(text), drawn] if drawn else None
 
 
-def costs(data: ReportData) -> list[Html] | None:
-    """What every subblock shape costs."""
+def subblock_costs(data: ReportData) -> list[Html] | None:
+    """The costs of every subblock shape."""
     profile = data.profile
     if profile is None or not profile.rows:
         return None
@@ -103,11 +106,11 @@ def costs(data: ReportData) -> list[Html] | None:
         parent = parents.get((row.subblock, row.layer_type, row.batch_size))
         sizes = [number(row.weight_bytes / MIB), number(row.kv_bytes_per_token / 1024), count(row.num_params)]
         rows.append([" · ".join(part for part in name if part), *_times(row, parent, profile.estimated), *sizes])
-    how = f"{profile.engine} {profile.engine_version}".strip() + f" on {profile.device}, {profile.dtype}"
+    how = f"{data.engine} on {profile.device}, {profile.dtype}"
     text = f"Estimated, not measured: {how}." if profile.estimated else f"Measured: {how}; ± is half the inter-quartile range."
     scenario = f" Scenario: {data.serving}." if data.serving else ""
     header = ["subblock", "prefill, ms", "decode, ms a step", "weights, MiB", "KV cache, KiB a token", "params"]
-    return [note(f"{text} Percentages are of the parent's subblock.{scenario}"), table(header, rows)]
+    return [note(f"{text} Percentages are of the parent's subblock.{scenario}"), html_table(header, rows)]
 
 
 def _times(row: ProfileRow, parent: ProfileRow | None, estimated: bool) -> list[Html]:
@@ -121,8 +124,8 @@ def _times(row: ProfileRow, parent: ProfileRow | None, estimated: bool) -> list[
     return cells
 
 
-def distillation(data: ReportData) -> list[Html] | None:
-    """Blockwise local distillation: loss before and after for every variant, and its course."""
+def block_distillation(data: ReportData) -> list[Html] | None:
+    """Block distillation: the loss of every variant before and after, and its curve."""
     rows = {(row.layer, row.kind, row.variant): row for row in data.library}
 
     def cell(layer: int, kind: SubblockKind, variant: str) -> Heat | None:
@@ -130,9 +133,9 @@ def distillation(data: ReportData) -> list[Html] | None:
         return _before_and_after(row) if row else None
 
     drawn = heat_map(data, cell, "normalised MSE")
-    text = "Normalised MSE of the block's output on validation text, for the weights that were kept: 0 copies the parent, "
-    text += "1 is as far off as writing zeros. Below it, the loss before training. Colours on a log scale."
-    return [*([note(text), drawn] if drawn else []), *panels(data)] or None
+    text = "Normalised MSE of the block's output on validation text, for the weights that were kept. 0 copies the parent. "
+    text += "1 is as far off as an output of zeros. The small figure is the loss before training. Colours on a log scale."
+    return [*([note(text), drawn] if drawn else []), *distillation_details(data)] or None
 
 
 def _before_and_after(row: TrainedVariant) -> Heat:

@@ -1,4 +1,4 @@
-"""Small SVG charts: axes, lines, marks. Colours come from the page's style sheet, values under the pointer from `<title>`."""
+"""Small SVG charts: axes, lines and marks. Colours come from the page's style sheet. A `<title>` holds the value under the pointer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Point = tuple[float, float]
 
 
 def binned(values: Sequence[float], bins: int) -> list[Point]:
-    """(centre, mean) of at most `bins` equal runs of `values`, whose positions are 0, 1, ...; what is not finite is left out."""
+    """(centre, mean) of at most `bins` equal runs of `values`, which are at positions 0, 1, ... Values that are not finite are left out."""
     step = max(1, math.ceil(len(values) / bins))
     points = []
     for start in range(0, len(values), step):
@@ -23,7 +23,7 @@ def binned(values: Sequence[float], bins: int) -> list[Point]:
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers within low ... high."""
+    """Round numbers from low to high."""
     raw = (high - low) / about
     unit = 10.0 ** math.floor(math.log10(raw))
     step = next(m * unit for m in (1, 2, 5, 10) if m * unit >= raw)
@@ -32,18 +32,18 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten within low ... high; with 2 and 5 between them where there would be fewer than three."""
+    """Powers of ten from low to high, with 2 and 5 times a power where there would be fewer than three."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1,), (1, 2, 5)):
-        found = [f * 10.0**d for d in decades for f in factors if low * 0.999 <= f * 10.0**d <= high * 1.001]
-        if len(found) >= 3:
+        marks = [f * 10.0**d for d in decades for f in factors if low * 0.999 <= f * 10.0**d <= high * 1.001]
+        if len(marks) >= 3:
             break
-    return found
+    return marks
 
 
 @dataclass(frozen=True)
 class Axes:
-    """A plot area: maps data to pixels and draws its own grid. Ranges must not be empty."""
+    """A plot area. It maps data to pixels and draws its own grid. Ranges must not be empty."""
 
     x: tuple[float, float]
     y: tuple[float, float]
@@ -74,21 +74,21 @@ class Axes:
         return self.left + across * (self.right - self.left), self.bottom - up * (self.bottom - self.top)
 
     def draw(self, *marks: object, label: str) -> Html:
-        """The axes with `marks` on them; `label` is what a screen reader says."""
+        """The axes with `marks` on them. A screen reader says `label`."""
         grid: list[Html] = []
         for value in log_ticks(*self.y) if self.log_y else ticks(*self.y, about=4):
             _, y = self.place(self.x[0], value)
             grid.append(tag("line", x1=self.left, x2=self.right, y1=_px(y), y2=_px(y), class_="grid"))
-            grid.append(text(self.left - 8, y + 4, f"{value:.4g}", anchor="end"))
+            grid.append(svg_text(self.left - 8, y + 4, f"{value:.4g}", anchor="end"))
         for value in ticks(*self.x, about=5 if self.width > 300 else 3):
             x, _ = self.place(value, self.y[0])
             grid.append(tag("line", x1=_px(x), x2=_px(x), y1=self.bottom, y2=self.bottom + 4, class_="axis"))
-            grid.append(text(x, self.bottom + 18, f"{value:.4g}{self.x_unit}", anchor="middle"))
+            grid.append(svg_text(x, self.bottom + 18, f"{value:.4g}{self.x_unit}", anchor="middle"))
         grid.append(tag("line", x1=self.left, x2=self.right, y1=self.bottom, y2=self.bottom, class_="axis"))
         if self.x_label:
-            grid.append(text((self.left + self.right) / 2, self.height - 4, self.x_label, anchor="middle"))
+            grid.append(svg_text((self.left + self.right) / 2, self.height - 4, self.x_label, anchor="middle"))
         if self.y_label:
-            grid.append(text(2, 14, self.y_label))
+            grid.append(svg_text(2, 14, self.y_label))
         return tag("svg", *grid, *marks, viewBox=f"0 0 {self.width} {self.height}", role="img", aria_label=label, class_="chart")
 
     def line(self, points: Sequence[Point], class_: str, title: str = "", style: str | None = None) -> Html:
@@ -100,6 +100,11 @@ class Axes:
         x, y = self.place(*point)
         return tag("circle", tag("title", title), cx=_px(x), cy=_px(y), r=radius, class_=class_)
 
+    def diamond(self, point: Point, title: str, size: float = 6) -> Html:
+        x, y = self.place(*point)
+        path = f"M{_px(x - size)} {_px(y)}L{_px(x)} {_px(y - size)}L{_px(x + size)} {_px(y)}L{_px(x)} {_px(y + size)}Z"
+        return tag("path", tag("title", title), d=path, class_="distilled")
+
     def cross(self, point: Point, title: str, size: float = 5) -> Html:
         x, y = self.place(*point)
         path = f"M{_px(x - size)} {_px(y - size)}l{2 * size} {2 * size}m0 {-2 * size}l{-2 * size} {2 * size}"
@@ -108,10 +113,10 @@ class Axes:
     def caption(self, point: Point, content: str, dx: float, dy: float, anchor: str = "start", class_: str = "") -> Html:
         """Text `dx`, `dy` pixels from a point."""
         x, y = self.place(*point)
-        return text(x + dx, y + dy, content, anchor, class_)
+        return svg_text(x + dx, y + dy, content, anchor, class_)
 
 
-def text(x: float, y: float, content: str, anchor: str = "start", class_: str = "") -> Html:
+def svg_text(x: float, y: float, content: str, anchor: str = "start", class_: str = "") -> Html:
     return tag("text", content, x=_px(x), y=_px(y), text_anchor=anchor, class_=class_ or None)
 
 

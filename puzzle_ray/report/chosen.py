@@ -1,73 +1,141 @@
-"""The search's answer: the frontier over budgets, and the chosen architecture as a picture."""
+"""The search's result: accuracy against speed over all budgets, and the chosen architecture as a picture."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from puzzle_ray.artifacts import KINDS, PARENT, Architecture, SubblockKind
 from puzzle_ray.report.charts import Axes
-from puzzle_ray.report.contents import KIND_NAMES, ReportData, SweepPoint, runtime_ms, shown
-from puzzle_ray.report.markup import Html, count, css_width, duration, legend, note, number, percent, table, tag, times
+from puzzle_ray.report.contents import KIND_NAMES, UNITS, ReportData, SweepPoint, runtime_ms, shown
+from puzzle_ray.report.markup import Html, count, css_width, duration, html_table, legend, nats, note, number, percent, tag, times
 
 ORIGIN = (1.0, 0.0)  # the parent: its own speed, no damage
 
 
+@dataclass(frozen=True)
+class Answer:
+    """An architecture on the chart of accuracy against speed: the answer to one budget, or the chosen one (`asked` is empty).
+
+    `kl` is the KL of the whole child where it was measured. `distilled_kl` is its KL after GKD.
+    """
+
+    architecture: Architecture
+    asked: str = ""
+    kl: float | None = None
+    distilled_kl: float | None = None
+
+    @property
+    def speedup(self) -> float:
+        return self.architecture.predicted_speedup
+
+    @property
+    def damage(self) -> float:
+        """The measured KL, or the sum of scores where it was not measured."""
+        return self.architecture.objective if self.kl is None else self.kl
+
+    @property
+    def place(self) -> tuple[float, float]:
+        return self.speedup, self.damage
+
+
 def frontier(data: ReportData) -> list[Html] | None:
-    """Speed-up against the sum of scores for every budget of the sweep, and the same as a table."""
-    answers = [(p.asked, p.architecture) for p in data.sweep if p.architecture]
+    """Accuracy against speed for every budget of the sweep, as a chart and as a table."""
     if not data.sweep and data.architecture is None:
         return None
-    rows = [_sweep_row(asked, a) for asked, a in answers]
-    for point, reason in _refused(data):
-        rows.append([point.asked, tag("td", f"none: {reason}", colspan=5, class_="text")])
-    header = ["asked", data.costs_are, "sum of scores", "proven", "params", "MiB"]
-    found = table(header, rows) if rows else None
-    chart = _frontier_chart(data) if answers or data.architecture else None
-    return [tag("div", chart, tag("div", found, _search_facts(data)), class_="columns")]
+    answers = _answers(data)
+    measured, distilled = any(a.kl is not None for a in answers), any(a.distilled_kl is not None for a in answers)
+    header = ["asked", data.costs_are, "sum of scores", *(["measured KL"] if measured else [])]
+    header += [*(["KL after GKD"] if distilled else []), "proven", "params", "MiB"]
+    rows = [_sweep_row(a, measured, distilled) for a in answers]
+    for point, reason in _infeasible(data):
+        rows.append([point.asked, tag("td", f"none: {reason}", colspan=len(header) - 1, class_="text")])
+    sweep = html_table(header, rows) if rows else None
+    chart = _frontier_chart(data, answers) if answers or data.architecture else None
+    return [tag("div", chart, tag("div", sweep, _search_facts(data)), class_="columns")]
 
 
-def _refused(data: ReportData) -> list[tuple[SweepPoint, str]]:
+def _answers(data: ReportData) -> list[Answer]:
+    return [Answer(p.architecture, p.asked, p.measured_kl, p.distilled_kl) for p in data.sweep if p.architecture]
+
+
+def _chosen_answer(data: ReportData, answers: Sequence[Answer]) -> Answer | None:
+    """The chosen architecture, with what the sweep measured of the same choices."""
+    if data.architecture is None:
+        return None
+    same = [a for a in answers if a.kl is not None and a.architecture.choices == data.architecture.choices]
+    return Answer(data.architecture, "", same[0].kl, same[0].distilled_kl) if same else Answer(data.architecture)
+
+
+def _infeasible(data: ReportData) -> list[tuple[SweepPoint, str]]:
     return [(p, p.infeasible_reason or "no architecture found") for p in data.sweep if not p.architecture]
 
 
-def _frontier_chart(data: ReportData) -> Html:
-    answers = sorted(((p.architecture, p.asked) for p in data.sweep if p.architecture), key=lambda x: _place(x[0]))
-    places = [ORIGIN, *(_place(a) for a, _ in answers), *([_place(data.architecture)] if data.architecture else [])]
-    left, right = min(x for x, _ in places), max(1.2, *(x for x, _ in places))
-    low, high = min(y for _, y in places), max(1e-9, *(y for _, y in places))
+def _drawn(data: ReportData, answers: Sequence[Answer]) -> list[Answer]:
+    """The answers that share one vertical axis, by speed.
+
+    A sum of KL scores predicts a KL, so it can stand beside a measured KL. Sums of other metrics cannot.
+    """
+    measured = any(a.kl is not None for a in answers)
+    return sorted((a for a in answers if not measured or a.kl is not None or data.metric == "kl"), key=lambda a: a.place)
+
+
+def _frontier_chart(data: ReportData, all_answers: Sequence[Answer]) -> Html:
+    answers, chosen = _drawn(data, all_answers), _chosen_answer(data, all_answers)
+    measured, distilled = [a for a in answers if a.kl is not None], [a for a in answers if a.distilled_kl is not None]
+    if measured and chosen is not None and chosen.kl is None and data.metric != "kl":
+        chosen = None  # its sum of scores has another unit than the axis
+    everything = [ORIGIN, *(a.place for a in answers), *((a.speedup, a.distilled_kl or 0.0) for a in distilled)]
+    everything += [chosen.place] if chosen else []
+    left, right = min(x for x, _ in everything), max(1.2, *(x for x, _ in everything))
+    low, high = min(y for _, y in everything), max(1e-9, *(y for _, y in everything))
+    vertical = UNITS["kl"] if measured else f"sum of scores ({data.unit})"
     axes = Axes(
         (left, right + 0.08 * (right - left)), (low, low + 1.15 * (high - low)),
-        f"{data.costs_are} speed-up over the parent", f"sum of scores ({data.unit})", x_unit=" ×",
+        f"{data.costs_are} speed-up over the parent", vertical, x_unit=" ×",
     )  # fmt: skip
-    marks = [axes.line([ORIGIN, *(_place(a) for a, _ in answers)], "frontier-line")] if answers else []
+    line = [ORIGIN, *(a.place for a in measured or answers)]
+    marks = [axes.line(line, "frontier-line")] if answers else []
     marks.append(axes.dot(ORIGIN, "parent-dot", "the parent"))
-    for a, asked in answers:
-        marks.append(axes.dot(_place(a), "point", f"asked {asked}: {_described(data, a)}"))
-    if data.architecture:
-        marks.append(axes.dot(_place(data.architecture), "chosen-dot", f"chosen: {_described(data, data.architecture)}", 8))
-        marks.append(axes.caption(_place(data.architecture), "chosen", -14, -4, anchor="end", class_="strong"))
-    for point, reason in _refused(data):  # far ones, and those that asked for no speed-up, stand at the right edge
-        place = min(point.speedup_asked or axes.x[1], axes.x[1])
-        marks.append(axes.cross((place, axes.y[1]), f"asked {point.asked}: {reason}"))
-    key = [("origin", "parent"), *([("point", "answer to a budget")] if answers else [])]
-    key += [("chosen", "chosen")] if data.architecture else []
-    key += [("refused", "asked, but no architecture reaches it")] if _refused(data) else []
-    return tag("figure", axes.draw(*marks, label=f"{data.costs_are} speed-up against sum of scores"), legend(*key))
+    for a in answers:
+        unmeasured = measured and a.kl is None
+        marks.append(axes.dot(a.place, "predicted" if unmeasured else "point", f"asked {a.asked}: {_described(data, a)}"))
+    for a in distilled:
+        place = (a.speedup, a.distilled_kl or 0.0)
+        marks.append(axes.diamond(place, f"asked {a.asked}: KL {nats(a.distilled_kl)} after GKD"))
+    if chosen:
+        marks.append(axes.dot(chosen.place, "chosen-dot", f"chosen: {_described(data, chosen)}", 8))
+        marks.append(axes.caption(chosen.place, "chosen", -14, -4, anchor="end", class_="strong"))
+    for point, reason in _infeasible(data):  # budgets without a speed-up, and those beyond the axis, are drawn at the right edge
+        place_x = min(point.speedup_asked or axes.x[1], axes.x[1])
+        marks.append(axes.cross((place_x, axes.y[1]), f"asked {point.asked}: {reason}"))
+    key = [("origin", "parent")]
+    if measured:
+        key.append(("point", "answer to a budget: measured KL of the whole child"))
+        key += [("predicted", "not measured: sum of scores")] if len(measured) < len(answers) else []
+        key += [("distilled", "measured KL after GKD")] if distilled else []
+    elif answers:
+        key.append(("point", "answer to a budget: sum of scores, not measured"))
+    key += [("chosen", "chosen")] if chosen else []
+    key += [("refused", "asked, but no architecture reaches it")] if _infeasible(data) else []
+    against = "measured KL" if measured else "sum of scores"
+    return tag("figure", axes.draw(*marks, label=f"{data.costs_are} speed-up against {against}"), legend(*key))
 
 
-def _place(a: Architecture) -> tuple[float, float]:
-    return a.predicted_speedup, a.objective
+def _described(data: ReportData, answer: Answer) -> str:
+    kl = f", measured KL {nats(answer.kl)}" if answer.kl is not None else ""
+    a = answer.architecture
+    return f"{data.costs_are} {number(a.predicted_speedup)} ×, sum of scores {number(a.objective)}{kl}, {a.status}"
 
 
-def _described(data: ReportData, a: Architecture) -> str:
-    return f"{data.costs_are} {number(a.predicted_speedup)} ×, sum of scores {number(a.objective)}, {a.status}"
-
-
-def _sweep_row(asked: str, a: Architecture) -> list[object]:
+def _sweep_row(answer: Answer, measured: bool, distilled: bool) -> list[object]:
+    a = answer.architecture
     proven = "optimal" if a.status == "optimal" else a.status if a.status == "heuristic" else f"gap {percent(a.gap)}"
+    kls = [*([nats(answer.kl)] if measured else []), *([nats(answer.distilled_kl)] if distilled else [])]
     costs = [count(a.predicted.num_params), number(a.predicted.memory_mib)]
-    return [asked, times(a.predicted_speedup), number(a.objective), proven, *costs]
+    return [answer.asked, times(a.predicted_speedup), number(a.objective), *kls, proven, *costs]
 
 
 def _search_facts(data: ReportData) -> Html | None:
@@ -89,7 +157,7 @@ def _search_facts(data: ReportData) -> Html | None:
 
 
 def architecture(data: ReportData) -> list[Html] | None:
-    """One row per layer; attention grows to the left of the layer's number, the FFN to its right; outlines are the parent."""
+    """The chosen architecture, one row per layer: attention to the left of the layer's number, the FFN to its right."""
     if data.architecture is None:
         return None
     layers = range(len(data.architecture.choices))
@@ -103,22 +171,24 @@ def architecture(data: ReportData) -> list[Html] | None:
     picture = tag("table", tag("thead", head), tag("tbody", *rows), class_="arch dense" if len(layers) > 40 else "arch")
     chosen = {choice.variant(kind) for choice in data.architecture.choices for kind in KINDS}
     key = [("attention", "attention kept"), ("ffn", "FFN kept")]
-    key += [k for k in (("linear", "linear layer"), ("noop", "no-op: nothing left")) if k[0] in chosen]
-    text = "Outlines are the parent. Filled: the share of KV heads (attention) or channels (FFN) that is kept"
-    text += "; of other variants, the share of the parameters." if chosen - {PARENT, "noop"} else "."
+    key += [k for k in (("linear", "linear layer"), ("noop", "no-op: the subblock is removed")) if k[0] in chosen]
+    text = (
+        "An outline is the parent's subblock. Its filled part is the share of KV heads (attention) or channels (FFN) that is kept"
+    )
+    text += ". For other variants, it is the share of parameters." if chosen - {PARENT, "noop"} else "."
     if runtimes:
-        text += f" Time: the layer's {data.costs_are} runtime as a share of the parent's."
+        text += f" Time is the layer's {data.costs_are} runtime as a share of the parent's."
     counts = (tag("p", tag("b", KIND_NAMES[kind], ": "), _counts(data.architecture, kind), class_="counts") for kind in KINDS)
     return [*counts, tag("figure", picture, legend(*key)), note(text)]
 
 
 def _counts(a: Architecture, kind: SubblockKind) -> str:
-    found = Counter(choice.variant(kind) for choice in a.choices)
-    return ", ".join(f"{n} × {shown(variant)}" for variant, n in found.most_common())
+    counts = Counter(choice.variant(kind) for choice in a.choices)
+    return ", ".join(f"{n} × {shown(variant)}" for variant, n in counts.most_common())
 
 
 def _runtimes_ms(data: ReportData, layer: int) -> tuple[float, float] | None:
-    """A layer's (child, parent) runtime by the profile."""
+    """A layer's runtime in the child and in the parent, in ms, from the profile."""
     own = [data.cost(layer, kind, data.chosen(layer, kind) or PARENT) for kind in KINDS]
     parent = [data.cost(layer, kind, PARENT) for kind in KINDS]
     if None in own or None in parent:

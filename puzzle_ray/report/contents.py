@@ -1,4 +1,4 @@
-"""What a report is made from. Whatever a run has not produced yet stays empty, and its section is left out."""
+"""What a report is made from. What a run has not produced yet stays empty, and its section is left out."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ UNITS = {"kl": "KL to the parent, nats per token", "lm_loss": "rise of the loss,
 
 
 class TrainedVariant(Protocol):
-    """A row of the block library. Losses are normalised MSE; `kept` is `trained` or `start`; `tokens_saved` is above 0 after an
-    early stop. `kind` is `block` for a coupled pair, whose `variant` names both halves."""
+    """A row of the block library. Losses are normalised MSE.
+
+    `kept` is `trained` or `start`. `tokens_saved` is above 0 after an early stop. `kind` is `block` for a coupled pair, whose `variant`
+    names both halves.
+    """
 
     @property
     def layer(self) -> int: ...
@@ -52,13 +55,18 @@ class TrainedVariant(Protocol):
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """What the search answered to one budget: an architecture, or why there is none. `label` says the budget where it is more
-    than a speed-up."""
+    """One budget of a sweep, and its architecture, or why there is none.
+
+    `label` names the budget where it is more than a speed-up. `measured_kl` is the KL of the whole child, and `distilled_kl` its KL
+    after GKD, where they were measured.
+    """
 
     speedup_asked: float | None
     architecture: Architecture | None = None
     infeasible_reason: str | None = None
     label: str = ""
+    measured_kl: float | None = None
+    distilled_kl: float | None = None
 
     @property
     def asked(self) -> str:
@@ -68,12 +76,12 @@ class SweepPoint:
 
 @dataclass(frozen=True)
 class ReportData:
-    """One run.
+    """The data of one run.
 
+    `num_key_value_heads` and `intermediate_size` are the parent's.
+    `bld_curves`: (layer, kind, variant) -> loss per micro-batch. `gkd_curve`: rows with `step` and any of `loss`, `kl`, `cosine`, `lm`.
     `evaluation` is what `puzzle_ray.evaluation.evaluate` returns: `models` (`parent`, `child_before_gkd`, `child` ... -> figures),
-    `predicted_speedup`, `measured_speedup`, `prompt` and `samples` (model -> text). `bld_curves`: (layer, kind, variant) -> loss
-    per micro-batch. `gkd_curve`: rows with `step` and any of `loss`, `kl`, `cosine`, `lm`. `num_key_value_heads` and
-    `intermediate_size` are the parent's.
+    `predicted_speedup`, `measured_speedup`, `prompt` and `samples` (model -> text).
     """
 
     parent: str
@@ -96,7 +104,7 @@ class ReportData:
 
     @property
     def models(self) -> Mapping[str, Mapping[str, float]]:
-        """Evaluated models' figures by name; empty before the evaluation."""
+        """The figures of evaluated models, by name. Empty before the evaluation."""
         models: Mapping[str, Mapping[str, float]] = (self.evaluation or {}).get("models", {})
         return models
 
@@ -112,8 +120,17 @@ class ReportData:
 
     @property
     def estimated(self) -> bool:
-        """Whether costs were computed instead of measured."""
+        """Whether costs were estimated instead of measured."""
         return bool((self.profile and self.profile.estimated) or (self.architecture and self.architecture.estimated))
+
+    @property
+    def engine(self) -> str:
+        """The profile's engine with its version, named once."""
+        profile = self.profile
+        if profile is None:
+            return ""
+        named = profile.engine_version.startswith(profile.engine)
+        return profile.engine_version if named else f"{profile.engine} {profile.engine_version}".strip()
 
     @property
     def costs_are(self) -> str:
@@ -131,7 +148,7 @@ class ReportData:
         return self.architecture.choices[layer].variant(kind) if self.architecture else None
 
     def score(self, layer: int, kind: SubblockKind, variant: str) -> float | None:
-        """Damage done by this subblock alone; None where it was not scored."""
+        """The damage of replacing this subblock alone. None where it was not scored."""
         if self.scores is None:
             return None
         try:
@@ -149,7 +166,7 @@ class ReportData:
         return {(r.layer, r.attention, r.ffn): r for r in rows if r.metric == self.metric}
 
     def cost(self, layer: int, kind: SubblockKind, variant: str) -> ProfileRow | None:
-        """What the profile says of a subblock at the architecture's batch size."""
+        """The cost of a subblock at the architecture's batch size. None where it was not profiled."""
         if self.profile is None or self.architecture is None:
             return None
         layer_type = self.space.layers[layer].layer_type if self.space else "full_attention"
@@ -159,7 +176,7 @@ class ReportData:
             return None
 
     def share_kept(self, layer: int, kind: SubblockKind, variant: str) -> float | None:
-        """KV heads or FFN channels kept, 0 ... 1; for other variants the share of the subblock's parameters; None if unknown."""
+        """The share of KV heads or FFN channels kept, 0 to 1. For other variants, the share of parameters. None if unknown."""
         if variant in (PARENT, "noop"):
             return float(variant == PARENT)
         head, _, argument = variant.partition(":")
@@ -179,5 +196,5 @@ def shown(variant: str) -> str:
 
 
 def runtime_ms(cost: ProfileRow) -> float:
-    """One subblock's part in serving a whole batch: the prompts, which give the first token, then a step for every other."""
+    """A subblock's time in serving a whole batch: the prefill, which gives the first token, and a decode step for every other."""
     return cost.prefill_ms + (cost.output_tokens - 1) * cost.decode_ms

@@ -1,10 +1,12 @@
-"""HTML and numbers as text. What is not `Html` is escaped, so no text of a run can become markup."""
+"""HTML, and numbers as text. Everything that is not `Html` is escaped, so no text of a run can become markup."""
 
 from __future__ import annotations
 
 import html
 import math
 from collections.abc import Iterable, Sequence
+
+KL_NOISE = 1e-7  # nats per token
 
 
 class Html(str):
@@ -26,7 +28,7 @@ def join(children: Iterable[object]) -> Html:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """At least `digits` significant digits, thousands apart; an exponent only below 0.0001; a dash for what is missing."""
+    """At least `digits` significant digits, with thousands apart. An exponent only below 0.0001. A dash for what is missing."""
     if value is None:
         return "–"
     if not math.isfinite(value):
@@ -38,6 +40,11 @@ def number(value: float | None, digits: int = 3) -> str:
     rounded = float(f"{value:.{digits - 1}e}")  # 0.0996 at two digits is 0.10
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(rounded))))
     return f"{value:,.{decimals}f}".replace(",", "\u202f").replace("-", "−")
+
+
+def nats(value: float | None, digits: int = 3) -> str:
+    """A KL in nats per token. Float32 cannot resolve values below KL_NOISE, and a KL has no sign, so these are written as 0."""
+    return number(0.0 if value is not None and abs(value) < KL_NOISE else value, digits)
 
 
 def count(value: float | None) -> str:
@@ -80,8 +87,8 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
-def table(header: Sequence[object], rows: Iterable[Sequence[object]], class_: str = "") -> Html:
-    """The first column names the row; the others are set right. A cell that is a whole `<td>` is used as it is."""
+def html_table(header: Sequence[object], rows: Iterable[Sequence[object]], class_: str = "") -> Html:
+    """A table whose first column names the row. The other columns are aligned right. A cell that is a whole `<td>` is used as it is."""
     head = tag("tr", *(tag("th", cell, scope="col") for cell in header))
     body = (tag("tr", tag("th", row[0], scope="row"), *(_cell(cell) for cell in row[1:])) for row in rows)
     return tag("div", tag("table", tag("thead", head), tag("tbody", *body), class_=class_ or None), class_="scroll")
@@ -100,5 +107,5 @@ def note(*text: object) -> Html:
 
 
 def legend(*entries: tuple[str, str]) -> Html:
-    """(CSS class of the swatch, what it means)."""
+    """The legend of a chart. An entry is (CSS class of the swatch, what it means)."""
     return tag("p", *(tag("span", tag("i", class_=f"swatch {swatch}"), name) for swatch, name in entries), class_="legend")

@@ -1,4 +1,4 @@
-"""What came of it: the big numbers, what was kept and gained, what the models write, and how to run it again."""
+"""Results: the main figures, the evaluation, samples, the time by stage, and how to run it again."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from puzzle_ray.report.markup import (
     count,
     css_width,
     duration,
+    html_table,
     join,
+    nats,
     note,
     number,
     percent,
     signed,
     small,
-    table,
     tag,
     times,
 )
@@ -39,7 +40,7 @@ FIGURES = {
 
 
 def headline(data: ReportData) -> Html | None:
-    """The run in a few big numbers: (what, number, what to know about it)."""
+    """The run in a few main figures."""
     cards = [*_speed(data), *_quality(data), *_size(data)]
     shown = (tag("div", tag("h2", what), tag("p", big), small(more), class_="card") for what, big, more in cards)
     return tag("div", *shown, class_="cards") if cards else None
@@ -65,7 +66,7 @@ def _quality(data: ReportData) -> list[tuple[str, str, str]]:
         more = f"{signed(now - was)} nats per token" + (f"; {number(before)} before GKD" if before else "")
         cards.append(("Held-out loss", _from_to(number(was), number(now)), more))
     if "top1_agreement" in child:
-        more = f"KL {number(child['kl'])} nats per token" if "kl" in child else ""
+        more = f"KL {nats(child['kl'])} nats per token" if "kl" in child else ""
         cards.append(("Top-1 agreement", percent(child["top1_agreement"]), more))
     return cards
 
@@ -90,13 +91,13 @@ def _from_to(before: str, after: str) -> str:
 
 
 def _last_child(data: ReportData) -> tuple[str, Mapping[str, float]]:
-    """The furthest child that was evaluated, and its figures."""
+    """The last child of the pipeline that was evaluated, and its figures."""
     name = next((n for n in ("child", "child_before_gkd") if n in data.models), "")
     return name, data.models.get(name, {})
 
 
-def outcome(data: ReportData) -> list[Html] | None:
-    """Every evaluated model's figures, and the prediction beside the measurement."""
+def evaluation(data: ReportData) -> list[Html] | None:
+    """The figures of every evaluated model, and predictions beside measurements."""
     parts = []
     if data.models:
         names = [MODEL_NAMES.get(name, name) for name in data.models]
@@ -104,7 +105,7 @@ def outcome(data: ReportData) -> list[Html] | None:
         rows = [[FIGURES[key], *(_figure(key, model.get(key)) for model in data.models.values())] for key in present]
         same = "GKD changes no shape: the child before it is as fast as the child."
         known = note(same) if {"child", "child_before_gkd"} <= data.models.keys() else None
-        parts.append(tag("div", tag("h3", "Evaluated in one run"), table(["", *names], rows), known))
+        parts.append(tag("div", tag("h3", "Evaluated in one run"), html_table(["", *names], rows), known))
     if data.architecture:
         text = f"Difference: measured against {data.costs_are}."
         text += "" if data.models else " An evaluation fills the second column."
@@ -119,6 +120,7 @@ def outcome(data: ReportData) -> list[Html] | None:
 
 def _figure(key: str, value: float | None) -> str:
     written: dict[str, Callable[[float | None], str]] = {
+        "kl": nats,
         "num_params": count,
         "top1_agreement": percent,
         "downstream_accuracy": percent,
@@ -145,11 +147,11 @@ def _comparison(data: ReportData) -> Html:
         add(f"{name}: one decoding step, ms", costs.decode_ms, measured.get("decode_ms"))
         add(f"{name}: runtime, ms", costs.runtime_ms, measured.get("runtime_ms"))
         add(f"{name}: throughput, tokens/s", costs.throughput_tokens_per_s, measured.get("throughput_tokens_per_s"))
-    return table(["", data.costs_are, "measured", "difference"], rows)
+    return html_table(["", data.costs_are, "measured", "difference"], rows)
 
 
 def samples(data: ReportData) -> list[Html] | None:
-    """Greedy continuations side by side, the prompt in bold."""
+    """Greedy continuations side by side, with the prompt in bold."""
     evaluation = data.evaluation or {}
     prompt, cards = str(evaluation.get("prompt") or ""), []
     for name, sample in (evaluation.get("samples") or {}).items():
@@ -160,8 +162,8 @@ def samples(data: ReportData) -> list[Html] | None:
     return [note("Greedy continuation of the same prompt."), tag("div", *cards, class_="samples")] if cards else None
 
 
-def stages(data: ReportData) -> list[Html] | None:
-    """Where the time went."""
+def stage_times(data: ReportData) -> list[Html] | None:
+    """The time of every stage."""
     if not data.stage_seconds:
         return None
     longest = max(data.stage_seconds.values()) or 1.0
@@ -170,16 +172,16 @@ def stages(data: ReportData) -> list[Html] | None:
         bar = tag("i", tag("b", style=css_width(seconds / longest)), class_="bar")
         rows.append([name, tag("td", bar), duration(seconds)])
     rows.append([tag("b", "sum of stages"), "", tag("b", duration(sum(data.stage_seconds.values())))])
-    return [table(["stage", "", "time"], rows, class_="stages")]
+    return [html_table(["stage", "", "time"], rows, class_="stages")]
 
 
-def settings(data: ReportData) -> list[Html] | None:
-    """What it takes to run it again."""
+def configuration(data: ReportData) -> list[Html] | None:
+    """The configuration, the versions and the machine."""
     parts = [_details("Configuration", tag("pre", data.config_yaml))] if data.config_yaml else []
     for title, facts in (("Versions", data.versions), ("Machine", data.machine)):
         if facts:
             rows = [[name, tag("td", value, class_="text")] for name, value in facts.items()]
-            parts.append(_details(title, table((), rows, class_="facts")))
+            parts.append(_details(title, html_table((), rows, class_="facts")))
     return parts or None
 
 

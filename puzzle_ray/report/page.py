@@ -15,23 +15,23 @@ __all__ = ["ReportData", "SweepPoint", "TrainedVariant", "render"]
 
 Section = Callable[[ReportData], Sequence[Html] | None]
 
-# id, title, what makes it, what has to be run to get it
+# id, title, what makes it, and what has to be run to get it
 SECTIONS: tuple[tuple[str, str, Section, str], ...] = (
-    ("frontier", "How much speed costs how much", chosen.frontier, "a search, or a sweep over budgets"),
-    ("architecture", "The child, layer by layer", chosen.architecture, "a search"),
-    ("scores", "What each replacement damages", blocks.scores, "scoring"),
-    ("costs", "What each subblock costs", blocks.costs, "a profile"),
-    ("outcome", "Kept and gained", outcome.outcome, "an evaluation of parent and child"),
-    ("library", "Blockwise local distillation", blocks.distillation, "a block library"),
-    ("gkd", "Global distillation", training.gkd, "GKD"),
-    ("samples", "What they write", outcome.samples, "an evaluation with a prompt"),
-    ("stages", "Where the time went", outcome.stages, ""),
-    ("settings", "Configuration and versions", outcome.settings, ""),
+    ("frontier", "Accuracy against speed", chosen.frontier, "a search, or a sweep over budgets"),
+    ("architecture", "Architecture", chosen.architecture, "a search"),
+    ("scores", "Replace-one damage", blocks.replace_one_damage, "scoring"),
+    ("costs", "Costs", blocks.subblock_costs, "a profile"),
+    ("outcome", "Evaluation", outcome.evaluation, "an evaluation of parent and child"),
+    ("library", "Block distillation", blocks.block_distillation, "a block library"),
+    ("gkd", "Global distillation", training.global_distillation, "GKD"),
+    ("samples", "Samples", outcome.samples, "an evaluation with a prompt"),
+    ("stages", "Time by stage", outcome.stage_times, ""),
+    ("settings", "Configuration and versions", outcome.configuration, ""),
 )
 
 
 def render(data: ReportData) -> str:
-    """A complete HTML document. It fetches nothing and works from a file; sections the run has no data for are left out."""
+    """A complete HTML document. It fetches nothing and works from a file. A section without data is left out."""
     shown, missing = [], []
     for name, title, make, needs in SECTIONS:
         content = make(data)
@@ -67,6 +67,6 @@ def _header(data: ReportData) -> Html:
 
 
 def _policy() -> str:
-    """No fetch, and no script but the page's own: a browser enforces what the page promises."""
+    """A policy that forbids all fetches, and all scripts except the page's own. A browser enforces it."""
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"

@@ -1,4 +1,4 @@
-"""The page's style sheet and its one script. No font, picture or address from elsewhere."""
+"""The page's style sheet and its one script. Nothing is loaded from elsewhere: no font, picture or address."""
 
 STYLE = """
 :root {
@@ -54,10 +54,14 @@ nav { display: flex; flex-wrap: wrap; gap: 4px 18px; margin-top: 20px; font-size
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
 th, td { padding: 5px 9px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; font-weight: 400; }
 th:first-child { padding-left: 0; }
-thead th { color: var(--muted); font-size: 12.5px; vertical-align: bottom; }
+thead th { color: var(--muted); font-size: 12.5px; vertical-align: bottom; white-space: normal; }
+tbody th { white-space: normal; }
+.columns th, .columns td { padding: 5px 6px; }
+.columns th:first-child { padding-left: 0; }
 tbody th, th:first-child { text-align: left; }
 tbody th[scope=row] { position: sticky; left: 0; background: var(--paper); }
 td.text { text-align: left; white-space: normal; }
+td small { white-space: nowrap; }
 td small b { display: inline-block; width: 46px; font-weight: 400; }
 
 .chart { display: block; width: 100%; height: auto; }
@@ -73,6 +77,8 @@ td small b { display: inline-block; width: 46px; font-weight: 400; }
 .line.term-cosine { stroke: var(--warm); }
 .line.term-lm { stroke: var(--muted); }
 .point { fill: var(--accent); }
+.predicted { fill: var(--card); stroke: var(--accent); stroke-width: 1.5; }
+.distilled { fill: var(--warm); }
 .parent-dot { fill: var(--muted); }
 .chosen-dot { fill: transparent; stroke: var(--good); stroke-width: 3; }
 .cross { stroke: var(--bad); stroke-width: 2; fill: none; }
@@ -92,6 +98,8 @@ td small b { display: inline-block; width: 46px; font-weight: 400; }
 .swatch.noop { border: 1px dashed var(--muted); }
 .swatch.frame { border: 2px solid var(--ink); }
 .swatch.point { background: var(--accent); border-radius: 50%; width: 11px; height: 11px; }
+.swatch.predicted { border: 2px solid var(--accent); border-radius: 50%; width: 11px; height: 11px; }
+.swatch.distilled { background: var(--warm); width: 10px; height: 10px; transform: rotate(45deg); border-radius: 0; }
 .swatch.origin { background: var(--muted); border-radius: 50%; width: 11px; height: 11px; }
 .swatch.chosen { border: 3px solid var(--good); border-radius: 50%; height: 14px; }
 .swatch.refused {
@@ -150,6 +158,7 @@ td small b { display: inline-block; width: 46px; font-weight: 400; }
 .stages { max-width: 640px; }
 .stages .bar { display: block; width: 100%; }
 .stages td:nth-child(2) { width: 70%; }
+.stages tbody th, .stages td:nth-child(3) { white-space: nowrap; }
 .facts { width: auto; }
 details { border-top: 1px solid var(--line); padding: 8px 0; }
 summary { cursor: pointer; }
@@ -169,8 +178,14 @@ pre {
   .cards p { font-size: 17px; line-height: 28px; }
   .card { padding: 11px 12px; }
   table { font-size: 12.5px; }
-  th, td { padding: 5px; }
-  tbody th { white-space: normal; }
+  th, td { padding: 4px 3px; }
+  td { white-space: normal; }
+  td small { display: block; font-size: 11px; }
+  td small b { width: auto; }
+  thead th { font-size: 11.5px; }
+  .columns table { font-size: 11px; }
+  .columns thead th { font-size: 10.5px; }
+  .columns th, .columns td { padding: 4px 2px; }
   .arch { font-size: 12px; }
   .arch .bar { display: none; }
   .arch th:nth-child(2) { width: 34px; }
@@ -192,14 +207,13 @@ pre {
   .scroll { overflow: visible; }
   th, td { padding: 3px 5px; }
   table, .note, .counts { font-size: 10.5px; }
-  tbody th { white-space: normal; }
   .cards { grid-template-columns: repeat(5, 1fr); gap: 6px; }
   .card { padding: 8px; }
   .cards p, .cards .card:first-child p { font-size: 14px; line-height: 22px; }
 }
 """
 
-# Touch screens have no hover: a tap shows an element's tooltip until the next one.
+# Touch screens cannot hover. So a tap shows an element's tooltip, until the next tap.
 SCRIPT = """
 document.addEventListener("click", (event) => {
   document.getElementById("tip")?.remove();

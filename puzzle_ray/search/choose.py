@@ -1,4 +1,4 @@
-"""The answer to one budget: searched, with exact scores where it rests on estimates, and picked by measurement where asked for."""
+"""The architecture for one budget: searched, with exact scores in place of estimates, and picked by measurement where configured."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from puzzle_ray.artifacts import Architecture, LayerChoice, Measure, Scores, to_json
-from puzzle_ray.search.pick import PICKED, answers, pick_as_configured
+from puzzle_ray.search.pick import PICKED, candidate_choices, pick_as_configured
 from puzzle_ray.search.settings import SearchConfig
-from puzzle_ray.search.setup import SearchSetup, solve
+from puzzle_ray.search.setup import SearchSetup, solve_budget
 from puzzle_ray.store import Artifact
 
 ARCHITECTURE = "architecture.json"
 SCORES = "scores.parquet"
 
-Answers = Callable[[Scores], Iterable[Sequence[LayerChoice]]]  # what is searched by these scores
-MakeExact = Callable[[Scores, Answers], Scores]  # scores with exact values for all that the answers use
+Answers = Callable[[Scores], Iterable[Sequence[LayerChoice]]]  # the choices that a search with these scores finds
+MakeExact = Callable[[Scores, Answers], Scores]  # scores with exact values for everything that the answers use
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """An architecture, the scores it was searched by, and what was measured (None where nothing was)."""
+    """An architecture, the scores it was searched by, and the report of measurements (None where nothing was measured)."""
 
     architecture: Architecture
     scores: Scores
@@ -38,15 +38,15 @@ def choose(
 ) -> Chosen:
     """The best architecture within `search.limits`.
 
-    `make_exact` is None where every score is exact already. `measuring` opens what measures whole children; it is used only where
-    `search.candidates` or `search.local_search_steps` ask for it. Raises Infeasible where no architecture meets the limits.
+    `make_exact` is None where every score is exact already. `measuring` opens a function that measures whole children. It is used only
+    where `search.candidates` or `search.local_search_steps` configure it. Raises Infeasible where no architecture meets the limits.
     """
     scores = setup.scores
     if make_exact is not None:
-        scores = make_exact(scores, lambda seen: answers(replace(setup, scores=seen), search))
+        scores = make_exact(scores, lambda seen: candidate_choices(replace(setup, scores=seen), search))
         setup = replace(setup, scores=scores)
     if not search.measures:
-        return Chosen(solve(setup, search.limits), scores)
+        return Chosen(solve_budget(setup, search.limits), scores)
     with measuring() as measure:
         architecture, report = pick_as_configured(setup, search, measure)
     if make_exact is not None:  # local search may have chosen blocks whose scores are still estimates
@@ -57,7 +57,7 @@ def choose(
 
 
 def save_choice(chosen: Chosen, artifact: Artifact) -> None:
-    """Writes the architecture, its scores and the report of measurements, and closes the artifact."""
+    """Writes the architecture, its scores and the report of measurements, and finishes the artifact."""
     if chosen.report is not None:
         artifact.write_json(PICKED, chosen.report)
     architecture = chosen.architecture

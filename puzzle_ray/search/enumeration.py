@@ -1,9 +1,9 @@
-"""Exact search by enumeration: layer by layer, keeping only the partial choices that can still lead below a target.
+"""Exact search by enumeration: row by row, keeping the partial choices that can still lead to an objective below a target.
 
-The bound is a Lagrangian relaxation that keeps its heaviest limit exact: with multipliers y on the other limits, the
-rest of the rows is a knapsack with one limit, solved once for every remaining budget (a frontier of cost against
-penalised score per suffix). The target rises from the relaxation's bound until an answer is found below it, so no good
-first answer is needed.
+The lower bound is a Lagrangian relaxation that keeps one limit, the heaviest, exact. The other limits have multipliers y.
+The rows that are still open are then a knapsack with one limit. It is solved once for every remaining budget: per suffix of rows,
+a frontier of cost against penalised score. The target starts at the relaxation's bound and rises until a choice is found below it.
+So no good first choice is needed.
 Shapes: M limits, R rows, V choices, K partial choices kept.
 """
 
@@ -19,23 +19,23 @@ from numpy.typing import NDArray
 from puzzle_ray.search.problem import Choice, Floats
 from puzzle_ray.search.relaxation import Bools, Relaxation, best_multipliers, relaxed, repaired, span_of
 
-FIRST_STATES = 8192  # partial choices kept at first, before the bound is sharpened and then the room widened
+FIRST_STATES = 8192  # partial choices kept at first; then the bound is sharpened, then more are kept
 SHARPENING_STEPS = 16  # a few milliseconds each
-WIDEST = 1000  # choices still open in all rows together; with more the bound is too weak for enumeration
-FRONTIER = 4096  # points of a frontier; a longer one is coarsened downwards, which keeps it a bound
+WIDEST = 1000  # open choices of all rows together; with more, the bound is too weak for enumeration
+FRONTIER = 4096  # points of a frontier; a longer one is made coarse such that it stays a lower bound
 SAME_LOAD = 1e-14  # of a limit's range: a hundredth of the tolerance that a limit is checked with
-EPSILON = 1e-11  # of the score's span: an answer that is better by less is no better
+EPSILON = 1e-11  # of the score's span: an answer counts as better only if it is better by more than this
 
 
 @dataclass(frozen=True, eq=False)
 class Frontier:
-    """Of the rows from one on: `cost` of the heavy limit, ascending; the least penalised score within it, falling."""
+    """For a suffix of rows: `cost` of the heavy limit, ascending, and `value`, the least penalised score within it, falling."""
 
     cost: Floats
     value: Floats
 
     def within(self, budget: Floats) -> Floats:
-        """The least penalised score at every remaining budget, +inf where nothing fits."""
+        """The least penalised score at every remaining budget. +inf where nothing fits."""
         if not len(self.cost):
             return np.full(len(budget), np.inf)
         index = np.searchsorted(self.cost, budget, side="right") - 1
@@ -43,9 +43,9 @@ class Frontier:
 
 
 class Core:
-    """What is left to decide below a target: rows with more than one live choice, in the order they are decided.
+    """The core problem below a target: every row with the choices that an answer below the target can have.
 
-    `live[i]` are the choices of row `order[i]` whose excess allows an answer below the target.
+    `order` is the order in which rows are decided. `live[i]` are the choices of row `order[i]` whose excess is small enough.
     """
 
     def __init__(self, score: Floats, rows: Floats, bounds: Floats, relaxation: Relaxation, target: float) -> None:
@@ -54,11 +54,13 @@ class Core:
         alive = relaxation.excess <= gap
         ranked = np.sort(np.where(alive, relaxation.excess, np.inf), axis=1)
         second = ranked[:, 1] if ranked.shape[1] > 1 else np.full(len(ranked), np.inf)
-        self.order = np.argsort(-second, kind="stable")  # rows with one choice (inf) first, the nearest ties last
+        self.order = np.argsort(
+            -second, kind="stable"
+        )  # rows with one choice (inf) first, those with the closest second choice last
         self.live = [np.flatnonzero(alive[row]) for row in self.order]
         self.gap = gap
         least = np.where(alive, rows, np.inf).min(axis=2)[:, self.order]
-        self.least_rest = np.zeros((len(bounds), len(score) + 1))  # [M, R + 1]: what the rows from one on spend at least
+        self.least_rest = np.zeros((len(bounds), len(score) + 1))  # [M, R + 1]: the least that a suffix of rows spends
         self.least_rest[:, :-1] = np.cumsum(least[:, ::-1], axis=1)[:, ::-1]
         spread = np.where(alive, rows, -np.inf).max(axis=2).sum(axis=1) - least.sum(axis=1)
         self.heavy = int(np.argmax(relaxation.multipliers * spread))
@@ -71,17 +73,17 @@ class Core:
         self.bound = max(float(self.frontiers[0].within(budget)[0]) - self.constant, relaxation.bound)
 
     def _suffix_frontiers(self) -> tuple[list[Frontier], Choice]:
-        """The frontiers of rows order[i:], and the choice behind the first one's best within the whole budget."""
+        """The frontier of every suffix of rows, order[i:], and the best choice of the longest suffix within the whole budget."""
         cost, value, excess = np.zeros(1), np.zeros(1), np.zeros(1)
         frontiers, trail = [Frontier(cost, value)], []
         heavy, bound = self.rows[self.heavy], float(self.bounds[self.heavy])
-        most = bound - (self.least_rest[self.heavy, 0] - self.least_rest[self.heavy])  # less what earlier rows must spend
+        limit = bound - (self.least_rest[self.heavy, 0] - self.least_rest[self.heavy])  # without what earlier rows must spend
         for i in range(len(self.order) - 1, -1, -1):
             row, live = self.order[i], self.live[i]
             cost = (cost[:, None] + heavy[row, live]).ravel()
             value = (value[:, None] + self.penalised[row, live]).ravel()
             excess = (excess[:, None] + self.relaxation.excess[row, live]).ravel()
-            kept = np.flatnonzero((excess <= self.gap) & (cost <= most[i]))
+            kept = np.flatnonzero((excess <= self.gap) & (cost <= limit[i]))
             kept = kept[np.lexsort((value[kept], cost[kept]))]
             falling = np.ones(len(kept), dtype=bool)
             falling[1:] = value[kept][1:] < np.minimum.accumulate(value[kept])[:-1]
@@ -100,7 +102,7 @@ class Core:
         return frontiers[::-1], choice
 
     def walk(self, capacity: int, deadline: float) -> tuple[Choice | None, float]:
-        """The best choice at or below the target, or None; and a bound on all that lack of room or time left out."""
+        """The best choice at or below the target, or None. Also a lower bound on the partial choices that were dropped for lack of room."""
         loads, score, penalised = np.zeros((len(self.bounds), 1)), np.zeros(1), np.zeros(1)
         dropped = math.inf
         trail: list[tuple[NDArray[np.intp], NDArray[np.intp]]] = []
@@ -135,9 +137,11 @@ class Core:
 
 
 def _merged(loads: Floats, score: Floats) -> NDArray[np.intp]:
-    """Of the partial choices with the same loads (as layers of one shape bring about), the one of least score."""
+    """Of partial choices with equal loads, the one of least score. Layers of one shape have many such."""
     grid = np.round(loads / SAME_LOAD).astype(np.int64)
-    key = np.random.default_rng(0).integers(1, 2**62, len(grid)) @ grid  # wraps around; equal keys are compared below
+    key = (
+        np.random.default_rng(0).integers(1, 2**62, len(grid)) @ grid
+    )  # may overflow; partial choices with equal keys are compared below
     order = np.lexsort((score, key))
     again = (grid[:, order[1:]] == grid[:, order[:-1]]).all(axis=0)
     return order[np.append(True, ~again)]
@@ -146,14 +150,14 @@ def _merged(loads: Floats, score: Floats) -> NDArray[np.intp]:
 def _coarse(
     cost: Floats, value: Floats, excess: Floats, kept: NDArray[np.intp]
 ) -> tuple[Floats, Floats, Floats, NDArray[np.intp]]:
-    """Joins neighbours of a frontier: each group keeps its least cost, value and excess, so it stays a bound."""
+    """Joins neighbouring points of a frontier. A group keeps its least cost, value and excess, so the frontier stays a lower bound."""
     starts = np.linspace(0, len(cost), FRONTIER // 2, endpoint=False).astype(np.intp)
     ends = np.append(starts[1:], len(cost)) - 1
     return cost[starts], value[ends], np.minimum.reduceat(excess, starts), kept[ends]
 
 
 def sharpened(core: Core, steps: int, deadline: float) -> Relaxation:
-    """Better multipliers for the bound with an exact heavy limit: Polyak's subgradient steps towards the target."""
+    """Better multipliers for the bound that keeps the heavy limit exact, by Polyak's subgradient steps towards the target."""
     score, rows, bounds, target = core.score, core.rows, core.bounds, core.target
     best, share, stalled = core, 1.0, 0
     room = 1.5 * np.count_nonzero(core.relaxation.excess <= core.gap)
@@ -168,7 +172,9 @@ def sharpened(core: Core, steps: int, deadline: float) -> Relaxation:
             break
         multipliers = np.maximum(multipliers + share * (target - core.bound) / slope * direction, 0.0)
         relaxation = relaxed(score, rows, bounds, multipliers)
-        if np.count_nonzero(relaxation.excess <= target - relaxation.bound) > room:  # so long a step reopens too much
+        if (
+            np.count_nonzero(relaxation.excess <= target - relaxation.bound) > room
+        ):  # this step opens too many choices: take half of it
             core, share, stalled = best, share * 0.5, 0
             continue
         core = Core(score, rows, bounds, relaxation, target)
@@ -182,9 +188,9 @@ def sharpened(core: Core, steps: int, deadline: float) -> Relaxation:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """The best choice found, or None; no choice has a lower objective than `bound`.
+    """The best choice found, or None. No choice has an objective below `bound`.
 
-    `proven`: the choice is the best, or None because there is none. `live` [R, V]: what a better answer can contain.
+    `proven`: the choice is the best, or it is None because there is none. `live` [R, V]: the choices that a better answer can have.
     """
 
     choice: Choice | None
@@ -194,7 +200,7 @@ class Outcome:
 
 
 def minimise(score: Floats, rows: Floats, bounds: Floats, max_states: int, deadline: float) -> Outcome:
-    """Exact where `max_states` partial choices suffice, else the best found and the bound proven."""
+    """The best choice, exactly where `max_states` partial choices suffice. Else the best one found and the proven bound."""
     span = span_of(score)
     ceiling = float(np.where(np.isfinite(score), score, -np.inf).max(axis=1).sum()) + span
     relaxation = best_multipliers(score, rows, bounds, ceiling)
@@ -211,13 +217,13 @@ def minimise(score: Floats, rows: Floats, bounds: Floats, max_states: int, deadl
         if np.count_nonzero(relaxation.excess <= target - relaxation.bound) > WIDEST:
             break
         core = Core(score, rows, bounds, relaxation, target)
-        found, dropped = (None, math.inf) if core.bound > target else core.walk(capacity, deadline)
-        if found is not None and (value := float(score[layers, found].sum())) < best:
-            best, choice = value, found
+        candidate, dropped = (None, math.inf) if core.bound > target else core.walk(capacity, deadline)
+        if candidate is not None and (value := float(score[layers, candidate].sum())) < best:
+            best, choice = value, candidate
         proven = max(proven, min(target, max(dropped, core.bound)))
         if best - EPSILON * span <= proven:
             break
-        if dropped == math.inf:  # nothing at or below the target was missed
+        if dropped == math.inf:  # nothing was dropped: no choice at or below the target remains unseen
             if choice is None and target >= ceiling:
                 return Outcome(None, math.inf, True, np.isfinite(score))
             target = min(best - EPSILON * span, ceiling, relaxation.bound + 2.0 * (target - relaxation.bound))

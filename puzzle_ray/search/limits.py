@@ -1,4 +1,4 @@
-"""What the user asks of a child: limits on its cost, and what must not change."""
+"""What a user asks of a child: limits on its cost, and choices that are fixed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NO_LIMITS = ("fixed", "agree", "at_least")
 
 
 class FixedChoice(BaseModel):
-    """A layer's variants that the user has decided; a part left out stays free."""
+    """The variants of one layer that the user has decided. A half that is left out stays free."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -30,15 +30,15 @@ class FixedChoice(BaseModel):
 
 
 class Limits(BaseModel):
-    """Upper limits on cost and lower limits on speed, in the serving scenario; all of them hold at once.
+    """Upper limits on cost and lower limits on speed in the serving scenario. All of them hold at once.
 
-    `speedup` is the ratio of the child's predicted throughput to the parent's (at one batch size: of the parent's
-    runtime to the child's). `latency_ms` is the runtime of the whole scenario, `prefill_ms` the time to the first
-    token, `decode_ms` one step of the whole batch, `memory_mib` weights and KV cache of the whole batch, `params`
-    counts embeddings and head too, `kv_heads` is the sum over layers, `kv_cache_mib` the cache of the whole batch. A
-    `*_fraction` is relative to the parent at the scenario's batch size. A cost may be given as a range `[min, max]`,
-    which is short for the maximum and an entry in `at_least`. `fixed` maps a layer to what it must be; every group of
-    layers in `agree` takes one choice.
+    - `speedup`: the child's predicted throughput over the parent's. At one batch size that is the parent's runtime over the child's.
+    - `latency_ms`: the runtime of the whole scenario. `prefill_ms`: the time to the first token. `decode_ms`: one step of the batch.
+    - `memory_mib`: weights and KV cache of the whole batch. `kv_cache_mib`: that cache alone.
+    - `params`: parameters, embeddings and head included. `kv_heads`: KV heads, summed over layers.
+    - `*_fraction`: relative to the parent at the scenario's batch size.
+    - A cost may be a range `[min, max]`. That is short for the maximum and an entry in `at_least`.
+    - `fixed` maps a layer to what it must be. Every group of layers in `agree` takes one and the same choice.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -62,7 +62,7 @@ class Limits(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _ranges(cls, values: Any) -> Any:
-        """`cost: [min, max]` becomes `cost: max` and `at_least: {cost: min}`; either end may be null."""
+        """`cost: [min, max]` becomes `cost: max` and `at_least: {cost: min}`. Either end may be null."""
         if not isinstance(values, dict):
             return values
         values = dict(values)
@@ -95,7 +95,7 @@ class Limits(BaseModel):
 
     @property
     def asked(self) -> dict[str, float]:
-        """The limits that are given, by name; minimums of ranges are in `at_least`."""
+        """The limits that are given, by name. The minimums of ranges are in `at_least`."""
         values: dict[str, Any] = {name: getattr(self, name) for name in type(self).model_fields}
         return {n: float(v) for n, v in values.items() if n not in NO_LIMITS and v is not None}
 

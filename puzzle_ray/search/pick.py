@@ -1,7 +1,9 @@
-"""The last word by measurement: the sum of replace-one scores is a model, and wrong most where whole layers go.
+"""Picks an architecture by measuring whole children.
 
-The best different answers of the search, and what simpler searchers answer to the same budget, are measured as whole children;
-then blocks are exchanged within the budget while the measured KL falls. How far the model was off is reported.
+The sum of replace-one scores only predicts the KL of a whole child. It is most wrong where whole layers are dropped.
+So the best distinct answers of the search are measured as whole children, and with them what simpler searchers answer to the same
+budget. Then a local search exchanges blocks within the budget as long as the measured KL falls.
+The report says how far the sums of scores were off.
 """
 
 from __future__ import annotations
@@ -26,15 +28,16 @@ if TYPE_CHECKING:
     from puzzle_ray.search.setup import SearchSetup
 
 PICKED = "picked.json"
-PROPOSALS = 8  # measured per step of the local search, whatever the number of workers
-PAIRED = 800  # single exchanges that are tried in pairs: those that change the score least
+PROPOSALS = 8  # children measured per step of the local search, independent of the number of workers
+PAIRED = 800  # single exchanges that are combined into pairs: those that change the score least
 
 
 @dataclass(frozen=True)
 class PickOptions:
-    """`count` answers of `searcher`, each `min_different_layers` from the others; one of each rival; then `steps` of local search.
+    """What is measured: `count` answers of `searcher`, one answer of each rival, then `steps` steps of local search.
 
-    `interaction_blocks`: of how many much-used blocks all pairs are measured.
+    The answers of `searcher` differ from each other in at least `min_different_layers` layers.
+    `interaction_blocks`: all pairs of this many of the most used blocks are measured too.
     """
 
     searcher: str = "mip"
@@ -47,84 +50,95 @@ class PickOptions:
 
 @dataclass(frozen=True, eq=False)
 class MeasuredAnswer:
-    """Something that was measured: where it is from, what the scores predicted, what came out."""
+    """A measured child: the searcher it comes from, the answer with its predicted score, and what was measured."""
 
     origin: str
-    found: Answer
+    answer: Answer
     measured: Measured
 
     @property
     def rank(self) -> tuple[float, float]:
-        return self.measured.kl, self.found.architecture.objective
+        """Measured KL, then predicted score. The least is best."""
+        return self.measured.kl, self.answer.architecture.objective
 
 
 def pick(
-    tables: Tables, limits: Limits, how: PickOptions, options: Options, measure: Measure
+    tables: Tables, limits: Limits, picking: PickOptions, searching: Options, measure: Measure
 ) -> tuple[Architecture, dict[str, Any]]:
-    """The architecture of least measured KL, and a report of all that was tried (JSON-able). Raises Infeasible."""
-    found, origins, left_out = _candidates(tables, limits, how, options)
-    measured = measure([f.architecture.choices for f in found])
-    candidates = [MeasuredAnswer(*x) for x in zip(origins, found, measured, strict=True)]
+    """The architecture of least measured KL, and a JSON-able report of all that was tried. Raises Infeasible."""
+    answers, origins, left_out = _candidates(tables, limits, picking, searching)
+    measured = measure([answer.architecture.choices for answer in answers])
+    candidates = [MeasuredAnswer(*x) for x in zip(origins, answers, measured, strict=True)]
     best = min(candidates, key=lambda c: c.rank)
     trail: list[dict[str, Any]] = []
-    best = _local_search(tables, best, how.steps, measure, trail)
-    first, last = found[0].architecture, best.found.architecture
+    best = _local_search(tables, best, picking.steps, measure, trail)
+    first, last = answers[0].architecture, best.answer.architecture
     same = last.choices == first.choices
     architecture = replace(
         last,
-        searcher=how.searcher if same else f"{how.searcher}, measured",
+        searcher=picking.searcher if same else f"{picking.searcher}, measured",
         bound=min(first.bound, last.objective),
         status=first.status if same else "measured",
-        solve_s=sum(f.architecture.solve_s for f in found),
+        solve_s=sum(answer.architecture.solve_s for answer in answers),
     )
-    pairs = interactions([c.found.architecture.choices for c in candidates], last.choices, how.interaction_blocks, measure)
+    pairs = measure_interactions(
+        [c.answer.architecture.choices for c in candidates], last.choices, picking.interaction_blocks, measure
+    )
     report = {
         "metric": architecture.metric,
         "tokens": best.measured.tokens,
-        "picked": _row(best),
-        "candidates": [_row(c) | {"layers_unlike_first": _distance(c, first)} for c in candidates],
+        "picked": _report_row(best),
+        "candidates": [_report_row(c) | {"layers_unlike_first": _distance(c, first)} for c in candidates],
         "left_out": left_out,
         "local_search": trail,
-        "prediction": prediction([c.found.architecture.objective for c in candidates], [c.measured.kl for c in candidates]),
+        "prediction": prediction_error(
+            [c.answer.architecture.objective for c in candidates], [c.measured.kl for c in candidates]
+        ),
         "interactions": pairs,
     }
     return architecture, report
 
 
 def _candidates(
-    tables: Tables, limits: Limits, how: PickOptions, options: Options
+    tables: Tables, limits: Limits, picking: PickOptions, searching: Options
 ) -> tuple[list[Answer], list[str], dict[str, str]]:
-    """What is to be measured, where each is from, and why a rival has none."""
-    found = tables.search(
-        limits, searcher=how.searcher, count=how.count, min_different_layers=how.min_different_layers, options=options
+    """The answers to measure, the searcher that each comes from, and for every rival without an answer the reason."""
+    answers = tables.search(
+        limits,
+        searcher=picking.searcher,
+        count=picking.count,
+        min_different_layers=picking.min_different_layers,
+        options=searching,
     )
-    origins = [how.searcher if k == 0 else f"{how.searcher} #{k + 1}" for k in range(len(found))]
+    origins = [picking.searcher if k == 0 else f"{picking.searcher} #{k + 1}" for k in range(len(answers))]
     left_out: dict[str, str] = {}
-    for name in how.rivals:
+    for name in picking.rivals:
         try:
-            answer = tables.search(limits, searcher=name, options=options)[0]
-        except (Infeasible, ConfigError) as error:  # it has no answer: the others do
+            answer = tables.search(limits, searcher=name, options=searching)[0]
+        except (Infeasible, ConfigError) as error:  # this rival has no answer within the limits; the others are measured
             left_out[name] = str(error)
             continue
-        if all(answer.architecture.choices != other.architecture.choices for other in found):
-            found.append(answer)
+        if all(answer.architecture.choices != other.architecture.choices for other in answers):
+            answers.append(answer)
             origins.append(name)
-    return found, origins, left_out
+    return answers, origins, left_out
 
 
-def answers(setup: SearchSetup, search: SearchConfig) -> list[Choices]:
-    """What a run's settings search before anything is measured. Raises Infeasible."""
-    how = _how(search)
-    found, *_ = _candidates(setup.tables, search.limits, how if search.measures else replace(how, rivals=()), setup.options)
-    return [answer.architecture.choices for answer in found]
+def candidate_choices(setup: SearchSetup, search: SearchConfig) -> list[Choices]:
+    """The choices that a run's settings would measure, or take where nothing is measured. Raises Infeasible."""
+    picking = _pick_options(search)
+    if not search.measures:
+        picking = replace(picking, rivals=())
+    answers, *_ = _candidates(setup.tables, search.limits, picking, setup.options)
+    return [answer.architecture.choices for answer in answers]
 
 
 def pick_as_configured(setup: SearchSetup, search: SearchConfig, measure: Measure) -> tuple[Architecture, dict[str, Any]]:
     """`pick` with a run's settings."""
-    return pick(setup.tables, search.limits, _how(search), setup.options, measure)
+    return pick(setup.tables, search.limits, _pick_options(search), setup.options, measure)
 
 
-def _how(search: SearchConfig) -> PickOptions:
+def _pick_options(search: SearchConfig) -> PickOptions:
     return PickOptions(
         search.searcher,
         search.candidates,
@@ -135,8 +149,8 @@ def _how(search: SearchConfig) -> PickOptions:
     )
 
 
-def _row(candidate: MeasuredAnswer) -> dict[str, Any]:
-    a = candidate.found.architecture
+def _report_row(candidate: MeasuredAnswer) -> dict[str, Any]:
+    a = candidate.answer.architecture
     return {
         "origin": candidate.origin,
         "predicted": a.objective,
@@ -147,11 +161,14 @@ def _row(candidate: MeasuredAnswer) -> dict[str, Any]:
 
 
 def _distance(candidate: MeasuredAnswer, first: Architecture) -> int:
-    return sum(a != b for a, b in zip(candidate.found.architecture.choices, first.choices, strict=True))
+    return sum(a != b for a, b in zip(candidate.answer.architecture.choices, first.choices, strict=True))
 
 
-def prediction(predicted: Sequence[float], measured: Sequence[float]) -> dict[str, float | None]:
-    """How far sums of scores were off: the mean of predicted / measured, and the rank correlation (None below 3 candidates)."""
+def prediction_error(predicted: Sequence[float], measured: Sequence[float]) -> dict[str, float | None]:
+    """How far sums of scores were off: the mean of predicted / measured, and the rank correlation (None below 3 candidates).
+
+    Candidates with a measured KL of 0 are left out of the mean.
+    """
     pairs = [(p, m) for p, m in zip(predicted, measured, strict=True) if m > 0]
     ratio = sum(p / m for p, m in pairs) / len(pairs) if pairs else None
     ranks = [np.argsort(np.argsort(values)) for values in (predicted, measured)]
@@ -162,11 +179,11 @@ def prediction(predicted: Sequence[float], measured: Sequence[float]) -> dict[st
     }
 
 
-# local search
+def neighbouring_choices(problem: Problem, choice: Choice) -> Iterator[Choice]:
+    """Choices within the limits that differ from `choice` in one row or in two.
 
-
-def swaps(problem: Problem, choice: Choice) -> Iterator[Choice]:
-    """Choices within the limits that differ in one row or in two, each kind in ascending order of objective, taken in turns."""
+    Single and double exchanges alternate. Each kind comes in ascending order of objective.
+    """
     rows, bounds = problem.rows()
     layers = np.arange(len(choice))
     damage = problem.score - problem.score[layers, choice][:, None]
@@ -191,7 +208,10 @@ def swaps(problem: Problem, choice: Choice) -> Iterator[Choice]:
 
 
 def _pairs(at: Choice, costs: Floats, damages: Floats, slack: Floats) -> tuple[Choice, Choice]:
-    """Indices of pairs of single exchanges in different rows that fit together, in ascending order of their damage."""
+    """Pairs of single exchanges in different rows that fit the limits together, as indices into `at`, in ascending order of damage.
+
+    Shapes: N single exchanges, M limits. `at` [N, 2] is (row, choice), `costs` [M, N] and `damages` [N] are changes, `slack` [M].
+    """
     near = np.sort(np.argsort(np.abs(damages), kind="stable")[:PAIRED])
     i, j = np.triu_indices(len(near), 1)
     i, j = near[i], near[j]
@@ -206,11 +226,14 @@ def _pairs(at: Choice, costs: Floats, damages: Floats, slack: Floats) -> tuple[C
 def _local_search(
     tables: Tables, best: MeasuredAnswer, steps: int, measure: Measure, trail: list[dict[str, Any]]
 ) -> MeasuredAnswer:
-    """Measures the most promising exchanges around the best, moves to the best of them if it is better, and goes on."""
-    table, seen = best.found.table, {best.found.architecture.choices}
+    """Measures the most promising exchanges around the best child, and moves to the best of them where that is better.
+
+    It stops after `steps` steps, or where no exchange is left. Every measured exchange is added to `trail`.
+    """
+    table, seen = best.answer.table, {best.answer.architecture.choices}
     for step in range(steps):
         proposals: list[Choice] = []
-        for choice in swaps(table.problem, best.found.choice):
+        for choice in neighbouring_choices(table.problem, best.answer.choice):
             if table.named(choice) not in seen:
                 seen.add(table.named(choice))
                 proposals.append(choice)
@@ -219,52 +242,51 @@ def _local_search(
         if not proposals:
             break
         measured = measure([table.named(choice) for choice in proposals])
-        found = [_exchanged(tables, best.found, choice) for choice in proposals]
-        around = [MeasuredAnswer("local search", f, m) for f, m in zip(found, measured, strict=True)]
-        nearest = min(around, key=lambda c: c.rank)
-        accepted = nearest.rank < best.rank
+        answers = [_exchanged(tables, best.answer, choice) for choice in proposals]
+        around = [MeasuredAnswer("local search", answer, m) for answer, m in zip(answers, measured, strict=True)]
+        best_around = min(around, key=lambda c: c.rank)
+        accepted = best_around.rank < best.rank
         for candidate in around:
             trail.append(
                 {
                     "step": step,
-                    "exchanges": exchanges(best.found.architecture.choices, candidate.found.architecture.choices),
-                    "predicted": candidate.found.architecture.objective,
+                    "exchanges": describe_exchanges(best.answer.architecture.choices, candidate.answer.architecture.choices),
+                    "predicted": candidate.answer.architecture.objective,
                     "kl": candidate.measured.kl,
-                    "accepted": accepted and candidate is nearest,
+                    "accepted": accepted and candidate is best_around,
                 }
             )
         if accepted:
-            best = nearest
+            best = best_around
     return best
 
 
-def _exchanged(tables: Tables, found: Answer, choice: Choice) -> Answer:
+def _exchanged(tables: Tables, answer: Answer, choice: Choice) -> Answer:
+    """The answer with another choice of the same table."""
     architecture = replace(
-        found.architecture,
-        choices=found.table.named(choice),
-        objective=found.table.problem.objective(choice),
-        predicted=tables.costs(found.table, choice),
+        answer.architecture,
+        choices=answer.table.named(choice),
+        objective=answer.table.problem.objective(choice),
+        predicted=tables.costs(answer.table, choice),
     )
-    return Answer(architecture, found.table, choice)
+    return Answer(architecture, answer.table, choice)
 
 
-def exchanges(before: Choices, after: Choices) -> list[str]:
+def describe_exchanges(before: Choices, after: Choices) -> list[str]:
     """`layer 3: gqa:2 + parent -> noop + parent` for every layer that differs."""
     pairs = enumerate(zip(before, after, strict=True))
     return [f"layer {layer}: {a.label} -> {b.label}" for layer, (a, b) in pairs if a != b]
 
 
-# interactions
+def measure_interactions(candidates: Sequence[Choices], picked: Choices, count: int, measure: Measure) -> list[dict[str, Any]]:
+    """Measures how damages of two layers add up, for all pairs of the `count` blocks that candidates use most.
 
-
-def interactions(candidates: Sequence[Choices], picked: Choices, count: int, measure: Measure) -> list[dict[str, Any]]:
-    """For every pair of the blocks that candidates use most, of two layers: the KL with both exchanged, and with each alone.
-
-    `interaction` is the pair's KL less the sum of the two: what a sum of scores cannot know.
+    For every pair: the KL with both blocks replaced, and with each alone. `interaction` is the pair's KL less the sum of the two
+    single KLs. A sum of replace-one scores assumes that it is 0.
     """
     used = Counter(block for choices in (picked, *candidates) for block in enumerate(choices) if block[1] != LayerChoice())
     blocks = sorted((block for block, _ in used.most_common(count)), key=lambda block: (block[0], block[1].label))
-    pairs = [(a, b) for a, b in combinations(blocks, 2) if a[0] != b[0]]  # a layer takes one block
+    pairs = [(a, b) for a, b in combinations(blocks, 2) if a[0] != b[0]]  # a layer holds only one block
     if not pairs:
         return []
     whole: list[Mapping[int, LayerChoice]] = [*(dict([block]) for block in blocks), *(dict(pair) for pair in pairs)]

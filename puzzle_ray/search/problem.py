@@ -1,7 +1,7 @@
-"""The search as numbers: per row a list of choices, each with a score and costs; limits on the sums.
+"""The search as numbers: every row has choices, every choice has a score and costs, and limits bound the sums of costs.
 
-A row is a layer, or a group of layers that must agree. Shapes: C costs, R rows, V choices of the row with the most;
-where a row has fewer, its score is +inf and its costs are 0.
+A row is a layer, or a group of layers that must agree.
+Shapes: C costs, R rows, V choices. V is the number of choices of the longest row. A shorter row is filled up with score +inf and cost 0.
 """
 
 from __future__ import annotations
@@ -16,13 +16,19 @@ from numpy.typing import NDArray
 from puzzle_ray.errors import Infeasible
 
 Floats = NDArray[np.float64]
-Choice = NDArray[np.intp]  # [R]: which of its choices every row takes
+Choice = NDArray[np.intp]  # [R]: the index of every row's choice
 TOLERANCE = 1e-12  # of a cost's whole range: above the rounding of a sum, below any real difference
 
 
 @dataclass(frozen=True)
 class Limit:
-    """`sum of one cost <= bound`, and how to say it: cost / `of`, `over` / cost (a speed), (`minus` - cost) / `of` (a minimum)."""
+    """`sum of one cost <= bound`, and what the user wrote for it.
+
+    `cost` is an index into the problem's costs. `asked` is the value that the user wrote, in the user's quantity:
+    - cost / `of` for a plain limit or a fraction,
+    - `over` / cost for a speed,
+    - (`minus` - cost) / `of` for a minimum.
+    """
 
     name: str
     cost: int
@@ -51,8 +57,8 @@ class Limit:
 class Problem:
     """Minimise the sum of scores within the limits.
 
-    `score` [R, V], `costs` [C, R, V], `constants` [C] (what every architecture pays), `weights` [R] (layers a row
-    stands for), `labels`: the names of every row's choices.
+    `score` is [R, V] and `costs` is [C, R, V]. `constants` [C] is what every architecture pays.
+    `weights` [R] counts the layers that a row stands for. `labels` names every row's choices.
     """
 
     score: Floats
@@ -73,7 +79,7 @@ class Problem:
         return math.fsum(self.score[np.arange(len(choice)), choice])
 
     def spent(self, choice: Choice) -> list[float]:
-        """Every cost's exact sum, rounded once; [C]."""
+        """The exact sum of every cost, rounded once. [C]"""
         picked = self.costs[:, np.arange(len(choice)), choice]
         return [math.fsum([*row, constant]) for row, constant in zip(picked, self.constants, strict=True)]
 
@@ -83,7 +89,7 @@ class Problem:
         return [x for x in self.limits if spent[x.cost] > x.bound + TOLERANCE * self._scale[x.cost]]
 
     def rows(self) -> tuple[Floats, Floats]:
-        """The limits as `A x <= b` for solvers: A [M, R, V] and b [M], one per limited cost, scaled to a range of 1."""
+        """The limits as `A x <= b` for solvers: A [M, R, V] and b [M], one per limited cost. Costs are scaled to a range of 1."""
         tightest: dict[int, float] = {}
         for limit in self.limits:
             tightest[limit.cost] = min(limit.bound, tightest.get(limit.cost, math.inf))
@@ -97,18 +103,21 @@ class Problem:
         return float(np.where(np.isfinite(self.score), self.costs[cost], np.inf).min(axis=1).sum() + self.constants[cost])
 
     def check_each_limit(self) -> None:
-        """Raises Infeasible for the first limit that no architecture meets even if there were no other."""
+        """Raises Infeasible for the first limit that no architecture meets, even with no other limit."""
         for limit in self.limits:
             best = self.cheapest(limit.cost)
             if best > limit.bound + TOLERANCE * self._scale[limit.cost]:
                 raise Infeasible(limit.name, limit.sense, limit.asked, limit.reached(best), limit.unit)
 
     def at_least(self, limit: Limit) -> Problem:
-        """The same problem, where `limit`'s cost must not be below its bound: what is saved of it becomes a cost of its own."""
+        """The same problem, where the limited cost must not be below the limit's bound.
+
+        What is saved of that cost becomes a cost of its own, with an upper limit.
+        """
         values = np.where(np.isfinite(self.score), self.costs[limit.cost], -np.inf)
-        most = values.max(axis=1)
-        saved = np.where(np.isfinite(values), most[:, None] - values, 0.0)
-        total = math.fsum([*most, self.constants[limit.cost]])
+        highest = values.max(axis=1)
+        saved = np.where(np.isfinite(values), highest[:, None] - values, 0.0)
+        total = math.fsum([*highest, self.constants[limit.cost]])
         mirrored = replace(limit, cost=len(self.costs), bound=total - limit.bound, minus=total)
         return replace(
             self,
@@ -122,12 +131,12 @@ class Problem:
         return replace(self, limits=tuple(limits))
 
     def without_limit(self, limit: Limit, score: Floats | None = None) -> Problem:
-        """The problem less one limit, to minimise `score` [R, V] instead of its own where given."""
+        """The problem without one limit. It minimises `score` [R, V] where that is given, else its own."""
         kept = tuple(x for x in self.limits if x is not limit)
         return replace(self, limits=kept, score=self.score if score is None else score)
 
     def apart_from(self, earlier: Choice, layers: int) -> Problem:
-        """The same problem, where at least `layers` layers must differ from an earlier choice."""
+        """The same problem, where at least `layers` layers must differ from the choice `earlier`."""
         same = np.zeros_like(self.score)
         same[np.arange(len(earlier)), earlier] = self.weights
         total = float(self.weights.sum())
@@ -141,13 +150,13 @@ class Problem:
         )
 
     def distance(self, a: Choice, b: Choice) -> int:
-        """In how many layers two choices differ."""
+        """The number of layers in which two choices differ."""
         return int(self.weights[a != b].sum())
 
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """A choice within the limits. `bound`: none within them has a lower objective; `status` as in `Architecture`."""
+    """A choice within the limits. No choice within the limits has an objective below `bound`. `status`: see `Architecture`."""
 
     choice: Choice
     objective: float
@@ -161,8 +170,8 @@ class Solution:
         return abs(self.objective - self.bound) / max(abs(self.objective), 1e-12)
 
 
-def verified(problem: Problem, choice: Choice, bound: float, status: str, solve_s: float, method: str) -> Solution:
-    """A solution whose limits and objective are recomputed exactly, whatever the searcher believed."""
+def verified_solution(problem: Problem, choice: Choice, bound: float, status: str, solve_s: float, method: str) -> Solution:
+    """A solution with limits and objective recomputed exactly, so that a searcher's own arithmetic is never trusted."""
     broken = problem.violated(choice)
     assert not broken, f"{method} returned a choice that breaks {', '.join(map(str, broken))}: a bug of the searcher"
     objective = problem.objective(choice)
@@ -170,8 +179,11 @@ def verified(problem: Problem, choice: Choice, bound: float, status: str, solve_
     return Solution(choice, objective, min(bound, objective), status, solve_s, method)
 
 
-def unmet(problem: Problem, choices: Sequence[Choice], note: str) -> Infeasible:
-    """The error of a searcher that proves nothing: names the limit that its best try missed by most."""
+def nearest_miss(problem: Problem, choices: Sequence[Choice], note: str) -> Infeasible:
+    """The error of a searcher that found no choice and proved nothing.
+
+    It takes the try that breaks the fewest limits, and names the limit which that one misses by the largest margin.
+    """
     tries = [(problem.violated(choice), problem.spent(choice)) for choice in choices]
     broken, spent = min(tries, key=lambda t: len(t[0]))
     worst = max(broken, key=lambda x: (spent[x.cost] - x.bound) / problem._scale[x.cost])

@@ -1,8 +1,9 @@
-"""Bounds and first answers for `min sum score[r, x_r]` subject to `sum A[m, r, x_r] <= b[m]`.
+"""Lower bounds and first answers for `min sum score[r, x_r]` subject to `sum A[m, r, x_r] <= b[m]`.
 
-Shapes: M limits, R rows, V choices. For any multipliers y >= 0 the Lagrangian sum_r min_v (score + y.A) - y.b is a
-lower bound, and choice v of row r can be part of an answer below `target` only if its excess over its row's minimum
-is at most target - bound. The best multipliers give the bound of the linear relaxation, since every row is a simplex.
+Shapes: M limits, R rows, V choices.
+For any multipliers y >= 0, the Lagrangian sum_r min_v (score + y.A) - y.b is a lower bound.
+Choice v of row r can be part of an answer below `target` only if its excess over its row's minimum is at most target - bound.
+The best multipliers give the bound of the linear relaxation, since every row is a simplex.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def relaxed(score: Floats, rows: Floats, bounds: Floats, multipliers: Floats) ->
     return Relaxation(float(least.sum() - multipliers @ bounds), multipliers, reduced - least[:, None])
 
 
-def useful(score: Floats, rows: Floats) -> Bools:
-    """[R, V]: choices that no other of their row equals or beats in score and every cost; of equal ones the first."""
+def undominated(score: Floats, rows: Floats) -> Bools:
+    """[R, V]: the choices that no other choice of their row equals or beats in score and in every cost. Of equal ones, the first."""
     stacked = np.concatenate([score[None], rows])
     no_worse = np.ones((*score.shape, score.shape[1]), dtype=bool)
     better = np.zeros_like(no_worse)
@@ -48,15 +49,15 @@ def useful(score: Floats, rows: Floats) -> Bools:
 
 
 def span_of(score: Floats) -> float:
-    """The widest difference between two scores of one row, 1 where there is none."""
+    """The largest difference between two scores of one row. 1 where there is none."""
     highest = np.where(np.isfinite(score), score, -np.inf).max(axis=1)
     return float((highest - score.min(axis=1)).max()) or 1.0
 
 
 def best_multipliers(score: Floats, rows: Floats, bounds: Floats, ceiling: float) -> Relaxation:
-    """Maximises the Lagrangian bound by Newton steps on its smoothed form (softmin at temperature t, barrier t.log y).
+    """Maximises the Lagrangian bound by Newton steps on its smoothed form: softmin at temperature t, and a barrier t.log y.
 
-    t goes to 0. Stops early once the bound passes `ceiling`: then there is no answer below it.
+    t goes to 0. The search ends early once the bound exceeds `ceiling`, since then no answer is below it.
     """
     span = span_of(score)
     y = np.full(len(bounds), 0.5 * span)
@@ -83,7 +84,10 @@ def best_multipliers(score: Floats, rows: Floats, bounds: Floats, ceiling: float
 
 
 def repaired(score: Floats, rows: Floats, bounds: Floats, relaxation: Relaxation) -> Choice | None:
-    """An answer near the relaxation's, or None: least damage per violation removed, then every change that helps."""
+    """A choice within the limits near the relaxation's, or None where none is found.
+
+    While a limit is broken, the change of least damage per violation removed is made. Then every change that lowers the score is made.
+    """
     layers = np.arange(len(score))
     choice = relaxation.excess.argmin(axis=1)
     for _ in range(20 * len(score)):
@@ -107,7 +111,7 @@ def repaired(score: Floats, rows: Floats, bounds: Floats, relaxation: Relaxation
 
 
 def lower_bound(problem: Problem) -> float:
-    """No choice within the limits has a lower objective: the bound of the linear relaxation."""
+    """The bound of the linear relaxation: no choice within the limits has a lower objective."""
     rows, bounds = problem.rows()
     score = problem.score
     return best_multipliers(score, rows, bounds, float(np.where(np.isfinite(score), score, 0.0).max(axis=1).sum())).bound

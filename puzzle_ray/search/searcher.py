@@ -1,7 +1,7 @@
-"""What a searcher is, and which there are.
+"""What a searcher is, and which searchers there are.
 
-A searcher is one file in `puzzle_ray/search/searchers` that defines `SEARCHER`, an object with the members of `Searcher`; or a dotted path
-`package.module:ATTRIBUTE` to such an object elsewhere. It gets a `Problem` (numbers only) and returns a `Solution`.
+A searcher gets a `Problem` (numbers only) and returns a `Solution`. It is an object with the members of `Searcher`.
+One file in `puzzle_ray/search/searchers` declares it as `SEARCHER`. A searcher elsewhere is named by `package.module:ATTRIBUTE`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from puzzle_ray.search.problem import Problem, Solution
 
 @dataclass(frozen=True)
 class Options:
-    """What a searcher may be told besides the problem. `samples` is for those that draw at random."""
+    """A searcher's settings besides the problem. `samples` is for searchers that draw at random."""
 
     time_limit_s: float | None = 60.0
     seed: int = 0
@@ -37,8 +37,8 @@ class Searcher(Protocol):
 @lru_cache(maxsize=1)
 def searchers() -> dict[str, Searcher]:
     """Every searcher that has a file in `searchers/`, by its name."""
-    found: list[Searcher] = declared("puzzle_ray.search.searchers", "SEARCHER")
-    return {searcher.name: searcher for searcher in found}
+    all_declared: list[Searcher] = declared("puzzle_ray.search.searchers", "SEARCHER")
+    return {searcher.name: searcher for searcher in all_declared}
 
 
 def find_searcher(name: str) -> Searcher:
@@ -49,7 +49,7 @@ def find_searcher(name: str) -> Searcher:
         raise ConfigError("search.searcher", f"unknown searcher {name!r}", did_you_mean(name, searchers()))
     module, _, attribute = name.partition(":")
     try:
-        found: Searcher = getattr(importlib.import_module(module), attribute)
+        searcher: Searcher = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError("search.searcher", f"{name!r} cannot be imported ({error})", "write package.module:ATTRIBUTE") from None
-    return found
+    return searcher

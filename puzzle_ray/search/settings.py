@@ -14,10 +14,11 @@ from puzzle_ray.settings import Count, Positive, Section
 class SearchConfig(Section):
     """The budget, how it is searched, and whether whole children are measured before one is picked.
 
-    With `candidates` > 1 or `local_search_steps` > 0 the search's `candidates` best answers, each different from the others in
-    `min_different_layers` layers, and one of each of `rivals` are measured on `measure_tokens` held-out tokens; then blocks are
-    exchanged while that helps. `sweep`: lists of values by axis, all combinations: limits' names, `batch_size`, `input_tokens`,
-    `output_tokens`; `sweep_measure` measures what is on the frontier, `sweep_gkd` distils it as `gkd` says and measures that.
+    Children are measured where `candidates` > 1 or `local_search_steps` > 0, on `measure_tokens` held-out tokens. Measured are the
+    `candidates` best answers, which differ from each other in at least `min_different_layers` layers, and one answer of each searcher
+    in `rivals`. Then a local search exchanges blocks as long as the measured KL falls.
+    `sweep` maps an axis to a list of values. An axis is a limit's name, `batch_size`, `input_tokens` or `output_tokens`. All
+    combinations are searched. `sweep_measure` measures the architectures on the frontier. `sweep_gkd` also distils and measures them.
     """
 
     limits: Limits = Limits(speedup=1.5)
@@ -27,7 +28,7 @@ class SearchConfig(Section):
     min_different_layers: Count = 1
     rivals: tuple[str, ...] = ("greedy", "depth", "uniform", "max_params")
     local_search_steps: Annotated[int, Field(ge=0)] = 0
-    interaction_blocks: Annotated[int, Field(ge=0)] = 4  # all pairs of so many much-used blocks are measured
+    interaction_blocks: Annotated[int, Field(ge=0)] = 4  # KLs of all pairs of this many of the most used blocks are measured
     measure_tokens: Count = 8_192
     sweep: dict[str, tuple[Positive, ...] | None] = {"speedup": (1.1, 1.25, 1.5, 1.75, 2.0)}
     sweep_measure: bool = False
@@ -52,7 +53,7 @@ class SearchConfig(Section):
 
     @property
     def grid(self) -> dict[str, tuple[float, ...]]:
-        """The sweep's axes; those set to null or to nothing are left out."""
+        """The sweep's axes. Axes without values are left out."""
         return {name: values for name, values in self.sweep.items() if values}
 
     def identity(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""All that a search reads besides its budget, and the search of one budget."""
+"""What a search reads besides its budget, and the search of one budget."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from puzzle_ray.search.tables import Tables
 
 @dataclass(frozen=True)
 class SearchSetup:
-    """All a search reads besides its budget. Of `limits` a sweep keeps what is fixed or must agree."""
+    """What a search reads besides its budget. A sweep replaces `limits`, but keeps their `fixed` and `agree`."""
 
     space: SearchSpace
     scores: Scores
@@ -36,7 +36,7 @@ class SearchSetup:
         return Options(time_limit_s=self.time_limit_s, seed=self.seed)
 
     def at_batch_size(self, size: int) -> SearchSetup:
-        """The same at one batch size alone. Raises ProfileError where it was not profiled."""
+        """The same setup at one batch size only. Raises ProfileError where that size was not profiled."""
         if size not in self.profile.batch_sizes:
             known = ", ".join(map(str, self.profile.batch_sizes))
             raise ProfileError(
@@ -46,6 +46,6 @@ class SearchSetup:
         return replace(self, profile=replace(self.profile, rows=rows), scenario=replace(self.scenario, batch_size=size))
 
 
-def solve(setup: SearchSetup, limits: Limits) -> Architecture:
+def solve_budget(setup: SearchSetup, limits: Limits) -> Architecture:
     """The best architecture within the limits. Raises Infeasible."""
     return setup.tables.search(limits, searcher=setup.searcher, options=setup.options)[0].architecture

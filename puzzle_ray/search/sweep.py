@@ -1,7 +1,8 @@
-"""One budget, many budgets: from scores and profiles to architectures, and which of them are on the Pareto frontier.
+"""Searches many budgets, and marks the architectures that are on the Pareto frontier.
 
-A grid is a list of values per axis. An axis is a limit's name (`speedup`, `memory_mib` ...), or of the scenario: `batch_size`
-(must be profiled), `input_tokens`, `output_tokens`. A point is one value per axis, and its whole budget but for what is fixed.
+A grid has a list of values per axis. An axis is a limit's name (`speedup`, `memory_mib` ...) or part of the scenario: `batch_size`
+(which must be profiled), `input_tokens` or `output_tokens`. A point of the grid has one value per axis. These values are the whole
+budget, apart from `fixed` and `agree`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from puzzle_ray.artifacts import Architecture, Choices, LayerChoice, Measure, Scenario, Scores
 from puzzle_ray.errors import ConfigError, Infeasible
 from puzzle_ray.search.limits import SCENARIO_AXES, Limits
-from puzzle_ray.search.setup import SearchSetup, solve
+from puzzle_ray.search.setup import SearchSetup, solve_budget
 from puzzle_ray.store import Artifact
 
 if TYPE_CHECKING:
@@ -26,18 +27,18 @@ if TYPE_CHECKING:
 
 SWEEP_POINTS = "sweep.json"
 Point = Mapping[str, float]
-Context = tuple[float, float]  # input and output tokens; means where the scenario's requests differ
+Context = tuple[float, float]  # input and output tokens per request; means where the scenario's requests differ in length
 
 
-def points_of(sweep: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
-    """Every combination of the axes' values, the last axis running fastest, values ascending."""
+def grid_points(sweep: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
+    """Every combination of the axes' values. Values ascend, and the last axis varies fastest."""
     return [dict(zip(sweep, values, strict=True)) for values in product(*(sorted(set(x)) for x in sweep.values()))]
 
 
-def contexts_of(sweep: Mapping[str, Sequence[float]], scenario: Scenario) -> list[Context]:
-    """The (input, output) tokens that a grid asks for; the scenario's own where it does not say.
+def grid_contexts(sweep: Mapping[str, Sequence[float]], scenario: Scenario) -> list[Context]:
+    """The (input, output) tokens of a grid's points. An axis that the grid lacks has the scenario's own value.
 
-    Raises ConfigError for a grid of lengths over a scenario whose requests differ in theirs, or are given a KV cache of their own.
+    Raises ConfigError for a grid over lengths where the scenario has `lengths` or `kv_tokens`, since these hold for its own requests.
     """
     asked = [name for name in ("input_tokens", "output_tokens") if sweep.get(name)]
     for name in ("lengths", "kv_tokens"):
@@ -46,32 +47,32 @@ def contexts_of(sweep: Mapping[str, Sequence[float]], scenario: Scenario) -> lis
             raise ConfigError(f"search.sweep.{asked[0]}", problem, f"drop it, or profile.scenario.{name}")
     inputs = sweep.get("input_tokens") or (scenario.input_tokens,)
     outputs = sweep.get("output_tokens") or (scenario.output_tokens,)
-    return [(_counted(i), _counted(o)) for i in inputs for o in outputs]
+    return [(_whole_if_exact(i), _whole_if_exact(o)) for i in inputs for o in outputs]
 
 
-def _counted(tokens: float) -> float:
+def _whole_if_exact(tokens: float) -> float:
     return int(tokens) if tokens == int(tokens) else tokens
 
 
 def longest_context(sweep: Mapping[str, Sequence[float]], profile: ProfileConfig) -> int:
-    """Tokens of the longest sequence that a grid or the scenario has. Raises ConfigError for a batch size that is not profiled."""
+    """Tokens of the longest sequence of a grid and its scenario. Raises ConfigError for a batch size that is not profiled."""
     assert profile.batch_sizes != "auto", "batch sizes are still to be resolved"
     for size in sweep.get("batch_size", ()):
         if size not in (profile.scenario.batch_size, *profile.batch_sizes):
             raise ConfigError("search.sweep.batch_size", f"{size:g} is not profiled", "add it to profile.batch_sizes")
-    asked = [sum(context) for context in contexts_of(sweep, profile.scenario)]
+    asked = [sum(context) for context in grid_contexts(sweep, profile.scenario)]
     return int(max(profile.scenario.longest_tokens, *asked))
 
 
 class Grid:
-    """The setups behind a grid's points, one per context and batch size, each made when it is first needed."""
+    """The setups behind a grid's points: one per context and batch size, each made when it is first needed."""
 
     def __init__(self, setups: Mapping[Context, SearchSetup]) -> None:
         self.setups = dict(setups)
         self._at: dict[tuple[Context, int], SearchSetup] = {}
 
     def setup(self, point: Point) -> SearchSetup:
-        """Raises ProfileError for a batch size, ConfigError for a context that was not profiled."""
+        """The setup of a point. Raises ProfileError for a batch size, and ConfigError for a context, that was not profiled."""
         own = next(iter(self.setups))
         context = (point.get("input_tokens", own[0]), point.get("output_tokens", own[1]))
         if context not in self.setups:
@@ -85,43 +86,48 @@ class Grid:
         return self._at[context, size]
 
     def solve(self, point: Point) -> dict[str, Any]:
-        """One point of a sweep, JSON-able: an architecture, or why there is none."""
+        """Searches one point. The result is JSON-able: an architecture, or why there is none."""
         setup = self.setup(point)
         budget = {name: value for name, value in point.items() if name not in SCENARIO_AXES}
         limits = Limits.model_validate({**budget, "fixed": setup.limits.fixed, "agree": setup.limits.agree})
-        nothing = dict.fromkeys(("architecture", "infeasible_reason", "measured_kl", "distilled"))
-        found: dict[str, Any] = {"budget": dict(point)} | nothing
+        empty = dict.fromkeys(("architecture", "infeasible_reason", "measured_kl", "distilled"))
+        solved: dict[str, Any] = {"budget": dict(point)} | empty
         try:
-            found["architecture"] = asdict(solve(setup, limits))
+            solved["architecture"] = asdict(solve_budget(setup, limits))
         except Infeasible as error:
-            found["infeasible_reason"] = str(error)
-        return found
+            solved["infeasible_reason"] = str(error)
+        return solved
 
-    def answers(self, points: Sequence[Point]) -> Iterator[Choices]:
-        """The architectures at those points that have one."""
+    def choices_at(self, points: Sequence[Point]) -> Iterator[Choices]:
+        """The choices of every point that has an architecture."""
         for point in points:
-            found = self.solve(point)["architecture"]
-            if found is not None:
-                yield tuple(LayerChoice(**choice) for choice in found["choices"])
+            architecture = self.solve(point)["architecture"]
+            if architecture is not None:
+                yield tuple(LayerChoice(**choice) for choice in architecture["choices"])
 
     def with_scores(self, scores: Scores) -> Grid:
-        """The same questions, asked of other scores."""
+        """The same grid with other scores."""
         return Grid({context: replace(setup, scores=scores) for context, setup in self.setups.items()})
 
 
 def point_name(point: Point) -> str:
+    """The file of a solved point in a sweep's artifact."""
     return "points/" + ".".join(f"{name}-{value!r}" for name, value in point.items()) + ".json"
 
 
-def unsolved(points: Sequence[Point], artifact: Artifact) -> list[Point]:
+def unsolved_points(points: Sequence[Point], artifact: Artifact) -> list[Point]:
+    """The points that have no file yet."""
     there = set(artifact.names("points"))
     return [point for point in points if point_name(point).removeprefix("points/") not in there]
 
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """A budget that was asked for and what came of it. `measured_kl` where the frontier was measured; `distilled` where it went through
-    GKD: `kl`, `heldout_loss` and more of the distilled child (see `puzzle_ray.evaluation.evaluate.predictions`)."""
+    """A budget and its architecture, or why there is none.
+
+    `measured_kl` is set where children on the frontier were measured. `distilled` is set where they went through GKD: `kl`,
+    `heldout_loss` and more of the distilled child (see `puzzle_ray.evaluation.evaluate.predictions`).
+    """
 
     budget: Mapping[str, float]
     architecture: Architecture | None
@@ -142,7 +148,7 @@ class SweepPoint:
 
 
 def _spent(name: str, point: SweepPoint) -> float:
-    """What an answer spends of the budget of an axis, less being better."""
+    """What a point's architecture spends on one axis. Less is better, so speeds are negative."""
     assert point.architecture is not None
     costs = point.architecture.predicted
     by_word = {
@@ -158,65 +164,68 @@ def _spent(name: str, point: SweepPoint) -> float:
 
 
 def with_frontier(points: Sequence[SweepPoint]) -> list[SweepPoint]:
-    """Marks the answers that no other one beats: none in the same scenario has no more damage, spends no more of any swept
-    budget, and is better in one of them. Of equal ones the last counts."""
+    """Marks the points on the Pareto frontier.
+
+    A point is beaten by another one in the same scenario that has no more damage, spends no more of any swept budget, and is better
+    in at least one of these. Of equal points, only the last is on the frontier.
+    """
     axes = [name for name in (points[0].budget if points else ()) if name not in SCENARIO_AXES]
-    found = []
+    compared = []
     for point in points:
         scenario = tuple(point.budget.get(name) for name in SCENARIO_AXES)
         values = None
         if point.architecture is not None:
             values = (point.architecture.objective, *(_spent(name, point) for name in axes))
-        found.append((scenario, values))
+        compared.append((scenario, values))
     marked = []
-    for i, (point, (scenario, own)) in enumerate(zip(points, found, strict=True)):
+    for i, (point, (scenario, own)) in enumerate(zip(points, compared, strict=True)):
         beaten = own is None or any(
             values is not None
             and scenario == other
             and all(a <= b for a, b in zip(values, own, strict=True))
             and (values != own or j > i)
-            for j, (other, values) in enumerate(found)
+            for j, (other, values) in enumerate(compared)
         )
         marked.append(replace(point, on_frontier=not beaten))
     return marked
 
 
-def gathered(points: Sequence[Point], artifact: Artifact) -> list[SweepPoint]:
-    """All solved points in order, the frontier marked."""
-    return with_frontier([_point(artifact.read_json(point_name(point)) | {"on_frontier": False}) for point in points])
+def solved_points(points: Sequence[Point], artifact: Artifact) -> list[SweepPoint]:
+    """All solved points in order, with the frontier marked."""
+    return with_frontier([_point_from_json(artifact.read_json(point_name(point)) | {"on_frontier": False}) for point in points])
 
 
 def with_measured(points: Sequence[SweepPoint], measure: Measure) -> list[SweepPoint]:
-    """The true KL of every answer on the frontier."""
+    """The points with the measured KL of every architecture on the frontier."""
     wanted = [point.architecture.choices for point in points if point.architecture and point.on_frontier]
-    kl = dict(zip(wanted, (found.kl for found in measure(wanted)), strict=True))
+    kl = dict(zip(wanted, (child.kl for child in measure(wanted)), strict=True))
     return [replace(p, measured_kl=kl[p.architecture.choices]) if p.architecture and p.on_frontier else p for p in points]
 
 
 def with_distilled(points: Sequence[SweepPoint], distil: Callable[[Choices], Mapping[str, float]]) -> list[SweepPoint]:
-    """What `distil` finds for every answer on the frontier, asked once for those that share an architecture."""
+    """The points with what `distil` returns for every architecture on the frontier. Each distinct one is distilled once."""
     wanted = [point.architecture.choices for point in points if point.architecture and point.on_frontier]
-    found = {choices: distil(choices) for choices in dict.fromkeys(wanted)}
-    return [replace(p, distilled=found[p.architecture.choices]) if p.architecture and p.on_frontier else p for p in points]
+    distilled = {choices: distil(choices) for choices in dict.fromkeys(wanted)}
+    return [replace(p, distilled=distilled[p.architecture.choices]) if p.architecture and p.on_frontier else p for p in points]
 
 
-def finish(points: Sequence[SweepPoint], artifact: Artifact) -> None:
-    """Writes the points as JSON, parquet and CSV, and closes the step."""
+def finish_sweep(points: Sequence[SweepPoint], artifact: Artifact) -> None:
+    """Writes the points as JSON, parquet and CSV, and finishes the artifact."""
     artifact.write_json(SWEEP_POINTS, [asdict(point) for point in points])
-    rows = [row_of(point) for point in points]
+    rows = [table_row(point) for point in points]
     names = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     artifact.write("sweep.csv", text.getvalue().encode())
-    artifact.write("sweep.parquet", _parquet(rows, names))
+    artifact.write("sweep.parquet", _parquet_table(rows, names))
     infeasible = sum(point.architecture is None for point in points)
     artifact.finish({"points": len(points), "infeasible": infeasible, "on_frontier": sum(point.on_frontier for point in points)})
 
 
-def row_of(point: SweepPoint) -> dict[str, Any]:
-    """A point as a flat row of the tables; numbers of points without an answer are empty."""
+def table_row(point: SweepPoint) -> dict[str, Any]:
+    """A point as a flat row of the CSV and parquet tables. A point without an architecture has empty numbers."""
     row: dict[str, Any] = {f"asked_{name}": float(value) for name, value in point.budget.items()}
     a = point.architecture
     row |= {
@@ -235,7 +244,7 @@ def row_of(point: SweepPoint) -> dict[str, Any]:
     return row | {"choices": " | ".join(choice.label for choice in a.choices) if a else None}
 
 
-def _parquet(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> bytes:
+def _parquet_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -248,14 +257,14 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _point(raw: Mapping[str, Any]) -> SweepPoint:
-    found = raw["architecture"]
-    architecture = Architecture.from_json(json.dumps(found).encode()) if found is not None else None
+def _point_from_json(raw: Mapping[str, Any]) -> SweepPoint:
+    written = raw["architecture"]
+    architecture = Architecture.from_json(json.dumps(written).encode()) if written is not None else None
     return SweepPoint(
         raw["budget"], architecture, raw["infeasible_reason"], raw["on_frontier"], raw["measured_kl"], raw["distilled"]
     )
 
 
-def read(artifact: Artifact) -> tuple[SweepPoint, ...]:
+def read_sweep(artifact: Artifact) -> tuple[SweepPoint, ...]:
     """The points of a finished sweep."""
-    return tuple(_point(raw) for raw in artifact.read_json(SWEEP_POINTS))
+    return tuple(_point_from_json(raw) for raw in artifact.read_json(SWEEP_POINTS))

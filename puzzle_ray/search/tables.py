@@ -1,4 +1,4 @@
-"""From a search space, scores and a profile to a `Problem`, and from its answer back to an `Architecture`."""
+"""From a search space, scores and a profile to a `Problem`, and from a solution back to an `Architecture`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from puzzle_ray.search.searcher import Options, find_searcher
 
 COST_NAMES = ("runtime_ms", "prefill_ms", "decode_ms", "memory_mib", "num_params", "kv_cache_mib")
 KV_HEADS = "kv_heads"
-ROW_OF = {name: i for i, name in enumerate(("latency", "prefill", "decode", "memory", "params", "kv_cache", KV_HEADS))}
+COST_INDEX = {name: i for i, name in enumerate(("latency", "prefill", "decode", "memory", "params", "kv_cache", KV_HEADS))}
 
 
 def costs_of(rows: Iterable[ProfileRow], scenario: Scenario) -> tuple[float, ...]:
@@ -39,7 +39,7 @@ def costs_of(rows: Iterable[ProfileRow], scenario: Scenario) -> tuple[float, ...
 
 
 def kv_head_bytes(profile: Profile, layer_type: str, batch_size: int) -> float:
-    """What one KV head keeps of a token, as any profiled `gqa:N` of that type of layer shows it; 0 where there is none."""
+    """Bytes that one KV head keeps per token, taken from any profiled `gqa:N` of that layer type. 0 where there is none."""
     for row in profile.rows:
         name, _, count = row.variant.partition(":")
         if (row.layer_type, row.batch_size, name) == (layer_type, batch_size, "gqa") and count.isdigit():
@@ -47,7 +47,7 @@ def kv_head_bytes(profile: Profile, layer_type: str, batch_size: int) -> float:
     return 0.0
 
 
-def _row(profile: Profile, layer_type: str, choice: LayerChoice, batch_size: int) -> list[ProfileRow]:
+def _profile_rows(profile: Profile, layer_type: str, choice: LayerChoice, batch_size: int) -> list[ProfileRow]:
     try:
         return [profile.row(layer_type, kind, choice.variant(kind), batch_size) for kind in KINDS]
     except KeyError as error:
@@ -58,7 +58,7 @@ def _row(profile: Profile, layer_type: str, choice: LayerChoice, batch_size: int
         ) from None
 
 
-def _fixed(profile: Profile, scenario: Scenario) -> ProfileRow:
+def _fixed_row(profile: Profile, scenario: Scenario) -> ProfileRow:
     try:
         row = profile.fixed(scenario.batch_size)
     except KeyError:
@@ -78,48 +78,48 @@ def _fixed(profile: Profile, scenario: Scenario) -> ProfileRow:
 
 def predicted_costs(space: SearchSpace, profile: Profile, scenario: Scenario, choices: Sequence[LayerChoice]) -> Costs:
     """What a whole model costs at the scenario's batch size. Raises ProfileError where a part was not profiled."""
-    rows = [_fixed(profile, scenario)]
+    rows = [_fixed_row(profile, scenario)]
     for layer, choice in zip(space.layers, choices, strict=True):
-        rows.extend(_row(profile, layer.layer_type, choice, scenario.batch_size))
+        rows.extend(_profile_rows(profile, layer.layer_type, choice, scenario.batch_size))
     runtime_ms, prefill_ms, decode_ms, memory_mib, num_params, _ = costs_of(rows, scenario)
     tokens = scenario.batch_size * scenario.tokens_per_sequence
     throughput = 1000.0 * tokens / runtime_ms if runtime_ms > 0 else math.inf
     return Costs(scenario.batch_size, prefill_ms, decode_ms, runtime_ms, throughput, memory_mib, int(num_params))
 
 
-def limits_of(asked: Mapping[str, float], parent: Costs, scenario: Scenario) -> tuple[Limit, ...]:
-    """Limits by name as bounds on costs at the scenario's batch size; `parent` may have been taken at another."""
+def cost_limits(asked: Mapping[str, float], parent: Costs, scenario: Scenario) -> tuple[Limit, ...]:
+    """Limits by name, as bounds on costs at the scenario's batch size. `parent` may be at another batch size."""
     tokens = 1000.0 * scenario.batch_size * scenario.tokens_per_sequence
     parents = {"latency": parent.runtime_ms, "memory": parent.memory_mib, "params": float(parent.num_params)}
-    found = []
+    limits = []
     for name, value in asked.items():
         what, _, unit = name.rpartition("_")
         if name == "speedup":
             over = tokens / parent.throughput_tokens_per_s
-            found.append(Limit(name, 0, over / value, value, "x", over=over))
+            limits.append(Limit(name, 0, over / value, value, "x", over=over))
         elif name == "throughput_tokens_per_s":
-            found.append(Limit(name, 0, tokens / value, value, "tokens/s", over=tokens))
+            limits.append(Limit(name, 0, tokens / value, value, "tokens/s", over=tokens))
         elif unit == "fraction":
-            found.append(Limit(name, ROW_OF[what], value * parents[what], value, "of the parent", of=parents[what]))
+            limits.append(Limit(name, COST_INDEX[what], value * parents[what], value, "of the parent", of=parents[what]))
         else:
-            row = ROW_OF[name] if name in ROW_OF else ROW_OF[what]
-            found.append(Limit(name, row, value, value, {"ms": "ms", "mib": "MiB"}.get(unit, "")))
-    return tuple(found)
+            index = COST_INDEX[name] if name in COST_INDEX else COST_INDEX[what]
+            limits.append(Limit(name, index, value, value, {"ms": "ms", "mib": "MiB"}.get(unit, "")))
+    return tuple(limits)
 
 
-def limited(problem: Problem, limits: Limits, parent: Costs, scenario: Scenario) -> Problem:
-    """The problem within all limits, ranges' minimums among them. Raises ConfigError where KV heads cannot be counted."""
+def problem_within(problem: Problem, limits: Limits, parent: Costs, scenario: Scenario) -> Problem:
+    """The problem with all limits, the minimums of ranges included. Raises ConfigError where KV heads cannot be counted."""
     if KV_HEADS in {*limits.asked, *limits.at_least} and KV_HEADS not in problem.cost_names:
         raise ConfigError(f"search.limits.{KV_HEADS}", "no gqa variant was profiled to count heads by", "limit kv_cache_mib")
-    found = problem.with_limits(limits_of(limits.asked, parent, scenario))
-    for least in limits_of(limits.at_least, parent, scenario):
-        found = found.at_least(least)
-    return found
+    within = problem.with_limits(cost_limits(limits.asked, parent, scenario))
+    for least in cost_limits(limits.at_least, parent, scenario):
+        within = within.at_least(least)
+    return within
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """A problem at one batch size, and what its rows and choices stand for: `layers` and `choices` of every row."""
+    """A problem at one batch size. `layers` and `choices` say what every row and its choices stand for."""
 
     problem: Problem
     layers: tuple[tuple[int, ...], ...]
@@ -133,7 +133,7 @@ class Table:
 
 
 def _allowed(space: SearchSpace, limits: Limits, layer: int) -> list[LayerChoice]:
-    """What one layer may become, given what the user fixed. Raises ConfigError for a variant that it does not have."""
+    """The choices of one layer that agree with `limits.fixed`. Raises ConfigError for a variant that the layer does not have."""
     choices = list(space.layers[layer].choices)
     for kind in KINDS if layer in limits.fixed else ():
         wanted = limits.fixed[layer].attention if kind == "attention" else limits.fixed[layer].ffn
@@ -149,19 +149,19 @@ def _allowed(space: SearchSpace, limits: Limits, layer: int) -> list[LayerChoice
 
 
 def _groups(space: SearchSpace, limits: Limits) -> list[tuple[tuple[int, ...], tuple[LayerChoice, ...]]]:
-    """The problem's rows: layers that must agree, and the choices that all of them have."""
+    """The rows of the problem: the layers of each, and the choices that all of these layers have."""
     named = {layer for group in limits.agree for layer in group} | set(limits.fixed)
     if named and max(named) >= len(space.layers):
         raise ConfigError("search.limits", f"layer {max(named)} is named", f"layers go from 0 to {len(space.layers) - 1}")
     together = {layer for group in limits.agree for layer in group}
     groups = [*limits.agree, *((layer,) for layer in range(len(space.layers)) if layer not in together)]
-    found = []
+    rows = []
     for group in sorted(groups, key=min):
         shared = set.intersection(*(set(_allowed(space, limits, layer)) for layer in group))
         if not shared:
             raise ConfigError("search.limits.agree", f"layers {list(group)} have no choice in common", "let fewer layers agree")
-        found.append((tuple(sorted(group)), tuple(c for c in _allowed(space, limits, group[0]) if c in shared)))
-    return found
+        rows.append((tuple(sorted(group)), tuple(c for c in _allowed(space, limits, group[0]) if c in shared)))
+    return rows
 
 
 def check_limits(space: SearchSpace, limits: Limits) -> None:
@@ -181,38 +181,40 @@ def _score(scores: Scores, layer: int, choice: LayerChoice, metric: str) -> floa
     return value
 
 
-def table(space: SearchSpace, scores: Scores, metric: str, profile: Profile, scenario: Scenario, choices: Limits) -> Table:
-    """The numbers at the scenario's batch size, without limits; of `choices` only what is fixed or must agree counts.
+def table_at_batch_size(
+    space: SearchSpace, scores: Scores, metric: str, profile: Profile, scenario: Scenario, choices: Limits
+) -> Table:
+    """The numbers at the scenario's batch size, without limits on costs. Of `choices` only `fixed` and `agree` are read.
 
     Raises ConfigError or ProfileError where a number is missing.
     """
     groups = _groups(space, choices)
-    width = max(len(found) for _, found in groups)
+    width = max(len(shared) for _, shared in groups)
     size = scenario.batch_size
     head_bytes = {x.layer_type: kv_head_bytes(profile, x.layer_type, size) for x in space.layers}
-    counted = all(head_bytes.values())
-    names = (*COST_NAMES, KV_HEADS) if counted else COST_NAMES
+    counts_kv_heads = all(head_bytes.values())
+    names = (*COST_NAMES, KV_HEADS) if counts_kv_heads else COST_NAMES
     score = np.full((len(groups), width), np.inf)
     costs = np.zeros((len(names), len(groups), width))
-    for row, (layers, found) in enumerate(groups):
-        for v, choice in enumerate(found):
+    for row, (layers, shared) in enumerate(groups):
+        for v, choice in enumerate(shared):
             score[row, v] = math.fsum(_score(scores, layer, choice, metric) for layer in layers)
-            parts = [r for x in layers for r in _row(profile, space.layers[x].layer_type, choice, size)]
+            parts = [r for x in layers for r in _profile_rows(profile, space.layers[x].layer_type, choice, size)]
             costs[: len(COST_NAMES), row, v] = costs_of(parts, scenario)
-            if counted:
+            if counts_kv_heads:
                 attentions = (profile.row(space.layers[x].layer_type, "attention", choice.attention, size) for x in layers)
                 costs[-1, row, v] = sum(round(r.kv_bytes_per_token / head_bytes[r.layer_type]) for r in attentions)
     constants = np.zeros(len(names))
-    constants[: len(COST_NAMES)] = costs_of([_fixed(profile, scenario)], scenario)
+    constants[: len(COST_NAMES)] = costs_of([_fixed_row(profile, scenario)], scenario)
     weights = np.array([len(layers) for layers, _ in groups], dtype=np.intp)
-    labels = tuple(tuple(choice.label for choice in found) for _, found in groups)
+    labels = tuple(tuple(choice.label for choice in shared) for _, shared in groups)
     problem = Problem(score, costs, names, constants, weights, labels)
     return Table(problem, tuple(g[0] for g in groups), tuple(g[1] for g in groups), scenario)
 
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """All numbers of a search but its limits: one table per batch size, and the parent's costs at the scenario's own."""
+    """All numbers of a search except its limits: one table per batch size, and the parent's costs at the scenario's batch size."""
 
     space: SearchSpace
     profile: Profile
@@ -225,15 +227,20 @@ class Tables:
         """Raises ConfigError or ProfileError where a number is missing, or a fixed choice does not fit the space."""
         parent = predicted_costs(space, profile, scenario, [LayerChoice()] * len(space.layers))
         sizes = [replace(scenario, batch_size=size) for size in profile.batch_sizes]
-        return cls(space, profile, metric, parent, tuple(table(space, scores, metric, profile, s, choices) for s in sizes))
+        return cls(
+            space, profile, metric, parent, tuple(table_at_batch_size(space, scores, metric, profile, s, choices) for s in sizes)
+        )
 
     def bounded(self, limits: Limits, batch_size: int) -> Limits:
-        """The limits, and that weights and KV cache must leave room for activations and the engine where the device's memory is known."""
+        """The limits, with `memory_mib` lowered to what the device has left for weights and KV cache.
+
+        Activations and the engine's own memory are taken off. Nothing changes where the device's memory is not known.
+        """
         details = self.profile.details
         if "memory_mib" not in details:
             return limits
-        taken_mib = details.get("reserved_mib", 0.0) + details.get("activation_mib", {}).get(str(batch_size), 0.0)
-        room_mib = details["memory_mib"] - taken_mib
+        unavailable_mib = details.get("reserved_mib", 0.0) + details.get("activation_mib", {}).get(str(batch_size), 0.0)
+        room_mib = details["memory_mib"] - unavailable_mib
         if (limits.memory_mib or math.inf) <= room_mib:
             return limits
         return limits.model_copy(update={"memory_mib": room_mib})
@@ -243,7 +250,7 @@ class Tables:
 
         def limit(t: Table) -> Table:
             own = self.bounded(limits, t.scenario.batch_size)
-            return replace(t, problem=limited(t.problem, own, self.parent, t.scenario))
+            return replace(t, problem=problem_within(t.problem, own, self.parent, t.scenario))
 
         return tuple(map(limit, self.tables))
 
@@ -256,11 +263,11 @@ class Tables:
         min_different_layers: int = 1,
         options: Options | None = None,
     ) -> list[Answer]:
-        """As `search` below, with the table and the solution behind every architecture."""
+        """Like `search_architectures`, with the table and the choice behind every architecture."""
         method, options = find_searcher(searcher), options or Options()
         tables = self.within(limits)
-        found: list[Answer] = []
-        while len(found) < count:
+        answers: list[Answer] = []
+        while len(answers) < count:
             solved: list[tuple[Table, Solution]] = []
             errors: list[Infeasible] = []
             for candidate in tables:
@@ -269,17 +276,17 @@ class Tables:
                 except Infeasible as error:
                     errors.append(error)
             if not solved:
-                if found:
+                if answers:
                     break
                 raise min(errors, key=_shortfall)
-            found.append(self._best(solved, limits, searcher))
-            last = found[-1].choice
+            answers.append(self._best(solved, limits, searcher))
+            last = answers[-1].choice
             tables = tuple(replace(t, problem=t.problem.apart_from(last, min_different_layers)) for t in tables)
         by_scenario = {t.scenario: t for t in self.within(limits)}
-        return [replace(f, table=by_scenario[f.table.scenario]) for f in found]
+        return [replace(a, table=by_scenario[a.table.scenario]) for a in answers]
 
     def _best(self, solved: Sequence[tuple[Table, Solution]], limits: Limits, searcher: str) -> Answer:
-        """Of one solution per batch size the least objective, then the higher throughput."""
+        """The solution of least objective over batch sizes. Of equal ones, the one of higher throughput."""
         named = [(t, s, self.costs(t, s.choice)) for t, s in solved]
         chosen, solution, costs = min(named, key=lambda x: (x[1].objective, -x[2].throughput_tokens_per_s))
         bound = min(s.bound for _, s in solved)
@@ -306,14 +313,14 @@ class Tables:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """An architecture, and the table and choice that it was found as; the table's limits are the user's."""
+    """An architecture, with the table and the choice behind it. The table has the user's limits."""
 
     architecture: Architecture
     table: Table
     choice: Choice
 
 
-def search(
+def search_architectures(
     space: SearchSpace,
     scores: Scores,
     profile: Profile,
@@ -329,14 +336,14 @@ def search(
 ) -> list[Architecture]:
     """Up to `count` architectures within the limits, best first, over all batch sizes of the profile.
 
-    Of equally good ones the one of higher throughput. Each differs from all before it in at least
-    `min_different_layers` layers; fewer come back where there are no more. Raises Infeasible where there is none at
-    all, ConfigError for settings that do not fit the space.
+    Of equally good ones, the one of higher throughput comes first. Each differs from all before it in at least
+    `min_different_layers` layers. Fewer are returned where there are no more.
+    Raises Infeasible where there is none, and ConfigError for settings that do not fit the space.
     """
     options = Options(time_limit_s=time_limit_s, seed=seed)
     tables = Tables.of(space, scores, profile, scenario, metric, limits)
-    found = tables.search(limits, searcher=searcher, count=count, min_different_layers=min_different_layers, options=options)
-    return [f.architecture for f in found]
+    answers = tables.search(limits, searcher=searcher, count=count, min_different_layers=min_different_layers, options=options)
+    return [answer.architecture for answer in answers]
 
 
 def _shortfall(error: Infeasible) -> float:

@@ -1,5 +1,5 @@
-"""A model behind OpenAI's API: continuous batching on the model's plain forward, sampling, and the protocol.
+"""Serving a model behind OpenAI's API: continuous batching on the model's plain forward, sampling, and the protocol.
 
-Nothing here knows of HTTP servers or Ray.
+Nothing here depends on an HTTP server or on Ray.
 May import: the ground, surgery, models.
 """

@@ -1,7 +1,7 @@
 """A continuous-batching engine for one process (CPU or GPU) on a model's plain `forward()`.
 
-Requests join and leave between two forward passes: waiting ones are prefilled into free slots, then every running one
-gains a token in a single pass. Greedy tokens are those of `model.generate(do_sample=False)` on each prompt alone.
+Requests join and leave between two forward passes. Waiting requests are prefilled into free slots. Then one pass gives every running
+request a token. Greedy tokens equal those of `model.generate(do_sample=False)` on each prompt alone.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from puzzle_ray.surgery.kv_cache import continuing
 
 _log = logging.getLogger(__name__)
 
-# A prefill pass takes the waiting prompts in order while right-padding them to the longest wastes at most this share.
+# A prefill pass takes waiting prompts in order, as long as padding them to the longest one wastes at most this share.
 _MAX_PADDING = 0.25
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """What the engine does now and has done since its start."""
+    """Counters: what the engine does now, and what it has done since its start."""
 
     running: int
     waiting: int
@@ -46,7 +46,7 @@ class EngineStats:
 
 @dataclass
 class _Running:
-    """A request in a slot: `length` positions of its row are filled, `token_id` is chosen but not yet in the row."""
+    """A request in a slot. `length` positions of its row are filled. `token_id` is chosen, but not in the row yet."""
 
     generation: Generation
     text: TextStream
@@ -59,12 +59,13 @@ class _Running:
 class Engine:
     """Serves `model` to many requests at once. Use as a context manager, or `start()` and `close()`.
 
-    max_batch_size: requests decoded together (slots). max_length: tokens of prompt and answer a slot holds, None is the
-    model's own limit. max_waiting: requests that may queue for a slot. max_prefill_tokens: padded prompt tokens in one
-    prefill pass (a longer prompt goes alone), which bounds how long the running requests stand still.
+    max_batch_size: the number of slots, which is the number of requests decoded together.
+    max_length: the tokens of prompt and answer that a slot holds. None is the model's own limit.
+    max_waiting: the number of requests that may wait for a slot.
+    max_prefill_tokens: the padded prompt tokens of one prefill pass. This bounds how long the running requests wait. A longer prompt
+    has a pass of its own.
 
-    Layers may differ in KV heads and attention may be missing in some; layers must keep nothing but keys and values.
-    Raises ConfigError.
+    Layers may differ in KV heads, and some may have no attention. Layers must keep nothing but keys and values. Raises ConfigError.
     """
 
     def __init__(
@@ -98,14 +99,14 @@ class Engine:
         self._closing = False
         self._failure: str | None = None
         self._finished = self._prompt_tokens = self._generated_tokens = 0
-        self._forward_passes = -2  # the trial's two are not counted
-        with torch.inference_mode():  # a trial allocates every layer's rows: what does not fit, or does not work, fails here
+        self._forward_passes = -2  # the two passes of the trial below are not counted
+        with torch.inference_mode():  # a trial allocates every layer's rows, so that a lack of memory shows here
             self._prefill_forward([[0]], first_row=0)
             self._decode_forward([0], [1])
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> Engine:
-        """Start the engine's thread. Requests submitted before wait for it."""
+        """Start the engine's thread. Requests that were submitted before are served then."""
         self._thread.start()
         return self
 
@@ -146,7 +147,7 @@ class Engine:
         )
 
     def close(self, timeout_s: float = 30.0) -> None:
-        """Stop after the forward pass in progress; requests not finished get EngineFailed. Raises TimeoutError."""
+        """Stop after the forward pass in progress. Unfinished requests get EngineFailed. Raises TimeoutError."""
         with self._news:
             self._closing = True
             self._news.notify()
@@ -170,7 +171,7 @@ class Engine:
             limit = f"together with the prompt's {len(prompt_ids)} tokens that is more than {self.max_length}"
             raise ConfigError("max_tokens", f"is {params.max_tokens}, {limit}", f"give at most {room}")
 
-    # The engine's thread.
+    # What the engine's thread does.
 
     def _run(self) -> None:
         reason = "the engine is closed"
@@ -179,7 +180,7 @@ class Engine:
                 while self._wait_for_work():
                     self._admit()
                     self._decode()
-        except Exception as error:  # whatever it is, every request gets it, and so do those that come later
+        except Exception as error:  # every request gets this error, later ones too
             _log.exception("the engine stopped")
             reason = f"{type(error).__name__}: {error}"
         finally:
@@ -200,12 +201,12 @@ class Engine:
             generation.end(failure=reason)
 
     def _admit(self) -> None:
-        """Prefill waiting requests into the free slots, as many as go into one pass."""
+        """Prefill as many waiting requests as fit into the free slots and into one pass."""
         batch = self._next_batch()
         if not batch:
             return
         first_row = len(self._running)
-        # Registered before the forward pass, so that its failure reaches them too.
+        # They are registered before the forward pass, so that they get its failure too.
         self._running += [
             _Running(
                 generation=generation,
@@ -221,6 +222,7 @@ class Engine:
         self._retire()
 
     def _next_batch(self) -> list[Generation]:
+        """The waiting requests of the next prefill pass, in order. Cancelled ones are dropped."""
         batch: list[Generation] = []
         longest = total = 0
         with self._news:
@@ -240,9 +242,9 @@ class Engine:
         return batch
 
     def _prefill_forward(self, prompts: Sequence[Sequence[int]], first_row: int) -> Tensor:
-        """Fill rows `first_row`.. of the cache; returns the logits after each prompt, `[B, vocab]`.
+        """Fills rows of the cache from `first_row` on. Returns the logits after each prompt, `[B, vocab]`.
 
-        Prompts are padded on the right, where causal attention does not look, so no mask is needed.
+        Prompts are padded on the right. Causal attention does not look there, so no mask is needed.
         """
         device = self._model.device
         lengths = [len(prompt) for prompt in prompts]
@@ -258,7 +260,7 @@ class Engine:
         return logits[torch.arange(len(prompts), device=device), which]
 
     def _decode(self) -> None:
-        """One more token for every running request."""
+        """Gives every running request one more token."""
         for running in self._running:
             if running.generation.cancelled:
                 running.generation.end()
@@ -274,7 +276,7 @@ class Engine:
         self._retire()
 
     def _decode_forward(self, token_ids: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        """Add one token to each of rows 0..B-1, which hold `lengths` tokens; returns the logits after it, `[B, vocab]`."""
+        """Adds one token to each of rows 0..B-1, which hold `lengths` tokens. Returns the logits after it, `[B, vocab]`."""
         device = self._model.device
         positions, kv_length = torch.tensor(lengths, device=device), max(lengths) + 1
         self._cache.begin_decode(positions, kv_length)
@@ -292,7 +294,7 @@ class Engine:
         return logits
 
     def _emit(self, requests: Sequence[_Running], logits: Tensor) -> None:
-        """Choose a token for each request from its row of `logits` and hand it on."""
+        """Chooses a token for each request from its row of `logits`, and adds it to the request."""
         params = [running.generation.params for running in requests]
         draws = [running.draw.random() for running in requests]
         for running, token_id in zip(requests, choose_tokens(logits, params, draws), strict=True):
@@ -307,22 +309,22 @@ class Engine:
             self._generated_tokens += 1
 
     def _delta(self, running: _Running, token_id: int) -> Delta:
-        asked, text = running.generation.params, running.text
+        params, text = running.generation.params, running.text
         new_tokens = running.length - len(running.generation.prompt_ids) + 1
         shown = text.push(token_id)
         reason: FinishReason | None = None
-        if text.stopped or (token_id in self._eos_ids and not asked.ignore_eos):
+        if text.stopped or (token_id in self._eos_ids and not params.ignore_eos):
             reason = "stop"
-        elif new_tokens == asked.max_tokens or running.length + 1 >= self.max_length:
+        elif new_tokens == params.max_tokens or running.length + 1 >= self.max_length:
             reason = "length"
         if reason is not None and not text.stopped:
             shown += text.finish()
-            if text.stopped:  # the last characters completed a stop string
+            if text.stopped:  # the last characters complete a stop string
                 reason = "stop"
         return Delta(token_id, shown, reason)
 
     def _retire(self) -> None:
-        """Drop finished requests; the last row moves into each freed one, so that rows 0..n-1 stay the running ones."""
+        """Drops finished requests. The last row moves into each freed row, so that the running requests stay in rows 0..n-1."""
         for row in range(len(self._running) - 1, -1, -1):
             if not self._running[row].finished:
                 continue
@@ -334,7 +336,7 @@ class Engine:
 
 
 def _position_limit(model: PreTrainedModel) -> int:
-    """Tokens the model has positions for."""
+    """The number of tokens that the model has positions for."""
     limit: int | None = getattr(model.config, "max_position_embeddings", None)
     if limit is None:
         kind = model.config.model_type
@@ -343,7 +345,7 @@ def _position_limit(model: PreTrainedModel) -> int:
 
 
 def _eos_ids(model: PreTrainedModel) -> frozenset[int]:
-    """The end-of-text tokens `model.generate` stops at."""
+    """The end-of-text tokens at which `model.generate` stops."""
     config = model.generation_config
     eos = None if config is None else config.eos_token_id
     if eos is None:

@@ -1,4 +1,4 @@
-"""Where a server finds its model: a local folder or hub id as they are, a folder behind a URL as a local copy."""
+"""Where a server finds its model: a local folder, a hub id, or a local copy of a folder behind a URL."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from puzzle_ray.models.checkpoint import locate
 
 
 def check_model(model: str) -> str:
-    """The model's absolute path, or its hub id or URL. Raises ParentError when nothing is there; a URL is not fetched yet."""
+    """The model's absolute path, or its URL. A URL is not fetched yet. Raises ParentError where there is no model."""
     if "://" not in model:
         folder = locate(model)
         return str(folder.absolute())
     filesystem, path = _open(model)
     try:
-        found = filesystem.isfile(f"{path}/config.json")
+        has_config = filesystem.isfile(f"{path}/config.json")
     except Exception as error:  # every backend has errors of its own
         reason = f"{type(error).__name__}: {error}"
         raise ParentError("model", f"{model!r} cannot be read ({reason})", "check the URL and the credentials") from None
-    if not found:
+    if not has_config:
         raise ParentError("model", f"{model!r} has no config.json", "name a Hugging Face model folder")
     return model
 
 
 def fetch_model(model: str) -> str:
-    """A local folder with the model's files; a URL is copied into a new temporary folder. Raises ParentError."""
+    """A local folder with the model's files. A URL is copied into a new temporary folder. Raises ParentError."""
     if "://" not in model:
         return model
     check_model(model)

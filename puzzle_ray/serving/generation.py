@@ -1,6 +1,6 @@
-"""One request in the engine: what the caller holds, to read the text as it comes or to give up.
+"""A request in the engine. Its caller reads the text as it comes, or cancels the request.
 
-EngineBusy: too many requests wait already. EngineFailed: the engine stopped, or could not go on with this request.
+EngineBusy: too many requests wait already. EngineFailed: the engine stopped, or could not finish this request.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class EngineBusy(PuzzleError):
 
 
 class EngineFailed(PuzzleError):
-    """The engine stopped, or could not go on with this request: `reason`."""
+    """The engine stopped, or could not finish this request: `reason`."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -39,7 +39,7 @@ class EngineFailed(PuzzleError):
 
 @dataclass(frozen=True)
 class Delta:
-    """One new token, and the text that became certain with it (often "" or one word)."""
+    """One new token, and the text that can be shown with it (often "" or one word)."""
 
     token_id: int
     text: str
@@ -47,10 +47,10 @@ class Delta:
 
 
 class Generation:
-    """A submitted request: iterate over it for its deltas (`for` or `async for`, one reader) or wait with `result()`.
+    """A submitted request.
 
-    Leaving the iteration early cancels the request and frees its slot. `token_ids`, `text` and `finish_reason` hold all
-    that has come so far.
+    One reader iterates over its deltas (`for` or `async for`), or waits with `result()`. Leaving the iteration early cancels the request
+    and frees its slot. `token_ids`, `text` and `finish_reason` hold everything so far.
     """
 
     def __init__(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
@@ -69,7 +69,7 @@ class Generation:
     # For the caller.
 
     def cancel(self) -> None:
-        """Ask the engine to drop the request at its next step; no effect on a finished one."""
+        """Ask the engine to drop the request at its next step. Has no effect on a finished request."""
         self.cancelled = True
 
     def result(self, timeout_s: float | None = None) -> Generation:
@@ -98,53 +98,53 @@ class Generation:
             self.cancel()
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
-        async for _, delta in stream([self]):
+        async for _, delta in stream_deltas([self]):
             yield delta
 
     def take(self) -> tuple[list[Delta], bool]:
-        """The deltas nobody has read yet, and whether they are the last."""
+        """The deltas that were not read yet, and whether they are the last."""
         with self._changed:
             fresh, self._fresh = self._fresh, []
             return fresh, self._done
 
     def listen(self, listener: Callable[[], None] | None) -> None:
-        """Have the engine's thread call `listener` whenever there is news."""
+        """Have the engine's thread call `listener` whenever something changes."""
         with self._changed:
             self._listener = listener
 
     # For the engine.
 
     def add(self, delta: Delta) -> None:
-        """Append a token; a delta with a finish_reason is the last."""
+        """Append a token. A delta with a finish_reason is the last."""
         with self._changed:
             self.token_ids.append(delta.token_id)
             self.text += delta.text
             self._fresh.append(delta)
             if delta.finish_reason is not None:
                 self.finish_reason, self._done = delta.finish_reason, True
-            self._tell()
+            self._notify()
 
     def end(self, failure: str | None = None) -> None:
-        """Finish without another token: cancelled, or failed for the reason given."""
+        """Finish without another token: the request was cancelled, or failed for the reason `failure`."""
         with self._changed:
             if not self._done:
                 self._failure = failure
                 self.finish_reason = "cancelled" if failure is None else None
                 self._done = True
-            self._tell()
+            self._notify()
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         self._changed.notify_all()
         if self._listener is not None:
             try:
                 self._listener()
-            except RuntimeError:  # the reader's event loop is closed: nobody is left to read
+            except RuntimeError:  # the reader's event loop is closed, so nobody reads any more
                 self._listener = None
                 self.cancel()
 
 
-async def stream(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Delta], None]:
-    """(index, delta) of several requests as they come. Leaving early cancels them all. Raises EngineFailed."""
+async def stream_deltas(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Delta], None]:
+    """(index, delta) of several requests, as they come. Leaving early cancels them all. Raises EngineFailed."""
     loop, news = asyncio.get_running_loop(), asyncio.Event()
     for generation in generations:
         generation.listen(lambda: _wake(loop, news))

@@ -1,7 +1,7 @@
-"""OpenAI's completions and chat completions on an `Engine`: request models, responses and errors, with no web framework.
+"""OpenAI's completions and chat completions on an `Engine`: request models, responses and errors, without a web framework.
 
-Fields the engine cannot honour are refused, never ignored: unknown ones by name, known ones unless they hold the value that
-changes nothing (`n=1`, `logprobs=null`, ...). Beyond OpenAI's: `top_k`, `ignore_eos`.
+A field that the engine cannot honour is refused, never ignored. Unknown fields are refused by name. Known fields are refused unless
+they have the value that changes nothing (`n=1`, `logprobs=null`, ...). The fields `top_k` and `ignore_eos` are not OpenAI's.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from transformers import PreTrainedTokenizerBase
 
 from puzzle_ray.errors import ConfigError, PuzzleError
 from puzzle_ray.serving.engine import Engine
-from puzzle_ray.serving.generation import EngineBusy, Generation, stream
+from puzzle_ray.serving.generation import EngineBusy, Generation, stream_deltas
 from puzzle_ray.serving.sampling import SamplingParams
 
 Json = dict[str, Any]
 
-_DEFAULT_MAX_TOKENS = 16  # what OpenAI's completions endpoint documents; chat has no such limit
+_DEFAULT_MAX_TOKENS = 16  # OpenAI's documented default for completions; chat has no default limit
 _MAX_STOP_STRINGS = 4
 
 
@@ -41,7 +41,7 @@ class UnknownModel(PuzzleError):
 
 
 class StreamOptions(BaseModel):
-    """`include_usage`: one more chunk at the end, with the token counts."""
+    """`include_usage`: the stream ends with one more chunk, which has the token counts."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -49,11 +49,11 @@ class StreamOptions(BaseModel):
 
 
 class GenerationRequest(BaseModel):
-    """What completions and chat completions have in common; null is a field's default."""
+    """The fields that completions and chat completions share. null stands for a field's default."""
 
     model_config = ConfigDict(extra="forbid")
 
-    # Known fields the engine has no use for, and the value that asks for nothing.
+    # Known fields that the engine does not support, and the value of each that changes nothing.
     neutral: ClassVar[Json] = {"n": 1, "logit_bias": {}, "presence_penalty": 0, "frequency_penalty": 0}
 
     model: str
@@ -68,7 +68,7 @@ class GenerationRequest(BaseModel):
     ignore_eos: bool | None = None
     user: str | None = None
 
-    # These validators raise ConfigError, which pydantic lets through: it names the field, as an OpenAI error does.
+    # These validators raise ConfigError, which pydantic passes on. It names the field, as OpenAI's errors do.
 
     @model_validator(mode="before")
     @classmethod
@@ -87,27 +87,27 @@ class GenerationRequest(BaseModel):
         return self
 
     def sampling_params(self) -> SamplingParams:
-        """Raises ConfigError."""
+        """The request's sampling parameters. Raises ConfigError."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stop) > _MAX_STOP_STRINGS:
             raise ConfigError("stop", f"holds {len(stop)} strings", f"give at most {_MAX_STOP_STRINGS}")
-        asked = self.model_dump(include={"temperature", "top_p", "top_k", "seed", "ignore_eos"}, exclude_none=True)
-        return SamplingParams(max_tokens=self.token_limit(), stop=tuple(stop), **asked)
+        given = self.model_dump(include={"temperature", "top_p", "top_k", "seed", "ignore_eos"}, exclude_none=True)
+        return SamplingParams(max_tokens=self.token_limit(), stop=tuple(stop), **given)
 
     def token_limit(self) -> int | None:
-        """Most tokens to generate; None is as many as there is room for."""
+        """The largest number of tokens to generate. None: as many as fit."""
         return self.max_tokens
 
 
 class CompletionRequest(GenerationRequest):
-    """Body of POST /v1/completions: one text or token list, or several (one choice each)."""
+    """Body of POST /v1/completions: one text or token list, or several with one choice each."""
 
     neutral: ClassVar[Json] = {**GenerationRequest.neutral, "best_of": 1, "echo": False, "logprobs": None, "suffix": None}
 
     prompt: str | list[int] | list[str] | list[list[int]]
 
     def prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-        """Token ids of each prompt; text gets the tokenizer's own special tokens."""
+        """The token ids of each prompt. Text gets the tokenizer's own special tokens."""
         prompt: Any = self.prompt
         several = isinstance(prompt, list) and not (prompt and isinstance(prompt[0], int))
         prompts = prompt if several else [prompt]
@@ -135,7 +135,7 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: int | None = None
 
     def prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-        """Token ids of the conversation, ready for the answer. Raises ConfigError if the template is missing or refuses it."""
+        """The token ids of the conversation, up to the answer. Raises ConfigError if the chat template is missing or refuses it."""
         if tokenizer.chat_template is None:
             raise ConfigError("messages", "this model has no chat template", "use /v1/completions")
         turns = [message.model_dump() for message in self.messages]
@@ -150,7 +150,7 @@ class ChatRequest(GenerationRequest):
 
 
 class OpenAIService:
-    """Answers requests for one model. Errors come before the first token: PuzzleError; see `error_response`."""
+    """Answers requests for one model. It raises PuzzleErrors before the first token (see `error_response`)."""
 
     def __init__(self, engine: Engine, tokenizer: PreTrainedTokenizerBase, model_name: str) -> None:
         self.engine = engine
@@ -159,7 +159,7 @@ class OpenAIService:
         self.created = int(time.time())
 
     def health(self) -> Json:
-        """Body of GET /health, the engine's counters included. Raises EngineFailed if the engine has stopped."""
+        """Body of GET /health, with the engine's counters. Raises EngineFailed if the engine has stopped."""
         self.engine.check()
         return {"status": "ok", **asdict(self.engine.stats())}
 
@@ -169,7 +169,7 @@ class OpenAIService:
         return {"object": "list", "data": [model]}
 
     def submit(self, request: CompletionRequest | ChatRequest) -> list[Generation]:
-        """Start one generation per prompt, or none at all. Raises UnknownModel, ConfigError, EngineBusy, EngineFailed."""
+        """Start one generation per prompt. On an error none is left. Raises UnknownModel, ConfigError, EngineBusy, EngineFailed."""
         if request.model != self.model_name:
             raise UnknownModel(request.model, self.model_name)
         params = request.sampling_params()
@@ -187,37 +187,37 @@ class OpenAIService:
         return generations
 
     async def answer(self, request: CompletionRequest | ChatRequest) -> Json:
-        """The whole response. Being cancelled (the client is gone) frees the slots."""
+        """The whole response. Where this call is cancelled, because the client has gone, the slots are freed."""
         generations = self.submit(request)
-        async for _ in stream(generations):
+        async for _ in stream_deltas(generations):
             pass
         shape = _Shape(request, self.model_name)
         choices = [shape.choice(index, each.text, each.finish_reason) for index, each in enumerate(generations)]
         return {**shape.head(), "choices": choices, "usage": _usage(generations)}
 
     def answer_stream(self, request: CompletionRequest | ChatRequest) -> AsyncIterator[str]:
-        """Server-sent events, one per piece of text. Raises at once, before the first event; closing it frees the slots."""
+        """Server-sent events, one per piece of text. Errors are raised before the first event. Closing the iterator frees the slots."""
         return self._events(request, self.submit(request))
 
     async def _events(self, request: CompletionRequest | ChatRequest, generations: Sequence[Generation]) -> AsyncIterator[str]:
         shape = _Shape(request, self.model_name, chunks=True)
         usage = request.stream_options is not None and request.stream_options.include_usage
-        # With usage asked for, every chunk has the field: null but in the last.
+        # With `include_usage`, every chunk has the field `usage`. It is null except in the last chunk.
         head = {**shape.head(), "usage": None} if usage else shape.head()
         try:
-            async with contextlib.aclosing(stream(generations)) as deltas:
+            async with contextlib.aclosing(stream_deltas(generations)) as deltas:
                 async for index, delta in deltas:
                     if delta.text or delta.finish_reason:
                         yield _event({**head, "choices": [shape.choice(index, delta.text, delta.finish_reason)]})
             if usage:
                 yield _event({**head, "choices": [], "usage": _usage(generations)})
-        except PuzzleError as error:  # the status line is long gone: the error becomes the last event
+        except PuzzleError as error:  # the status line was sent already, so the error becomes the last event
             yield _event(error_response(error)[1])
         yield "data: [DONE]\n\n"
 
 
 class _Shape:
-    """How completions, chat completions and their chunks spell the same content."""
+    """How completions, chat completions and their chunks write the same content."""
 
     def __init__(self, request: CompletionRequest | ChatRequest, model_name: str, chunks: bool = False) -> None:
         self.chat, self.chunks = isinstance(request, ChatRequest), chunks
@@ -232,11 +232,11 @@ class _Shape:
         self._begun: set[int] = set()
 
     def head(self) -> Json:
-        """Fields before `choices`."""
+        """The fields before `choices`."""
         return dict(self._head)
 
     def choice(self, index: int, text: str, finish_reason: str | None) -> Json:
-        """One entry of `choices`; a chat's first chunk names the role."""
+        """One entry of `choices`. A chat's first chunk names the role."""
         end = {"index": index, "logprobs": None, "finish_reason": finish_reason}
         if not self.chat:
             return {"text": text, **end}
@@ -272,13 +272,13 @@ def error_body(message: str, kind: str = "invalid_request_error", param: str | N
 
 
 def validation_body(errors: Sequence[Json]) -> Json:
-    """Body (for status 400) from pydantic's list of errors: the first field at fault, with all that was said about it."""
-    # A web framework puts "body" before the path; a body that is no object at all has no path.
+    """Body (for status 400) from pydantic's list of errors: the first wrong field, with all messages about it."""
+    # A web framework puts "body" before the path. A body that is not an object has no path.
     paths = [[str(part) for part in error["loc"] if part != "body"] for error in errors]
     param = paths[0][0] if paths[0] else None
     if errors[0]["type"] == "extra_forbidden":
         where = ".".join(paths[0])
         return error_body(f"{where}: unknown or unsupported field; leave it out", param=where, code="unknown_field")
-    said = [error["msg"] for error, path in zip(errors, paths, strict=True) if path[:1] == paths[0][:1]]
-    message = " or ".join(dict.fromkeys(said))
+    messages = [error["msg"] for error, path in zip(errors, paths, strict=True) if path[:1] == paths[0][:1]]
+    message = " or ".join(dict.fromkeys(messages))
     return error_body(f"{param}: {message}" if param else message, param=param)

@@ -1,4 +1,4 @@
-"""What a request may ask of the choice of tokens, and the choice itself."""
+"""How a request wants its tokens chosen, and the choice itself."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from puzzle_ray.errors import ConfigError
 class SamplingParams:
     """How one request's tokens are chosen and when it ends.
 
-    max_tokens: at most that many new tokens; None is as many as the slot holds. temperature: 0 is greedy. top_p: the
-    smallest set of tokens with that much probability. top_k: that many likeliest tokens, 0 is all. seed: the same seed draws
-    the same tokens, whatever else is being served. stop: end before any of these strings. ignore_eos: go on after the
-    end-of-text token.
+    max_tokens: at most this many new tokens. None: as many as the slot holds.
+    temperature: 0 is greedy.
+    top_p: tokens are drawn from the smallest set of the likeliest ones with at least this probability.
+    top_k: tokens are drawn from this many of the likeliest ones. 0: from all.
+    seed: the same seed draws the same tokens, whatever else is served at the same time.
+    stop: the answer ends before any of these strings.
+    ignore_eos: the answer does not end at an end-of-text token.
     """
 
     max_tokens: int | None = 16
@@ -43,14 +46,14 @@ class SamplingParams:
 
 
 def choose_tokens(logits: Tensor, params: Sequence[SamplingParams], draws: Sequence[float]) -> list[int | None]:
-    """One token per row of `logits` `[B, vocab]`; None where a row holds NaN.
+    """One token per row of `logits` `[B, vocab]`. None for a row with NaN.
 
-    `draws` are uniform in [0, 1), one per row (greedy rows ignore theirs): a token is the inverse of the row's
-    cumulative distribution at its draw, so a row's choice depends on nothing but its own logits and draw.
+    `draws` are uniform in [0, 1), one per row. Greedy rows ignore theirs. The others invert their cumulative distribution at their draw.
+    So a row's token depends only on its own logits and draw.
     """
-    best, greedy = logits.max(dim=-1)  # max() passes NaN on
+    best, greedy = logits.max(dim=-1)  # the maximum of a row with NaN is NaN
     chosen: list[int | None] = greedy.tolist()
-    sampled = [row for row, asked in enumerate(params) if asked.temperature > 0]
+    sampled = [row for row, request in enumerate(params) if request.temperature > 0]
     if sampled:
         tokens = _sample(logits[sampled].float(), [params[row] for row in sampled], [draws[row] for row in sampled])
         for row, token in zip(sampled, tokens, strict=True):
@@ -61,19 +64,19 @@ def choose_tokens(logits: Tensor, params: Sequence[SamplingParams], draws: Seque
 
 
 def _sample(logits: Tensor, params: Sequence[SamplingParams], draws: Sequence[float]) -> list[int]:
-    """Temperature, then top-k, then top-p: by falling probability both keep a prefix, so the filter is a length."""
+    """Applies temperature, then top-k, then top-p. In order of falling probability, both keep a prefix, so each filter is a length."""
 
     def column(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
 
     vocab = logits.shape[1]
-    scaled = logits / column([max(asked.temperature, 1e-5) for asked in params])
+    scaled = logits / column([max(request.temperature, 1e-5) for request in params])
     probabilities, order = scaled.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
     cumulative = probabilities.cumsum(dim=-1)
-    in_top_k = torch.tensor([min(asked.top_k or vocab, vocab) for asked in params], device=logits.device)[:, None]
+    in_top_k = torch.tensor([min(request.top_k or vocab, vocab) for request in params], device=logits.device)[:, None]
     mass = cumulative.gather(1, in_top_k - 1)
-    before = cumulative - probabilities  # probability of all likelier tokens: the first token is always kept
-    in_top_p = (before < column([asked.top_p for asked in params]) * mass).sum(dim=-1, keepdim=True)
+    before = cumulative - probabilities  # probability of all likelier tokens; it is 0 for the first token, which is always kept
+    in_top_p = (before < column([request.top_p for request in params]) * mass).sum(dim=-1, keepdim=True)
     kept = torch.minimum(in_top_k, in_top_p)
     target = column(draws) * cumulative.gather(1, kept - 1)
     rank = torch.minimum(torch.searchsorted(cumulative, target, right=True), kept - 1)

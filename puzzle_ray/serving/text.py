@@ -1,4 +1,4 @@
-"""From a stream of token ids to a stream of text: whole characters only, and nothing of a stop string."""
+"""From a stream of token ids to a stream of text. Only whole characters are shown, and no part of a stop string."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-# Tokens of the prompt decoded in front of the first new one, so that word spacing at the seam comes out right.
+# Tokens of the prompt that are decoded before the first new token, so that the space between both is right.
 _CONTEXT_TOKENS = 5
-# A character is at most 4 bytes, so more undecodable tokens than this are broken for good and are shown as U+FFFD.
+# A character has at most 4 bytes. So more undecodable tokens than this never become a character, and are shown as U+FFFD.
 _MAX_PENDING_TOKENS = 16
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -16,9 +16,9 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 class TextStream:
     """Decodes one request's new tokens one at a time.
 
-    `push` returns the text that became certain: bytes of an unfinished character wait for the rest, and text that may
-    be the beginning of a stop string waits until it is not. After a stop string `stopped` is True and what precedes it has
-    been returned.
+    `push` returns the text that can be shown. The bytes of an unfinished character are held back until the rest comes. Text that may be
+    the beginning of a stop string is held back until it is known not to be one. After a stop string, `stopped` is True, and all text
+    before it has been returned.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], stop: Sequence[str] = ()) -> None:
@@ -31,7 +31,7 @@ class TextStream:
         self._held = ""
 
     def push(self, token_id: int) -> str:
-        """Add a token; returns the text that may be shown now, often "" or one piece."""
+        """Adds a token. Returns the text that can be shown now, often "" or one piece."""
         if token_id in self._special_ids:
             return ""
         self._pending.append(token_id)
@@ -42,7 +42,7 @@ class TextStream:
         return self._release(piece)
 
     def finish(self) -> str:
-        """The rest, once no token will follow; an unfinished character comes out as U+FFFD."""
+        """The rest of the text, when no token follows. An unfinished character is shown as U+FFFD."""
         piece = self._decode_pending() if self._pending else ""
         shown = self._release(piece)
         if not self.stopped:
@@ -58,11 +58,12 @@ class TextStream:
         return text
 
     def _release(self, piece: str) -> str:
+        """The part of the held text and `piece` that cannot belong to a stop string."""
         text = self._held + piece
-        found = [position for stop in self._stop if (position := text.find(stop)) >= 0]
-        if found:
+        positions = [position for stop in self._stop if (position := text.find(stop)) >= 0]
+        if positions:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(positions)]
         held = max((_overlap(text, stop) for stop in self._stop), default=0)
         cut = len(text) - held
         self._held = text[cut:]
@@ -70,5 +71,5 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a proper beginning of `stop`."""
+    """The length of the longest end of `text` that is a beginning of `stop`, but not all of it."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -15,7 +15,7 @@ from puzzle_ray.artifacts import Profile, Scenario
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.errors import ClusterError, ProfileError
 from puzzle_ray.models.child import read_config
-from puzzle_ray.profiling.measure import PROFILE_TABLE, profile_serially, profile_tasks, runs_of
+from puzzle_ray.profiling.measure import PROFILE_TABLE, num_runs, profile_serially, profile_tasks
 from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.progress import Quiet
 from puzzle_ray.store import Store
@@ -75,14 +75,14 @@ def test_the_profile_covers_what_one_processes_does(local_ray, setting, tmp_path
     on_ray = profile_blocks(folder, space, CONFIG, CLUSTER, step, heard)
     assert without_times(on_ray) == without_times(serial)
     assert Profile.from_parquet(step.read(PROFILE_TABLE)) == on_ray and step.finished
-    assert heard.done == heard.total == sum(runs_of(item, CONFIG) for item in profile_tasks(space, CONFIG))
+    assert heard.done == heard.total == sum(num_runs(item, CONFIG) for item in profile_tasks(space, CONFIG))
     assert on_ray.device.endswith(f"{int(ray.cluster_resources()['CPU'])} threads")  # the whole node is the profiler's
 
 
 def test_a_driver_that_is_stopped_measures_only_the_rest(local_ray, setting, tmp_path):
     folder, space = setting
     step = Store(str(tmp_path)).artifact("profile", {}, {})
-    each = runs_of(profile_tasks(space, CONFIG)[0], CONFIG)
+    each = num_runs(profile_tasks(space, CONFIG)[0], CONFIG)
 
     class Stop(Exception):
         pass
@@ -112,7 +112,7 @@ def test_killing_a_profiler_loses_at_most_the_item_it_was_at(local_ray, setting,
         status = work.profiler.pid.options(concurrency_group="status")
         os.kill(ray.get(status.remote(), timeout=30), signal.SIGKILL)
 
-    heard = Heard(runs_of(profile_tasks(space, long)[0], long) + 1, kill)
+    heard = Heard(num_runs(profile_tasks(space, long)[0], long) + 1, kill)
     profile = profile_blocks(folder, space, long, CLUSTER, step, heard)
     assert len(kept) == 1 and profile.batch_sizes == (1, 2)
     assert all(step.read(f"items/{name}") == data for name, data in kept.items())

@@ -27,7 +27,7 @@ from puzzle_ray.models.describe import describe
 from puzzle_ray.progress import Quiet
 from puzzle_ray.search.limits import Limits
 from puzzle_ray.search.setup import SearchSetup
-from puzzle_ray.search.sweep import Grid, finish, gathered, point_name, points_of, read, unsolved
+from puzzle_ray.search.sweep import Grid, finish_sweep, grid_points, point_name, read_sweep, solved_points, unsolved_points
 from puzzle_ray.store import Store
 from puzzle_ray.variants.space import search_space
 
@@ -48,27 +48,27 @@ def untimed(point):
 
 
 def test_a_sweep_by_tune_gives_what_one_process_gives(local_ray, grid, tmp_path):
-    points = points_of(AXES)
+    points = grid_points(AXES)
     by_tune, alone = (Store(str(tmp_path)).artifact("sweep", {"by": name}, {}) for name in ("tune", "loop"))
     sweep(grid, points, by_tune, 2)
     assert solve_points(grid, points, alone) == len(points)
-    found = gathered(points, by_tune)
-    assert list(map(untimed, found)) == list(map(untimed, gathered(points, alone)))
-    finish(found, by_tune)
-    assert list(read(by_tune)) == found and {"sweep.csv", "sweep.parquet", "sweep.json"} <= set(by_tune.names())
+    found = solved_points(points, by_tune)
+    assert list(map(untimed, found)) == list(map(untimed, solved_points(points, alone)))
+    finish_sweep(found, by_tune)
+    assert list(read_sweep(by_tune)) == found and {"sweep.csv", "sweep.parquet", "sweep.json"} <= set(by_tune.names())
     trials = [name for name in by_tune.names(FOLDER) if name.startswith("trial_")]
     assert len(trials) == 2, "several solves per trial"
 
 
 def test_a_sweep_that_was_broken_off_goes_on(local_ray, grid, tmp_path):
     """Solved points stay as they are; what is missing is solved, by the restored experiment or by new trials."""
-    step, points = Store(str(tmp_path)).artifact("sweep", {}, {}), points_of(AXES)
+    step, points = Store(str(tmp_path)).artifact("sweep", {}, {}), grid_points(AXES)
     sweep(grid, points[:6], step, 1)
     marked = step.read_json(point_name(points[0])) | {"measured_kl": 123.0}
     step.write_json(point_name(points[0]), marked)
     step.remove(point_name(points[4]))
     sweep(grid, points, step, 2)
-    assert unsolved(points, step) == [] and gathered(points, step)[0].measured_kl == 123.0
+    assert unsolved_points(points, step) == [] and solved_points(points, step)[0].measured_kl == 123.0
 
 
 def test_a_sweep_that_does_not_end_in_time_is_an_error(local_ray, grid, tmp_path, monkeypatch):
@@ -80,24 +80,24 @@ def test_a_sweep_that_does_not_end_in_time_is_an_error(local_ray, grid, tmp_path
     context, setup = next(iter(grid.setups.items()))
     stuck = Stuck({context: replace(setup, time_limit_s=0.01)})
     with pytest.raises(ClusterError, match="15 of 15 points were not solved within 1 s"):
-        sweep(stuck, points_of(AXES), Store(str(tmp_path)).artifact("sweep", {}, {}), 1)
+        sweep(stuck, grid_points(AXES), Store(str(tmp_path)).artifact("sweep", {}, {}), 1)
 
 
 def test_a_sweep_whose_trial_failed_is_restored(local_ray, grid, tmp_path):
     """The same command again, mended, starts the failed trial anew; it does not cut the points into new trials."""
-    step, points = Store(str(tmp_path)).artifact("sweep", {}, {}), points_of(AXES)
+    step, points = Store(str(tmp_path)).artifact("sweep", {}, {}), grid_points(AXES)
     context, setup = next(iter(grid.setups.items()))
     with pytest.raises(RuntimeError, match="trial failed"):
         sweep(Grid({context: replace(setup, searcher="puzzle_ray.nowhere:SEARCHER")}), points, step, 1)
     sweep(grid, points, step, 3)
-    assert unsolved(points, step) == []
+    assert unsolved_points(points, step) == []
     assert len([name for name in step.names(FOLDER) if name.startswith("trial_")]) == 2
 
 
 def test_a_point_that_was_not_profiled_is_refused_before_any_trial(local_ray, grid, tmp_path):
     step = Store(str(tmp_path)).artifact("sweep", {}, {})
     with pytest.raises(ProfileError, match="16 was not profiled"):
-        sweep(grid, points_of({"speedup": [1.5], "batch_size": [16]}), step, 1)
+        sweep(grid, grid_points({"speedup": [1.5], "batch_size": [16]}), step, 1)
     assert not step.names(FOLDER)
 
 

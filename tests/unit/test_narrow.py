@@ -17,17 +17,17 @@ from puzzle_ray.errors import ConfigError
 from puzzle_ray.scoring import fisher
 from puzzle_ray.scoring.replacements import all_replacements
 from puzzle_ray.search.limits import Limits
-from puzzle_ray.search.narrow import architectures, library_space, narrowed
+from puzzle_ray.search.narrow import library_space, narrowed, read_architectures
 from puzzle_ray.search.setup import SearchSetup
-from puzzle_ray.search.sweep import Grid, finish, gathered, point_name, points_of
-from puzzle_ray.search.tables import search
+from puzzle_ray.search.sweep import Grid, finish_sweep, grid_points, point_name, solved_points
+from puzzle_ray.search.tables import search_architectures
 from puzzle_ray.store import Store
 
 HARD = Limits(speedup=1.5)
 
 
 def found_within(limits=HARD, space=SPACE, scores=SCORES):
-    return search(space, scores, PROFILE, SCENARIO, limits)[0]
+    return search_architectures(space, scores, PROFILE, SCENARIO, limits)[0]
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +35,10 @@ def sweep(tmp_path_factory):
     """A finished sweep, one of its budgets out of reach."""
     step = Store(str(tmp_path_factory.mktemp("store"))).artifact("sweep", {}, {})
     grid = Grid({(30, 11): SearchSetup(SPACE, SCORES, PROFILE, SCENARIO, "kl", "mip", 60.0, HARD)})
-    points = points_of({"speedup": [1.2, 1.5, 1000.0]})
+    points = grid_points({"speedup": [1.2, 1.5, 1000.0]})
     for point in points:
         step.write_json(point_name(point), grid.solve(point))
-    finish(gathered(points, step), step)
+    finish_sweep(solved_points(points, step), step)
     return step
 
 
@@ -56,18 +56,18 @@ def settings(source, **changes) -> LibraryConfig:
 def test_files_and_folders_of_a_sweep_say_the_same(sweep):
     expected = [found_within(Limits(speedup=value)).choices for value in (1.2, 1.5)]
     for name in ("", "/sweep.json", "/sweep.parquet"):
-        assert architectures(sweep.url + name) == expected
+        assert read_architectures(sweep.url + name) == expected
 
 
 def test_an_architecture_may_come_from_any_url(architecture_file):
     store = Store("memory://narrow")
     step = store.artifact("architecture", {}, {})
     step.write("architecture.json", architecture_file.read_bytes())
-    assert architectures(step.url) == architectures(str(architecture_file)) == [found_within().choices]
+    assert read_architectures(step.url) == read_architectures(str(architecture_file)) == [found_within().choices]
 
 
 def test_every_layer_keeps_the_parent_and_what_some_architecture_has_there(sweep):
-    found = architectures(sweep.url)
+    found = read_architectures(sweep.url)
     space = narrowed(SPACE, found)
     for index, layer in enumerate(space.layers):
         assert set(layer.attention) == {PARENT, *(choices[index].attention for choices in found)}
@@ -154,7 +154,7 @@ def test_a_source_that_is_missing_empty_or_broken_is_named(tmp_path, make, words
     path = tmp_path / "broken.parquet"
     make(path)
     with pytest.raises(ConfigError, match=f"library.narrow_from: .*{words}"):
-        architectures(str(path))
+        read_architectures(str(path))
 
 
 @pytest.mark.parametrize(

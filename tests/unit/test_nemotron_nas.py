@@ -9,7 +9,7 @@ from transformers import AutoConfig, LlamaConfig
 
 from puzzle_ray.artifacts import LayerChoice
 from puzzle_ray.errors import ConfigError, ParentError
-from puzzle_ray.export.nemotron_nas import WIDTH_MULTIPLE, ffn_mult, nas_config, write_config
+from puzzle_ray.export.nemotron_nas import WIDTH_MULTIPLE, ffn_mult, nas_config, write_nas_config
 from puzzle_ray.models.child import new_child
 
 LLAMA3 = {
@@ -35,7 +35,7 @@ def read_back(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
 
     def read(config, choices=CHOICES, dtype="bfloat16"):
-        write_config(tmp_path / "child", config, choices, dtype)
+        write_nas_config(tmp_path / "child", config, choices, dtype)
         return AutoConfig.from_pretrained(tmp_path / "child", trust_remote_code=True)
 
     return read

@@ -32,7 +32,14 @@ from puzzle_ray.models.child import assemble, load_model, read_config
 from puzzle_ray.models.describe import describe
 from puzzle_ray.progress import Quiet
 from puzzle_ray.search.limits import Limits
-from puzzle_ray.search.pick import PickOptions, exchanges, interactions, pick, prediction, swaps
+from puzzle_ray.search.pick import (
+    PickOptions,
+    describe_exchanges,
+    measure_interactions,
+    neighbouring_choices,
+    pick,
+    prediction_error,
+)
 from puzzle_ray.search.searcher import Options
 from puzzle_ray.search.tables import Tables
 from puzzle_ray.store import Store
@@ -150,7 +157,7 @@ def test_a_rival_without_an_answer_is_left_out_with_its_reason():
 def test_swaps_are_the_single_and_double_exchanges_within_the_limits(seed):
     problem = random_problem(seed, 4, 3, 2, 0.6)
     start = np.array([c for c in itertools.product(range(3), repeat=4) if not problem.violated(np.array(c))][0])
-    found = [tuple(int(v) for v in c) for c in swaps(problem, start)]
+    found = [tuple(int(v) for v in c) for c in neighbouring_choices(problem, start)]
     near = [c for c in itertools.product(range(3), repeat=4) if 1 <= (np.array(c) != start).sum() <= 2]
     assert len(found) == len(set(found)) and set(found) == {c for c in near if not problem.violated(np.array(c))}
     for count in (1, 2):
@@ -162,16 +169,16 @@ def test_interactions_are_the_pairs_less_their_parts():
     """Of layers 1 and 2 without attention, only the pair does the extra damage."""
     dropped, parent = LayerChoice("noop"), LayerChoice()
     picked = (parent, dropped, dropped, parent, parent)
-    (row,) = interactions([picked], picked, 2, Meter())
+    (row,) = measure_interactions([picked], picked, 2, Meter())
     assert row["interaction"] == pytest.approx(5.0) and row["a"].startswith("layer 1") and row["b"].startswith("layer 2")
-    assert interactions([picked], picked, 0, Meter()) == []
+    assert measure_interactions([picked], picked, 0, Meter()) == []
 
 
 def test_two_blocks_of_one_layer_do_not_interact():
     """No child has both, so there is nothing to measure."""
     picked, parent = LayerChoice("noop"), LayerChoice()
     others = [(LayerChoice("gqa:1"), picked, parent), (LayerChoice(ffn="noop"), picked, parent)]
-    rows = interactions(others, (picked, picked, parent), 4, Meter())
+    rows = measure_interactions(others, (picked, picked, parent), 4, Meter())
     assert [(row["a"], row["b"]) for row in rows] == [
         (f"layer 0: {choice.label}", "layer 1: noop + parent")
         for choice in (LayerChoice("gqa:1"), picked, LayerChoice(ffn="noop"))
@@ -179,16 +186,16 @@ def test_two_blocks_of_one_layer_do_not_interact():
 
 
 def test_prediction_says_how_far_the_sums_were_off():
-    assert prediction([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]) == {
+    assert prediction_error([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]) == {
         "mean_predicted_over_measured": 0.5,
         "rank_correlation": pytest.approx(1.0),
     }
-    assert prediction([1.0], [0.0]) == {"mean_predicted_over_measured": None, "rank_correlation": None}
+    assert prediction_error([1.0], [0.0]) == {"mean_predicted_over_measured": None, "rank_correlation": None}
 
 
 def test_exchanges_are_named():
     parent = LayerChoice()
-    assert exchanges((parent, parent), (parent, LayerChoice("noop"))) == ["layer 1: parent + parent -> noop + parent"]
+    assert describe_exchanges((parent, parent), (parent, LayerChoice("noop"))) == ["layer 1: parent + parent -> noop + parent"]
 
 
 @pytest.fixture(scope="module")

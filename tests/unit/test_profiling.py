@@ -15,21 +15,21 @@ from puzzle_ray.models.child import new_child
 from puzzle_ray.profiling import measure as profiling
 from puzzle_ray.profiling.engine import Timing, find_engine, measure_side_by_side, spread
 from puzzle_ray.profiling.engines.torch_engine import ENGINE
-from puzzle_ray.profiling.machine import GPU_FACTS, machine_facts, parsed
+from puzzle_ray.profiling.machine import GPU_FACTS, machine_facts, parse_gpu_facts
 from puzzle_ray.profiling.measure import (
     Measurement,
     ProfileTask,
     StackTiming,
     SubblockSize,
     activation_bytes,
-    measure,
-    merge,
+    measure_task,
+    merge_profile,
+    num_runs,
     profile_of,
     profile_serially,
     profile_tasks,
-    runs_of,
-    sizes_of,
     stack_config,
+    subblock_sizes,
 )
 from puzzle_ray.profiling.memory import _Live, kv_bytes_per_token, model_memory_mib
 from puzzle_ray.profiling.settings import ProfileConfig
@@ -53,7 +53,7 @@ def measured() -> Measurement:
     torch.set_num_threads(1)
     config = tiny_config()
     (item,) = profile_tasks(space_of(config), CONFIG)
-    return measure(item, config, CONFIG)
+    return measure_task(item, config, CONFIG)
 
 
 def test_activations_are_those_of_a_real_prefill_and_a_known_device_keeps_room_for_them():
@@ -134,7 +134,7 @@ def test_a_space_without_no_ops_still_gets_its_base_stack_but_no_row_for_it():
     (item,) = profile_tasks(search_space(config, ("parent",), ("parent",), 8), CONFIG)
     nothing = LayerChoice("noop", "noop")
     assert item.stacks(2) == ((nothing, 2), (nothing, 4), (LayerChoice("noop"), 4), (LayerChoice(), 4))
-    profile = profile_of([measure(item, config, CONFIG)], CONFIG)
+    profile = profile_of([measure_task(item, config, CONFIG)], CONFIG)
     assert [(r.subblock, r.variant) for r in profile.rows] == [("attention", "parent"), ("ffn", "parent"), ("fixed", "fixed")]
 
 
@@ -153,7 +153,7 @@ def test_a_stack_has_the_layers_of_its_type_only():
 def test_predicted_sizes_of_any_architecture_are_those_of_its_tensors(model_type, tied):
     config = tiny_config(model_type, tie_word_embeddings=tied)
     space = space_of(config)
-    profile = profile_of([measure(item, config, CONFIG) for item in profile_tasks(space, CONFIG)], CONFIG)
+    profile = profile_of([measure_task(item, config, CONFIG) for item in profile_tasks(space, CONFIG)], CONFIG)
     rng = random.Random(0)
     for _ in range(4):
         choices = [rng.choice(layer.choices) for layer in space.layers]
@@ -192,14 +192,14 @@ def test_a_no_op_has_no_weights_and_no_cache(measured):
 def test_sizes_without_memory_are_those_of_the_models_that_were_timed(measured):
     config = tiny_config()
     (item,) = profile_tasks(space_of(config), CONFIG)
-    assert sizes_of(item, config, CONFIG) == measured.sizes
+    assert subblock_sizes(item, config, CONFIG) == measured.sizes
 
 
 def test_weights_follow_the_dtype():
     config = tiny_config()
     (item,) = profile_tasks(space_of(config), CONFIG)
-    half = measure(item, config, CONFIG.model_copy(update={"dtype": "bfloat16"}))
-    whole = measure(item, config, CONFIG)
+    half = measure_task(item, config, CONFIG.model_copy(update={"dtype": "bfloat16"}))
+    whole = measure_task(item, config, CONFIG)
     assert [(2 * h.weight_bytes, 2 * h.kv_bytes_per_token, h.num_params) for h in half.sizes] == [
         (w.weight_bytes, w.kv_bytes_per_token, w.num_params) for w in whole.sizes
     ]
@@ -327,10 +327,10 @@ def test_a_profile_keeps_its_machines_and_how_far_repeats_lay_apart(measured):
 
 def test_a_gpus_facts_are_read_from_nvidia_smis_answer():
     assert GPU_FACTS[:2] == ("driver_version", "clocks.sm")
-    found = parsed("580.95.05, 1980, 1980, 3201, [N/A], 41\n")
+    found = parse_gpu_facts("580.95.05, 1980, 1980, 3201, [N/A], 41\n")
     clocks = {"clocks_sm": 1980.0, "clocks_max_sm": 1980.0, "clocks_mem": 3201.0}
     assert found == {"driver_version": "580.95.05", "temperature_gpu": 41.0} | clocks
-    assert parsed("") == {}
+    assert parse_gpu_facts("") == {}
 
 
 def test_a_cpus_facts_are_what_it_shows():
@@ -383,15 +383,15 @@ def test_what_cannot_be_measured_is_refused_in_words():
     config = tiny_config()
     (item,) = profile_tasks(space_of(config), CONFIG)
     with pytest.raises(ConfigError, match="unknown engine 'toch'; did you mean 'torch'"):
-        measure(item, config, CONFIG.model_copy(update={"engine": "toch"}))
+        measure_task(item, config, CONFIG.model_copy(update={"engine": "toch"}))
     with pytest.raises(ConfigError, match="cannot be imported.*package.module:ATTRIBUTE"):
         find_engine("no_such_package:ENGINE")
     long = CONFIG.model_copy(update={"scenario": Scenario(2, 100, 100)})
     with pytest.raises(ProfileError, match="200 tokens in and out do not fit the parent's 128 positions"):
-        measure(item, config, long)
+        measure_task(item, config, long)
     if not torch.cuda.is_available():
         with pytest.raises(ProfileError, match="a GPU is asked for"):
-            measure(item, config, CONFIG.model_copy(update={"num_gpus": 1}))
+            measure_task(item, config, CONFIG.model_copy(update={"num_gpus": 1}))
 
 
 def test_engines_are_found_by_name_and_by_dotted_path():
@@ -403,9 +403,7 @@ def test_engines_are_found_by_name_and_by_dotted_path():
 
 
 def test_a_result_survives_its_file(measured):
-    from puzzle_ray.artifacts import to_json
-
-    assert Measurement.from_json(to_json(measured)) == measured
+    assert Measurement.from_json(measured.to_json()) == measured
     assert {len(s.timing.prefill_samples_ms) for s in measured.stacks} == {CONFIG.repeats}
     assert {s.num_layers for s in measured.stacks} == {CONFIG.stack, 2 * CONFIG.stack}
 
@@ -417,7 +415,7 @@ def test_the_stage_leaves_a_table_that_covers_the_space(tmp_path):
     step = Store(str(tmp_path)).artifact("profile", {}, {})
     profile = profile_serially(config, space, several, step, heard)
     assert Profile.from_parquet(step.read(profiling.PROFILE_TABLE)) == profile and step.finished
-    assert heard.done == heard.total == sum(runs_of(item, several) for item in profile_tasks(space, several))
+    assert heard.done == heard.total == sum(num_runs(item, several) for item in profile_tasks(space, several))
     for batch_size in (1, 2):
         scenario = dataclasses.replace(CONFIG.scenario, batch_size=batch_size)
         for choice in space.layers[0].choices:
@@ -430,9 +428,9 @@ def test_an_item_that_is_there_is_not_measured_again(tmp_path, measured):
     space = space_of(config)
     several = CONFIG.model_copy(update={"batch_sizes": (1,)})
     step = Store(str(tmp_path)).artifact("profile", {}, {})
-    profiling.save_item(step, measured)
-    assert [item.batch_size for item in profiling.unfinished(profile_tasks(space, several), step)] == [1]
+    profiling.save_measurement(step, measured)
+    assert [item.batch_size for item in profiling.unfinished_tasks(profile_tasks(space, several), step)] == [1]
     profile = profile_serially(config, space, several, step, Quiet())
     expected = profile_of([measured], CONFIG)
     assert [r for r in profile.rows if r.batch_size == 2] == list(expected.rows)
-    assert merge(profile_tasks(space, several), several, step) == profile
+    assert merge_profile(profile_tasks(space, several), several, step) == profile

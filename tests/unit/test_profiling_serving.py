@@ -11,15 +11,15 @@ import torch
 from small_models import tiny_config
 
 from jobs.checks import check
-from puzzle_ray.artifacts import LayerChoice, Lengths, Scenario, to_json
+from puzzle_ray.artifacts import LayerChoice, Lengths, Scenario
 from puzzle_ray.config import load
 from puzzle_ray.errors import ConfigError, ParentError, ProfileError
-from puzzle_ray.export.nemotron_nas import write_config
+from puzzle_ray.export.nemotron_nas import write_nas_config
 from puzzle_ray.profiling import measure as profiling
 from puzzle_ray.profiling.engine import engine_of
 from puzzle_ray.profiling.engines.tensorrt_llm import ENGINE as TENSORRT
 from puzzle_ray.profiling.engines.vllm import ENGINE as VLLM
-from puzzle_ray.profiling.measure import Measurement, check_shapes, measure, profile_of, profile_tasks, runs_of
+from puzzle_ray.profiling.measure import Measurement, check_shapes, measure_task, num_runs, profile_of, profile_tasks
 from puzzle_ray.profiling.serving_engine import ServingEngine, time_one
 from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.store import Store
@@ -85,8 +85,8 @@ def parent(**changes):
 
 def profiled(config=CONFIG, attention=("gqa:1", "noop"), ffn=("ffn:512", "linear", "noop")):
     space = search_space(parent(), attention, ffn, 256)
-    results = [measure(item, parent(), config) for item in profile_tasks(space, config)]
-    return profile_of([Measurement.from_json(to_json(result)) for result in results], config), space
+    results = [measure_task(item, parent(), config) for item in profile_tasks(space, config)]
+    return profile_of([Measurement.from_json(result.to_json()) for result in results], config), space
 
 
 def test_slopes_are_block_costs_and_the_layer_all_stacks_stand_on_is_not_in_the_rest(engine):
@@ -114,7 +114,7 @@ def test_every_stack_begins_with_the_parents_own_layer_and_is_asked_for_whole_ba
     assert all(blocks[0] == standard and len({json.dumps(b) for b in blocks[1:]}) == 1 for blocks in engine.blocks)
     each = [(2, {6}, 1), (2, {6}, 4)]  # T(1), then T(4)
     assert engine.asked == each * (CONFIG.repeats + 1) * len(stacks)
-    assert runs_of(item, CONFIG) == len(stacks) * (CONFIG.repeats + 1)
+    assert num_runs(item, CONFIG) == len(stacks) * (CONFIG.repeats + 1)
 
 
 def test_requests_of_differing_lengths_are_asked_for_kind_by_kind(engine):
@@ -139,7 +139,7 @@ def test_what_an_engine_lacks_is_refused_before_it_is_started(engine):
     config = parent(attention_bias=True)
     (item,) = profile_tasks(search_space(config, (), (), 8), CONFIG)
     with pytest.raises(ParentError, match="attention_bias"):
-        measure(item, config, CONFIG)
+        measure_task(item, config, CONFIG)
     with pytest.raises(ConfigError, match="no 'window:64'"):
         profiled(attention=("window:64",))
     assert engine.blocks == []
@@ -233,7 +233,7 @@ def test_tensorrt_llm_is_asked_for_the_same(monkeypatch, tmp_path):
 OTHER = """
 import os
 from pathlib import Path
-from puzzle_ray.profiling._serving import ServingEngine
+from puzzle_ray.profiling.serving_engine import ServingEngine
 
 
 class Other(ServingEngine):
@@ -255,7 +255,7 @@ def test_each_stack_is_timed_in_a_process_of_its_own_whose_death_is_said(tmp_pat
     monkeypatch.syspath_prepend(str(tmp_path))
     from other_engine import ENGINE
 
-    write_config(tmp_path / "stack", parent(), [LayerChoice()], "float32")
+    write_nas_config(tmp_path / "stack", parent(), [LayerChoice()], "float32")
     timing = ENGINE._isolated(tmp_path / "stack", CONFIG.scenario, CONFIG)
     assert timing.prefill_samples_ms == (2.0, 2.0) and timing.decode_samples_ms == pytest.approx((2.0, 2.0))
     assert int((tmp_path / "stack/pid").read_text()) != os.getpid()

@@ -6,162 +6,23 @@ import dataclasses
 import html
 import math
 import re
-import shutil
-import subprocess
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
+from report_inputs import CHOSEN, LAYERS, PROFILE, SAMPLE, SCORES, SPACE, SWEEP, Trained, measured_run, whole_run
 
 from puzzle_ray.artifacts import (
-    FIXED,
     KINDS,
     PARENT,
-    Architecture,
-    Costs,
     LayerChoice,
     LayerSpace,
-    Profile,
-    ProfileRow,
-    Scenario,
     ScoreRow,
     Scores,
     SearchSpace,
 )
 from puzzle_ray.report.markup import number
 from puzzle_ray.report.page import SECTIONS, ReportData, SweepPoint, render
-
-LAYERS = 8
-ATTENTION = (PARENT, "gqa:2", "gqa:1", "linear", "noop")
-FFN = (PARENT, "ffn:384", "ffn:256", "ffn:128", "ffn:48", "linear", "noop")
-SPACE = SearchSpace((LayerSpace(ATTENTION, FFN),) * LAYERS)
-SCENARIO = Scenario(batch_size=16, input_tokens=256, output_tokens=32)
-SHARE = {
-    PARENT: 1.0, "gqa:2": 0.72, "gqa:1": 0.61, "linear": 0.2, "noop": 0.0,
-    "ffn:384": 0.75, "ffn:256": 0.5, "ffn:128": 0.25, "ffn:48": 0.1,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Trained:
-    layer: int
-    kind: str
-    variant: str
-    initialisation: str
-    start_loss: float
-    final_loss: float
-    kept: str
-    tokens: int
-    failure: str
-    tokens_saved: int = 0
-
-
-def _profile() -> Profile:
-    rows = []
-    whole = (("attention", ATTENTION, 11.3, 0.41, 98_304), ("ffn", FFN, 18.9, 0.33, 294_912))
-    for kind, variants, prefill, decode, params in whole:
-        for v in variants:
-            s = SHARE[v]
-            kv = {PARENT: 1024, "gqa:2": 512, "gqa:1": 256}.get(v, 0) if kind == "attention" else 0
-            times = (prefill * s, decode * s, 0.1 * s, 0.004 * s)
-            rows.append(ProfileRow("full_attention", kind, v, 16, 256, 32, *times, int(params * s) * 4, kv, int(params * s)))
-    rows.append(ProfileRow("", FIXED, FIXED, 16, 256, 32, 21.7, 0.9, 0.3, 0.01, 4 * 786_432, 0, 786_432))
-    return Profile(tuple(rows), "torch", "2.13.0", "AMD EPYC (2 cores)", "float32")
-
-
-PROFILE = _profile()
-
-
-def _scores() -> Scores:
-    rows = []
-    for layer, kind, variant in SPACE.subblocks():
-        choice = LayerChoice(attention=variant) if kind == "attention" else LayerChoice(ffn=variant)
-        value = (1.02 - SHARE[variant]) ** 2 * (0.04 + 0.03 * abs(layer - 3.6)) * (1.5 if kind == "ffn" else 0.8)
-        rows.append(ScoreRow(layer, choice.attention, choice.ffn, "kl", value, value / 20, 8192))
-    return Scores(tuple(rows), "subblock")
-
-
-SCORES = _scores()
-
-
-def _costs(choices: tuple[LayerChoice, ...]) -> Costs:
-    rows = [PROFILE.row("full_attention", kind, c.variant(kind), 16) for c in choices for kind in KINDS] + [PROFILE.fixed(16)]
-    prefill, decode = sum(r.prefill_ms for r in rows), sum(r.decode_ms for r in rows)
-    runtime = prefill + 31 * decode
-    memory = sum(r.weight_bytes + 16 * 288 * r.kv_bytes_per_token for r in rows) / 2**20
-    return Costs(16, prefill, decode, runtime, 16 * 288 / runtime * 1000, memory, sum(r.num_params for r in rows))
-
-
-def _architecture(*choices: LayerChoice, **limits: float) -> Architecture:
-    objective = sum(SCORES.value(i, c, "kl") for i, c in enumerate(choices))
-    parent = _costs((LayerChoice(),) * LAYERS)
-    return Architecture(choices, "mip", objective, objective, "optimal", 0.083, _costs(choices), parent, limits)
-
-
-CHOSEN = _architecture(
-    LayerChoice(PARENT, "ffn:384"), LayerChoice("gqa:2", "ffn:384"), LayerChoice("gqa:2", "ffn:256"),
-    LayerChoice("linear", "ffn:128"), LayerChoice("gqa:1", "linear"), LayerChoice("noop", "ffn:256"),
-    LayerChoice("gqa:2", PARENT), LayerChoice(), speedup=1.5,
-)  # fmt: skip
-SWEEP = (
-    SweepPoint(1.1, _architecture(*[LayerChoice("gqa:2", "ffn:384")] * 3, *[LayerChoice()] * 5)),
-    SweepPoint(1.25, _architecture(*[LayerChoice("gqa:2", "ffn:384")] * 6, *[LayerChoice()] * 2)),
-    SweepPoint(1.5, CHOSEN),
-    SweepPoint(2.0, _architecture(*[LayerChoice("gqa:1", "ffn:128")] * 6, *[LayerChoice("gqa:2", "ffn:384")] * 2)),
-    SweepPoint(9.0, None, "no architecture in this search space meets speedup >= 9; the best reachable is 7.4"),
-)
-SAMPLE = "Once upon a time, there was a little girl named Lily. She <script>alert('x')</script> & smiled.\nThe end."
-
-
-def _decay(start: float, end: float, steps: int) -> list[float]:
-    return [end + (start - end) * math.exp(-6 * i / steps) * (1 + 0.05 * math.sin(i)) for i in range(steps)]
-
-
-def _figures(costs: Costs, slower: float) -> dict[str, float]:
-    """What an evaluation would have measured, had everything been that much slower than predicted."""
-    prefill_ms, decode_ms, runtime_ms = slower * costs.prefill_ms, slower * costs.decode_ms, slower * costs.runtime_ms
-    return {
-        "prefill_ms": prefill_ms, "decode_ms": decode_ms, "runtime_ms": runtime_ms,
-        "prefill_tokens_per_s": 16 * 256 / prefill_ms * 1000, "decode_tokens_per_s": 16 / decode_ms * 1000,
-        "throughput_tokens_per_s": 16 * 288 / runtime_ms * 1000, "memory_mib": costs.memory_mib, "num_params": costs.num_params,
-        "measured_speedup": CHOSEN.parent_predicted.runtime_ms * 1.031 / runtime_ms,
-    }  # fmt: skip
-
-
-def whole_run() -> ReportData:
-    """Everything a run of all stages has."""
-    library, curves = [], {}
-    for layer, kind, variant in SPACE.subblocks():
-        start = (1.05 - SHARE[variant]) * (0.3 + 0.05 * layer)
-        trained = variant != "noop"
-        how = {"g": "mean-pooled heads", "f": "channel contribution", "l": "least squares", "n": "nothing"}[variant[0]]
-        kept = "trained" if trained else "start"
-        library.append(Trained(layer, kind, variant, how, start, start * (0.4 if trained else 1), kept, 65_536 * trained, ""))
-        curves[layer, kind, variant] = _decay(start, 0.4 * start, 128) if trained else []
-    parent = _figures(CHOSEN.parent_predicted, 1.031) | {"heldout_loss": 2.391, "kl": 0.0, "top1_agreement": 1.0}
-    child = _figures(CHOSEN.predicted, 1.037) | {"heldout_loss": 2.448, "kl": 0.0874, "top1_agreement": 0.871}
-    evaluation = {
-        "models": {
-            "parent": parent,
-            "child_before_gkd": child | {"heldout_loss": 2.913, "kl": 0.541, "top1_agreement": 0.644},
-            "child": child,
-        },
-        "predicted_speedup": CHOSEN.predicted_speedup,
-        "measured_speedup": parent["runtime_ms"] / child["runtime_ms"],
-        "prompt": "Once upon a time",
-        "samples": {"parent": SAMPLE.replace("Lily", "Anna"), "child": SAMPLE},
-    }
-    gkd = [{"step": 10 * i, "loss": kl + cosine, "kl": kl, "cosine": cosine}
-           for i, (kl, cosine) in enumerate(zip(_decay(0.54, 0.08, 60), _decay(0.12, 0.04, 60), strict=True))]  # fmt: skip
-    return ReportData(
-        "tiny-llama-8x192", scenario=SCENARIO, num_key_value_heads=4, intermediate_size=512, space=SPACE, profile=PROFILE,
-        scores=SCORES, architecture=CHOSEN, sweep=SWEEP, library=library, bld_curves=curves, evaluation=evaluation, gkd_curve=gkd,
-        stage_seconds={"library": 142.0, "profile": 18.4, "score": 25.1, "search": 0.3, "gkd": 96.0, "evaluate": 12.7},
-        config_yaml="parent: tiny\nsearch:\n  limits: {speedup: 1.5}  # <b>not bold</b>\n",
-        versions={"puzzle_ray": "0.1.0", "torch": "2.13.0"}, machine={"cores": 2, "memory": "8 GiB"},
-    )  # fmt: skip
-
 
 VOID = {"meta", "link"}
 
@@ -295,6 +156,39 @@ def test_a_sweep_without_any_answer_still_says_why():
     assert "none: the best reachable is 7.4" in page.text
 
 
+def test_a_measured_kl_is_drawn_in_place_of_the_sum_of_scores():
+    page = Page(render(measured_run()))
+    assert page.faults == []
+    assert len(page.all("circle", "point")) == len(page.all("path", "distilled")) == 4
+    assert not page.all("circle", "predicted")
+    assert "answer to a budget: measured KL of the whole child" in page.text and "measured KL after GKD" in page.text
+    assert "measured KL 0.0874" in page.text and "KL 0.0350 after GKD" in page.text
+    places = {circle["cy"] for circle in page.all("circle", "point")}
+    assert {circle["cy"] for circle in page.all("circle", "chosen-dot")} <= places
+
+
+def test_what_was_not_measured_is_told_from_what_was():
+    points = [replace(SWEEP[0], measured_kl=0.021), *SWEEP[1:]]
+    page = Page(render(replace(whole_run(), sweep=points)))
+    assert len(page.all("circle", "point")) == 1 and len(page.all("circle", "predicted")) == 3
+    assert "not measured: sum of scores" in page.text
+    scores = replace(SCORES, rows=tuple(replace(row, metric="lm_loss") for row in SCORES.rows))
+    other = [replace(p, architecture=p.architecture and replace(p.architecture, metric="lm_loss")) for p in points]
+    run = replace(whole_run(), sweep=other, scores=scores, architecture=replace(CHOSEN, metric="lm_loss"))
+    page = Page(render(run))  # sums of another metric have no place on an axis of KL
+    assert len(page.all("circle", "point")) == 1 and not page.all("circle", "predicted")
+
+
+def test_noise_around_a_kl_of_zero_is_zero_and_an_engine_is_named_once():
+    run = whole_run()
+    models = {**run.models, "parent": {**run.models["parent"], "kl": -8.51e-11}}
+    profile = replace(PROFILE, engine_version="torch 2.13.0, transformers 5.24.0")
+    text = render(replace(run, evaluation={**run.evaluation, "models": models}, profile=profile))
+    assert "8.51e" not in text
+    assert "torch 2.13.0, transformers 5.24.0 on AMD" in text and "torch torch" not in text
+    assert "torch 2.13.0 on AMD" in WHOLE
+
+
 HOSTILE = """'"><script>alert(1)</script><img src=http://a.b/c onerror=alert(2)>&amp;"""
 
 
@@ -348,45 +242,3 @@ def test_pairs_scored_without_their_halves_and_failed_variants_leave_a_page():
     assert page.faults == []
     assert "failed" in page.text
     assert "nan" not in re.findall(r"\w+", page.text.lower())
-
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--virtual-time-budget=2000",
-    "--window-size=500,900", "--dump-dom",
-]  # fmt: skip
-# Runs at the end of the page: what a person's eyes and finger would find.
-PROBE = """
-const sizes = [...document.querySelectorAll("svg path.line, svg circle")].map((e) => e.getBoundingClientRect());
-document.querySelector("td[title]").click();
-document.body.dataset.probe = [
-  sizes.length, sizes.filter((r) => r.width > 0 && r.height > 0).length,
-  document.documentElement.scrollWidth <= window.innerWidth, document.getElementById("tip").textContent,
-].join("|");
-"""
-
-
-def _opened(path: Path, folder: Path) -> tuple[str, list[str]]:
-    """The page as chromium has it after loading, and what it wrote to the console."""
-    command = [CHROMIUM, *FLAGS, f"--user-data-dir={folder}", path.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
-def test_a_browser_draws_the_page_without_a_complaint(tmp_path):
-    page = tmp_path / "index.html"
-    page.write_text(WHOLE)
-    _, complaints = _opened(page, tmp_path / "profile")
-    assert complaints == []
-    open_to_probes = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", WHOLE)
-    page.write_text(open_to_probes.replace("</body>", f"<script>{PROBE}</script></body>"))
-    dom, complaints = _opened(page, tmp_path / "profile")
-    assert complaints == []
-    marks, drawn, fits, tip = re.search(r'data-probe="([^"]*)"', dom)[1].split("|")
-    trained = sum(len(losses) > 0 for losses in whole_run().bld_curves.values())
-    frontier, terms = 1 + 4 + 1 + 1, 3  # its line, the answers, the parent and the chosen; the loss and its two terms
-    assert int(marks) == int(drawn) == trained + frontier + terms
-    assert fits == "true"
-    assert tip.startswith("layer 0: ")

@@ -6,7 +6,7 @@ from dataclasses import replace
 from puzzle_ray.artifacts import BLOCK, PARENT, Architecture, Costs, LayerChoice, LayerSpace, SearchSpace
 from puzzle_ray.distill.bld import LibraryRow
 from puzzle_ray.report.page import ReportData, render
-from puzzle_ray.report.training import panels
+from puzzle_ray.report.training import distillation_details
 
 SPACE = SearchSpace((LayerSpace((PARENT, "gqa:2", "noop"), (PARENT, "ffn:64")),) * 2)
 COUPLED = SearchSpace(tuple(replace(layer, coupled=True) for layer in SPACE.layers))
@@ -20,7 +20,7 @@ def trained(space, **changes) -> ReportData:
 
 
 def text(data) -> str:
-    return re.sub(r"<[^>]*>", " ", "".join(panels(data)))
+    return re.sub(r"<[^>]*>", " ", "".join(distillation_details(data)))
 
 
 def test_early_stops_are_counted_with_what_they_spared():
@@ -30,7 +30,7 @@ def test_early_stops_are_counted_with_what_they_spared():
     rows[0] = replace(rows[0], tokens=400, tokens_saved=600)
     rows[3] = replace(rows[3], tokens=0)
     said = text(replace(data, library=rows))
-    assert "1 of 5 stopped early, their loss being flat: 600 tokens spared, 12.0\u00a0% of the training." in said
+    assert "1 of 5 stopped early, since their loss was flat. 600 tokens were saved, 12.0\u00a0% of the training." in said
 
 
 def test_coupled_pairs_have_a_table_and_a_panel_per_layer():

@@ -21,17 +21,17 @@ from puzzle_ray.artifacts import Profile, Scenario
 from puzzle_ray.config import load
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.models.child import new_child
-from puzzle_ray.profiling.devices import KNOWN, Device, device_of
+from puzzle_ray.profiling.devices import KNOWN_DEVICES, Device, device_of
 from puzzle_ray.profiling.engine import engine_of
 from puzzle_ray.profiling.engines.roofline import _best_s, this_cpu
-from puzzle_ray.profiling.measure import PROFILE_TABLE, measure, profile_of, profile_serially, profile_tasks, runs_of
+from puzzle_ray.profiling.measure import PROFILE_TABLE, measure_task, num_runs, profile_of, profile_serially, profile_tasks
 from puzzle_ray.profiling.memory import model_memory_mib
 from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.progress import Quiet
 from puzzle_ray.search.limits import Limits
 from puzzle_ray.search.setup import SearchSetup
-from puzzle_ray.search.sweep import Grid, finish, gathered, point_name, points_of
-from puzzle_ray.search.tables import predicted_costs, search
+from puzzle_ray.search.sweep import Grid, finish_sweep, grid_points, point_name, solved_points
+from puzzle_ray.search.tables import predicted_costs, search_architectures
 from puzzle_ray.store import Store
 from puzzle_ray.variants.space import search_space
 
@@ -53,7 +53,7 @@ def estimated(
 ) -> Profile:
     model_config, config = model_config or tiny_config(), config_of(device, **more)
     items = profile_tasks(search_space(model_config, attention, ffn, 8), config)
-    return profile_of([measure(item, model_config, config) for item in items], config)
+    return profile_of([measure_task(item, model_config, config) for item in items], config)
 
 
 def both(profile, kind, variant, layer_type="full_attention"):
@@ -172,7 +172,7 @@ def test_every_family_is_estimated_and_its_sizes_are_those_of_real_tensors(model
     config = tiny_config(model_type)
     space = search_space(config, ("gqa:1", "linear", "noop"), ("ffn:24", "noop"), 8)
     settings = config_of("H100")
-    profile = profile_of([measure(item, config, settings) for item in profile_tasks(space, settings)], settings)
+    profile = profile_of([measure_task(item, config, settings) for item in profile_tasks(space, settings)], settings)
     choices = [layer.choices[(3 * index + 1) % len(layer.choices)] for index, layer in enumerate(space.layers)]
     costs = predicted_costs(space, profile, settings.scenario, choices)
     model = new_child(config, choices, torch.float32)
@@ -206,11 +206,11 @@ def test_widths_of_a_70b_ffn_are_as_near_nvlabs_table_as_the_benchmark_says(shar
 
 
 def test_known_devices_by_any_spelling_and_changed():
-    assert device_of("h100") == device_of("NVIDIA H100-SXM") == KNOWN["H100"]
-    assert device_of("RTX 4090") is KNOWN["RTX4090"] or device_of("RTX 4090") == KNOWN["RTX4090"]
+    assert device_of("h100") == device_of("NVIDIA H100-SXM") == KNOWN_DEVICES["H100"]
+    assert device_of("RTX 4090") is KNOWN_DEVICES["RTX4090"] or device_of("RTX 4090") == KNOWN_DEVICES["RTX4090"]
     changed = device_of({"name": "A100", "compute_efficiency": 0.5, "tflops": {"float32": 156}})
     assert changed == replace(
-        KNOWN["A100"], compute_efficiency=0.5, tflops={"float32": 156.0, "bfloat16": 312.0, "float16": 312.0}
+        KNOWN_DEVICES["A100"], compute_efficiency=0.5, tflops={"float32": 156.0, "bfloat16": 312.0, "float16": 312.0}
     )
     mine = {"name": "mine", "tflops": {"bfloat16": 100}, "bandwidth_gb_s": 500, "memory_mib": 16_000}
     assert device_of(mine) == Device("mine", {"bfloat16": 100.0}, 500.0, 16_000.0)
@@ -281,7 +281,7 @@ def test_nothing_is_timed_and_the_assumptions_are_kept(tmp_path):
     config, settings = tiny_config(), config_of("H100", repeats=50)
     space = search_space(config, ("noop",), ("noop",), 8)
     (item,) = profile_tasks(space, settings)
-    assert runs_of(item, settings) == 2 * len(item.stacks(settings.stack))  # not 50: they would all be the same
+    assert num_runs(item, settings) == 2 * len(item.stacks(settings.stack))  # not 50: they would all be the same
     step = Store(str(tmp_path)).artifact("profile", {}, {})
     profile = profile_serially(config, space, settings, step, Quiet())
     assert profile.estimated and profile.device == "H100 (estimated)" and step.facts()["estimated"]
@@ -305,7 +305,7 @@ def test_a_run_says_in_one_line_that_costs_are_estimated():
 
 def test_architectures_and_what_is_printed_of_them_say_so():
     for profile in (ESTIMATE, make_profile(4)):
-        (found,) = search(SPACE, SCORES, profile, SCENARIO, Limits(speedup=1.5))
+        (found,) = search_architectures(SPACE, SCORES, profile, SCENARIO, Limits(speedup=1.5))
         assert found.estimated == profile.estimated == ("ESTIMATED, not measured" in describe(found))
 
 
@@ -313,18 +313,18 @@ def test_a_sweeps_tables_and_lines_say_so(tmp_path):
     for name, profile in (("yes", ESTIMATE), ("no", make_profile(4))):
         setup = SearchSetup(SPACE, SCORES, profile, SCENARIO, "kl", "mip", 60.0, Limits(speedup=1.5))
         step, grid = Store(str(tmp_path / name)).artifact("sweep", {}, {}), Grid({(30, 11): setup})
-        points = points_of({"speedup": [1.2, 50.0]})
+        points = grid_points({"speedup": [1.2, 50.0]})
         for point in points:
             step.write_json(point_name(point), grid.solve(point))
-        found = gathered(points, step)
-        finish(found, step)
+        found = solved_points(points, step)
+        finish_sweep(found, step)
         rows = list(csv.DictReader(io.StringIO(step.read("sweep.csv").decode())))
         assert [row["estimated"] for row in rows] == [str(profile.estimated), ""]  # nothing is said where there is no answer
         assert ("ESTIMATED" in line(found[0], 8)) == profile.estimated
 
 
 def test_the_evaluations_comparison_says_what_each_column_is():
-    (found,) = search(SPACE, SCORES, ESTIMATE, SCENARIO, Limits(speedup=1.5))
+    (found,) = search_architectures(SPACE, SCORES, ESTIMATE, SCENARIO, Limits(speedup=1.5))
     costs = {"prefill_ms": 2.0, "decode_ms": 1.0, "runtime_ms": 12.0, "throughput_tokens_per_s": 5.0, "memory_mib": 3.0}
     evaluation = {
         "predicted": vars(found.predicted), "parent_predicted": vars(found.parent_predicted), "estimated": True,

@@ -19,13 +19,13 @@ from puzzle_ray.errors import ConfigError, Infeasible, ProfileError
 from puzzle_ray.models.child import new_child
 from puzzle_ray.profiling.batch_sizes import with_batch_sizes
 from puzzle_ray.profiling.engine import mean_over_lengths, measure_side_by_side
-from puzzle_ray.profiling.measure import activation_bytes, measure, profile_of, profile_tasks
+from puzzle_ray.profiling.measure import activation_bytes, measure_task, profile_of, profile_tasks
 from puzzle_ray.profiling.memory import model_memory_mib
-from puzzle_ray.profiling.scenarios import NAMED, grouped, scenario_of
+from puzzle_ray.profiling.scenarios import NAMED_SCENARIOS, grouped_requests, scenario_of
 from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.search.limits import Limits
-from puzzle_ray.search.sweep import contexts_of, longest_context
-from puzzle_ray.search.tables import Tables, predicted_costs, search
+from puzzle_ray.search.sweep import grid_contexts, longest_context
+from puzzle_ray.search.tables import Tables, predicted_costs, search_architectures
 from puzzle_ray.store import Store
 from puzzle_ray.variants.space import search_space
 
@@ -47,7 +47,7 @@ def scenario(value) -> Scenario:
 def test_names_stand_for_lengths_with_a_batch_size_beside():
     assert scenario("chat") == Scenario(16, 128, 128) == scenario({"name": "chat"})
     assert scenario({"name": "rag", "batch_size": 64}) == Scenario(64, 2048, 128)
-    assert {name: scenario(name).longest_tokens for name in NAMED} == {
+    assert {name: scenario(name).longest_tokens for name in NAMED_SCENARIOS} == {
         "chat": 256, "long_generation": 1152, "reasoning": 4224, "rag": 2176, "long_context": 4096,
     }  # fmt: skip
 
@@ -147,7 +147,7 @@ def test_a_log_that_cannot_be_read_is_refused(tmp_path):
 def test_groups_of_requests_keep_their_number_and_their_means(tmp_path):
     rng = random.Random(0)
     requests = [(rng.randint(1, 900), int(rng.lognormvariate(4, 1)) + 1) for _ in range(997)]
-    kinds = grouped(requests, 6)
+    kinds = grouped_requests(requests, 6)
     weight = sum(kind.weight for kind in kinds)
     assert weight == len(requests) and len(kinds) == 6
     for i, name in enumerate(("input_tokens", "output_tokens")):
@@ -177,7 +177,7 @@ def test_samples_are_means_such_that_prefill_and_steps_take_what_requests_take()
 
 
 def profiled(config: ProfileConfig, model_config, space) -> Profile:
-    return profile_of([measure(item, model_config, config) for item in profile_tasks(space, config)], config)
+    return profile_of([measure_task(item, model_config, config) for item in profile_tasks(space, config)], config)
 
 
 def roofline(**more) -> ProfileConfig:
@@ -211,15 +211,15 @@ def test_the_longest_request_must_fit_the_parent():
 
 def test_a_sweep_over_lengths_needs_one_length():
     config = profile_config(scenario={"batch_size": 4, "lengths": [vars(kind) for kind in MIX]})
-    assert contexts_of({"speedup": [2.0]}, config.scenario) == [(8.5, 4.25)]
+    assert grid_contexts({"speedup": [2.0]}, config.scenario) == [(8.5, 4.25)]
     assert longest_context({"speedup": [2.0]}, config) == 15
     with pytest.raises(ConfigError, match="search.sweep.input_tokens: the scenario has lengths"):
-        contexts_of({"input_tokens": [16]}, config.scenario)
+        grid_contexts({"input_tokens": [16]}, config.scenario)
     kept = profile_config(scenario={"name": "chat", "kv_tokens": 200}).scenario
-    assert contexts_of({"speedup": [2.0]}, kept) == [(128, 128)]
+    assert grid_contexts({"speedup": [2.0]}, kept) == [(128, 128)]
     with pytest.raises(ConfigError, match="search.sweep.output_tokens: the scenario has kv_tokens"):
-        contexts_of({"output_tokens": [4096]}, kept)
-    assert contexts_of({"input_tokens": [16, 64]}, scenario("chat")) == [(16, 128), (64, 128)]
+        grid_contexts({"output_tokens": [4096]}, kept)
+    assert grid_contexts({"input_tokens": [16, 64]}, scenario("chat")) == [(16, 128), (64, 128)]
 
 
 # batch sizes found
@@ -313,12 +313,12 @@ def test_no_answer_needs_more_memory_than_the_device_has():
     assert free.search(Limits(speedup=1.05))[0].architecture.predicted.batch_size == 8
     small = predicted_costs(SPACE, profile, SCENARIO, [LayerChoice()] * 4).memory_mib
     bound = replace(profile, details={"memory_mib": small})
-    (found,) = search(SPACE, SCORES, bound, SCENARIO, Limits(speedup=1.05))
+    (found,) = search_architectures(SPACE, SCORES, bound, SCENARIO, Limits(speedup=1.05))
     assert found.predicted.memory_mib <= small and found.limits == {"speedup": 1.05, "memory_mib": small}
-    (tighter,) = search(SPACE, SCORES, bound, SCENARIO, Limits(memory_mib=small / 2))
+    (tighter,) = search_architectures(SPACE, SCORES, bound, SCENARIO, Limits(memory_mib=small / 2))
     assert tighter.limits == {"memory_mib": small / 2}
     with pytest.raises(Infeasible, match="memory_mib"):
-        search(SPACE, SCORES, replace(profile, details={"memory_mib": 0.1}), SCENARIO, Limits(speedup=1.05))
+        search_architectures(SPACE, SCORES, replace(profile, details={"memory_mib": 0.1}), SCENARIO, Limits(speedup=1.05))
 
 
 def test_the_search_chooses_among_the_batch_sizes_that_were_found():
@@ -338,7 +338,7 @@ def test_the_search_chooses_among_the_batch_sizes_that_were_found():
         ScoreRow(layer, c.attention, c.ffn, "kl", damage[c.attention] + damage[c.ffn], 0.0, 1)
         for layer in range(4) for c in space.layers[layer].choices[1:]
     ]  # fmt: skip
-    (found,) = search(space, Scores(tuple(rows), "block"), profile, config.scenario, Limits(speedup=1.5))
+    (found,) = search_architectures(space, Scores(tuple(rows), "block"), profile, config.scenario, Limits(speedup=1.5))
     assert found.parent_predicted.batch_size == config.scenario.batch_size
     assert found.predicted.batch_size > found.parent_predicted.batch_size and found.predicted.memory_mib <= 5.0
     assert found.predicted_speedup >= 1.5 and found.estimated

@@ -14,7 +14,7 @@ from puzzle_ray.errors import Infeasible
 from puzzle_ray.scoring.exact import estimated_replacements, exact_where_used, with_lowered_estimates
 from puzzle_ray.scoring.replacements import Replacement
 from puzzle_ray.search.limits import Limits
-from puzzle_ray.search.tables import search
+from puzzle_ray.search.tables import search_architectures
 
 TRUTH = {(row.layer, row.attention, row.ffn): row for row in SCORES.rows}
 
@@ -34,7 +34,7 @@ def settled(scores: Scores, speedup: float) -> tuple[Scores, list[Replacement]]:
     asked: list[Replacement] = []
 
     def answers(seen):
-        return [a.choices for a in search(SPACE, seen, PROFILE, SCENARIO, Limits(speedup=speedup))]
+        return [a.choices for a in search_architectures(SPACE, seen, PROFILE, SCENARIO, Limits(speedup=speedup))]
 
     def score(items):
         asked.extend(items)
@@ -48,21 +48,23 @@ def settled(scores: Scores, speedup: float) -> tuple[Scores, list[Replacement]]:
 def test_every_answer_is_exact_and_nothing_is_scored_twice(noise, share, seed, speedup):
     scores = shortlisted(noise, share, seed)
     found, asked = settled(scores, speedup)
-    answer = search(SPACE, found, PROFILE, SCENARIO, Limits(speedup=speedup))[0]
+    answer = search_architectures(SPACE, found, PROFILE, SCENARIO, Limits(speedup=speedup))[0]
     assert estimated_replacements(found, "kl", [answer.choices]) == []
     assert answer.objective == pytest.approx(sum(SCORES.value(i, c, "kl") for i, c in enumerate(answer.choices)))
     assert len(asked) == len(set(asked))
     assert all(not scores.parts(item.layer, item.choice, "kl")[0].tokens for item in asked), "only estimates are scored"
     low = {(row.layer, row.attention, row.ffn): row for row in found.rows if row.metric == "kl" and not row.tokens}
     if all(row.value <= TRUTH[key].value for key, row in low.items()):
-        assert answer.objective == pytest.approx(search(SPACE, SCORES, PROFILE, SCENARIO, Limits(speedup=speedup))[0].objective)
+        assert answer.objective == pytest.approx(
+            search_architectures(SPACE, SCORES, PROFILE, SCENARIO, Limits(speedup=speedup))[0].objective
+        )
 
 
 def test_good_estimates_give_the_exact_answer_for_a_few_scores():
-    exact = search(SPACE, SCORES, PROFILE, SCENARIO, Limits(speedup=1.5))[0]
+    exact = search_architectures(SPACE, SCORES, PROFILE, SCENARIO, Limits(speedup=1.5))[0]
     for seed in range(10):
         found, asked = settled(shortlisted(0.1, 0.2, seed), 1.5)
-        assert search(SPACE, found, PROFILE, SCENARIO, Limits(speedup=1.5))[0].choices == exact.choices
+        assert search_architectures(SPACE, found, PROFILE, SCENARIO, Limits(speedup=1.5))[0].choices == exact.choices
         assert len(asked) < 0.7 * len(TRUTH)
 
 
@@ -82,7 +84,7 @@ def test_an_impossible_budget_is_said_and_nothing_is_scored():
         exact_where_used(
             shortlisted(0.3, 0.5, 1),
             "kl",
-            lambda seen: [a.choices for a in search(SPACE, seen, PROFILE, SCENARIO, Limits(speedup=1000))],
+            lambda seen: [a.choices for a in search_architectures(SPACE, seen, PROFILE, SCENARIO, Limits(speedup=1000))],
             lambda items: asked.extend(items) or [],
         )
     assert asked == []

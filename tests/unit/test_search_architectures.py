@@ -13,13 +13,13 @@ from puzzle_ray.artifacts import LayerChoice, LayerSpace, Scores, SearchSpace
 from puzzle_ray.errors import ConfigError, Infeasible, ProfileError
 from puzzle_ray.search.limits import FixedChoice, Limits
 from puzzle_ray.search.searchers.uniform import uniform_architectures
-from puzzle_ray.search.tables import predicted_costs, search
+from puzzle_ray.search.tables import predicted_costs, search_architectures
 
 PARENT = predicted_costs(SPACE, PROFILE, SCENARIO, [LayerChoice()] * LAYERS)
 
 
 def find(limits, **more):
-    return search(SPACE, SCORES, PROFILE, SCENARIO, limits, **more)
+    return search_architectures(SPACE, SCORES, PROFILE, SCENARIO, limits, **more)
 
 
 def objective(choices):
@@ -99,7 +99,7 @@ def damage_reversed() -> Scores:
 
 def test_a_range_keeps_at_least_its_minimum():
     limits = Limits(params=[3000, 4000])
-    (found,) = search(SPACE, damage_reversed(), PROFILE, SCENARIO, limits)
+    (found,) = search_architectures(SPACE, damage_reversed(), PROFILE, SCENARIO, limits)
     every = itertools.product(SPACE.layers[0].choices, repeat=LAYERS)
     best = max(objective(c) for c in every if within(limits, predicted_costs(SPACE, PROFILE, SCENARIO, c)))
     assert 3000 <= found.predicted.num_params <= 4000 and -found.objective == pytest.approx(best)
@@ -114,7 +114,7 @@ def heads(choices) -> int:
 
 def test_kv_heads_and_the_cache_can_be_limited():
     every = list(itertools.product(SPACE.layers[0].choices, repeat=LAYERS))
-    (found,) = search(SPACE, damage_reversed(), PROFILE, SCENARIO, Limits(kv_heads=[5, 7]))
+    (found,) = search_architectures(SPACE, damage_reversed(), PROFILE, SCENARIO, Limits(kv_heads=[5, 7]))
     assert 5 <= heads(found.choices) <= 7
     assert -found.objective == pytest.approx(max(objective(c) for c in every if 5 <= heads(c) <= 7))
     (found,) = find(Limits(kv_heads=7))
@@ -123,13 +123,13 @@ def test_kv_heads_and_the_cache_can_be_limited():
     cache = {"parent": 64, "gqa:2": 44, "noop": 0}
     assert sum(cache[c.attention] for c in found.choices) * 4 * 41 / 2**20 <= 0.02
     none = SearchSpace((LayerSpace(("parent", "noop"), ("parent", "ffn:64")),) * LAYERS)
-    (found,) = search(
+    (found,) = search_architectures(
         none, SCORES, PROFILE, SCENARIO, Limits(kv_heads=4)
     )  # a narrowed space may have lost the variant to count by
     assert heads(found.choices) == 3
     unknown = replace(PROFILE, rows=tuple(row for row in PROFILE.rows if row.variant != "gqa:2"))
     with pytest.raises(ConfigError, match="limit kv_cache_mib"):
-        search(none, SCORES, unknown, SCENARIO, Limits(kv_heads=4))
+        search_architectures(none, SCORES, unknown, SCENARIO, Limits(kv_heads=4))
 
 
 def test_what_the_user_fixed_stays():
@@ -164,11 +164,11 @@ def test_where_there_are_no_more_answers_fewer_come_back():
 def test_the_batch_size_with_the_least_damage_is_chosen():
     """At batch 8 the parent already serves 2 / 1.8 times as many tokens a second: such a limit costs less there."""
     profile = make_profile(4, 8)
-    (found,) = search(SPACE, SCORES, profile, SCENARIO, Limits(speedup=1.1))
+    (found,) = search_architectures(SPACE, SCORES, profile, SCENARIO, Limits(speedup=1.1))
     assert found.choices == (LayerChoice(),) * LAYERS and found.predicted.batch_size == 8
     gained = found.predicted.throughput_tokens_per_s / found.parent_predicted.throughput_tokens_per_s
     assert gained == pytest.approx(2 / 1.8)
-    (both,) = search(SPACE, SCORES, profile, SCENARIO, Limits(speedup=1.1, latency_ms=170.0))
+    (both,) = search_architectures(SPACE, SCORES, profile, SCENARIO, Limits(speedup=1.1, latency_ms=170.0))
     assert both.predicted.batch_size == 4 and both.predicted.runtime_ms <= 170.0
 
 
@@ -220,12 +220,12 @@ def test_missing_numbers_are_refused():
     with pytest.raises(ConfigError, match=r"layer \d has no lm_loss score"):
         find(Limits(speedup=1.5), metric="lm_loss")
     with pytest.raises(ProfileError, match="16 was not profiled; profiled: 4"):
-        search(SPACE, SCORES, PROFILE, replace(SCENARIO, batch_size=16), Limits(speedup=1.5))
+        search_architectures(SPACE, SCORES, PROFILE, replace(SCENARIO, batch_size=16), Limits(speedup=1.5))
     with pytest.raises(ProfileError, match="99 tokens in"):
-        search(SPACE, SCORES, PROFILE, replace(SCENARIO, input_tokens=99), Limits(speedup=1.5))
+        search_architectures(SPACE, SCORES, PROFILE, replace(SCENARIO, input_tokens=99), Limits(speedup=1.5))
     fewer = replace(PROFILE, rows=tuple(row for row in PROFILE.rows if row.variant != "noop"))
     with pytest.raises(ProfileError, match="'noop'"):
-        search(SPACE, SCORES, fewer, SCENARIO, Limits(speedup=1.5))
+        search_architectures(SPACE, SCORES, fewer, SCENARIO, Limits(speedup=1.5))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from search_problems import make_problem, random_problem
 
 from puzzle_ray.errors import ConfigError, Infeasible
 from puzzle_ray.search import enumeration
-from puzzle_ray.search.mip import solve, solve_diverse
+from puzzle_ray.search.mip import solve_diverse, solve_exactly
 from puzzle_ray.search.problem import Limit, Problem
 from puzzle_ray.search.relaxation import best_multipliers, lower_bound
 from puzzle_ray.search.searcher import Options, searchers
@@ -61,9 +61,9 @@ def test_it_is_as_good_as_brute_force(problem):
     best = brute_force(problem)
     if best is None:
         with pytest.raises(Infeasible):
-            solve(problem)
+            solve_exactly(problem)
         return
-    solution = solve(problem)
+    solution = solve_exactly(problem)
     assert solution.objective == pytest.approx(best, rel=1e-12, abs=1e-9)
     assert solution.status == "optimal" and solution.gap <= 1e-9
     assert not problem.violated(solution.choice)
@@ -83,9 +83,9 @@ def test_minimums_are_kept_exactly(problem, share):
     objectives = [problem.objective(c) for c in within if problem.spent(c)[0] >= least - 1e-9]
     if not objectives:
         with pytest.raises(Infeasible):
-            solve(ranged)
+            solve_exactly(ranged)
         return
-    solution = solve(ranged)
+    solution = solve_exactly(ranged)
     assert solution.objective == pytest.approx(min(objectives), rel=1e-12, abs=1e-9)
     assert problem.spent(solution.choice)[0] >= least - 1e-9
 
@@ -96,9 +96,9 @@ def test_highs_through_python_mip_is_as_good_as_brute_force(problem, way):
     best = brute_force(problem)
     if best is None:
         with pytest.raises(Infeasible):
-            solve(problem, **EXACT[way])
+            solve_exactly(problem, **EXACT[way])
         return
-    solution = solve(problem, **EXACT[way])
+    solution = solve_exactly(problem, **EXACT[way])
     assert solution.objective == pytest.approx(best, rel=1e-9, abs=1e-9)
     assert solution.status == "optimal" and not problem.violated(solution.choice)
 
@@ -122,22 +122,22 @@ def test_every_further_answer_is_the_best_of_those_that_differ_enough(problem, d
 @pytest.mark.parametrize("tightness", [0.1, 0.3, 0.6])
 def test_five_layers_of_six_variants(way, tightness):
     problem = random_problem(1, 5, 6, 2, tightness)
-    assert solve(problem, **EXACT[way]).objective == pytest.approx(brute_force(problem), rel=1e-12)
+    assert solve_exactly(problem, **EXACT[way]).objective == pytest.approx(brute_force(problem), rel=1e-12)
 
 
 @pytest.mark.parametrize("way", EXACT)
 def test_the_engines_agree_on_a_problem_too_large_for_brute_force(way):
     problem = random_problem(2, 24, 12, 3, 0.3)
-    solution = solve(problem, **EXACT[way])
-    assert solution.objective == pytest.approx(solve(problem).objective, rel=1e-9)
+    solution = solve_exactly(problem, **EXACT[way])
+    assert solution.objective == pytest.approx(solve_exactly(problem).objective, rel=1e-9)
     assert ("HiGHS" in solution.method) == ("HiGHS" in way)
 
 
 def test_it_stays_exact_when_its_bound_is_coarse(monkeypatch):
     problem = random_problem(3, 24, 12, 2, 0.3)
-    exact = solve(problem, presolve=False).objective
+    exact = solve_exactly(problem, presolve=False).objective
     monkeypatch.setattr(enumeration, "FRONTIER", 8)
-    assert solve(problem).objective == pytest.approx(exact, rel=1e-9)
+    assert solve_exactly(problem).objective == pytest.approx(exact, rel=1e-9)
 
 
 def test_layers_of_one_shape_do_not_multiply_the_work():
@@ -147,7 +147,7 @@ def test_layers_of_one_shape_do_not_multiply_the_work():
     counts = (c for c in itertools.product(range(81), repeat=3) if sum(c) <= 80)
     taken = [np.array([*c, 80 - sum(c)]) for c in counts]
     best = min(scores @ c for c in taken if sizes @ c <= 331)
-    solution = solve(problem, time_limit_s=60)
+    solution = solve_exactly(problem, time_limit_s=60)
     assert (solution.status, solution.objective) == ("optimal", pytest.approx(best))
 
 
@@ -171,7 +171,7 @@ def test_the_bound_of_the_relaxation_is_that_of_the_linear_programme():
 
 def test_out_of_time_it_returns_its_best_with_an_honest_bound():
     problem = random_problem(5, 80, 16, 2, 0.3)
-    hurried, exact = solve(problem, time_limit_s=0.0), solve(problem)
+    hurried, exact = solve_exactly(problem, time_limit_s=0.0), solve_exactly(problem)
     assert exact.status == "optimal" and exact.gap == 0
     assert hurried.status == "feasible" and hurried.gap > 0
     assert hurried.bound <= exact.objective <= hurried.objective
@@ -180,20 +180,20 @@ def test_out_of_time_it_returns_its_best_with_an_honest_bound():
 
 def test_out_of_time_highs_is_not_called_optimal():
     problem = random_problem(0, 100, 20, 10, 0.5)  # HiGHS needs minutes
-    solution = solve(problem, time_limit_s=1.5, presolve=False)
+    solution = solve_exactly(problem, time_limit_s=1.5, presolve=False)
     assert solution.status == "feasible" and solution.bound < solution.objective
     assert not problem.violated(solution.choice)
 
 
 def test_without_any_answer_in_time_it_says_so():
     with pytest.raises(ConfigError, match="allow more time"):
-        solve(random_problem(5, 40, 16, 4, 0.3), time_limit_s=0.0, presolve=False)
+        solve_exactly(random_problem(5, 40, 16, 4, 0.3), time_limit_s=0.0, presolve=False)
 
 
 def test_a_limit_out_of_reach_is_named_with_the_best_reachable():
     problem = make_problem([[0, 1], [0, 2]], [[[5, 3], [5, 2]], [[1, 1], [1, 1]]], [4.0, 9.0])
     with pytest.raises(Infeasible) as caught:
-        solve(problem)
+        solve_exactly(problem)
     assert caught.value.args[:4] == ("cost0", "<=", 4.0, 5.0)
 
 
@@ -201,7 +201,7 @@ def test_limits_out_of_reach_only_together_are_all_named():
     """Saving one cost spends the other: each limit can be met, both cannot."""
     problem = make_problem([[0, 0], [0, 0]], [[[1, 4], [1, 4]], [[4, 1], [4, 1]]], [2.0, 4.0])
     with pytest.raises(Infeasible) as caught:
-        solve(problem)
+        solve_exactly(problem)
     name, _, asked, best, _, note = caught.value.args
     assert (name, asked, best) in {("cost0", 2.0, 8.0), ("cost1", 4.0, 8.0)}
     assert "cost0 <= 2" in note and "cost1 <= 4" in note
@@ -209,15 +209,15 @@ def test_limits_out_of_reach_only_together_are_all_named():
 
 def test_loose_limits_leave_the_best_of_every_layer():
     problem = random_problem(6, 30, 10, 2, 1.0)
-    assert solve(problem).objective == pytest.approx(problem.score.min(axis=1).sum())
+    assert solve_exactly(problem).objective == pytest.approx(problem.score.min(axis=1).sum())
 
 
 def test_a_searcher_that_breaks_a_limit_is_caught():
-    from puzzle_ray.search.problem import verified
+    from puzzle_ray.search.problem import verified_solution
 
     problem = make_problem([[0, 1]], [[[5, 3]]], [4.0])
     with pytest.raises(AssertionError, match="cost0 <= 4"):
-        verified(problem, np.array([0]), 0.0, "optimal", 0.0, "x")
+        verified_solution(problem, np.array([0]), 0.0, "optimal", 0.0, "x")
 
 
 def test_multipliers_that_pass_the_ceiling_prove_that_there_is_no_answer():
@@ -233,7 +233,7 @@ def test_every_searcher_meets_the_limits_and_none_beats_the_exact_one(name, seed
     solution = searchers()[name].solve(problem, Options(samples=50))
     assert not problem.violated(solution.choice)
     assert solution.objective == pytest.approx(problem.objective(solution.choice))
-    exact = solve(problem).objective
+    exact = solve_exactly(problem).objective
     assert solution.bound <= exact + 1e-9 and solution.objective >= exact - 1e-9
     assert solution.status == ("optimal" if name == "mip" else "heuristic")
 

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.nvlabs import read_nvlabs
 from puzzle_ray.errors import ConfigError
-from puzzle_ray.search.mip import solve, solve_diverse
+from puzzle_ray.search.mip import solve_diverse, solve_exactly
 from puzzle_ray.search.searcher import Options, find_searcher
 
 OPTIMA = {
@@ -27,13 +27,13 @@ def library(shared_data):
 @pytest.mark.parametrize("limits", OPTIMA)
 def test_known_optima(library, limits):
     asked, optimum = OPTIMA[limits]
-    solution = solve(library.problem(**asked))
+    solution = solve_exactly(library.problem(**asked))
     assert solution.objective == pytest.approx(optimum, rel=1e-9)
     assert solution.status == "optimal" and solution.gap <= 1e-12
 
 
 def test_scores_are_differences_so_the_offset_gives_the_files_own_sum(library):
-    solution = solve(library.problem("lm_loss", memory_mib=80000, throughput_tokens_per_s=6000))
+    solution = solve_exactly(library.problem("lm_loss", memory_mib=80000, throughput_tokens_per_s=6000))
     assert solution.objective + library.offset("lm_loss") == pytest.approx(131.41844929894432, rel=1e-12)
 
 
@@ -68,7 +68,7 @@ def test_a_library_in_its_format_is_read(tmp_path):
     (tmp_path / "measurement_info.json").write_text(json.dumps({"batch_size": 2, "sequence_length": 3}))
     library = read_nvlabs(tmp_path)
     problem = library.problem("lm_loss", throughput_tokens_per_s=4000)
-    solution = solve(problem)
+    solution = solve_exactly(problem)
     assert problem.spent(solution.choice) == [2.0, 1.0, 3.0]
     assert (solution.objective, library.offset("lm_loss")) == (0.25, 1.5)
     with pytest.raises(ConfigError, match="has no 'x'"):

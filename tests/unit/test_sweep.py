@@ -17,15 +17,15 @@ from puzzle_ray.search.settings import SearchConfig
 from puzzle_ray.search.setup import SearchSetup
 from puzzle_ray.search.sweep import (
     Grid,
-    contexts_of,
-    finish,
-    gathered,
+    finish_sweep,
+    grid_contexts,
+    grid_points,
     longest_context,
     point_name,
-    points_of,
-    read,
-    row_of,
-    unsolved,
+    read_sweep,
+    solved_points,
+    table_row,
+    unsolved_points,
     with_distilled,
     with_measured,
 )
@@ -41,20 +41,20 @@ def make_grid(limits=Limits(speedup=1.5)) -> Grid:  # noqa: B008  (frozen)
 
 def swept(tmp_path, sweep, grid=None):
     step, grid = Store(str(tmp_path)).artifact("sweep", sweep, {}), grid or make_grid()
-    points = points_of(sweep)
-    for point in unsolved(points, step):
+    points = grid_points(sweep)
+    for point in unsolved_points(points, step):
         step.write_json(point_name(point), grid.solve(point))
-    return gathered(points, step), step
+    return solved_points(points, step), step
 
 
 def test_points_are_all_combinations_in_order():
-    assert points_of({"speedup": [2.0, 1.5], "batch_size": [8, 4]}) == [
+    assert grid_points({"speedup": [2.0, 1.5], "batch_size": [8, 4]}) == [
         {"speedup": 1.5, "batch_size": 4},
         {"speedup": 1.5, "batch_size": 8},
         {"speedup": 2.0, "batch_size": 4},
         {"speedup": 2.0, "batch_size": 8},
     ]
-    assert contexts_of({"input_tokens": [16, 32]}, SCENARIO) == [(16, 11), (32, 11)]
+    assert grid_contexts({"input_tokens": [16, 32]}, SCENARIO) == [(16, 11), (32, 11)]
 
 
 def test_every_answer_keeps_its_budget_and_what_is_fixed(tmp_path):
@@ -109,7 +109,7 @@ def test_the_frontier_is_distilled_once_per_architecture(tmp_path):
     assert len(asked) == len(set(asked)) == len({p.architecture.choices for p in points if p.on_frontier})
     for before, after in zip(points, found, strict=True):
         assert (after.distilled is not None) == before.on_frontier
-        assert row_of(after)["distilled_kl"] == (1.0 + asked.index(after.architecture.choices) if after.on_frontier else None)
+        assert table_row(after)["distilled_kl"] == (1.0 + asked.index(after.architecture.choices) if after.on_frontier else None)
 
 
 def test_tables_say_the_same_as_the_points(tmp_path):
@@ -119,8 +119,8 @@ def test_tables_say_the_same_as_the_points(tmp_path):
         kl = 0.25
 
     points = with_measured(points, lambda children: [Found() for _ in children])
-    finish(points, step)
-    assert list(read(step)) == points and points[0].measured_kl == 0.25 and points[1].measured_kl is None
+    finish_sweep(points, step)
+    assert list(read_sweep(step)) == points and points[0].measured_kl == 0.25 and points[1].measured_kl is None
     rows = list(csv.DictReader(io.StringIO(step.read("sweep.csv").decode())))
     table = pq.read_table(io.BytesIO(step.read("sweep.parquet"))).to_pylist()
     assert [float(row["asked_speedup"]) for row in rows] == [row["asked_speedup"] for row in table] == [1.2, 50.0]

@@ -1,17 +1,20 @@
-"""The `roofline` engine: what a device's datasheet lets one expect. An estimate, for devices nobody has at hand; nothing is timed.
+"""The `roofline` engine estimates times from a device's datasheet, for devices that are not at hand. Nothing is timed.
 
-Every kernel of a forward takes the longer of its arithmetic and its memory traffic, and at least `kernel_us`:
+Every kernel of a forward takes the longer one of its arithmetic and its memory traffic, plus `kernel_us`:
 
     max(flops / (peak x compute efficiency), bytes / (bandwidth x bandwidth efficiency)) + kernel_us
 
-Kernels are read off the model's own modules, built without memory, so that any family's and any variant's are known by their shapes:
-each weight matrix is one product on every token; each norm reads and writes its features; what lies between products (activations,
-quantisation, rotary, the residual) reads their outputs and writes their inputs. Attention adds query x key and scores x value over the
-tokens each token sees, and the traffic of the KV cache. What is in no layer: the embedding's rows, the head for one position of each
-sequence, and `step_us` for scheduling and sampling a step.
+Kernels are read from the model's own modules, which are built without memory. So every family and every variant is known by its shapes:
+- Each weight matrix is one product on every token.
+- Each norm reads and writes its features.
+- What lies between products (activations, quantisation, rotary, the residual) reads their outputs and writes their inputs.
+- Attention adds query x key and scores x value over the tokens that each token sees, and the traffic of the KV cache.
+- Outside layers there are the embedding's rows, the head for one position of each sequence, and `step_us` per step for scheduling and
+  sampling.
 
-With dtype fp8, weights in layers, inputs of their products and the KV cache are bytes; outputs, attention's arithmetic, embedding and
-head stay bfloat16. Not in it: kernels of odd shapes, fusion beyond attention's, several GPUs, power limits.
+With dtype fp8, a byte each is counted for weights in layers, inputs of their products and the KV cache. Outputs, attention's
+arithmetic, embedding and head stay bfloat16.
+Not modelled: kernels of odd shapes, fusion other than attention's, several GPUs, power limits.
 """
 
 from __future__ import annotations
@@ -41,12 +44,12 @@ from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.surgery.projections import linear_sizes
 from puzzle_ray.version import __version__
 
-WIDE = "bfloat16"  # what is not in fp8 where the rest is
+WIDE = "bfloat16"  # the dtype of what stays out of fp8 where the rest is fp8
 
 
 @dataclass(frozen=True)
 class Rates:
-    """A device at one dtype: how long work takes on it. `element_bytes`: of weights, of products' inputs and of the KV cache."""
+    """How long work takes on a device at one dtype. `element_bytes` is for weights, inputs of products and the KV cache."""
 
     device: Device
     dtype: str
@@ -68,8 +71,11 @@ class Rates:
 
 @dataclass(frozen=True)
 class Subblock:
-    """The shapes of one half of a layer: its weight matrices [rows out, columns in], the features of its norms, and of an attention its
-    width (query heads x head size) and what it keeps of a token."""
+    """The shapes of one half of a layer.
+
+    `matrices` are its weights [rows out, columns in]. `norms` are the features of its norms. An attention also has its width (query
+    heads x head size) and what it keeps of a token.
+    """
 
     matrices: tuple[tuple[int, int], ...]
     norms: tuple[int, ...]
@@ -93,7 +99,7 @@ class Subblock:
         return cls(matrices, norms, config.num_attention_heads * head_dim, kept)
 
     def pass_ms(self, rates: Rates, hidden_size: int, sequences: int, new_tokens: int, seen_tokens: float) -> float:
-        """One forward of `new_tokens` tokens of every sequence; a token sees `seen_tokens` tokens on average, itself among them."""
+        """The time of `new_tokens` tokens of every sequence. A token sees `seen_tokens` tokens on average, itself included."""
         if not self.matrices and not self.kept.bytes_each:
             return 0.0
         tokens, element, output = sequences * new_tokens, rates.element_bytes, rates.output_bytes
@@ -104,7 +110,7 @@ class Subblock:
         for features in self.norms:
             total += rates.kernel_ms(0, tokens * 2 * features * output)
         between = sum(rows * output + columns * element for rows, columns in self.matrices)
-        total += rates.kernel_ms(0, tokens * (between + 2 * hidden_size * output))  # the residual is read and written, too
+        total += rates.kernel_ms(0, tokens * (between + 2 * hidden_size * output))  # the residual is read and written too
         if self.kept.bytes_each:
             cached = seen_tokens if new_tokens == 1 else 2 * new_tokens  # a prefill writes what it reads
             traffic = sequences * cached * self.kept.bytes_each + tokens * 2 * self.attention_width * output
@@ -114,13 +120,13 @@ class Subblock:
 
 
 def _seen(kept: KeptTokens, first: int, last: int) -> float:
-    """How many tokens the tokens `first` ... `last` of a sequence (counted from 1) see on average."""
+    """How many tokens the tokens `first` to `last` of a sequence (counted from 1) see on average."""
     places = np.arange(first, last + 1)
     return float((places if kept.at_most is None else np.minimum(places, kept.at_most + 1)).mean())
 
 
 class RooflineEngine:
-    """Estimates instead of timing; models are built on the `meta` device, where they take no memory."""
+    """Computes times. Models are built on the `meta` device, where they take no memory."""
 
     name = "roofline"
     estimated = True
@@ -162,7 +168,7 @@ class RooflineEngine:
             return new_child(config, choices, getattr(torch, WIDE if dtype == "fp8" else dtype)).eval()
 
     def time_once(self, model: Any, scenario: Scenario) -> tuple[float, float]:
-        """(prefill_ms, decode_ms): one forward of the prompts; the mean of the steps after it."""
+        """(prefill_ms, decode_ms): one forward of the prompts, and the mean of the decode steps after it."""
         prompt, answer = int(scenario.input_tokens), int(scenario.output_tokens)
         prefill_ms = self._forward_ms(model, scenario.batch_size, prompt, lambda kept: _seen(kept, 1, prompt))
         if answer == 1:
@@ -182,7 +188,7 @@ class RooflineEngine:
         return total
 
     def _fixed_ms(self, model: Any, descriptor: Descriptor, sequences: int, new_tokens: int) -> float:
-        """Embedding, learned positions, final norm, the head on one position of each sequence, and the step's own time."""
+        """What is in no layer: embedding, learned positions, final norm, the head on one position of each sequence, and `step_us`."""
         rates, hidden_size = self.rates, model.config.hidden_size
         rows = sequences * new_tokens * hidden_size * rates.output_bytes
         lookups = 2 if descriptor.positions else 1
@@ -197,7 +203,7 @@ class RooflineEngine:
 
 @lru_cache(maxsize=4)
 def this_cpu(dtype: str, threads: int) -> Device:
-    """This machine's CPU as this process, with its threads, uses it: the best of a few products, copies and empty operations."""
+    """This machine's CPU, as this process uses it with its threads: the best times of a few products, copies and tiny operations."""
     kind = getattr(torch, dtype)
     a, stream, little = torch.ones(1024, 1024, dtype=kind), torch.ones(1 << 24), torch.ones(1)
     product_s, copy_s = _best_s(lambda: a @ a), _best_s(lambda: stream.clone())
@@ -209,14 +215,14 @@ def this_cpu(dtype: str, threads: int) -> Device:
 
 
 def _best_s(work: Callable[[], object], repeats: int = 10, enough_s: float = 1.0) -> float:
-    taken: list[float] = []
+    seconds: list[float] = []
     for _ in range(repeats):
         started = time.perf_counter()
         work()
-        taken.append(time.perf_counter() - started)
-        if sum(taken) > enough_s:  # such as float16 where the CPU has none: seconds a product
+        seconds.append(time.perf_counter() - started)
+        if sum(seconds) > enough_s:  # e.g. float16 on a CPU without it takes seconds per product
             break
-    return min(taken)
+    return min(seconds)
 
 
 ENGINE = RooflineEngine()

@@ -1,8 +1,9 @@
 """The `tensorrt_llm` engine: subblocks as TensorRT-LLM serves them, by its PyTorch backend with CUDA graphs.
 
-Not run: no machine with TensorRT-LLM was at hand. What was checked: the configs it is given, as transformers 4.57 and 5.23 read them;
-the arithmetic, with a stand-in for the engine; arguments by reading TensorRT-LLM's sources (`llmapi/llm.py`, `llm_args.py`,
-`sampling_params.py`, `_torch/models/modeling_nemotron_nas.py`). fp8 is asked for as ModelOpt's checkpoints do, by `hf_quant_config.json`.
+This engine was not run, since no machine with TensorRT-LLM was at hand. Three things were checked. transformers 4.57 and 5.23 read its
+configs. The arithmetic is tested with a stand-in for TensorRT-LLM. Arguments follow TensorRT-LLM's sources (`llmapi/llm.py`,
+`llm_args.py`, `sampling_params.py`, `_torch/models/modeling_nemotron_nas.py`). fp8 is requested by `hf_quant_config.json`, as in
+ModelOpt's checkpoints.
 """
 
 from __future__ import annotations

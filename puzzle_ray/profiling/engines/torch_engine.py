@@ -1,8 +1,8 @@
 """The `torch` engine: a model's plain `forward()` with transformers' DynamicCache, eager, on the CPU or one GPU.
 
-Prefill is one forward of the whole batch's prompts with logits for the last position only; it fills the cache and gives the
-first token. Every further token is one decode step of the whole batch, the cache growing from `input_tokens` on. Eager on a GPU too, as
-our server is; engines that serve by CUDA graphs (`vllm`, `tensorrt_llm`) measure with them.
+A prefill is one forward of the whole batch's prompts, with logits for the last position only. It fills the cache and gives the first
+token. Every further token is one decode step of the whole batch. The cache grows from `input_tokens` on.
+On a GPU it runs eagerly too, as our server does. The engines `vllm` and `tensorrt_llm` measure with CUDA graphs.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class TorchEngine:
         return torch.device("cuda" if use_gpu else "cpu")
 
     def build(self, config: Any, choices: Sequence[LayerChoice], dtype: str, use_gpu: bool = False, like: Any = None) -> Any:
-        """A model of `choices` with random weights. Embedding, final norm and head are those of `like`, to save memory."""
+        """A model of `choices` with random weights. To save memory, embedding, final norm and head are shared with `like`."""
         with self._device(use_gpu) as device:
             model = new_child(config, choices, getattr(torch, dtype)).eval().to(device)
         if like is not None:
@@ -56,7 +56,7 @@ class TorchEngine:
 
     @torch.inference_mode()
     def time_once(self, model: Any, scenario: Scenario) -> tuple[float, float]:
-        """(prefill_ms, decode_ms) of one batch of random tokens on the device the model is on; decode_ms is 0 without a step."""
+        """(prefill_ms, decode_ms) of one batch of random tokens, on the model's device. decode_ms is 0 where there is no step."""
         if model.device.type == "cpu":
             keep_freed_memory()
         prompt, steps = int(scenario.input_tokens), int(scenario.output_tokens) - 1

@@ -1,7 +1,7 @@
 """The `vllm` engine: subblocks as vLLM serves them, with its own kernels, scheduler and CUDA graphs.
 
-Not run: no machine with vLLM was at hand. What was checked: the configs it is given, as transformers 4.57 and 5.23 read them; the
-arithmetic, with a stand-in for the engine; arguments and the shape of prompts by reading vLLM's sources (`LLM`, `EngineArgs`,
+This engine was not run, since no machine with vLLM was at hand. Three things were checked. transformers 4.57 and 5.23 read its configs.
+The arithmetic is tested with a stand-in for vLLM. Arguments and the shape of prompts follow vLLM's sources (`LLM`, `EngineArgs`,
 `SamplingParams`, `TokensPrompt`, `model_executor/models/nemotron_nas.py`). fp8 is vLLM's own dynamic quantisation with an fp8 KV cache.
 """
 

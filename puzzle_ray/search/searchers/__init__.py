@@ -1,5 +1,5 @@
-"""Ways to choose, one file each that declares `SEARCHER`. Nothing else is here.
+"""Searchers: one file each, which declares `SEARCHER`. Nothing else is in this folder.
 
-What a searcher must do: `puzzle_ray.search.searcher.Searcher`.
+What a searcher must do: see `puzzle_ray.search.searcher.Searcher`.
 May import: `search`.
 """

@@ -1,6 +1,6 @@
-"""Whole layers only: the ones of least block influence go first, until the limits hold (as ShortGPT, arXiv 2403.03853).
+"""Drops whole layers, those of least influence first, until the limits hold (like ShortGPT, arXiv 2403.03853).
 
-Influence is the replace-one score of dropping the layer, which is what the score measures for every other choice too.
+The influence of a layer is the replace-one score of dropping it. ShortGPT uses a cosine distance instead.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 
 from puzzle_ray.artifacts import PARENT, LayerChoice
 from puzzle_ray.errors import ConfigError
-from puzzle_ray.search.problem import Choice, Problem, Solution, unmet, verified
+from puzzle_ray.search.problem import Choice, Problem, Solution, nearest_miss, verified_solution
 from puzzle_ray.search.relaxation import lower_bound
 from puzzle_ray.search.searcher import Options
 
@@ -20,21 +20,21 @@ KEPT = LayerChoice(PARENT, PARENT).label
 
 
 def depth_choices(problem: Problem) -> list[Choice]:
-    """The whole parent, then one row less each; a row that was fixed otherwise keeps its choice of least score."""
+    """The whole parent, then choices with one more row dropped each. A row without the parent's choice keeps its choice of least score."""
     kept = [x.index(KEPT) if KEPT in x else int(s.argmin()) for x, s in zip(problem.labels, problem.score, strict=True)]
     dropped = {row: labels.index(DROPPED) for row, labels in enumerate(problem.labels) if DROPPED in labels}
-    found = [np.array(kept, dtype=np.intp)]
+    choices = [np.array(kept, dtype=np.intp)]
     for row in sorted(dropped, key=lambda row: problem.score[row, dropped[row]] / problem.weights[row]):
-        found.append(found[-1].copy())
-        found[-1][row] = dropped[row]
-    return found
+        choices.append(choices[-1].copy())
+        choices[-1][row] = dropped[row]
+    return choices
 
 
 class _Depth:
     name = "depth"
 
     def solve(self, problem: Problem, options: Options) -> Solution:
-        """The fewest dropped layers that meet the limits. Raises Infeasible; ConfigError where no layer can be dropped."""
+        """The choice with the fewest dropped layers within the limits. Raises Infeasible, or ConfigError where no layer can be dropped."""
         started = time.perf_counter()
         problem.check_each_limit()
         choices = depth_choices(problem)
@@ -42,8 +42,10 @@ class _Depth:
             raise ConfigError("search.searcher", f"{self.name} needs noop attention and noop ffn", "add them to the space")
         for choice in choices:
             if not problem.violated(choice):
-                return verified(problem, choice, lower_bound(problem), "heuristic", time.perf_counter() - started, self.name)
-        raise unmet(problem, choices, "dropping layers in order of influence reaches no more; another searcher may")
+                return verified_solution(
+                    problem, choice, lower_bound(problem), "heuristic", time.perf_counter() - started, self.name
+                )
+        raise nearest_miss(problem, choices, "dropping layers in order of influence reaches no more; another searcher may")
 
 
 SEARCHER = _Depth()

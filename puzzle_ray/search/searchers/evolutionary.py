@@ -1,4 +1,7 @@
-"""Evolution: the fitter of two random pairs are crossed and mutated, and what breaks a limit is repaired at random."""
+"""Evolution: two parents are crossed, and the child is mutated and repaired at random where it breaks a limit.
+
+Each parent is the better one of two random members of the population.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import time
 
 import numpy as np
 
-from puzzle_ray.search.problem import Choice, Problem, Solution, unmet, verified
+from puzzle_ray.search.problem import Choice, Problem, Solution, nearest_miss, verified_solution
 from puzzle_ray.search.relaxation import lower_bound
 from puzzle_ray.search.searcher import Options
 from puzzle_ray.search.searchers.random_search import random_choice, repaired_at_random
@@ -16,14 +19,14 @@ OFFSPRING_PER_SAMPLE = 4  # children cost less than fresh random choices, which 
 
 
 class _Population:
-    """The best different choices so far, ascending by objective."""
+    """The best distinct choices so far, in ascending order of objective."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.members: list[tuple[float, Choice]] = []
 
     def add(self, choice: Choice) -> bool:
-        """False where the choice breaks a limit."""
+        """Adds a choice. Returns False where it breaks a limit."""
         if self.problem.violated(choice):
             return False
         if not any((choice == member).all() for _, member in self.members):
@@ -33,7 +36,7 @@ class _Population:
         return True
 
     def parent(self, random: np.random.Generator) -> Choice:
-        """The fitter of two at random: members are in order, so the lower index."""
+        """The better one of two random members: members are in order, so it has the lower index."""
         return self.members[random.integers(len(self.members), size=2).min()][1]
 
 
@@ -50,7 +53,7 @@ class _Evolutionary:
     name = "evolutionary"
 
     def solve(self, problem: Problem, options: Options) -> Solution:
-        """The best of 4 x `options.samples` children, the same for the same seed. Raises Infeasible if none is within."""
+        """The best of 4 x `options.samples` children, the same for the same seed. Raises Infeasible if none is within the limits."""
         started = time.perf_counter()
         deadline = started + (options.time_limit_s or np.inf)
         problem.check_each_limit()
@@ -68,9 +71,9 @@ class _Evolutionary:
             if time.perf_counter() > deadline:
                 break
         if not population.members:
-            raise unmet(problem, tries, f"none of {len(tries)} choices comes nearer; another searcher may")
+            raise nearest_miss(problem, tries, f"none of {len(tries)} choices comes nearer; another searcher may")
         best = population.members[0][1]
-        return verified(problem, best, lower_bound(problem), "heuristic", time.perf_counter() - started, self.name)
+        return verified_solution(problem, best, lower_bound(problem), "heuristic", time.perf_counter() - started, self.name)
 
 
 SEARCHER = _Evolutionary()

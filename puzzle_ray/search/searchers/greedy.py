@@ -1,4 +1,4 @@
-"""The greedy baseline of the Puzzle paper (arXiv 2411.19146, appendix on search algorithms)."""
+"""The greedy baseline of the Puzzle paper (arXiv 2411.19146 v5, appendix on search algorithms)."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import time
 
 import numpy as np
 
-from puzzle_ray.search.problem import Choice, Problem, Solution, unmet, verified
+from puzzle_ray.search.problem import Choice, Problem, Solution, nearest_miss, verified_solution
 from puzzle_ray.search.relaxation import lower_bound
 from puzzle_ray.search.searcher import Options
 
 
 def greedy_choice(problem: Problem) -> Choice:
-    """Every layer has an equal share of each budget; what it leaves of it goes to the next.
+    """Every layer has an equal share of each budget. What it does not spend goes to the next layer.
 
-    In ascending order of their variants' mean score, layers take the variant of lowest score that fits. One that
-    nothing fits takes what overdraws its share least, at the next one's expense.
+    Layers are decided in ascending order of the mean score of their variants. Each takes the variant of lowest score that fits its
+    share. Where no variant fits, it takes the one that exceeds its share least, and the next layer has that much less.
     """
     score, (rows, bounds) = problem.score, problem.rows()
     share = bounds / problem.weights.sum()
@@ -36,13 +36,13 @@ class _Greedy:
     name = "greedy"
 
     def solve(self, problem: Problem, options: Options) -> Solution:
-        """Raises Infeasible where the greedy choice breaks a limit, though another might not."""
+        """The greedy choice. Raises Infeasible where it breaks a limit, though another choice might not."""
         started = time.perf_counter()
         problem.check_each_limit()
         choice = greedy_choice(problem)
         if problem.violated(choice):
-            raise unmet(problem, [choice], "the greedy search reaches no more; another searcher may")
-        return verified(problem, choice, lower_bound(problem), "heuristic", time.perf_counter() - started, self.name)
+            raise nearest_miss(problem, [choice], "the greedy search reaches no more; another searcher may")
+        return verified_solution(problem, choice, lower_bound(problem), "heuristic", time.perf_counter() - started, self.name)
 
 
 SEARCHER = _Greedy()

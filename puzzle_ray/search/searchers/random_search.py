@@ -1,4 +1,4 @@
-"""The best of many random choices within the limits: what a score is worth without a solver."""
+"""The best of many random choices within the limits: a baseline that uses the scores without a solver."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import time
 
 import numpy as np
 
-from puzzle_ray.search.problem import Choice, Floats, Problem, Solution, unmet, verified
+from puzzle_ray.search.problem import Choice, Floats, Problem, Solution, nearest_miss, verified_solution
 from puzzle_ray.search.relaxation import lower_bound
 from puzzle_ray.search.searcher import Options
 
 
 def repaired_at_random(score: Floats, rows: Floats, bounds: Floats, choice: Choice, random: np.random.Generator) -> Choice:
-    """While a limit is broken: a random one of all changes that break the limits less. May end where none does."""
+    """While a limit is broken, makes a random one of the changes that break the limits less.
+
+    Where no change does, the choice is returned as it is, with a broken limit.
+    """
     layers, choice = np.arange(len(score)), choice.copy()
     while True:
         loads = rows[:, layers, choice].sum(axis=1)
@@ -29,7 +32,7 @@ def repaired_at_random(score: Floats, rows: Floats, bounds: Floats, choice: Choi
 
 
 def random_choice(score: Floats, rows: Floats, bounds: Floats, random: np.random.Generator) -> Choice:
-    """Uniform at random, then repaired at random."""
+    """A choice that is uniform at random, then repaired at random."""
     choice = np.array([random.choice(np.flatnonzero(np.isfinite(scores))) for scores in score], dtype=np.intp)
     return repaired_at_random(score, rows, bounds, choice, random)
 
@@ -38,7 +41,7 @@ class _Random:
     name = "random"
 
     def solve(self, problem: Problem, options: Options) -> Solution:
-        """The best of `options.samples` choices, the same for the same seed. Raises Infeasible if none is within."""
+        """The best of `options.samples` choices, the same for the same seed. Raises Infeasible if none is within the limits."""
         started = time.perf_counter()
         deadline = started + (options.time_limit_s or np.inf)
         problem.check_each_limit()
@@ -55,8 +58,8 @@ class _Random:
             if time.perf_counter() > deadline:
                 break
         if best is None:
-            raise unmet(problem, tries, f"none of {len(tries)} random choices comes nearer; another searcher may")
-        return verified(problem, best, lower_bound(problem), "heuristic", time.perf_counter() - started, self.name)
+            raise nearest_miss(problem, tries, f"none of {len(tries)} random choices comes nearer; another searcher may")
+        return verified_solution(problem, best, lower_bound(problem), "heuristic", time.perf_counter() - started, self.name)
 
 
 SEARCHER = _Random()

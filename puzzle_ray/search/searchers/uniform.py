@@ -1,4 +1,4 @@
-"""The same variant in every layer: how a model is narrowed without a search."""
+"""The same variant in every layer: the way to shrink a model without a search."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import numpy as np
 
 from puzzle_ray.artifacts import Architecture, LayerChoice, Profile, Scenario, Scores, SearchSpace
 from puzzle_ray.errors import ConfigError
-from puzzle_ray.search.problem import Choice, Problem, Solution, unmet, verified
+from puzzle_ray.search.problem import Choice, Problem, Solution, nearest_miss, verified_solution
 from puzzle_ray.search.relaxation import lower_bound
 from puzzle_ray.search.searcher import Options
 from puzzle_ray.search.tables import predicted_costs
 
 
 def uniform_choices(problem: Problem) -> list[Choice]:
-    """Every choice that all rows can take at once, by score; rows that have only one left (fixed ones) keep it."""
+    """Every choice that all rows can take at once, in ascending order of score. Rows with a single choice keep it."""
     free = [row for row, scores in enumerate(problem.score) if np.isfinite(scores).sum() > 1]
     only = problem.score.argmin(axis=1)
-    found = []
+    choices = []
     for label in problem.labels[free[0]] if free else ():
         if all(label in problem.labels[row] for row in free):
             choice = only.copy()
             choice[free] = [problem.labels[row].index(label) for row in free]
-            found.append(choice)
-    return sorted(found or [only], key=problem.objective)
+            choices.append(choice)
+    return sorted(choices or [only], key=problem.objective)
 
 
 class _Uniform:
@@ -39,8 +39,8 @@ class _Uniform:
         for choice in choices:
             if not problem.violated(choice) and np.isfinite(problem.objective(choice)):
                 bound = lower_bound(problem)
-                return verified(problem, choice, bound, "heuristic", time.perf_counter() - started, self.name)
-        raise unmet(problem, choices, "no uniform choice comes nearer; another searcher may")
+                return verified_solution(problem, choice, bound, "heuristic", time.perf_counter() - started, self.name)
+        raise nearest_miss(problem, choices, "no uniform choice comes nearer; another searcher may")
 
 
 def uniform_architectures(
@@ -51,12 +51,12 @@ def uniform_architectures(
     target_runtime_ms: float,
     metric: str = "kl",
 ) -> list[Architecture]:
-    """All architectures with one choice in every layer, the one of predicted runtime nearest to the target first."""
+    """All architectures with one choice in every layer. The one whose predicted runtime is nearest to the target is first."""
     shared = [c for c in space.layers[0].choices if all(c in layer.choices for layer in space.layers)]
     if not shared:
         raise ConfigError("space", "no choice is offered to every layer", "give the layers a variant in common")
     parent = predicted_costs(space, profile, scenario, [LayerChoice()] * len(space.layers))
-    found = []
+    architectures = []
     for choice in shared:
         objective = sum(scores.value(layer, choice, metric) for layer in range(len(space.layers)))
         base = Architecture(
@@ -71,8 +71,8 @@ def uniform_architectures(
             metric=metric,
             estimated=profile.estimated,
         )
-        found.append(replace(base, predicted=predicted_costs(space, profile, scenario, base.choices)))
-    return sorted(found, key=lambda a: abs(a.predicted.runtime_ms - target_runtime_ms))
+        architectures.append(replace(base, predicted=predicted_costs(space, profile, scenario, base.choices)))
+    return sorted(architectures, key=lambda a: abs(a.predicted.runtime_ms - target_runtime_ms))
 
 
 SEARCHER = _Uniform()
