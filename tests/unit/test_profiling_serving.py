@@ -233,7 +233,7 @@ def test_tensorrt_llm_is_asked_for_the_same(monkeypatch, tmp_path):
 OTHER = """
 import os
 from pathlib import Path
-from puzzle_ray.profiling._serving import ServingEngine
+from puzzle_ray.profiling.serving_engine import ServingEngine
 
 
 class Other(ServingEngine):
