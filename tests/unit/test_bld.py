@@ -4,12 +4,14 @@ import errno
 from contextlib import contextmanager
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from layer_trainers import CONFIG, SPACE, assert_same, changed, restored, rows_of, run, stream, trainer
 from small_models import save_parent
 
 from puzzle_ray.artifacts import LayerChoice, SearchSpace
+from puzzle_ray.data.order import Tokens
 from puzzle_ray.distill.library import LIBRARY_TABLE, build_serially, checkpoint_file, unfinished_layers
 from puzzle_ray.distill.losses import normalised_mse
 from puzzle_ray.distill.schedule import LearningRate, Schedule
@@ -84,7 +86,9 @@ def test_under_bfloat16_weights_moments_and_losses_stay_float32_and_training_wor
         assert row.final_loss < row.start_loss or name.endswith("noop")
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "opt", "gemma2", "granite"])
+@pytest.mark.parametrize(
+    "model_type", ["gpt2", "gemma2", *(pytest.param(name, marks=pytest.mark.wide) for name in ("opt", "granite"))]
+)
 def test_bfloat16_autocast_reaches_every_style_of_block(tmp_path, model_type):
     t = run(trainer(save_parent(tmp_path, model_type), changed(tokens=512, compute_dtype="bfloat16")))
     assert all(row.kept == "trained" or "noop" in name for name, row in rows_of(t).items())
@@ -149,6 +153,16 @@ def assert_same_library(a, b):
             assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(parent_folder, tmp_path_factory):
+    """The space, the token stream and the library that come out when nothing happens on the way."""
+    tokens = Tokens(np.random.default_rng(0).integers(0, 96, (64, 16), dtype=np.int32))
+    space = search_space(read_config(parent_folder), *SPACE, 8)
+    step = Store(str(tmp_path_factory.mktemp("whole"))).artifact("whole", {}, {})
+    torch.set_num_threads(1)
+    return space, tokens, build_serially(str(parent_folder), space, CONFIG, tokens, 0, step, Quiet())
+
+
 VARIATIONS = {
     "plain": {},
     "bfloat16": {"compute_dtype": "bfloat16"},
@@ -176,13 +190,12 @@ def test_an_interrupted_library_goes_on_and_equals_an_undisturbed_one(parent_fol
 
 
 @pytest.mark.parametrize("writes", [1, 9, 14, 20, 30, 32])
-def test_a_full_disk_is_said_and_loses_nothing(parent_folder, random_tokens, tmp_path, monkeypatch, writes):
+def test_a_full_disk_is_said_and_loses_nothing(parent_folder, undisturbed, tmp_path, monkeypatch, writes):
     """Whatever the write that finds no room (checkpoint, variant, table), the same command then goes on to the same bits."""
     from puzzle_ray import store as stores
 
-    space, store = search_space(read_config(parent_folder), *SPACE, 8), Store(str(tmp_path))
-    whole = build_serially(str(parent_folder), space, CONFIG, random_tokens, 0, store.artifact("whole", {}, {}), Quiet())
-    step, write, done = store.artifact("cut", {}, {}), stores._write_atomically, []
+    space, tokens, whole = undisturbed
+    step, write, done = Store(str(tmp_path)).artifact("cut", {}, {}), stores._write_atomically, []
 
     def until_full(target, data):
         if len(done) == writes:
@@ -193,10 +206,10 @@ def test_a_full_disk_is_said_and_loses_nothing(parent_folder, random_tokens, tmp
     with monkeypatch.context() as full:
         full.setattr(stores, "_write_atomically", until_full)
         with pytest.raises(StoreError, match="No space left on device.*free some space, then run the same command"):
-            build_serially(str(parent_folder), space, CONFIG, random_tokens, 0, step, Quiet())
+            build_serially(str(parent_folder), space, CONFIG, tokens, 0, step, Quiet())
     assert not step.finished and len(done) == writes
     kept = {path: path.read_bytes() for path in tmp_path.glob("cut-*/layer_*.safetensors")}
-    again = build_serially(str(parent_folder), space, CONFIG, random_tokens, 0, step, Quiet())
+    again = build_serially(str(parent_folder), space, CONFIG, tokens, 0, step, Quiet())
     assert_same_library(whole, again)
     assert all(path.read_bytes() == data for path, data in kept.items())
 

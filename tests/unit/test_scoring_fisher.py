@@ -1,5 +1,6 @@
 """The Fisher estimate is the second-order KL it claims to be, is the same however a model is cut, and leads to a sound shortlist."""
 
+import functools
 import itertools
 import math
 
@@ -110,11 +111,14 @@ def test_cutting_the_model_changes_no_bit(parent, borders):
     assert whole == expected and len(expected) == 9 and all(len(values) == 8 for values in expected.values())
 
 
+@pytest.fixture(scope="module")
 def random_states(parent):
+    """A function of layer and choice: random weights of its replaced subblocks, the same ones whenever it is asked."""
     from puzzle_ray.models.child import new_child
 
     _, config, descriptor, _ = parent
 
+    @functools.cache
     def states_of(layer, choice):
         torch.manual_seed(layer)
         child = new_child(config, [choice] * 3, torch.float32).model.layers[layer]
@@ -123,18 +127,25 @@ def random_states(parent):
     return states_of
 
 
-@pytest.mark.parametrize("granularity", ["block", "subblock"])
-@pytest.mark.parametrize("keep", [0.0, 0.5, 1.0])
-def test_a_shortlist_scores_its_share_exactly_and_the_rest_by_estimate(parent, tmp_path, granularity, keep):
+@pytest.fixture(scope="module", params=["block", "subblock"])
+def scored(request, parent, random_states, tmp_path_factory):
+    """(granularity, a function that scores with further settings, what it gives without a shortlist)"""
     folder, config, descriptor, space = parent
-    stack = load_stack(folder, descriptor, config, 0, 3, torch.float32)
+    stack, store = load_stack(folder, descriptor, config, 0, 3, torch.float32), Store(str(tmp_path_factory.mktemp("store")))
 
     def score(**settings):
-        step = Store(str(tmp_path)).artifact("scores", settings, {})
-        options = ScoringConfig(granularity=granularity, **settings)
-        return score_serially(stack, TEXTS, space, options, step, random_states(parent), Quiet()), step
+        step = store.artifact("scores", settings, {})
+        options = ScoringConfig(granularity=request.param, **settings)
+        return score_serially(stack, TEXTS, space, options, step, random_states, Quiet()), step
 
-    (exact, _), (short, step) = score(), score(shortlist="fisher", shortlist_keep=keep)
+    torch.set_num_threads(1)
+    return request.param, score, score()[0]
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5, 1.0])
+def test_a_shortlist_scores_its_share_exactly_and_the_rest_by_estimate(parent, scored, keep):
+    space, (granularity, score, exact) = parent[3], scored
+    short, step = score(shortlist="fisher", shortlist_keep=keep)
     items = all_replacements(space, granularity)
     kl = {(r.layer, r.attention, r.ffn): r for r in short.rows if r.metric == "kl"}
     estimates = {(r.layer, r.attention, r.ffn): r.value for r in short.rows if r.metric == "fisher"}
