@@ -88,7 +88,7 @@ class Display:
 
 
 def _bars_on(stream: TextIO) -> rich.progress.Progress:
-    """Bars that vanish when they stop. What is printed meanwhile appears above them."""
+    """Bars that vanish when they stop. What is printed to stderr meanwhile appears above them."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
     from rich.table import Column
@@ -98,7 +98,8 @@ def _bars_on(stream: TextIO) -> rich.progress.Progress:
         BarColumn(bar_width=24),
         TextColumn("{task.fields[status]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
     )
-    return Progress(*columns, console=Console(file=stream), transient=True, refresh_per_second=1 / REDRAW_S)
+    console = Console(file=stream)  # only stderr is redirected above the bars: results on stdout may go to a file
+    return Progress(*columns, console=console, transient=True, redirect_stdout=False, refresh_per_second=1 / REDRAW_S)
 
 
 class _Stage:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from search_problems import make_problem, random_problem
 
 from puzzle_ray.errors import ConfigError, Infeasible
@@ -126,3 +129,17 @@ def test_a_searcher_may_live_elsewhere():
     assert find_searcher("puzzle_ray.search.searchers.greedy:SEARCHER").name == "greedy"
     with pytest.raises(ConfigError, match="cannot be imported"):
         find_searcher("puzzle_ray.search.searchers.nowhere:SEARCHER")
+
+
+def test_listing_the_searchers_loads_no_torch():
+    code = (
+        "import sys; from puzzle_ray.search.searcher import searchers; print('reinforce' in searchers(), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["True", "False"]
+
+
+def test_reinforce_leaves_torchs_threads_as_they_were():
+    before = torch.get_num_threads()
+    choose("reinforce", random_problem(2, 5, 4, 1, 0.5), samples=8)
+    assert torch.get_num_threads() == before

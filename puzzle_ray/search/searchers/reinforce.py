@@ -9,6 +9,8 @@ A choice is never drawn where it leaves the later rows too little of any one bud
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -103,14 +105,34 @@ class Policy:
         self.optimizer.step()
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch computes in one thread. A policy is so small that more threads would mostly wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class _Reinforce:
     name = "reinforce"
 
     def solve(self, problem: Problem, options: Options) -> Solution:
         """The best choice of any episode, the same for the same seed. Raises Infeasible if none is within the limits."""
         started = time.perf_counter()
-        deadline = started + (options.time_limit_s or np.inf)
         problem.check_each_limit()
+        with one_thread():
+            best, tries = self._train(problem, options, started + (options.time_limit_s or np.inf))
+        if best is None:
+            raise nearest_miss(problem, tries, f"none of {len(tries)} episodes comes nearer; another searcher may")
+        return verified_solution(problem, best, lower_bound(problem), "heuristic", time.perf_counter() - started, self.name)
+
+    def _train(self, problem: Problem, options: Options, deadline: float) -> tuple[Choice | None, list[Choice]]:
+        """The best choice within the limits, or None, and the choices that break a limit."""
         random = np.random.default_rng(options.seed)
         policy, span = Policy(problem, random), span_of(problem.score) * len(problem.score)
         best: Choice | None = None
@@ -129,9 +151,7 @@ class _Reinforce:
             policy.learn(episodes, rewards)
             if time.perf_counter() > deadline:
                 break
-        if best is None:
-            raise nearest_miss(problem, tries, f"none of {len(tries)} episodes comes nearer; another searcher may")
-        return verified_solution(problem, best, lower_bound(problem), "heuristic", time.perf_counter() - started, self.name)
+        return best, tries
 
 
 SEARCHER = _Reinforce()
