@@ -35,7 +35,7 @@ def _cpus(run: Run) -> int:
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return num_cores()
-    from actors.remote_work import node_cpus
+    from actors.placement import node_cpus
 
     return node_cpus(run.profile_config.resources, run.profile_config.label_selector)
 

@@ -8,9 +8,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from actors.gkd import run_gkd
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from actors.gkd_worker import run_gkd
 from puzzle_ray.artifacts import LayerChoice
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.distill.gkd import CHECKPOINT, CHILD, CURVE, TOKENS, Diverged, GkdJob, distill_child

@@ -9,10 +9,10 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
+from actors.child_meter import file_name, measuring
 from search_inputs import SCENARIO, SCORES, SPACE, make_profile
 from small_models import save_parent
 
-from actors.pick_pool import file_name, measuring
 from actors.sweep import FOLDER, solve_points, sweep
 from puzzle_ray.artifacts import LayerChoice
 from puzzle_ray.cluster import ClusterConfig
