@@ -88,6 +88,7 @@ class ChildMeters:
         self.parent, self.library, self.batches = parent, library, list(batches)
         self.cluster, self.artifact, self.progress = cluster, artifact, progress
         self.pool: Pool[ActorHandle[Any], Choices] | None = None
+        self.room = 0
 
     def __call__(self, children: Sequence[Choices]) -> list[Measured]:
         """In the order asked for. Raises ClusterError when workers cannot be placed or stop answering."""
@@ -98,17 +99,16 @@ class ChildMeters:
 
     def _started(self, limit: int) -> Pool[ActorHandle[Any], Choices]:
         """As many workers as there is room for, up to `limit`. Each holds the whole parent: the GPU shares of all its shards, or a CPU."""
-        gpus = self.cluster.num_shards * self.cluster.gpus_per_shard
-        if gpus > 1:
-            gpus = 0
-            if self.pool is None:
+        if self.pool is None:
+            gpus = self.cluster.num_shards * self.cluster.gpus_per_shard
+            if gpus > 1:
+                gpus = 0
                 words = "  measure: a whole parent takes more than one GPU; children are measured on CPUs"
                 print(words, file=sys.stderr, flush=True)
-        options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus}
-        if not gpus:
-            options = with_memory(options, weight_bytes(locate(self.parent), FLOAT32_BYTES), "a children's meter", "measure")
-        room = require(options, "a children's meter", "search", self.cluster.autoscaling) or 1
-        if self.pool is None:
+            options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus}
+            if not gpus:
+                options = with_memory(options, weight_bytes(locate(self.parent), FLOAT32_BYTES), "a children's meter", "measure")
+            self.room = require(options, "a children's meter", "search", self.cluster.autoscaling) or 1
             terms = Terms("search", "children's meters", self.cluster.placement_timeout_s, self.cluster.step_timeout_s)
             start = MeterActor.options(**options)  # type: ignore[attr-defined]
 
@@ -117,7 +117,7 @@ class ChildMeters:
                 return meter, [meter]
 
             self.pool = Pool(start_one, terms)
-        self.pool.start(max(0, min(room, limit) - len(self.pool.workers)))
+        self.pool.start(max(0, min(self.room, limit) - len(self.pool.workers)))
         return self.pool
 
     def _measure(self, pool: Pool[ActorHandle[Any], Choices], todo: Sequence[Choices]) -> None:

@@ -26,7 +26,7 @@ def weight_bytes(folder: Path, bytes_per_value: int, layers: range | None = None
     from puzzle_ray.models.child import read_config
     from puzzle_ray.models.describe import describe
 
-    prefix = f"{describe(read_config(folder)).layers}."
+    prefix = "" if layers is None else f"{describe(read_config(folder)).layers}."
     by_file: dict[Path, list[str]] = {}
     for name, path in Checkpoint(folder).files.items():
         if layers is None or not name.startswith(prefix) or int(name.removeprefix(prefix).split(".")[0]) in layers:
