@@ -30,7 +30,8 @@ from actors.data_plane import Flow
 from actors.placement import CLAIMS, cluster_cpus, places, room_beside_profile
 from actors.reservation import Reservation, ShardPlan, check_stores, plan_shards
 from actors.spill_watch import SpillWatch
-from jobs.stages import Run
+from jobs.run import Run
+from jobs.stages.tokens import read
 from puzzle_ray.artifacts import Scenario
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.config import load
@@ -469,8 +470,8 @@ class Watched(block_trainer.Trainer):
         return loss
 
 library_stream.BlockTrainer = ray.remote(max_restarts=-1, max_task_retries=0)(Watched)
-from jobs.build_library import main, run_main
-run_main(main)
+from jobs.app import main
+main("build-library")
 """
 
 
@@ -490,7 +491,8 @@ def test_a_driver_killed_at_any_moment_goes_on_from_the_last_checkpoints(several
     run = Run(load(None, None, (*settings, f"store={tmp_path / 'store'}")), Quiet())
     serial = Store(str(tmp_path)).artifact("library", {"by": "one process"}, {})
     torch.set_num_threads(1)
-    serial = build_serially(folder, run.space, LIBRARY, run.tokens[0], 0, serial, Quiet())
+    run.done("tokens")
+    serial = build_serially(folder, run.space, LIBRARY, read(run)[0], 0, serial, Quiet())
 
     def started(number):
         log = tmp_path / f"trained_{number}.jsonl"
