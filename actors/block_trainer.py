@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import ray
 
 from actors.transport import Container
-from actors.turns import Turns
 from puzzle_ray.artifacts import SearchSpace
 from puzzle_ray.distill.settings import LibraryConfig
 from puzzle_ray.store import Artifact
@@ -36,7 +34,6 @@ class Trainer:
         from puzzle_ray.process import device_for
 
         self.device = device_for(num_gpus)
-        self.turns = None if num_gpus else Turns(artifact.key, num_threads)
         self.transport = find_transport(transport)
         self.travels = getattr(torch, config.activation_dtype)
         self.group = GroupTrainer(parent, layers, space, config, artifact, num_threads, self.device)
@@ -55,9 +52,8 @@ class Trainer:
     def step(self, position: int, indices: Sequence[int], *hidden_states: Container) -> float | None:
         """One micro-batch: `hidden_states[n]` is the input of layer `indices[n]`. Raises OutOfOrder for a gap."""
         arrived = [self.transport.unpack(h, self.travels) for h in hidden_states]
-        with self.turns.turn() if self.turns else nullcontext():
-            tensors = {i: tensor.to(self.device).float() for i, tensor in zip(indices, arrived, strict=True)}
-            return self.group.step(position, tensors)
+        tensors = {i: tensor.to(self.device).float() for i, tensor in zip(indices, arrived, strict=True)}
+        return self.group.step(position, tensors)
 
 
 @ray.remote(max_restarts=-1, max_task_retries=0)  # a lost step is not retried: the driver goes back to what the checkpoint knows

@@ -60,13 +60,16 @@ class ChildServer:
         max_length: int | None,
         max_waiting: int,
     ) -> None:
+        import ray
         import torch
         from transformers import AutoTokenizer
 
         from puzzle_ray.models.child import load_model
+        from puzzle_ray.process import compute_with
         from puzzle_ray.serving.engine import Engine
         from puzzle_ray.serving.fetch import fetch_model
 
+        compute_with(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
         folder = fetch_model(child)
         model = load_model(folder, dtype=None if dtype == "auto" else getattr(torch, dtype)).to(device)
         tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -21,9 +21,11 @@ from ray.exceptions import (
 )
 
 from actors.block_trainer import BlockTrainer
-from actors.data_plane import MIB, Flow, Reservation, ShardPlan, SpillWatch, check_stores, plan_shards, say, trainer_options
-from actors.parent_shard import ParentShard, ShardUsage, environment
-from actors.placement import DIED, not_placed, wait_ready
+from actors.data_plane import MIB, Flow
+from actors.parent_shard import ParentShard, ShardUsage
+from actors.placement import DIED, not_placed, trainer_options, wait_ready
+from actors.reservation import Reservation, ShardPlan, check_stores, plan_shards, say
+from actors.spill_watch import SpillWatch
 from actors.transport import find_transport
 from puzzle_ray.artifacts import SearchSpace
 from puzzle_ray.cluster import ClusterConfig
@@ -132,21 +134,20 @@ def open_stream(
     shards: list[ActorHandle[Any]] = []
     trainers: list[ActorHandle[Any]] = []
     try:
-        most = check_stores(flow, plans, reservation.shards_of_nodes())
+        largest = check_stores(flow, plans, reservation.shards_of_nodes())
         say(
-            f"at most {most / MIB:.1f} MiB in a node's object store, {flow.window} micro-batches of {flow.tokens} tokens in flight"
+            f"at most {largest / MIB:.1f} MiB in a node's object store, {flow.window} micro-batches of {flow.tokens} tokens in flight"
         )
         threads = cluster.cpus_per_trainer
         for plan, bundle, bundles in zip(plans, reservation.shards, reservation.trainers, strict=True):
-            options = {"num_cpus": 0, "num_gpus": cluster.gpus_per_shard, "runtime_env": environment(1)}
+            options = {"num_cpus": 0, "num_gpus": cluster.gpus_per_shard}
             shard = ParentShard.options(**options, **reservation.options(bundle))  # type: ignore[attr-defined]
-            how = (config.parent_dtype, config.activation_dtype, 1, cluster.transport, cluster.gpus_per_shard, artifact.key)
+            how = (config.parent_dtype, config.activation_dtype, 1, cluster.transport, cluster.gpus_per_shard)
             shards.append(shard.remote(parent, plan.layers.start, plan.layers.stop, *how))
             for group, own in zip(plan.groups, bundles, strict=True):
-                options = trainer_options(cluster) | {"runtime_env": environment(threads)}
-                trainer = BlockTrainer.options(**options, **reservation.options(own))  # type: ignore[attr-defined]
-                how = (threads, cluster.transport, cluster.gpus_per_trainer)
-                trainers.append(trainer.remote(parent, group, space, config, artifact, *how))
+                trainer = BlockTrainer.options(**trainer_options(cluster), **reservation.options(own))  # type: ignore[attr-defined]
+                trains = (threads, cluster.transport, cluster.gpus_per_trainer)
+                trainers.append(trainer.remote(parent, group, space, config, artifact, *trains))
         wait_ready([*shards, *trainers], "parent shards and block trainers", cluster.placement_timeout_s)
     except BaseException:
         reservation.release([*shards, *trainers])
@@ -160,12 +161,9 @@ def flow(
     """These positions, at most `config.window` of them in flight; none is when it returns."""
     sequences = config.micro_batch_tokens // tokens.sequences.shape[1]
     in_flight: deque[list[ObjectRef[Any]]] = deque()
-    nodes = stream.reservation.shards_of_nodes()
-    check_stores(stream.flow, stream.plans, nodes)
-    watch = SpillWatch()
+    check_stores(stream.flow, stream.plans, stream.reservation.shards_of_nodes())
 
-    def settle() -> None:
-        watch.look(nodes)
+    def await_oldest() -> None:
         loss = stream.collect(in_flight[0])
         in_flight.popleft()
         bar.advance(1, **({} if loss is None else {"loss": loss}))
@@ -173,10 +171,10 @@ def flow(
     try:
         for position in positions:
             while len(in_flight) >= config.window:
-                settle()
+                await_oldest()
             in_flight.append(stream.send(position, tokens.batch(seed, schedule.data_number(position), sequences).numpy()))
         while in_flight:
-            settle()
+            await_oldest()
     except _Interrupted:
         stream.drain(in_flight)
         raise
@@ -201,7 +199,10 @@ def build_library(
     if layers:
         stream = open_stream(parent, layers, space, config, cluster, artifact)
         try:
-            with progress.stage("library", schedule.positions, "micro-batch") as bar:
+            with (
+                SpillWatch(stream.reservation.shards_of_nodes),
+                progress.stage("library", schedule.positions, "micro-batch") as bar,
+            ):
                 _run(stream, schedule, tokens, seed, config, bar)
             _say_usage(stream)
         finally:
@@ -224,8 +225,8 @@ def _say_usage(stream: Stream) -> None:
 
 
 def _run(stream: Stream, schedule: Schedule, tokens: Tokens, seed: int, config: LibraryConfig, bar: Bar) -> None:
-    shown, most = 0, stream.cluster.max_recoveries
-    for recovery in range(most + 1):
+    shown, limit = 0, stream.cluster.max_recoveries
+    for recovery in range(limit + 1):
         start = stream.last() + 1
         bar.advance(start - shown)
         counting = _Counting(bar, start)
@@ -235,7 +236,7 @@ def _run(stream: Stream, schedule: Schedule, tokens: Tokens, seed: int, config: 
         except _Interrupted as error:
             shown = counting.done
             reason = str(error).strip().splitlines()[0]
-            if recovery == most:
+            if recovery == limit:
                 raise ClusterError("library", f"trainers died {recovery + 1} times; the last time: {reason}") from error
 
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
 from actors.transport import Container
-from actors.turns import Turns
 from puzzle_ray.artifacts import SearchSpace
 from puzzle_ray.scoring.downstream import QuestionBatch
 from puzzle_ray.scoring.fisher import Estimates
@@ -54,9 +52,7 @@ class Shard:
         num_threads: int,
         transport: str,
         num_gpus: float = 0,
-        run: str | None = None,
     ) -> None:
-        """With `run`, `forward` takes turns with that run's other computing processes on this node."""
         import torch
 
         from actors.transport import find_transport
@@ -68,7 +64,6 @@ class Shard:
 
         compute_with(num_threads)
         device = device_for(num_gpus)
-        self.turns = Turns(run, num_threads) if run and not num_gpus else None
         folder = locate(parent)
         config = read_config(folder)
         self.stack = load_stack(folder, describe(config), config, first, last, getattr(torch, dtype), device=device)
@@ -100,7 +95,7 @@ class Shard:
         """
         import torch
 
-        with self.turns.turn() if self.turns else nullcontext(), torch.inference_mode():
+        with torch.inference_mode():
             if self.stack.embedding is not None:
                 hidden = self.stack.embed(torch.from_numpy(entering.copy()).to(self.stack.device)).to(self.travels)
                 leaving = [self.transport.pack(hidden, self.travels)]
@@ -181,8 +176,3 @@ class Shard:
 @ray.remote(max_restarts=-1, max_task_retries=-1)  # every call brings what it needs, so any retry is safe
 class ParentShard(Shard):
     """A shard as an actor."""
-
-
-def environment(num_threads: int) -> Mapping[str, Any]:
-    """Of every computing actor: as many threads as it has cores, and idle ones that do not spin."""
-    return {"env_vars": {"OMP_NUM_THREADS": str(num_threads), "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}}

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from threading import Event
 from typing import Any
 
 import ray
-from ray import ObjectRef
 from ray.actor import ActorHandle
 
-from actors.parent_shard import environment
-from actors.placement import DIED, end, not_placed, not_started, require
-from actors.remote_work import node_cpus
+from actors.placement import DIED, profiler_options, require, resources_of
+from actors.pool import Pool, Terms
 from puzzle_ray.artifacts import Profile, SearchSpace
 from puzzle_ray.cluster import ClusterConfig
-from puzzle_ray.errors import ClusterError, ProfileError
 from puzzle_ray.models.checkpoint import locate
 from puzzle_ray.models.child import read_config
 from puzzle_ray.profiling.measure import (
@@ -35,8 +32,6 @@ from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.progress import Bar, Progress
 from puzzle_ray.store import Artifact
 
-MAX_DEATHS = 3  # of the process that measures one item, or that starts
-
 
 class ShapeProfiler:
     """Measures items, one at a time, with random weights in the parent's shapes. Keeps nothing between them."""
@@ -49,11 +44,15 @@ class ShapeProfiler:
     def pid(self) -> int:
         return os.getpid()
 
+    def node(self) -> str:
+        """The id of the node this runs on."""
+        return ray.get_runtime_context().get_node_id()
+
     def work(self, item: ProfileTask) -> Measurement:
         """All shapes of one layer type at one batch size."""
         import torch
 
-        torch.set_num_threads(self.num_threads)  # holds for the calling thread, so it belongs here
+        torch.set_num_threads(self.num_threads)  # holds for the calling thread: `work` has one of its own, beside `runs_done`
         self.runs = 0
         return measure_task(item, self.model_config, self.config, self)
 
@@ -70,160 +69,116 @@ class Profiler(ShapeProfiler):
     """A profiler as an actor; `runs_done` answers while it works."""
 
 
-@dataclass
-class _Work:
-    """An item: who is at it, what that one answered last and since when, how many runs the bar has seen, how often it was lost."""
-
-    item: ProfileTask
-    profiler: ActorHandle[Any] | None = None
-    since: float = 0.0
-    count: int = 0
-    shown: int = 0
-    lost: int = 0
-
-
 def profile_blocks(
-    parent: str, space: SearchSpace, config: ProfileConfig, cluster: ClusterConfig, artifact: Artifact, progress: Progress
+    parent: str,
+    space: SearchSpace,
+    config: ProfileConfig,
+    cluster: ClusterConfig,
+    artifact: Artifact,
+    progress: Progress,
+    placed: Event | None = None,
 ) -> Profile:
     """Measures every item that is not in the step yet.
 
+    `placed` is set as soon as no profiler waits for its place any more: what they hold of the nodes is claimed by then, and a stage
+    that starts beside this one plans with the rest. It is set in any case when this returns or raises.
     Raises ClusterError when profilers cannot be placed or stop answering, ProfileError when they cannot measure.
     """
     items = profile_tasks(space, config)
     todo = unfinished_tasks(items, artifact)
-    if todo:
-        pool = _Pool(parent, config, cluster, artifact)
-        try:
-            pool.start(min(config.num_profilers, len(todo)))
+    try:
+        if todo:
             with progress.stage("profile", sum(num_runs(item, config) for item in items), "run") as bar:
                 bar.advance(sum(num_runs(item, config) for item in items if item not in todo))
-                pool.measure(todo, bar)
-        finally:
-            pool.end()
+                _measure_all(parent, todo, config, cluster, artifact, bar, placed)
+    finally:
+        if placed:
+            placed.set()
     return merge_profile(items, config, artifact)
 
 
-def options_of(config: ProfileConfig) -> dict[str, Any]:
-    """A profiler's Ray options. On CPUs it takes a whole node of the kind asked for, on GPUs its share of one.
+def _measure_all(
+    parent: str,
+    todo: Sequence[ProfileTask],
+    config: ProfileConfig,
+    cluster: ClusterConfig,
+    artifact: Artifact,
+    bar: Bar,
+    placed: Event | None,
+) -> None:
+    """Each item is saved when it is measured. Where a profiler dies its item goes to whoever is free, itself to a node with room."""
+    options = profiler_options(config)
+    room = require(options, "a profiler", "profile", cluster.autoscaling)
+    count = min(config.num_profilers, len(todo))
+    if room < count and not cluster.autoscaling:
+        print(f"  profile: {room} of {count} profilers have room in the cluster", file=sys.stderr, flush=True)
+        count = max(1, room)
+    terms = Terms(
+        "profile",
+        "profilers",
+        cluster.placement_timeout_s,
+        cluster.step_timeout_s,
+        when_dead="if it lacked memory, lower profile.stack or the batch size",
+    )
+    followed = _Followed(config, bar)
 
-    Its work runs beside `runs_done` in a thread of its own; with one arena malloc treats it as it treats a process' first thread.
-    """
-    threads = 1 if config.num_gpus else node_cpus(config.resources, config.label_selector)
-    variables = {**environment(threads)["env_vars"], "MALLOC_ARENA_MAX": "1"}
-    options: dict[str, Any] = {"num_cpus": threads, "num_gpus": config.num_gpus, "runtime_env": {"env_vars": variables}}
-    if config.resources:
-        options["resources"] = dict(config.resources)
-    if config.label_selector:
-        options["label_selector"] = dict(config.label_selector)
-    return options
+    def start_one() -> tuple[ActorHandle[Any], list[ActorHandle[Any]]]:
+        profiler = Profiler.options(**options).remote(parent, config, options["num_cpus"])  # type: ignore[attr-defined]
+        return profiler, [profiler]
+
+    def receive(item: ProfileTask, result: Measurement) -> bool:
+        save_measurement(artifact, result)
+        followed.done(item)
+        return False
+
+    def each_round() -> None:
+        if placed and not pool.starting:
+            placed.set()
+
+    pool: Pool[ActorHandle[Any], ProfileTask] = Pool(
+        start_one,
+        terms,
+        check=lambda: require(options, "a profiler", "profile", cluster.autoscaling),
+        claims=resources_of(options),
+    )
+    with pool:
+        pool.start(count)
+        pool.run(
+            todo,
+            lambda profiler, item: profiler.work.remote(item),
+            receive,
+            name_of=lambda item: item.name,
+            news=followed.look,
+            each_round=each_round,
+        )
 
 
-class _Pool:
-    """Profilers that work as soon as they are placed. Where one dies its item goes to whoever is free, itself to a node that has room."""
+class _Followed:
+    """Moves the bar on while items are measured."""
 
-    def __init__(self, parent: str, config: ProfileConfig, cluster: ClusterConfig, artifact: Artifact) -> None:
-        self.parent, self.config, self.cluster, self.artifact = parent, config, cluster, artifact
-        self.options = options_of(config)
-        self.starting: dict[ObjectRef[int], ActorHandle[Any]] = {}
-        self.idle: list[ActorHandle[Any]] = []
-        self.running: dict[ObjectRef[Measurement], _Work] = {}
-        self.failed_starts = 0
+    def __init__(self, config: ProfileConfig, bar: Bar) -> None:
+        self.config, self.bar = config, bar
+        self.last: Counter[str] = Counter()  # what the profiler that is at an item answered last, in runs of a model
+        self.shown: Counter[str] = Counter()  # of the item's runs, on the bar
 
-    def start(self, count: int) -> None:
-        """Asks for `count` profilers, or for as many as there are places. Raises ClusterError where there is none."""
-        room = self._require()
-        if room < count and not self.cluster.autoscaling:
-            print(f"  profile: {room} of {count} profilers have room in the cluster", file=sys.stderr, flush=True)
-            count = room
-        for _ in range(count):
-            self._add()
-
-    def _require(self) -> int:
-        return require(self.options, "a profiler", "profile", self.cluster.autoscaling)
-
-    def _add(self) -> None:
-        actor = Profiler.options(**self.options)  # type: ignore[attr-defined]
-        profiler = actor.remote(self.parent, self.config, self.options["num_cpus"])
-        self.starting[profiler.pid.remote()] = profiler
-
-    def measure(self, todo: Sequence[ProfileTask], bar: Bar) -> None:
-        """Until every item is in the step. Each is saved when it is measured; what is saved is not measured again."""
-        waiting = [_Work(item) for item in reversed(todo)]
-        alone_since = time.monotonic()
-        while waiting or self.running:
-            done, _ = ray.wait([*self.running, *self.starting], num_returns=1, timeout=1.0)
-            for ref in done:
-                if ref in self.starting:
-                    self._started(ref)
-                else:
-                    self._ended(ref, waiting, bar)
-            while self.idle and waiting:
-                self._assign(self.idle.pop(), waiting.pop())
-            if self.running:
-                alone_since = time.monotonic()
-                self._watch(bar)
-            elif waiting:
-                self._require()
-                if time.monotonic() - alone_since > self.cluster.placement_timeout_s:
-                    raise not_placed(f"{len(self.starting)} profilers", self.cluster.placement_timeout_s)
-
-    def _started(self, ref: ObjectRef[int]) -> None:
-        profiler = self.starting.pop(ref)
+    def look(self, profiler: ActorHandle[Any], item: ProfileTask) -> bool:
+        """Adds to the bar what is new; says whether anything is. A profiler that takes over an item counts from 0."""
+        runs = profiler.runs_done.options(concurrency_group="status").remote()
+        if not ray.wait([runs], timeout=1.0)[0]:
+            return False
         try:
-            ray.get(ref, timeout=self.cluster.step_timeout_s)
-        except DIED as error:
-            self.failed_starts += 1
-            if self.failed_starts == MAX_DEATHS:
-                raise not_started("profilers", error) from None
-            self._add()
-            return
-        self.idle.append(profiler)
+            count = ray.get(runs, timeout=1.0)
+        except DIED:  # the work itself tells what became of it
+            return False
+        self._show(item, count)
+        news: bool = count != self.last[item.name]
+        self.last[item.name] = count
+        return news
 
-    def _assign(self, profiler: ActorHandle[Any], work: _Work) -> None:
-        work.profiler, work.count, work.since = profiler, 0, time.monotonic()
-        self.running[profiler.work.remote(work.item)] = work
+    def done(self, item: ProfileTask) -> None:
+        self._show(item, num_runs(item, self.config))
 
-    def _ended(self, ref: ObjectRef[Measurement], waiting: list[_Work], bar: Bar) -> None:
-        work = self.running.pop(ref)
-        assert work.profiler is not None
-        try:
-            result = ray.get(ref, timeout=self.cluster.step_timeout_s)
-        except DIED as error:
-            work.lost += 1
-            if work.lost == MAX_DEATHS:
-                problem = f"the process that measured {work.item.name} died again and again ({str(error).splitlines()[0]})"
-                raise ProfileError("profile", problem, "if it lacked memory, lower profile.stack or the batch size") from None
-            waiting.append(work)
-            self._add()
-            return
-        save_measurement(self.artifact, result)
-        bar.advance(num_runs(work.item, self.config) - work.shown)
-        self.idle.append(work.profiler)
-
-    def _watch(self, bar: Bar) -> None:
-        for work in self.running.values():
-            _show(work, bar)
-            if time.monotonic() - work.since > self.cluster.step_timeout_s:
-                problem = f"no run of {work.item.name} ended within {self.cluster.step_timeout_s:g} s"
-                raise ClusterError("profile", problem, "raise cluster.step_timeout_s")
-
-    def end(self) -> None:
-        working = [work.profiler for work in self.running.values() if work.profiler is not None]
-        end([*self.starting.values(), *self.idle, *working])
-
-
-def _show(work: _Work, bar: Bar) -> None:
-    """Adds to the bar what is new. A profiler that takes over counts from 0."""
-    assert work.profiler is not None
-    runs = work.profiler.runs_done.options(concurrency_group="status").remote()
-    if not ray.wait([runs], timeout=1.0)[0]:
-        return
-    try:
-        count = ray.get(runs, timeout=1.0)
-    except DIED:  # the work itself tells what became of it
-        return
-    if count != work.count:
-        work.count, work.since = count, time.monotonic()
-    if count > work.shown:
-        bar.advance(count - work.shown)
-        work.shown = count
+    def _show(self, item: ProfileTask, count: int) -> None:
+        if count > self.shown[item.name]:
+            self.bar.advance(count - self.shown[item.name])
+            self.shown[item.name] = count

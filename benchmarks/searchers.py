@@ -84,7 +84,7 @@ def show(row: dict[str, Any]) -> None:
 
 def unseen(run: Run) -> Any:
     """As `architecture.measuring`, on the held-out tokens behind those the pick is made on."""
-    from actors.pick_pool import measuring
+    from actors.child_meter import measuring
 
     count, length = run.config.search.measure_tokens, run.config.data.sequence_length
     sequences = tokens.read(run)[1].sequences[count // length : 2 * count // length]

@@ -43,7 +43,7 @@ class Stage:
     decides its key, by what `sources` makes of it. `settings` are what of the config its result depends on; `sources` name
     everything else that it reads, with something that changes when that does. `work` fills the artifact and finishes it.
     `wanted` says for which configs there is such a stage. `said` is what to say of a finished one, in one line; nothing where it is
-    empty. `beside` says whether it may run while others do.
+    empty. `beside` says whether it may run while others do; its work then sets `run.placed` once it has what it needs of the cluster.
     """
 
     name: str
@@ -114,6 +114,7 @@ class Run:
         self.seconds: dict[str, float] = {}  # of every stage that was done or found
         self._artifacts: dict[str, Artifact] = {}
         self._finished: set[str] = set()  # names of stages and keys of other artifacts
+        self.placed = threading.Event()  # set by a stage that runs beside others, once it has what it needs of the cluster
 
     def check(self) -> None:
         """Raises a PuzzleError for what can be known to be wrong before work starts."""
@@ -202,7 +203,7 @@ class Run:
                         background[needed].join()
                 if not self.artifact(stage.name).finished and stage.beside(self):
                     background[stage.name] = _Background(stage.name, partial(self._do, stage))
-                    background[stage.name].start()
+                    background[stage.name].start(self.placed)
                 else:
                     self._do(stage)
             for waiting in background.values():
@@ -242,8 +243,11 @@ class _Background:
         self._work, self._awaited = work, False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
-    def start(self) -> None:
+    def start(self, placed: threading.Event) -> None:
+        """Returns once the stage says that it has what it needs of the cluster, or is at its end."""
         self._thread.start()
+        while self._thread.is_alive() and not placed.wait(0.1):
+            pass
 
     def _run(self) -> None:
         try:

@@ -127,7 +127,7 @@ def deployed(server: dict[str, Any], options: dict[str, Any], host: str, port: i
     held = server["max_batch_size"] + server["max_waiting"]
     try:
         serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
-        application = ChildServer.options(
+        application = ChildServer.options(  # type: ignore[attr-defined]
             max_ongoing_requests=held + _SPARE_REQUESTS, max_queued_requests=held, logging_config=quiet, **options
         ).bind(**server)
         serve.run_many(

@@ -1,10 +1,15 @@
-"""Joining or starting Ray, without waiting for ever, and ending what was started."""
+"""Joining or starting Ray, without waiting for ever, and ending what was started.
+
+Nothing here or above imports Ray before it is known which cluster it is for: Ray reads some variables once, when it is imported.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,14 +20,28 @@ from puzzle_ray.errors import ClusterError
 from puzzle_ray.process import num_cores
 
 SILENT: Mapping[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-# A Ray of our own has no dashboard, and forwards no logs to the driver: what its processes collect for those is read by nobody, and
-# costs the cores that compute a hundredth of their time. Whoever wants it sets these variables otherwise.
-QUIET = {
-    "RAY_task_events_report_interval_ms": "0",  # no record of every task
-    "REPORTER_UPDATE_INTERVAL_MS": "60000",  # of a node's use of its hardware; Ray itself: 5 s
-    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",  # new log files are looked for at the interval below, not ten times a second
-    "LOG_NAME_UPDATE_INTERVAL_S": "5",
+LOOPBACK = "127.0.0.1"
+# Of every process that computes. They are the same for all, so that any process that Ray has ready can become any actor: what an actor
+# needs beside them, such as its number of threads, it sets itself. What the user has set stays.
+ENVIRONMENT: Mapping[str, str] = {
+    "OMP_NUM_THREADS": "1",  # until an actor says how many it computes with
+    "OMP_WAIT_POLICY": "PASSIVE",  # idle threads that spin starve each other on a busy machine
+    "MALLOC_ARENA_MAX": "1",  # malloc treats every thread as it treats a process' first
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
+# What actors import: a process that Ray has ready has loaded it, and becomes an actor in half a second.
+PRELOADED = (
+    "torch",
+    "transformers",
+    "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
+    "safetensors.torch",
+    "fsspec",
+    "pydantic",
+)
+SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # the variable by which Ray tells a submitted job's driver what it was submitted with
+LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # 0: Ray's servers listen on loopback, and not on every interface
 
 
 def _probe(address: str, timeout_s: float) -> None:
@@ -60,25 +79,49 @@ def object_store_bytes(window_bytes: int) -> int:
     return max(256 << 20, 2 * window_bytes)
 
 
+@contextmanager
+def _unless_set(variables: Mapping[str, str]) -> Iterator[None]:
+    """The variables in this process' environment, except those that are there already; gone after the block."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
 def start_here(num_cpus: int, object_store_memory: int) -> None:
-    """Starts a Ray that ends with this process, on this machine alone (loopback)."""
+    """Starts a Ray that ends with this process, on this machine alone: its servers listen on loopback.
+
+    That takes a process that has not imported Ray before; in another one it is said that they listen on every interface.
+    """
+    if "ray" not in sys.modules:
+        os.environ.setdefault(LOOPBACK_ONLY, "0")
+    elif os.environ.get(LOOPBACK_ONLY) != "0":
+        print(f"  Ray was imported without {LOOPBACK_ONLY}=0: its servers listen on every interface", file=sys.stderr, flush=True)
     import ray
 
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # else Ray's servers listen on every interface
-    quiet = {name: value for name, value in QUIET.items() if name not in os.environ}
-    os.environ.update(quiet)  # Ray's own processes inherit them
-    try:
+    with _unless_set(ENVIRONMENT):  # Ray's own processes inherit them; this one, and a cluster that it joins later, do without
         ray.init(
             address="local",
             num_cpus=num_cpus,
             include_dashboard=False,
             object_store_memory=object_store_memory,
-            _node_ip_address="127.0.0.1",
+            _node_ip_address=LOOPBACK,
+            _system_config={"preload_python_modules": list(PRELOADED)},
             **SILENT,
         )
-    finally:
-        for name in quiet:  # a cluster that this process joins later is not ours
-            del os.environ[name]
+
+
+def job_environment() -> dict[str, str]:
+    """The variables that a cluster that is joined sets for this job's processes: as they are here, where the user has set them.
+
+    Without those that a submitted job was submitted with: Ray refuses to be told twice.
+    """
+    submitted = json.loads(os.environ.get(SUBMITTED, "{}")).get("runtime_env") or {}
+    already = submitted.get("env_vars") or {}
+    return {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items() if name not in already}
 
 
 def joins(cluster: ClusterConfig) -> bool:
@@ -92,9 +135,7 @@ def connected(cluster: ClusterConfig, window_bytes: int = 0) -> Iterator[None]:
 
     Raises ClusterError when the address does not answer within `cluster.connect_timeout_s`.
     """
-    import ray
-
-    if ray.is_initialized():
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         yield
         return
     address = cluster.address
@@ -108,11 +149,17 @@ def connected(cluster: ClusterConfig, window_bytes: int = 0) -> Iterator[None]:
         if address == "local":
             start_here(num_cores(), object_store_bytes(window_bytes))
         else:
-            ray.init(address=address, **SILENT)
+            _join(address)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ClusterError("cluster.address", f"Ray cannot be reached at {address!r} ({reason})", "check the address") from None
     try:
         yield
     finally:
-        ray.shutdown()
+        sys.modules["ray"].shutdown()
+
+
+def _join(address: str) -> None:
+    import ray
+
+    ray.init(address=address, runtime_env={"env_vars": job_environment()}, **SILENT)

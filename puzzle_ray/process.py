@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from puzzle_ray.errors import ClusterError
@@ -15,8 +17,42 @@ if TYPE_CHECKING:
 
 
 def num_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: those it may run on, or fewer where its control group has a CPU quota, as in a container."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota(_read)
+    return cores if quota is None else max(1, min(cores, int(quota)))
+
+
+def _read(path: str) -> str | None:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return None
+
+
+def cpu_quota(read: Callable[[str], str | None]) -> float | None:
+    """CPU time per time that the control groups of this process allow it, in cores; None where none of them says.
+
+    `read` gives a file's content, or None where there is no such file. The strictest of a group and those above it holds. Where the
+    path of `/proc/self/cgroup` is the host's, a container sees its own group at the root.
+    """
+    quotas: list[float] = []
+    for line in (read("/proc/self/cgroup") or "").splitlines():
+        hierarchy, _, rest = line.partition(":")
+        controllers, _, group = rest.partition(":")
+        parts = [part for part in group.split("/") if part and part != ".."]
+        for depth in range(len(parts) + 1):
+            inside = "".join(f"/{part}" for part in parts[:depth])
+            if hierarchy == "0" and not controllers:
+                quota, period = [*(read(f"/sys/fs/cgroup{inside}/cpu.max") or "max").split(), "100000"][:2]
+            elif "cpu" in controllers.split(","):
+                folder = f"/sys/fs/cgroup/cpu{inside}"
+                quota, period = read(f"{folder}/cpu.cfs_quota_us") or "-1", read(f"{folder}/cpu.cfs_period_us") or "100000"
+            else:
+                continue
+            if quota.strip() not in ("max", "-1"):
+                quotas.append(int(quota) / int(period))
+    return min(quotas, default=None)
 
 
 @lru_cache(maxsize=1)

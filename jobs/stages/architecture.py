@@ -27,7 +27,7 @@ def setup(run: Run) -> SearchSetup:
 
 def measuring(run: Run) -> AbstractContextManager[Measure]:
     """A context with a function that measures whole children on held-out text; what it measured is kept for all budgets."""
-    from actors.pick_pool import measuring as pool
+    from actors.child_meter import measuring as pool
 
     count = run.config.search.measure_tokens
     sequences = max(1, run.config.scoring.micro_batch_tokens // run.config.data.sequence_length)

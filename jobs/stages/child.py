@@ -17,7 +17,7 @@ def identity(run: Run, choices: Sequence[LayerChoice]) -> dict[str, str]:
 
 def assemble(run: Run, choices: Sequence[LayerChoice], artifact: Artifact) -> None:
     """Puts a child together on a worker; weights go from file to file."""
-    from actors.remote_work import realize, run_alone
+    from actors.lone_worker import realize, run_alone
 
     library = run.content("library")
     run_alone(realize, run.parent.address, choices, library, artifact, cluster=run.config.cluster, what="realize")

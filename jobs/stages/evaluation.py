@@ -22,7 +22,7 @@ def settings(run: Run) -> dict[str, Any]:
 def compare(run: Run, folders: Mapping[str, str]) -> dict[str, Any]:
     """Held-out predictions and measured speed of models by name, `parent` and `child` among them, side by side; their answers to
     the half of the downstream questions that no block was scored by."""
-    from actors.remote_work import evaluate, run_alone
+    from actors.lone_worker import evaluate, run_alone
     from puzzle_ray.scoring.downstream import load_questions
 
     profile, config = run.profile_config, run.config
@@ -45,7 +45,7 @@ def compare(run: Run, folders: Mapping[str, str]) -> dict[str, Any]:
 
 def heldout_of(run: Run, distilled: Artifact) -> Mapping[str, float]:
     """Held-out loss, KL and agreement of a distilled child, nothing timed."""
-    from actors.remote_work import predict, run_alone
+    from actors.lone_worker import predict, run_alone
 
     count = run.config.evaluate.tokens
 

@@ -14,7 +14,7 @@ def settings(run: Run) -> dict[str, Any]:
 
 def distil(run: Run, child: Artifact, artifact: Artifact) -> None:
     """Distils a child on Ray Train."""
-    from actors.gkd_worker import run_gkd
+    from actors.gkd import run_gkd
     from puzzle_ray.distill.gkd import GkdJob
 
     job = GkdJob(run.parent.address, child, run.content("tokens"), artifact, run.config.gkd, run.config.seed)

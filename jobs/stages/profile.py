@@ -35,7 +35,7 @@ def _cpus(run: Run) -> int:
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return num_cores()
-    from actors.remote_work import node_cpus
+    from actors.placement import node_cpus
 
     return node_cpus(run.profile_config.resources, run.profile_config.label_selector)
 
@@ -43,7 +43,16 @@ def _cpus(run: Run) -> int:
 def work(run: Run, artifact: Artifact) -> None:
     from actors.profiler import profile_blocks
 
-    profile_blocks(run.parent.address, run.whole_space, run.profile_config, run.config.cluster, artifact, run.progress)
+    profile_blocks(
+        run.parent.address, run.whole_space, run.profile_config, run.config.cluster, artifact, run.progress, run.placed
+    )
+
+
+def beside(run: Run) -> bool:
+    """Whether the cluster has room for it while the library is trained."""
+    from actors.placement import room_beside_profile
+
+    return room_beside_profile(run.profile_config, run.config.cluster)
 
 
 def said(facts: Any) -> str:
@@ -58,4 +67,4 @@ def read(run: Run) -> Profile:
     return Profile.from_parquet(run.content("profile").read(PROFILE_TABLE))
 
 
-STAGE = Stage("profile", work, reads=("tiny_parent",), settings=settings, sources=sources, said=said)
+STAGE = Stage("profile", work, reads=("tiny_parent",), settings=settings, sources=sources, said=said, beside=beside)

@@ -43,7 +43,7 @@ def _arguments(run: Run, artifact: Artifact) -> tuple[Any, ...]:
 
 
 def work(run: Run, artifact: Artifact) -> None:
-    from actors.scoring_pool import score_blocks
+    from actors.scoring import score_blocks
 
     score_blocks(*_arguments(run, artifact))
 
@@ -61,7 +61,7 @@ def exact(run: Run) -> MakeExact | None:
     artifact = run.store.artifact("exact_scores", {}, {"scores": run.artifact("scores").key})
 
     def make(scores: Scores, answers: Answers) -> Scores:
-        from actors.scoring_pool import scoring
+        from actors.scoring import scoring
         from puzzle_ray.scoring.exact import exact_where_used
 
         with scoring(*_arguments(run, artifact)) as score:

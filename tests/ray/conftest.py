@@ -9,9 +9,12 @@ import psutil
 import pytest
 from waiting import until
 
+from jobs.session import PRELOADED
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-SYSTEM = {  # a node that is gone is missed within a second, what goes to disk is seen as soon
+WARM = {"preload_python_modules": list(PRELOADED)}  # as a Ray of our own
+SYSTEM = WARM | {  # a node that is gone is missed within a second, what goes to disk is seen as soon
     "health_check_initial_delay_ms": 0,
     "health_check_period_ms": 200,
     "health_check_timeout_ms": 500,
@@ -37,6 +40,7 @@ def local_ray():
         object_store_memory=256 << 20,
         log_to_driver=False,
         logging_level="ERROR",
+        _system_config=WARM,
     )
     yield ray
     ray.shutdown()

@@ -9,7 +9,7 @@ import pytest
 import ray
 from small_models import save_parent
 
-from actors import profiler
+from actors.pool import Pool
 from actors.profiler import profile_blocks
 from puzzle_ray.artifacts import Profile, Scenario
 from puzzle_ray.cluster import ClusterConfig
@@ -60,8 +60,8 @@ def without_times(profile: Profile):
 def pools(monkeypatch):
     """The pools that were started."""
     started = []
-    start = profiler._Pool.start
-    monkeypatch.setattr(profiler._Pool, "start", lambda pool, count: started.append(pool) or start(pool, count))
+    start = Pool.start
+    monkeypatch.setattr(Pool, "start", lambda pool, count: started.append(pool) or start(pool, count))
     return started
 
 
@@ -108,8 +108,8 @@ def test_killing_a_profiler_loses_at_most_the_item_it_was_at(local_ray, setting,
 
     def kill():
         kept.update({name: step.read(f"items/{name}") for name in step.names("items")})
-        (work,) = pools[0].running.values()
-        status = work.profiler.pid.options(concurrency_group="status")
+        ((worker, _),) = pools[0].running.values()
+        status = worker.handle.pid.options(concurrency_group="status")
         os.kill(ray.get(status.remote(), timeout=30), signal.SIGKILL)
 
     heard = Heard(num_runs(profile_tasks(space, long)[0], long) + 1, kill)

@@ -12,7 +12,7 @@ import torch
 from search_inputs import SCENARIO, SCORES, SPACE, make_profile
 from small_models import save_parent
 
-from actors.pick_pool import file_name, measuring
+from actors.child_meter import file_name, measuring
 from actors.sweep import FOLDER, solve_points, sweep
 from puzzle_ray.artifacts import LayerChoice
 from puzzle_ray.cluster import ClusterConfig
@@ -126,4 +126,4 @@ def test_workers_measure_what_one_process_measures_and_nothing_twice(local_ray, 
     step.write(name, json.dumps(step.read_json(name) | {"measured": asdict(found[0])}).encode())
     with measuring(str(parent), library.artifact, [], ClusterConfig(), step, Quiet()) as measure:
         assert measure(children) == [found[0], found[0], found[0], found[3]], "files are read, no worker starts"
-        assert measure.workers == []
+        assert measure.pool is None

@@ -7,11 +7,14 @@ from http.client import InvalidURL
 import pytest
 import ray
 
-from actors.data_plane import SpillWatch
-from actors.placement import require
+from actors.memory import GIB, with_memory
+from actors.placement import CLAIMS, cluster_cpus, places, require, room_beside_profile
+from actors.spill_watch import SpillWatch
 from jobs.checks import check_cluster
+from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.config import load
 from puzzle_ray.errors import ClusterError
+from puzzle_ray.profiling.settings import ProfileConfig
 
 NODE = {
     "NodeID": "a",
@@ -54,18 +57,23 @@ def looked(monkeypatch, answers):
         return io.BytesIO(found)
 
     monkeypatch.setattr(urllib.request.OpenerDirector, "open", answer)
-    watch = SpillWatch(every_s=0)
+    watch = SpillWatch(lambda: ["a"])
     for _ in answers:
-        watch.look(["a"])
+        watch.look()
     assert not left
     return watch
 
 
 @pytest.mark.parametrize("spilled", [(0, 5), (7, 0, 5)])
-def test_what_moves_to_disk_ends_the_run_also_when_some_was_there_before(monkeypatch, spilled):
-    mib = 2**20
-    with pytest.raises(ClusterError, match=r"node 192.0.2.1 is full: 5.0 MiB went to its disk"):
-        looked(monkeypatch, [metrics(count * mib) for count in spilled])
+def test_what_moves_to_disk_is_said_also_when_some_was_there_before(monkeypatch, capsys, spilled):
+    looked(monkeypatch, [metrics(count * 2**20) for count in spilled])
+    assert "node 192.0.2.1 is full: 5.0 MiB went to its disk" in capsys.readouterr().err
+
+
+def test_of_a_store_that_spills_on_and_on_a_warning_is_due_at_each_power_of_ten(monkeypatch, capsys):
+    looked(monkeypatch, [metrics(count * 2**20) for count in (0, 5, 5, 40, 49, 50, 300, 700)])
+    words = capsys.readouterr().err.splitlines()
+    assert len(words) == 3 and ["5.0 MiB" in words[0], "50.0 MiB" in words[1], "700.0 MiB" in words[2]] == [True] * 3
 
 
 @pytest.mark.parametrize("failure", [TimeoutError("late"), InvalidURL("port"), OverflowError("port"), b"", b"\xff"], ids=repr)
@@ -73,7 +81,7 @@ def test_a_node_without_metrics_is_given_up_after_a_while_and_that_is_said(monke
     looked(monkeypatch, [failure, failure, metrics(0), failure, failure])
     assert not capsys.readouterr().err, "a moment's silence is none"
     watch = looked(monkeypatch, [failure] * 3)
-    watch.look(["a"])
+    watch.look()
     assert capsys.readouterr().err.count("gives no metrics") == 1
 
 
@@ -83,3 +91,56 @@ def test_what_no_node_has_yet_is_no_error_where_nodes_are_added_on_demand(monkey
     with pytest.raises(ClusterError, match="gkd.num_workers: 2 CPUs are needed and the cluster has 1"):
         check_cluster(config)
     check_cluster(config.model_copy(update={"cluster": config.cluster.model_copy(update={"autoscaling": True})}))
+
+
+def node(name, cpus, gpus=0, memory_gib=8, **labels):
+    resources = {"CPU": float(cpus), "memory": memory_gib * float(GIB)} | ({"GPU": float(gpus)} if gpus else {})
+    return NODE | {"NodeID": name, "Resources": resources, "Labels": labels}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "profile", "cluster", "room"),
+    [
+        ([node("a", 8)], {}, {}, False),
+        ([node("a", 8), node("b", 8)], {}, {}, True),
+        ([node("a", 8), node("b", 1)], {}, {}, False),  # the profiler takes the bigger one, and two shards want two trainers
+        ([node("a", 8), node("b", 1)], {}, {"num_shards": 1}, True),
+        ([node("a", 8), node("b", 8)], {"num_profilers": 2}, {}, False),
+        ([node("a", 8), node("b", 8)], {}, {"autoscaling": True}, False),
+        ([node("a", 8), node("b", 8)], {}, {"blocks_per_trainer": 2}, False),
+        ([node("a", 8, kind="spot"), node("b", 4)], {"label_selector": {"kind": "spot"}}, {}, True),
+        ([node("a", 8)], {"label_selector": {"kind": "spot"}}, {}, False),
+        ([node("a", 8, gpus=4)], {"num_gpus": 1}, {"gpus_per_trainer": 0.5, "gpus_per_shard": 0.5}, True),
+        ([node("a", 8, gpus=2)], {"num_gpus": 1}, {"gpus_per_trainer": 0.5, "gpus_per_shard": 0.5}, False),
+        ([node("a", 8, gpus=4)], {"num_gpus": 1}, {}, False),  # trainers on the CPUs that drive the GPU that is measured
+        ([node("a", 8, gpus=4), node("b", 8)], {"num_gpus": 1}, {}, True),
+    ],
+)
+def test_whether_the_library_has_room_beside_the_profile_is_known_before(monkeypatch, nodes, profile, cluster, room):
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    assert room_beside_profile(ProfileConfig(**profile), ClusterConfig(**cluster)) is room
+
+
+def test_what_a_stage_claims_is_not_planned_with_but_is_there(monkeypatch):
+    monkeypatch.setattr(ray, "nodes", lambda: [node("a", 4), node("b", 2)])
+    CLAIMS.add("me", "a", {"CPU": 3.0})
+    try:
+        assert cluster_cpus() == 3 and places({"num_cpus": 2}) == 1
+        assert require({"num_cpus": 4}, "a profiler", "profile", autoscaling=False) == 0, "no error: there is such a node"
+    finally:
+        CLAIMS.remove("me")
+    assert cluster_cpus() == 6 and places({"num_cpus": 2}) == 3
+
+
+def test_memory_is_asked_for_by_what_a_worker_holds_and_never_more_than_there_is(monkeypatch, capsys):
+    monkeypatch.setattr(ray, "nodes", lambda: [node("a", 64)])
+    monkeypatch.setattr(ray, "available_resources", lambda: {"memory": 8.0 * GIB})
+    options = with_memory({"num_cpus": 1}, GIB, "a meter", "measure")
+    assert options["memory"] == 1.5 * GIB and places(options) == 5, "not one per core"
+    assert with_memory({"num_cpus": 1}, 7 * GIB, "a meter", "measure")["memory"] == int(0.8 * 8 * GIB)
+    assert not capsys.readouterr().err
+    assert with_memory({"num_cpus": 1}, 9 * GIB, "a meter", "measure") == {"num_cpus": 1}
+    assert "a meter may need 9.50 GiB each, and the largest node has 8.00 GiB; Ray is not asked" in capsys.readouterr().err
+    assert with_memory({"num_cpus": 1}, 3 * GIB, "a shard", "score", count=4) == {"num_cpus": 1}
+    monkeypatch.setattr(ray, "available_resources", lambda: {"memory": 1.0 * GIB})
+    assert with_memory({"num_cpus": 1}, GIB, "a meter", "measure") == {"num_cpus": 1}, "others hold it"

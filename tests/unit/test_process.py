@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from puzzle_ray.errors import ClusterError
-from puzzle_ray.process import device_for
+from puzzle_ray.process import cpu_quota, device_for
 
 
 def test_without_a_gpu_of_its_own_a_process_computes_on_the_cpu():
@@ -37,3 +37,41 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, torch.get_num
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     faults, threads = map(int, done.stdout.split())
     assert faults < 100 and threads == 1, f"a page is 4 KiB, a tensor 4096 of them; {faults} faults"
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, None),
+        ({"/proc/self/cgroup": "0::/\n", "/sys/fs/cgroup/cpu.max": "150000 100000\n"}, 1.5),
+        ({"/proc/self/cgroup": "0::/\n", "/sys/fs/cgroup/cpu.max": "max 100000\n"}, None),
+        (
+            {
+                "/proc/self/cgroup": "0::/a/b\n",
+                "/sys/fs/cgroup/a/cpu.max": "50000 100000",
+                "/sys/fs/cgroup/a/b/cpu.max": "400000 100000",
+            },
+            0.5,
+        ),
+        ({"/proc/self/cgroup": "0::/on/the/host\n", "/sys/fs/cgroup/cpu.max": "300000 100000\n"}, 3),
+        (
+            {
+                "/proc/self/cgroup": "3:cpuset:/\n2:cpu,cpuacct:/docker/x\n0::/\n",
+                "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "200000\n",
+                "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "50000\n",
+            },
+            4,
+        ),
+        (
+            {
+                "/proc/self/cgroup": "1:cpu:/\n",
+                "/sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+                "/sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            None,
+        ),
+    ],
+)
+def test_a_quota_on_cpu_time_is_read_as_cores(files, cores):
+    """Control groups of version 2 and 1, and of a group above this process' own."""
+    assert cpu_quota(files.get) == cores

@@ -1,40 +1,67 @@
-"""What a Ray of our own is told to leave out is there in the Ray that is installed."""
+"""A Ray of our own is nobody else's; a cluster that is joined is told what its processes need, once."""
 
-import importlib.util
-import mmap
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
-from jobs.session import QUIET
+import pytest
 
-READ_BY = {
-    "RAY_task_events_report_interval_ms": "_raylet.so",
-    "REPORTER_UPDATE_INTERVAL_MS": "dashboard/modules/reporter/reporter_consts.py",
-    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "_private/log_monitor.py",
-    "LOG_NAME_UPDATE_INTERVAL_S": "_private/log_monitor.py",
-}
+from jobs.session import ENVIRONMENT, SUBMITTED, job_environment, start_here
+
+ROOT = Path(__file__).parents[2]
+LISTENING = """
+import json, sys
+from jobs.session import start_here
+assert "ray" not in sys.modules
+start_here(1, 80 << 20)
+import os, psutil, ray
+
+@ray.remote
+def environment():
+    return dict(os.environ)
+
+there = ray.get(environment.remote(), timeout=120)
+processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+sockets = [c.laddr.ip for p in processes for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+print(json.dumps([sockets, there, dict(os.environ)]))
+ray.shutdown()
+"""
 
 
-def test_the_installed_ray_knows_what_it_is_told():
-    assert READ_BY.keys() == QUIET.keys()
-    (folder,) = importlib.util.find_spec("ray").submodule_search_locations
-    for name, file in READ_BY.items():
-        word = name.removeprefix("RAY_") if file.endswith(".so") else f'"{name}"'  # Ray's own settings are RAY_ and their name
-        with Path(folder, file).open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            assert content.find(word.encode()) >= 0, f"{name} is not read by {file}"
+@pytest.fixture
+def unset(monkeypatch):
+    for name in (*ENVIRONMENT, SUBMITTED):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
 
 
-def test_a_later_cluster_is_told_nothing(monkeypatch):
+def test_a_ray_of_our_own_listens_on_loopback_alone_and_its_processes_have_the_jobs_environment(unset):
+    unset.setenv("OMP_NUM_THREADS", "3")
+    unset.delenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", raising=False)
+    done = subprocess.run([sys.executable, "-c", LISTENING], capture_output=True, text=True, cwd=ROOT, timeout=240)
+    assert done.returncode == 0, done.stderr
+    addresses, there, here = json.loads(done.stdout.splitlines()[-1])
+    assert len(addresses) > 5 and {address.removeprefix("::ffff:") for address in addresses} == {"127.0.0.1"}
+    assert {name: there.get(name) for name in ENVIRONMENT} == {**ENVIRONMENT, "OMP_NUM_THREADS": "3"}
+    assert {name: here.get(name) for name in ENVIRONMENT} == dict.fromkeys(ENVIRONMENT) | {"OMP_NUM_THREADS": "3"}
+
+
+def test_where_ray_was_imported_before_it_is_said_that_it_listens_everywhere(unset, capsys):
     import ray
 
-    from jobs.session import start_here
-
-    given = {}
-    monkeypatch.setattr(ray, "init", lambda **_: given.update(os.environ))
-    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    monkeypatch.setenv("REPORTER_UPDATE_INTERVAL_MS", "777")
+    unset.setattr(ray, "init", lambda **_: None)
+    unset.delenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", raising=False)
     start_here(1, 256 << 20)
-    assert {name: given[name] for name in QUIET} == {**QUIET, "REPORTER_UPDATE_INTERVAL_MS": "777"}
-    assert {name: os.environ.get(name) for name in QUIET} == {name: None for name in QUIET} | {
-        "REPORTER_UPDATE_INTERVAL_MS": "777"
-    }
+    assert "listen on every interface" in capsys.readouterr().err
+    assert not ENVIRONMENT.keys() & os.environ.keys()
+
+
+def test_a_cluster_that_is_joined_gets_what_the_user_has_set_and_what_was_not_submitted(unset):
+    assert job_environment() == ENVIRONMENT
+    unset.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    unset.setenv(SUBMITTED, json.dumps({"runtime_env": {"env_vars": {"OMP_NUM_THREADS": "4"}}, "metadata": {}}))
+    assert job_environment() == {n: v for n, v in ENVIRONMENT.items() if n != "OMP_NUM_THREADS"} | {"OMP_WAIT_POLICY": "ACTIVE"}
+    unset.setenv(SUBMITTED, json.dumps({"runtime_env": None}))
+    assert job_environment()["OMP_NUM_THREADS"] == "1"

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
+from ray.actor import ActorHandle
 
-from actors.parent_shard import environment
-from actors.placement import DIED, end, matching_nodes, require, wait_ready
+from actors.placement import node_cpus, require
+from actors.pool import Pool, Terms
 from actors.transport import Container
 from puzzle_ray.artifacts import Architecture, LayerChoice, Scenario
 from puzzle_ray.cluster import ClusterConfig
-from puzzle_ray.errors import ClusterError
 from puzzle_ray.evaluation.settings import EvaluateConfig
 from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.progress import Quiet
@@ -66,18 +64,13 @@ def predict(num_threads: int, folders: Mapping[str, str], batches: Sequence[Cont
     return predictions(models, [torch.from_numpy(batch.copy()) for batch in batches])
 
 
-def node_cpus(resources: Mapping[str, float] | None = None, label_selector: Mapping[str, str] | None = None) -> int:
-    """CPUs of the biggest live node that has these resources and labels; 1 where there is none."""
-    found = matching_nodes(resources or {}, label_selector)
-    return max(1, int(max((node["Resources"].get("CPU", 0) for node in found), default=1)))
-
-
-@ray.remote(max_restarts=2, max_task_retries=2)  # the work is done again from the start, into the same step
+@ray.remote(max_restarts=0)  # the pool starts another, which does the work again from the start, into the same step
 class LoneWorker:
     """Has a node's cores to itself."""
 
-    def pid(self) -> int:
-        return os.getpid()
+    def node(self) -> str:
+        """The id of the node this runs on."""
+        return ray.get_runtime_context().get_node_id()
 
     def call(self, function: Callable[..., Any], num_threads: int, args: Sequence[Any]) -> Any:
         return function(num_threads, *args)
@@ -98,26 +91,27 @@ def run_alone(
     """
     resources, labels = (dict(profile.resources), dict(profile.label_selector)) if profile else ({}, {})
     threads = node_cpus(resources, labels)
-    options: dict[str, Any] = {
-        "num_cpus": threads,
-        "num_gpus": profile.num_gpus if profile else 0,
-        "runtime_env": environment(threads),
-    }
+    options: dict[str, Any] = {"num_cpus": threads, "num_gpus": profile.num_gpus if profile else 0}
     options |= {name: value for name, value in (("resources", resources), ("label_selector", labels)) if value}
-    require(options, f"the worker for {what}", what, cluster.autoscaling)
-    worker = LoneWorker.options(**options).remote()  # type: ignore[attr-defined]
-    try:
-        wait_ready([worker], f"worker for {what}, with {threads} CPUs,", cluster.placement_timeout_s)
-        work = worker.call.remote(function, threads, args)
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            if ray.wait([work], timeout=1.0)[0]:
-                return ray.get(work, timeout=60)
-    except DIED as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ClusterError(
-            what, f"its process died again and again ({reason})", "if it lacked memory, use a bigger node"
-        ) from None
-    finally:
-        end([worker])
-    raise ClusterError(what, f"not done within {timeout_s:g} s", "check the cluster with `ray status`")
+
+    def check() -> int:
+        return require(options, f"the worker for {what}", what, cluster.autoscaling)
+
+    def start_one() -> tuple[ActorHandle[Any], list[ActorHandle[Any]]]:
+        worker = LoneWorker.options(**options).remote()  # type: ignore[attr-defined]
+        return worker, [worker]
+
+    found: list[Any] = []
+
+    def receive(_: str, result: Any) -> bool:
+        found.append(result)
+        return False
+
+    check()
+    when_late, when_dead = "check the cluster with `ray status`", "if it lacked memory, use a bigger node"
+    terms = Terms(what, f"workers for {what}, with {threads} CPUs,", cluster.placement_timeout_s, timeout_s, when_late, when_dead)
+    pool: Pool[ActorHandle[Any], str] = Pool(start_one, terms, check=check)
+    with pool:
+        pool.start(1)
+        pool.run([what], lambda worker, _: worker.call.remote(function, threads, args), receive, name_of=str)
+    return found[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,17 +10,19 @@ from dataclasses import asdict
 from typing import Any
 
 import ray
-from ray import ObjectRef
 from ray.actor import ActorHandle
 
-from actors.parent_shard import environment
-from actors.placement import end, require, wait_ready
+from actors.memory import weight_bytes, with_memory
+from actors.placement import require
+from actors.pool import Pool, Terms
 from actors.transport import Container
 from puzzle_ray.artifacts import Choices, Measured
 from puzzle_ray.cluster import ClusterConfig
-from puzzle_ray.errors import ClusterError
+from puzzle_ray.models.checkpoint import locate
 from puzzle_ray.progress import Progress
 from puzzle_ray.store import Artifact
+
+FLOAT32_BYTES = 4
 
 
 class Meter:
@@ -31,7 +32,6 @@ class Meter:
         import torch
 
         from puzzle_ray.models.blocks import load_stack
-        from puzzle_ray.models.checkpoint import locate
         from puzzle_ray.models.child import read_config
         from puzzle_ray.models.describe import describe
         from puzzle_ray.process import compute_with, device_for
@@ -45,8 +45,9 @@ class Meter:
         self.stack = load_stack(folder, describe(config), config, 0, depth, torch.float32, device=device)
         self.meter: Any = None
 
-    def pid(self) -> int:
-        return os.getpid()
+    def node(self) -> str:
+        """The id of the node this runs on."""
+        return ray.get_runtime_context().get_node_id()
 
     def measure(self, choices: Choices, batches: Sequence[Container]) -> Measured:
         """`batches` are the same in every call; a process that was restarted runs the parent on them again."""
@@ -61,7 +62,7 @@ class Meter:
         return measured
 
 
-@ray.remote(max_restarts=3, max_task_retries=3)  # measuring again gives the same
+@ray.remote(max_restarts=0)  # the pool starts another, and measuring again gives the same
 class MeterActor(Meter):
     """A meter as an actor."""
 
@@ -72,7 +73,7 @@ def file_name(choices: Choices) -> str:
     return f"children/{hashlib.sha256(labels.encode()).hexdigest()[:20]}.json"
 
 
-class MeterPool:
+class ChildMeters:
     """Measures children that the step has no file of yet; workers start when the first is met."""
 
     def __init__(
@@ -86,70 +87,64 @@ class MeterPool:
     ) -> None:
         self.parent, self.library, self.batches = parent, library, list(batches)
         self.cluster, self.artifact, self.progress = cluster, artifact, progress
-        self.workers: list[ActorHandle[Any]] = []
+        self.pool: Pool[ActorHandle[Any], Choices] | None = None
+        self.room = 0
 
     def __call__(self, children: Sequence[Choices]) -> list[Measured]:
         """In the order asked for. Raises ClusterError when workers cannot be placed or stop answering."""
         todo = [c for c in dict.fromkeys(children) if not self.artifact.exists(file_name(c))]
         if todo:
-            self._start(len(todo))
-            self._measure(todo)
+            self._measure(self._started(len(todo)), todo)
         return [Measured(**self.artifact.read_json(file_name(c))["measured"]) for c in children]
 
-    def _start(self, most: int) -> None:
-        """As many workers as there is room for, up to `most`. Each holds the whole parent: the GPU shares of all its shards, or a CPU."""
-        gpus = self.cluster.num_shards * self.cluster.gpus_per_shard
-        if gpus > 1:
-            gpus = 0
-            if not self.workers:
+    def _started(self, limit: int) -> Pool[ActorHandle[Any], Choices]:
+        """As many workers as there is room for, up to `limit`. Each holds the whole parent: the GPU shares of all its shards, or a CPU."""
+        if self.pool is None:
+            gpus = self.cluster.num_shards * self.cluster.gpus_per_shard
+            if gpus > 1:
+                gpus = 0
                 words = "  measure: a whole parent takes more than one GPU; children are measured on CPUs"
                 print(words, file=sys.stderr, flush=True)
-        options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus}
-        room = require(options, "a children's meter", "search", self.cluster.autoscaling) or 1
-        self.workers += [
-            MeterActor.options(**options, runtime_env=environment(1)).remote(self.parent, self.library, 1, gpus)  # type: ignore[attr-defined]
-            for _ in range(min(room, most) - len(self.workers))
-        ]
-        wait_ready(self.workers, "children's meters", self.cluster.placement_timeout_s)
+            options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus}
+            if not gpus:
+                options = with_memory(options, weight_bytes(locate(self.parent), FLOAT32_BYTES), "a children's meter", "measure")
+            self.room = require(options, "a children's meter", "search", self.cluster.autoscaling) or 1
+            terms = Terms("search", "children's meters", self.cluster.placement_timeout_s, self.cluster.step_timeout_s)
+            start = MeterActor.options(**options)  # type: ignore[attr-defined]
 
-    def _measure(self, todo: Sequence[Choices]) -> None:
+            def start_one() -> tuple[ActorHandle[Any], list[ActorHandle[Any]]]:
+                meter = start.remote(self.parent, self.library, 1, gpus)
+                return meter, [meter]
+
+            self.pool = Pool(start_one, terms)
+        self.pool.start(max(0, min(self.room, limit) - len(self.pool.workers)))
+        return self.pool
+
+    def _measure(self, pool: Pool[ActorHandle[Any], Choices], todo: Sequence[Choices]) -> None:
         batches = ray.put(self.batches)
-        waiting, timeout_s = list(reversed(todo)), self.cluster.step_timeout_s
-        running: dict[ObjectRef[Measured], tuple[Choices, ActorHandle[Any]]] = {}
-
-        def start(worker: ActorHandle[Any]) -> None:
-            if waiting:
-                choices = waiting.pop()
-                running[worker.measure.remote(choices, batches)] = (choices, worker)
-
         with self.progress.stage("measure", len(todo), "child") as bar:
-            for worker in self.workers:
-                start(worker)
-            while running:
-                done, _ = ray.wait(list(running), num_returns=1, timeout=timeout_s)
-                if not done:
-                    problem = f"no child was measured within {timeout_s:g} s"
-                    raise ClusterError("search", problem, "raise cluster.step_timeout_s")
-                choices, worker = running.pop(done[0])
-                measured = ray.get(done[0], timeout=timeout_s)
-                self.artifact.write_json(
-                    file_name(choices), {"choices": [c.label for c in choices], "measured": asdict(measured)}
-                )
+
+            def receive(choices: Choices, measured: Measured) -> bool:
+                labels = [choice.label for choice in choices]
+                self.artifact.write_json(file_name(choices), {"choices": labels, "measured": asdict(measured)})
                 bar.advance()
-                start(worker)
+                return False
+
+            pool.run(todo, lambda meter, choices: meter.measure.remote(choices, batches), receive, name_of=file_name)
 
     def close(self) -> None:
-        end(self.workers)
-        self.workers = []
+        if self.pool is not None:
+            self.pool.close()
+            self.pool = None
 
 
 @contextmanager
 def measuring(
     parent: str, library: Artifact, batches: Sequence[Container], cluster: ClusterConfig, artifact: Artifact, progress: Progress
-) -> Iterator[MeterPool]:
-    """A pool for as long as it is needed."""
-    pool = MeterPool(parent, library, batches, cluster, artifact, progress)
+) -> Iterator[ChildMeters]:
+    """Meters for as long as they are needed."""
+    meters = ChildMeters(parent, library, batches, cluster, artifact, progress)
     try:
-        yield pool
+        yield meters
     finally:
-        pool.close()
+        meters.close()

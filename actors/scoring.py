@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
-from actors.parent_shard import EvaluationData, ParentShard, environment
-from actors.placement import cluster_cpus, end, require, runs, wait_ready
+from actors.memory import weight_bytes, with_memory
+from actors.parent_shard import EvaluationData, ParentShard
+from actors.placement import cluster_cpus, places, require, runs
+from actors.pool import Pool, Terms
 from puzzle_ray.artifacts import ScoreRow, Scores, SearchSpace
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.data.order import Tokens
-from puzzle_ray.errors import ClusterError
 from puzzle_ray.models.checkpoint import locate
 from puzzle_ray.models.child import read_config
 from puzzle_ray.models.describe import describe
@@ -38,7 +39,7 @@ from puzzle_ray.scoring.settings import ScoringConfig
 from puzzle_ray.scoring.shortlist import Shortlist, footprints
 from puzzle_ray.store import Artifact
 
-Work = TypeVar("Work")
+FLOAT32_BYTES = 4
 
 
 @dataclass
@@ -51,16 +52,17 @@ class _Pipeline:
     entering: list[Any]  # per shard: the parent's activations at its border
 
     @classmethod
-    def start(cls, parent: str, num_layers: int, cluster: ClusterConfig, data: ObjectRef[EvaluationData]) -> _Pipeline:
-        layers = runs(num_layers, cluster.num_shards)
-        share = 1 / -(-len(layers) // cluster_cpus())  # more shards than cores take turns; whole shares of every core
-        options = {"num_cpus": share, "num_gpus": cluster.gpus_per_shard, "runtime_env": environment(1)}
+    def start(
+        cls, parent: str, layers: list[range], cluster: ClusterConfig, options: Mapping[str, Any], data: ObjectRef[EvaluationData]
+    ) -> tuple[_Pipeline, Sequence[ActorHandle[Any]]]:
+        """Asks Ray for the shards, and has each run the parent first."""
         how = ("float32", "float32", 1, cluster.transport, cluster.gpus_per_shard)
-        shards = [ParentShard.options(**options).remote(parent, r.start, r.stop, *how) for r in layers]  # type: ignore[attr-defined]
+        actor = ParentShard.options(**options)  # type: ignore[attr-defined]
+        shards = [actor.remote(parent, own.start, own.stop, *how) for own in layers]
         entering: list[Any] = [[]]
         for shard in shards:
             entering.append(shard.run_parent.remote(data, entering[-1]))
-        return cls(shards, layers, data, entering)
+        return cls(shards, layers, data, entering), shards
 
     def score(self, task: ScoringTask, library: Artifact) -> ObjectRef[list[Damage]]:
         """Sends exchanges through; the reference is their damage."""
@@ -82,66 +84,45 @@ class _Pipeline:
         return found
 
 
-class _Pool(Generic[Work]):
-    """Keeps every pipeline as full as it can be, and hands out what comes back."""
-
-    def __init__(self, pipelines: Sequence[_Pipeline], timeout_s: float) -> None:
-        self.pipelines, self.timeout_s = pipelines, timeout_s
-        self.running: dict[ObjectRef[Any], tuple[Work, _Pipeline]] = {}
-
-    def run(
-        self,
-        waiting: Sequence[Work],
-        send: Callable[[_Pipeline, Work], ObjectRef[Any] | None],
-        receive: Callable[[Work, ObjectRef[Any]], None],
-    ) -> None:
-        """`send` returns the reference to wait for, or None when there is nothing more to do for this work."""
-        left = list(reversed(waiting))
-
-        def start(pipeline: _Pipeline, work: Work | None) -> None:
-            while work is not None:
-                reference = send(pipeline, work)
-                if reference is not None:
-                    self.running[reference] = (work, pipeline)
-                    return
-                work = left.pop() if left else None
-
-        for _ in range(2 * len(self.pipelines[0].shards)):  # enough that no shard waits for work
-            for pipeline in self.pipelines:
-                start(pipeline, left.pop() if left else None)
-        while self.running:
-            done, _ = ray.wait(list(self.running), num_returns=1, timeout=self.timeout_s)
-            if not done:
-                raise ClusterError("score", f"no block was scored within {self.timeout_s:g} s", "raise cluster.step_timeout_s")
-            work, pipeline = self.running.pop(done[0])
-            receive(work, done[0])
-            start(pipeline, work)
-
-
 class _Pipelines:
-    """As many whole parents as the cluster has room for, started when the first work is met."""
+    """As many whole parents as the cluster has room for, up to `limit`; started when the first work is met."""
 
-    def __init__(self, parent: str, num_layers: int, cluster: ClusterConfig, data: EvaluationData, most: int) -> None:
-        self.parent, self.num_layers, self.cluster, self.data, self.most = parent, num_layers, cluster, data, most
-        self.running: list[_Pipeline] = []
+    def __init__(self, parent: str, num_layers: int, cluster: ClusterConfig, data: EvaluationData, limit: int) -> None:
+        self.parent, self.num_layers, self.cluster, self.data, self.limit = parent, num_layers, cluster, data, limit
+        self.started: Pool[_Pipeline, Any] | None = None
 
-    @property
-    def shards(self) -> list[ActorHandle[Any]]:
-        return [shard for pipeline in self.running for shard in pipeline.shards]
-
-    def pool(self) -> _Pool[Any]:
-        if not self.running:
+    def pool(self) -> Pool[_Pipeline, Any]:
+        """The pipelines, started by the first who asks. Each has enough work on its way that no shard waits for some."""
+        if self.started is None:
             room, cluster = cluster_cpus(), self.cluster
             if cluster.gpus_per_shard:
                 wanted = {"num_gpus": cluster.gpus_per_shard}
                 gpus = require(wanted, "a parent shard", "scoring", cluster.autoscaling) or cluster.num_shards
                 cluster = cluster.model_copy(update={"num_shards": min(cluster.num_shards, gpus)})
                 room = min(room, gpus)
-            reference = ray.put(self.data)
-            for _ in range(min(self.most, max(1, room // cluster.num_shards))):
-                self.running.append(_Pipeline.start(self.parent, self.num_layers, cluster, reference))
-            wait_ready(self.shards, "parent shards", self.cluster.placement_timeout_s)
-        return _Pool(self.running, self.cluster.step_timeout_s)
+            layers = runs(self.num_layers, cluster.num_shards)
+            folder = locate(self.parent)
+            held = max(weight_bytes(folder, FLOAT32_BYTES, own) for own in layers)
+            share = 1 / -(-len(layers) // cluster_cpus())  # more shards than cores share them; whole shares of every core
+            options = {"num_cpus": share, "num_gpus": cluster.gpus_per_shard}
+            if not cluster.gpus_per_shard:  # else the weights are in a GPU's memory
+                options = with_memory(options, held, "a parent shard", "score", len(layers))
+                room = min(room, places({"memory": options["memory"]})) if "memory" in options else room
+            data = ray.put(self.data)
+            terms = Terms("score", "parent shards", cluster.placement_timeout_s, cluster.step_timeout_s)
+            self.started = Pool(
+                lambda: _Pipeline.start(self.parent, layers, cluster, options, data),
+                terms,
+                depth=2 * len(layers),
+                restarts=True,
+            )
+            self.started.start(min(self.limit, max(1, room // cluster.num_shards)))
+        return self.started
+
+    def close(self) -> None:
+        if self.started is not None:
+            self.started.close()
+            self.started = None
 
 
 def _evaluation_data(parent: str, model_config: Any, config: ScoringConfig, tokens: Tokens) -> EvaluationData:
@@ -178,7 +159,7 @@ def score_blocks(
             wanted = list(shortlist.exact)
         rows = _score(pipelines, wanted, config, library, artifact, progress)
     finally:
-        end(pipelines.shards)
+        pipelines.close()
     return merge_scores(rows + shortlist.rows(rows) if shortlist else rows, config, artifact)
 
 
@@ -200,7 +181,7 @@ def scoring(
     try:
         yield lambda items: _score(pipelines, items, alone, library, artifact, progress)
     finally:
-        end(pipelines.shards)
+        pipelines.close()
 
 
 def _score(
@@ -223,27 +204,32 @@ def _score(
 
 
 def _score_all(
-    pool: _Pool[ReplacementGroup], todo: Sequence[ReplacementGroup], library: Artifact, artifact: Artifact, bar: Bar
+    pool: Pool[_Pipeline, ReplacementGroup], todo: Sequence[ReplacementGroup], library: Artifact, artifact: Artifact, bar: Bar
 ) -> None:
     tasks: dict[tuple[Replacement, ...], ScoringTask] = {}
 
-    def send(pipeline: _Pipeline, group: ReplacementGroup) -> ObjectRef[list[Damage]] | None:
+    def send(pipeline: _Pipeline, group: ReplacementGroup) -> ObjectRef[list[Damage]]:
+        return pipeline.score(tasks[group.replacements], library)
+
+    def receive(group: ReplacementGroup, found: list[Damage]) -> bool:
+        group.add(tasks[group.replacements], found)
         task = group.next_task()
-        if task is None:
-            group.save(artifact)
-            bar.advance(len(group.replacements))
-            return None
+        if task is not None:
+            tasks[group.replacements] = task
+            return True
+        group.save(artifact)
+        bar.advance(len(group.replacements))
+        return False
+
+    for group in todo:
+        task = group.next_task()
+        assert task is not None, "a group that is not in the step yet has something to score"
         tasks[group.replacements] = task
-        return pipeline.score(task, library)
-
-    def receive(group: ReplacementGroup, reference: ObjectRef[list[Damage]]) -> None:
-        group.add(tasks[group.replacements], ray.get(reference, timeout=pool.timeout_s))
-
-    pool.run(todo, send, receive)
+    pool.run(todo, send, receive, name_of=lambda group: group.replacements[0].file_name)
 
 
 def _estimate_all(
-    pool: _Pool[tuple[str, tuple[int, ...]]],
+    pool: Pool[_Pipeline, tuple[str, tuple[int, ...]]],
     todo: Sequence[tuple[str, tuple[int, ...]]],
     space: SearchSpace,
     config: ScoringConfig,
@@ -252,14 +238,13 @@ def _estimate_all(
 ) -> None:
     sent: dict[str, list[ObjectRef[fisher.Estimates]]] = {}
 
-    def send(pipeline: _Pipeline, work: tuple[str, tuple[int, ...]]) -> ObjectRef[fisher.Estimates] | None:
+    def send(pipeline: _Pipeline, work: tuple[str, tuple[int, ...]]) -> ObjectRef[fisher.Estimates]:
         name, batches = work
-        if name in sent:
-            return None
         sent[name] = pipeline.estimate(batches, space, config, library)
         return sent[name][-1]  # the first shard's: the others are there when it is
 
-    def receive(work: tuple[str, tuple[int, ...]], reference: ObjectRef[fisher.Estimates]) -> None:
-        fisher.save_estimates(artifact, work[0], ray.get(sent[work[0]], timeout=pool.timeout_s))
+    def receive(work: tuple[str, tuple[int, ...]], _: fisher.Estimates) -> bool:
+        fisher.save_estimates(artifact, work[0], ray.get(sent[work[0]], timeout=pool.terms.step_timeout_s))
+        return False
 
-    pool.run(todo, send, receive)
+    pool.run(todo, send, receive, name_of=lambda work: work[0])

@@ -168,7 +168,6 @@ def _cpus_per_worker(num_workers: int) -> int:
 def _environment() -> dict[str, str]:
     """Of the run's actor, inherited by the controller and the workers. What the user has set stays."""
     environment = {
-        "OMP_WAIT_POLICY": "PASSIVE",
         "RAY_ADDRESS": ray.get_runtime_context().gcs_address,  # Ray Train's clean-up would look for any cluster here
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less; a preempted worker is one that died
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",

@@ -1,0 +1,63 @@
+"""The memory that Ray is asked for, so that no node takes more workers than it can hold."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors.placement import matching_nodes, places, resources_of
+
+GIB = 2**30
+ALLOWANCE_BYTES = (
+    512 << 20
+)  # of a worker beside its weights: Python, torch and its libraries, and the activations of a small batch
+LARGEST_SHARE = 0.8  # of a node's memory that one worker asks for: Ray counts what was free at its start, which varies a little
+
+
+def weight_bytes(folder: Path, bytes_per_value: int, layers: range | None = None) -> int:
+    """What a checkpoint's tensors take once loaded, by the headers of its files; with `layers`, without the other layers."""
+    from safetensors import safe_open
+
+    from puzzle_ray.models.checkpoint import Checkpoint
+    from puzzle_ray.models.child import read_config
+    from puzzle_ray.models.describe import describe
+
+    prefix = "" if layers is None else f"{describe(read_config(folder)).layers}."
+    by_file: dict[Path, list[str]] = {}
+    for name, path in Checkpoint(folder).files.items():
+        if layers is None or not name.startswith(prefix) or int(name.removeprefix(prefix).split(".")[0]) in layers:
+            by_file.setdefault(path, []).append(name)
+    values = 0
+    for path, names in by_file.items():
+        with safe_open(path, framework="pt") as opened:
+            for name in names:
+                count = 1
+                for length in opened.get_slice(name).get_shape():
+                    count *= length
+                values += count
+    return values * bytes_per_value
+
+
+def with_memory(options: Mapping[str, Any], held_bytes: int, what: str, where: str, count: int = 1) -> dict[str, Any]:
+    """Ray options that ask for `held_bytes` and the allowance, for each of `count` workers that must all have room.
+
+    Where the nodes have not so much, this is said, and the options ask for no memory: what ran without it still runs.
+    """
+    needed = held_bytes + ALLOWANCE_BYTES
+    sizes = [
+        node["Resources"].get("memory", 0.0) for node in matching_nodes(resources_of(options), options.get("label_selector"))
+    ]
+    largest = max(sizes, default=0.0)
+    asked = {**options, "memory": int(min(needed, LARGEST_SHARE * largest))}
+    enough = needed <= largest and places(asked) >= count
+    if enough and ray.available_resources().get("memory", 0.0) >= count * asked["memory"]:
+        return asked
+    if sizes:
+        each = f"{count} x {what}" if count > 1 else what
+        problem = f"{each} may need {needed / GIB:.2f} GiB each, and the largest node has {largest / GIB:.2f} GiB"
+        print(f"  {where}: {problem}; Ray is not asked for memory", file=sys.stderr, flush=True)
+    return dict(options)
