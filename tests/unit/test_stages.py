@@ -155,6 +155,7 @@ def test_independent_stages_run_at_the_same_time(two_stages, parent_with_text, t
     met = threading.Barrier(2, timeout=30)  # passed only where both are at work
 
     def work(run, artifact):
+        run.placed.set()
         met.wait()
         artifact.finish({})
 
