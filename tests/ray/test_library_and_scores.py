@@ -122,12 +122,15 @@ def score_in_one_process(setting, config, name):
     return score_serially(stack, texts, space, config, store.artifact("scores", {"by": name}, {}), library.states, Quiet())
 
 
-def test_library_and_scores_equal_one_processes_and_no_actor_outlives_its_stage(local_ray, setting):
+def test_library_and_scores_equal_one_processes_and_no_actor_outlives_its_stage(local_ray, setting, coupled):
+    """The scores are of pairs that were trained as wholes, three at a time."""
     assert_same(setting[-1], build(setting, "ray"))
     cpus = ray.cluster_resources()["CPU"]
     until(lambda: ray.available_resources().get("CPU") == cpus, "no trainer or shard holds a CPU", 20)
     config = ScoringConfig(granularity="block", tokens=64, micro_batch_tokens=32, candidate_batch=3)
-    assert score(setting, "ray", config) == score_in_one_process(setting, config, "serial")
+    found = score(coupled, "ray", config)
+    assert found == score_in_one_process(coupled, config, "serial")
+    assert len({(row.layer, row.attention, row.ffn) for row in found.rows}) == 4 * 3
     until(lambda: ray.available_resources().get("CPU") == cpus, "no shard holds a CPU", 20)
     assert threading.active_count() < 50
 
@@ -159,10 +162,10 @@ def test_killing_a_shard_and_a_trainer_and_stopping_the_driver_change_nothing(lo
     assert seen.done == 36, "counted from the checkpoint, shown as a whole"
 
 
-def test_killing_a_shard_while_scoring_changes_nothing(local_ray, coupled, monkeypatch):
-    """Of pairs trained as wholes, some only estimated, and each read only as long as it is in doubt."""
+def test_killing_a_shard_while_scoring_changes_nothing(local_ray, setting, monkeypatch):
+    """Of candidates that are estimated first; the promising ones are scored exactly, each only as long as it is in doubt."""
     doubts = {"racing": True, "racing_stderr": 0.05, "shortlist": "fisher", "shortlist_keep": 0.5, "fisher_samples": 1}
-    config = ScoringConfig(granularity="block", tokens=256, micro_batch_tokens=64, candidate_batch=2, **doubts)
+    config = ScoringConfig(granularity="subblock", tokens=256, micro_batch_tokens=64, candidate_batch=2, **doubts)
     pipelines = []
     start = scoring._Pipeline.start.__func__
 
@@ -175,7 +178,7 @@ def test_killing_a_shard_while_scoring_changes_nothing(local_ray, coupled, monke
     def kill():
         os.kill(ray.get(pipelines[0].shards[-1].pid.remote(), timeout=30), signal.SIGKILL)
 
-    assert score(coupled, "killed", config, At(3, kill)) == score_in_one_process(coupled, config, "serial, coupled")
+    assert score(setting, "killed", config, At(3, kill)) == score_in_one_process(setting, config, "serial, in doubt")
     assert pipelines
 
 

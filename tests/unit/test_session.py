@@ -13,9 +13,10 @@ from jobs.session import ENVIRONMENT, SUBMITTED, job_environment, start_here
 ROOT = Path(__file__).parents[2]
 LISTENING = """
 import json, sys
-from jobs.session import start_here
+from jobs import session
 assert "ray" not in sys.modules
-start_here(1, 80 << 20)
+session.PRELOADED = ()  # not what this is about
+session.start_here(1, 80 << 20)
 import os, psutil, ray
 
 @ray.remote
