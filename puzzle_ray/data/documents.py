@@ -19,6 +19,7 @@ from puzzle_ray.errors import DataError
 
 WHOLE_CHARACTERS = 1_000_000  # a document up to this length is tokenised whole
 PIECE_CHARACTERS = 1 << 16
+_NEAR_CHARACTERS = 512  # how far before its end a place to cut a piece is looked for first
 _FIRST_ROWS = 1000  # what the check before any work looks at
 _FIRST_DOCUMENTS = 100
 _NAMES_SHOWN = 20
@@ -79,12 +80,12 @@ def cut(chunks: Iterable[str]) -> Iterator[Piece]:
 
 def _place_to_cut(text: str, start: int) -> int:
     """The last good place in the second half of a piece; else the last white space there; else the piece's end."""
-    end = start + PIECE_CHARACTERS
+    middle, end = start + PIECE_CHARACTERS // 2, start + PIECE_CHARACTERS
     for pattern in (_BETWEEN_WORDS, _SPACE):
-        places = [match.start() for match in pattern.finditer(text, end - 512, end)]
-        places = places or [match.start() for match in pattern.finditer(text, start + PIECE_CHARACTERS // 2, end)]
-        if places:
-            return places[-1]
+        for begin in (max(middle, end - _NEAR_CHARACTERS), middle):
+            places = [match.start() for match in pattern.finditer(text, begin, end)]
+            if places:
+                return places[-1]
     return end
 
 

@@ -161,7 +161,7 @@ def _in_a_store(filesystem: Any, path: str) -> tuple[list[str], bool]:
         return [path], True
     if kind == "directory":
         return sorted(filesystem.find(path)), False
-    return sorted(name for name in filesystem.glob(path) if filesystem.isfile(name)), False
+    return sorted(name for name, info in filesystem.glob(path, detail=True).items() if info["type"] == "file"), False
 
 
 def _of_one_kind(source: str, found: list[TextFile], where: str) -> Found:

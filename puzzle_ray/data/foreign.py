@@ -10,17 +10,15 @@ from puzzle_ray.errors import DataError, PuzzleError
 _LONGEST_REASON = 300
 
 
-def reason_of(error: BaseException) -> str:
-    """The first line of an error, and of what caused it. An error without words is told by its type."""
-    parts: list[str] = []
+def reason_of(error: BaseException, name: str = "") -> str:
+    """The first line of an error; of its cause, where it says no more than `name`. An error without words is told by its type."""
     current: BaseException | None = error
-    while current is not None and len(parts) < 3:
+    while current is not None:
         lines = [line.strip() for line in str(current).splitlines() if line.strip()]
-        text = lines[0] if lines else type(current).__name__
-        if not any(text in part for part in parts):
-            parts.append(text)
+        if lines and lines[0] != name:
+            return lines[0][:_LONGEST_REASON]
         current = current.__cause__
-    return ": ".join(parts)[:_LONGEST_REASON]
+    return type(error).__name__
 
 
 @contextmanager
@@ -31,4 +29,4 @@ def reading(name: str, where: str, remedy: str = "name a file, a folder, a URL o
     except PuzzleError:
         raise
     except Exception as error:
-        raise DataError(where, f"{name!r} cannot be read ({reason_of(error)})", remedy) from None
+        raise DataError(where, f"{name!r} cannot be read ({reason_of(error, name)})", remedy) from None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from puzzle_ray.data.files import TextFile, find_files
-from puzzle_ray.data.foreign import reading
+from puzzle_ray.data.foreign import reading, reason_of
 from puzzle_ray.errors import DataError
 
 _HASHED_BYTES = 64 << 20  # files up to this size are known by their content, larger ones by their size and time of change
@@ -76,6 +76,8 @@ def _remote_identity(file: TextFile) -> bytes:
 def _hub_commit(source: str, where: str, api: Any = None) -> str:
     from huggingface_hub import HfApi
 
-    remedy = "name a path that exists, or a data set of the hub while the hub can be reached"
-    with reading(source, where, remedy):
+    try:
         return str((api or HfApi()).dataset_info(source, timeout=_HUB_TIMEOUT_S).sha)
+    except Exception as error:  # the hub's client raises its own errors and those of the library for http below it
+        problem = f"there is no file {source!r}, and no data set of that name can be had of the hub ({reason_of(error)})"
+        raise DataError(where, problem, "name a path that exists, or a data set of the hub that you can reach") from None
