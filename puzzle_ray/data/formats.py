@@ -58,6 +58,7 @@ def _not_utf8(file: TextFile, where: str) -> DataError:
         seen += len(block)
         if seen >= _COUNTED_BYTES:
             break
+    bad += len(decoder.getstate()[0])  # a character cut off by the end
     counted = f"{bad} of the {'first ' if seen >= _COUNTED_BYTES else ''}{seen} bytes are no UTF-8"
     if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or zeros * 10 > seen:
         problem = f"{file.name!r} looks like UTF-16 ({counted}, {zeros} are zero)"

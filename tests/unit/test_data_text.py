@@ -9,6 +9,7 @@ import tracemalloc
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from byte_tokenizer import byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -21,7 +22,6 @@ from puzzle_ray.data.documents import TextFacts, check_text, cut, documents, pie
 from puzzle_ray.data.settings import DataConfig
 from puzzle_ray.data.tokenising import pack, tokenise
 from puzzle_ray.errors import DataError
-from byte_tokenizer import byte_tokenizer
 
 TEXTS = ["one\ntwo", "ünïcödé \u2028 line", "", 'quo"te', "last"]
 WORDS = "the quick brown fox, jumps over 13 lazy dogs.\n\nAnd again: it's déjà vu! "
@@ -87,7 +87,13 @@ def test_characters_and_line_ends_across_blocks(tmp_path, monkeypatch, block):
     (tmp_path / "a.txt").write_bytes("aé€😀\r\nb\rc\n".encode())
     assert read(tmp_path / "a.txt")[0] == ["aé€😀\nb\nc\n"]
     rows = [{"text": f"aé€😀 {n}", "more": [1, {"x": "}]"}]} for n in range(5)]
-    for text in ("\n\n".join(map(json.dumps, rows)), json.dumps(rows), json.dumps(rows, indent=2, ensure_ascii=False), "[]", " \n"):
+    for text in (
+        "\n\n".join(map(json.dumps, rows)),
+        json.dumps(rows),
+        json.dumps(rows, indent=2, ensure_ascii=False),
+        "[]",
+        " \n",
+    ):
         (tmp_path / "a.json").write_text(text)
         assert read(tmp_path / "a.json")[0] == ([row["text"] for row in rows] if "text" in text else [])
 
