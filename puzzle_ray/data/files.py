@@ -16,9 +16,13 @@ Format = Literal["text", "json", "parquet"]
 
 _FORMATS: dict[str, Format] = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
-_ABOUT_THE_DATA = {
-    *("readme", "license", "licence", "copying", "notice", "authors", "citation", "changelog", "contributing", "code_of_conduct"),
-    *("card", "datacard", "data_card", "dataset_card", "model_card", "dataset_info", "dataset_infos"),
+_ABOUT_THE_DATA: dict[str, tuple[str, ...]] = {  # by format: what these names hold, the part before the first dot
+    "text": (
+        *("readme", "license", "licence", "copying", "notice", "authors", "citation", "changelog", "contributing"),
+        *("code_of_conduct", "card", "datacard", "data_card", "dataset_card", "model_card"),
+    ),
+    "json": ("dataset_info", "dataset_infos"),
+    "parquet": (),
 }
 
 
@@ -167,7 +171,7 @@ def _in_a_store(filesystem: Any, path: str) -> tuple[list[str], bool]:
 def _of_one_kind(source: str, found: list[TextFile], where: str) -> Found:
     """Raises DataError for a mix of formats, and where all there is is about the data."""
     text = [file for file in found if file.format]
-    kept = [file for file in text if Path(file.path).name.split(".")[0].lower() not in _ABOUT_THE_DATA]
+    kept = [file for file in text if Path(file.path).name.split(".")[0].lower() not in _ABOUT_THE_DATA[str(file.format)]]
     formats = sorted({str(file.format) for file in kept})
     if len(formats) > 1:
         raise DataError(where, f"{source!r} mixes {', '.join(formats)} files", "name a glob of one kind")

@@ -79,6 +79,11 @@ def test_what_is_about_the_data_is_left_out_of_folders_and_said(tmp_path):
     assert read(tmp_path / "README.md")[0] == ["about"]
 
 
+def test_rows_in_a_file_of_any_name_are_text(tmp_path):
+    write_jsonl(tmp_path / "authors.jsonl")
+    assert read(tmp_path)[0] == TEXTS
+
+
 def test_over_http(served):
     folder, url = served
     write_jsonl(folder / "train.jsonl")
