@@ -14,7 +14,7 @@ from puzzle_ray.data.files import Found, find_files
 from puzzle_ray.data.foreign import reading
 from puzzle_ray.data.formats import rows, text_chunks
 from puzzle_ray.data.settings import DataConfig
-from puzzle_ray.data.sources import check_source
+from puzzle_ray.data.sources import check_source, hub_commit
 from puzzle_ray.errors import DataError
 
 WHOLE_CHARACTERS = 1_000_000  # a document up to this length is tokenised whole
@@ -134,6 +134,9 @@ def check_text(config: DataConfig, tokenizer: Any) -> None:
     """Looks at the first rows of both sources as tokenising would. Raises DataError for what holds no text."""
     for where, source in (("data.train", config.train), ("data.heldout", config.heldout)):
         if source is not None:
+            check_source(source, where)
+            if not find_files(source, where).files:
+                hub_commit(source, where)  # streaming tries again and again before it says that the hub does not answer
             for _ in islice(pieces(source, config, where, tokenizer, max_rows=_FIRST_ROWS), _FIRST_DOCUMENTS):
                 pass
 

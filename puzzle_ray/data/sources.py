@@ -42,7 +42,7 @@ def source_fingerprint(source: str, where: str = "data") -> str:
     files = find_files(source, where).files
     if not files:
         check_source(source, where)
-        return hashlib.sha256(f"{source}@{_hub_commit(source, where)}".encode()).hexdigest()
+        return hashlib.sha256(f"{source}@{hub_commit(source, where)}".encode()).hexdigest()
     digest = hashlib.sha256()
     for file in files:
         with reading(file.name, where):
@@ -73,7 +73,8 @@ def _remote_identity(file: TextFile) -> bytes:
     return f"{file.name}:{info.get('size')}:{digest.hexdigest()}".encode()
 
 
-def _hub_commit(source: str, where: str, api: Any = None) -> str:
+def hub_commit(source: str, where: str, api: Any = None) -> str:
+    """The commit a data set of the hub is at. Raises DataError, without many tries, where it cannot be had."""
     from huggingface_hub import HfApi
 
     try:

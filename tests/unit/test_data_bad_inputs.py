@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from byte_tokenizer import byte_tokenizer
 
+from puzzle_ray.data import documents as documents_module
 from puzzle_ray.data.documents import check_text
 from puzzle_ray.data.settings import DataConfig
 from puzzle_ray.data.sources import check_source, source_fingerprint
@@ -173,6 +174,7 @@ def test_whatever_reading_a_data_set_of_the_hub_raises(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(documents_module, "hub_commit", lambda source, where: "c0ffee")
     with pytest.raises(DataError, match="'some/texts' cannot be read") as raised:
         check_text(DataConfig(train="some/texts"), byte_tokenizer())
     assert "\n" not in str(raised.value)

@@ -15,7 +15,7 @@ from huggingface_hub import HfApi
 from puzzle_ray.data.documents import TextFacts, documents
 from puzzle_ray.data.files import find_files
 from puzzle_ray.data.settings import DataConfig
-from puzzle_ray.data.sources import _hub_commit, check_source, source_fingerprint
+from puzzle_ray.data.sources import check_source, hub_commit, source_fingerprint
 from puzzle_ray.errors import DataError
 
 TEXTS = ["one", "two", "three"]
@@ -203,9 +203,9 @@ def test_a_data_set_of_the_hub_is_known_by_its_commit():
     server = hub({"some/texts": "c0ffee"})
     try:
         api = HfApi(endpoint=f"http://127.0.0.1:{server.server_port}", token=False)
-        assert _hub_commit("some/texts", "data.train", api) == "c0ffee"
+        assert hub_commit("some/texts", "data.train", api) == "c0ffee"
         with pytest.raises(DataError, match="no data set of that name can be had of the hub") as error:
-            _hub_commit("other/texts", "data.train", api)
+            hub_commit("other/texts", "data.train", api)
         assert "\n" not in str(error.value)
     finally:
         server.shutdown()
@@ -214,7 +214,7 @@ def test_a_data_set_of_the_hub_is_known_by_its_commit():
 
 def test_the_hub_that_cannot_be_reached_is_one_line():
     with pytest.raises(DataError, match="there is no file 'some/texts', and no data set") as error:
-        _hub_commit("some/texts", "data.train", HfApi(endpoint="http://127.0.0.1:9", token=False))
+        hub_commit("some/texts", "data.train", HfApi(endpoint="http://127.0.0.1:9", token=False))
     assert "\n" not in str(error.value)
 
 
