@@ -8,43 +8,79 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from puzzle_ray.errors import DataError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 TokenArray = npt.NDArray[np.int32]
+RowArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Packed sequences `[sequences, sequence_length]` of one split."""
+    """Packed sequences `[sequences, sequence_length]` of one split.
+
+    With `rows` it is those rows of `sequences` alone, without a copy. Their order was drawn already: `first` and the first epoch read
+    them as they stand.
+    """
 
     sequences: TokenArray
+    rows: RowArray | None = None
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.sequences if self.rows is None else self.rows)
 
     @property
     def num_tokens(self) -> int:
-        return int(self.sequences.size)
+        return self.num_sequences * self.sequences.shape[1]
 
     def batch(self, seed: int, number: int, num_sequences: int) -> Tensor:
         """Micro-batch `number`: `[num_sequences, sequence_length]` int64. Every epoch has a permutation of its own."""
-        import torch
-
-        total = len(self.sequences)
-        rows = []
+        total = self.num_sequences
+        chosen = []
         for position in range(number * num_sequences, (number + 1) * num_sequences):
             epoch, offset = divmod(position, total)
-            rows.append(_permutation(seed, epoch, total)[offset])
-        return torch.from_numpy(self.sequences[rows].astype(np.int64))
+            is_drawn = self.rows is not None and epoch == 0
+            chosen.append(offset if is_drawn else _permutation(seed, epoch, total)[offset])
+        return self._read(np.asarray(chosen, dtype=np.int64))
 
     def first(self, max_tokens: int, num_sequences: int) -> list[Tensor]:
         """The first sequences in order, for evaluation: batches of `num_sequences`, at least one, the last may be smaller."""
+        count = max(1, min(self.num_sequences, max_tokens // self.sequences.shape[1]))
+        return [self._read(np.arange(i, min(i + num_sequences, count))) for i in range(0, count, num_sequences)]
+
+    def split_validation(self, seed: int, count: int) -> tuple[Tokens, Tokens]:
+        """(validation, training): `count` sequences that training never reads, in whatever epoch, and the others.
+
+        Together they are the first epoch of `seed`: `validation.batch(seed, n, size)` is what `batch(seed, n, size)` is of the whole,
+        and `training.batch(seed, n, size)`, in its first epoch, what `batch(seed, n + count // size, size)` is.
+
+        Raises DataError where nothing would be left to train on.
+        """
+        if self.rows is not None:
+            raise ValueError("these tokens are a part already")
+        total = len(self.sequences)
+        if not 0 < count < total:
+            problem = f"{count} sequences for validation leave nothing to train on: there are {total}"
+            raise DataError("data.train", problem, "give more text, or lower the tokens for validation")
+        order = _permutation(seed, 0, total)
+        return Tokens(self.sequences, order[:count]), Tokens(self.sequences, order[count:])
+
+    def _read(self, chosen: RowArray) -> Tensor:
         import torch
 
-        count = max(1, min(len(self.sequences), max_tokens // self.sequences.shape[1]))
-        return [
-            torch.from_numpy(self.sequences[i : min(i + num_sequences, count)].astype(np.int64))
-            for i in range(0, count, num_sequences)
-        ]
+        rows = chosen if self.rows is None else self.rows[chosen]
+        return torch.from_numpy(self.sequences[rows].astype(np.int64))
+
+
+def epochs(tokens_asked: int, tokens_there: int) -> float:
+    """How many times training reads its text: above 1 some of it is read again."""
+    if tokens_there < 1:
+        raise ValueError("there are no tokens")
+    return tokens_asked / tokens_there
 
 
 _permutations: dict[tuple[int, int, int], npt.NDArray[np.int64]] = {}

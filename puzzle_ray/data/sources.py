@@ -1,103 +1,84 @@
-"""Where text comes from: files, folders, globs, URLs, and data sets of a hub."""
+"""What is known of a source before it is read: whether it is there, and what its content is identified by."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from puzzle_ray.data.settings import DataConfig
+from puzzle_ray.data.files import TextFile, find_files
+from puzzle_ray.data.foreign import reading, reason_of
 from puzzle_ray.errors import DataError
 
-_FORMATS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-
-
-def _files(source: str) -> tuple[str, list[str]]:
-    """(format, files) of a path, folder, glob or URL; an empty list means that it must be a hub id."""
-    import fsspec
-
-    if "://" in source:
-        try:
-            filesystem, path = fsspec.core.url_to_fs(source)
-        except (ValueError, ImportError) as error:
-            raise DataError("data", f"{source!r} cannot be opened ({error})", "name a file, a folder or an fsspec URL") from None
-        protocol = source.split("://", 1)[0] + "://"
-        found = sorted(filesystem.find(path)) if filesystem.isdir(path) else sorted(filesystem.glob(path))
-        found = [protocol + name for name in found]
-    else:
-        path = Path(source).expanduser()
-        if path.is_dir():
-            found = sorted(str(p) for p in path.rglob("*") if p.is_file())
-        elif path.is_file():
-            found = [str(path)]
-        else:
-            found = sorted(str(p) for p in path.parent.glob(path.name)) if path.parent.is_dir() else []
-    kept = [name for name in found if Path(name).suffix in _FORMATS]
-    formats = {_FORMATS[Path(name).suffix] for name in kept}
-    if len(formats) > 1:
-        raise DataError("data", f"{source!r} mixes {', '.join(sorted(formats))} files", "name a glob of one kind")
-    return (formats.pop() if formats else ""), kept
+_HASHED_BYTES = 64 << 20  # files up to this size are known by their content, larger ones by their size and time of change
+_VERSION_FIELDS = ("ETag", "etag", "Content-MD5", "Digest", "md5", "md5Hash", "crc32c", "blob_id", "VersionId", "generation")
+_TIME_FIELDS = ("Last-Modified", "LastModified", "last_modified", "last_commit", "updated", "mtime", "created")
+_HUB_TIMEOUT_S = 20.0
 
 
 def check_source(source: str, where: str) -> None:
     """Cheap check before any work. Raises DataError for a path that does not exist or holds no text files, or is empty."""
-    kind, files = _files(source)
-    if files:
-        if "://" not in source and all(Path(name).stat().st_size == 0 for name in files):
+    found = find_files(source, where)
+    if found.files:
+        if "://" not in source and all(Path(file.path).stat().st_size == 0 for file in found.files):
             raise DataError(where, f"{source!r} is empty", "name a file with text in it")
         return
-    looks_like_path = (
-        source.startswith((".", "/", "~")) or "://" in source or Path(source).suffix in _FORMATS or source.count("/") > 1
-    )
+    named_as_file = TextFile(source, source).format is not None
+    looks_like_path = source.startswith((".", "/", "~")) or "://" in source or named_as_file or source.count("/") > 1
     if looks_like_path or Path(source).exists():
         raise DataError(
             where, f"no .txt, .jsonl or .parquet file at {source!r}", "name a file, a folder, a glob, a URL or a hub id"
         )
 
 
-def documents(source: str, config: DataConfig, where: str) -> Iterator[str]:
-    """The documents of a source, in order. A .txt file is one document. Raises DataError."""
-    kind, files = _files(source)
-    if kind == "text":
-        import fsspec
+def source_fingerprint(source: str, where: str = "data") -> str:
+    """Changes when the content of a source does.
 
-        for name in files:
-            with fsspec.open(name, "r", encoding="utf-8", errors="replace") as file:
-                yield file.read()
-        return
-    import datasets
+    A file of this machine: its name, its size and its content (above 64 MB its time of change). A URL: its size with its ETag or
+    checksum, else its time of change, else its first 64 MB. A hub data set: the commit it is at.
 
-    datasets.disable_progress_bars()
-    try:
-        if kind:
-            rows = datasets.load_dataset(kind, data_files=files, split="train", streaming=True)
-        else:
-            check_source(source, where)
-            rows = datasets.load_dataset(source, split=config.split, streaming=True)
-        for row in rows:
-            if config.text_column not in row:
-                raise DataError(
-                    f"{where}: {source!r}", f"no column {config.text_column!r}", f"data.text_column is one of {sorted(row)}"
-                )
-            if row[config.text_column]:
-                yield row[config.text_column]
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(where, f"{source!r} cannot be read ({reason})", "name a file, a folder, a URL or a hub id") from None
-
-
-def source_fingerprint(source: str) -> str:
-    """Changes when a local source's files do (name, size, time of change); a hub id or URL stands for itself."""
-    _, files = _files(source)
-    digest = hashlib.sha256(source.encode() if not files else b"")
-    for name in files:
-        path = Path(name)
-        if "://" in name:
-            digest.update(name.encode())
-        else:
+    Raises DataError where it cannot be reached.
+    """
+    files = find_files(source, where).files
+    if not files:
+        check_source(source, where)
+        return hashlib.sha256(f"{source}@{hub_commit(source, where)}".encode()).hexdigest()
+    digest = hashlib.sha256()
+    for file in files:
+        with reading(file.name, where):
+            if file.filesystem is not None:
+                digest.update(_remote_identity(file))
+                continue
+            path = Path(file.path)
             digest.update(f"{path.name}:{path.stat().st_size}:".encode())
-            if path.stat().st_size <= 64 << 20:
+            if path.stat().st_size <= _HASHED_BYTES:
                 digest.update(path.read_bytes())
             else:
                 digest.update(str(path.stat().st_mtime_ns).encode())
     return digest.hexdigest()
+
+
+def _remote_identity(file: TextFile) -> bytes:
+    info = file.info()
+    for fields in (_VERSION_FIELDS, _TIME_FIELDS):
+        known = {field: str(info[field]) for field in fields if info.get(field)}
+        if known:
+            return f"{file.name}:{info.get('size')}:{sorted(known.items())}".encode()
+    digest = hashlib.sha256()
+    left = _HASHED_BYTES
+    with file.open() as stream:
+        while left > 0 and (block := stream.read(min(left, 1 << 20))):
+            digest.update(block)
+            left -= len(block)
+    return f"{file.name}:{info.get('size')}:{digest.hexdigest()}".encode()
+
+
+def hub_commit(source: str, where: str, api: Any = None) -> str:
+    """The commit a data set of the hub is at. Raises DataError, without many tries, where it cannot be had."""
+    from huggingface_hub import HfApi
+
+    try:
+        return str((api or HfApi()).dataset_info(source, timeout=_HUB_TIMEOUT_S).sha)
+    except Exception as error:  # the hub's client raises its own errors and those of the library for http below it
+        problem = f"there is no file {source!r}, and no data set of that name can be had of the hub ({reason_of(error)})"
+        raise DataError(where, problem, "name a path that exists, or a data set of the hub that you can reach") from None

@@ -10,9 +10,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from puzzle_ray.data.documents import documents
 from puzzle_ray.data.order import Tokens
 from puzzle_ray.data.settings import DataConfig
-from puzzle_ray.data.sources import check_source, documents, source_fingerprint
+from puzzle_ray.data.sources import check_source, source_fingerprint
 from puzzle_ray.data.tokenising import pack, tokenise
 from puzzle_ray.errors import DataError
 

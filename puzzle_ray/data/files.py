@@ -1,0 +1,181 @@
+"""Which files a source means: a path, a folder, a glob or a URL of them."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from puzzle_ray.data.foreign import reading
+from puzzle_ray.errors import DataError
+
+Format = Literal["text", "json", "parquet"]
+
+_FORMATS: dict[str, Format] = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+_ABOUT_THE_DATA: dict[str, tuple[str, ...]] = {  # by format: what these names hold, the part before the first dot
+    "text": (
+        *("readme", "license", "licence", "copying", "notice", "authors", "citation", "changelog", "contributing"),
+        *("code_of_conduct", "card", "datacard", "data_card", "dataset_card", "model_card"),
+    ),
+    "json": ("dataset_info", "dataset_infos"),
+    "parquet": (),
+}
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A file of text. `name` is what errors show; `path` is what `filesystem` opens (None: this machine's own files)."""
+
+    name: str
+    path: str
+    filesystem: Any = None
+
+    @property
+    def _suffixes(self) -> tuple[str, str]:
+        """(kind, compression), lower case; the second is empty where the file is not compressed."""
+        path = PurePosixPath(urlsplit(self.path).path if self.is_http else Path(self.path).name)
+        last = path.suffix.lower()
+        return (PurePosixPath(path.stem).suffix.lower(), last) if last in _COMPRESSIONS else (last, "")
+
+    @property
+    def is_http(self) -> bool:
+        return self.path.startswith(("http://", "https://"))
+
+    @property
+    def format(self) -> Format | None:
+        """None where this is no file of text."""
+        kind, compression = self._suffixes
+        return None if compression and kind == ".parquet" else _FORMATS.get(kind)
+
+    @property
+    def is_json_lines(self) -> bool:
+        return self._suffixes[0] == ".jsonl"
+
+    @property
+    def compression(self) -> str | None:
+        return _COMPRESSIONS.get(self._suffixes[1])
+
+    def info(self) -> dict[str, Any]:
+        """What the filesystem of a URL knows: size, ETag, time of change, as far as it has them."""
+        return dict(self.filesystem.info(self.path))
+
+    def open(self) -> Any:
+        """Its bytes as they lie there. A file behind http is read from its beginning on and cannot be sought in."""
+        if self.filesystem is None:
+            return open(self.path, "rb")
+        return self.filesystem.open(self.path, "rb", **({"block_size": 0} if self.is_http else {}))
+
+
+@dataclass(frozen=True)
+class Found:
+    """The files of a source, all of one format, and the names of those left out. No files: it can only be a hub id."""
+
+    files: tuple[TextFile, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def format(self) -> Format | None:
+        return self.files[0].format if self.files else None
+
+
+def find_files(source: str, where: str = "data") -> Found:
+    """The files of a path, folder, glob or URL. A name that exists is taken literally, whatever characters it has.
+
+    Raises DataError.
+    """
+    if not source.strip():
+        raise DataError(where, f"{source!r} names nothing", "name a file, a folder, a URL or a hub id")
+    with reading(source, where):
+        if "://" in source:
+            found, literal = _remote(source, where)
+        else:
+            found, literal = _local(source)
+    if literal:
+        return Found(tuple(file for file in found if file.format))
+    return _of_one_kind(source, found, where)
+
+
+def _local(source: str) -> tuple[list[TextFile], bool]:
+    path = Path(source).expanduser()
+    if path.is_file():
+        return [TextFile(str(path), str(path))], True
+    if path.is_dir():
+        found = sorted(str(p) for p in path.rglob("*") if p.is_file())
+    elif path.parent.is_dir():
+        found = sorted(str(p) for p in path.parent.glob(path.name) if p.is_file())
+    else:
+        found = sorted(name for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+    base = path if path.is_dir() else path.parent
+    return _visible([TextFile(name, name) for name in found], str(base)), False
+
+
+def _visible(files: Iterable[TextFile], base: str) -> list[TextFile]:
+    """Without hidden files and what lies in hidden folders below `base`."""
+    kept = []
+    for file in files:
+        below = file.path.removeprefix(base) if file.path.startswith(base) else file.path.rsplit("/", 1)[-1]
+        if not any(part.startswith(".") for part in below.split("/")):
+            kept.append(file)
+    return kept
+
+
+def _remote(source: str, where: str) -> tuple[list[TextFile], bool]:
+    import fsspec
+
+    try:
+        # a listing that is remembered would hide a file that was replaced
+        filesystem, path = fsspec.core.url_to_fs(source, use_listings_cache=False)
+    except (ValueError, ImportError) as error:
+        raise DataError(where, f"{source!r} cannot be opened ({error})", "name a file, a folder or an fsspec URL") from None
+
+    def named(found: str) -> TextFile:
+        name = found if "://" in found else str(filesystem.unstrip_protocol(found))
+        return TextFile(name, found, filesystem)
+
+    if path.startswith(("http://", "https://")):
+        found, literal = _over_http(source, filesystem)
+    else:
+        found, literal = _in_a_store(filesystem, path)
+    files = [named(name) for name in found]
+    return (files if literal else _visible(files, path.rstrip("/"))), literal
+
+
+def _over_http(source: str, filesystem: Any) -> tuple[list[str], bool]:
+    """No question that makes a server send a whole file: only what ends in `/` is asked for its links."""
+    if "*" in source:
+        return sorted(filesystem.glob(source)), False
+    if urlsplit(source).path.endswith("/"):
+        return sorted(name for name in filesystem.ls(source, detail=False) if not name.endswith("/")), False
+    if TextFile(source, source).format is None:
+        return [], True
+    filesystem.info(source)  # raises where it is not there
+    return [source], True
+
+
+def _in_a_store(filesystem: Any, path: str) -> tuple[list[str], bool]:
+    try:
+        kind = filesystem.info(path)["type"]
+    except FileNotFoundError:
+        kind = ""
+    if kind == "file":
+        return [path], True
+    if kind == "directory":
+        return sorted(filesystem.find(path)), False
+    return sorted(name for name, info in filesystem.glob(path, detail=True).items() if info["type"] == "file"), False
+
+
+def _of_one_kind(source: str, found: list[TextFile], where: str) -> Found:
+    """Raises DataError for a mix of formats, and where all there is is about the data."""
+    text = [file for file in found if file.format]
+    kept = [file for file in text if Path(file.path).name.split(".")[0].lower() not in _ABOUT_THE_DATA[str(file.format)]]
+    formats = sorted({str(file.format) for file in kept})
+    if len(formats) > 1:
+        raise DataError(where, f"{source!r} mixes {', '.join(formats)} files", "name a glob of one kind")
+    if text and not kept:
+        names = ", ".join(repr(Path(file.path).name) for file in text[:3])
+        raise DataError(where, f"{source!r} holds no text but {names}", "name that file itself to read it as text")
+    return Found(tuple(kept), tuple(file.name for file in found if file not in kept))
