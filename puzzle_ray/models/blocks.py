@@ -95,6 +95,8 @@ class LayerStack(nn.Module):
         self.positions = model.get_submodule(descriptor.positions) if starts and descriptor.positions else None
         self.final_norm = model.get_submodule(descriptor.final_norm) if stops else None
         self.head = model.get_submodule(descriptor.head) if stops else None
+        self.divisor = getattr(config, descriptor.logits_divisor) if descriptor.logits_divisor else None
+        self.softcap = getattr(config, descriptor.logits_softcap) if descriptor.logits_softcap else None
 
     @property
     def device(self) -> torch.device:
@@ -142,14 +144,29 @@ class LayerStack(nn.Module):
         """Layer `index` of the whole model."""
         return self.layers[index - self.first]
 
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        """Final norm, head, and the family's scaling or soft cap: [batch, tokens, hidden_size] -> [batch, tokens, vocab_size]."""
+    def predict(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Final hidden states and logits of what leaves the last layer, `[batch, tokens, hidden_size]` and `[batch, tokens, vocab_size]`.
+
+        Final norm, then head, then the family's divisor, then its soft cap: bit for bit the logits of the whole model.
+        """
         assert self.final_norm is not None and self.head is not None, "this stack does not hold the head"
-        out: Tensor = self.head(self.final_norm(hidden_states))
-        if self.descriptor.logits_divisor:
-            out = out / getattr(self.config, self.descriptor.logits_divisor)
-        cap = getattr(self.config, self.descriptor.logits_softcap) if self.descriptor.logits_softcap else None
-        return out if cap is None else torch.tanh(out / cap) * cap
+        final: Tensor = self.final_norm(hidden_states)
+        logits: Tensor = self.head(final)
+        if self.divisor is not None:
+            logits = logits / self.divisor
+        return final, logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """The second half of `predict`."""
+        return self.predict(hidden_states)[1]
+
+    def logit_slopes(self, hidden_states: Tensor) -> Tensor | None:
+        """How much each logit moves with the head's output for it, `[batch, tokens, vocab_size]`; None where both are the same."""
+        if self.divisor is None and self.softcap is None:
+            return None
+        logits = self.logits(hidden_states).float()
+        slopes = torch.ones_like(logits) if self.softcap is None else 1 - (logits / self.softcap).square()
+        return slopes if self.divisor is None else slopes / self.divisor
 
 
 def _materialise(

@@ -66,17 +66,11 @@ class ShardScorer:
         return [kept[self.stack.last] for kept in self.inputs]
 
     def _keep(self, number: int, leaving: Tensor) -> Kept:
-        final, logits = self._ends(leaving)
+        final, logits = self.stack.predict(leaving)
         if number >= self.num_texts:
             return Kept(gold_log_prob=answers(logits, self.questions[number - self.num_texts]).gold_log_prob)
         log_probs = F.log_softmax(logits.float(), dim=-1)
         return Kept(log_probs, final, tuple(next_token_loss(log_probs, self.input_ids[number]).tolist()))
-
-    def _ends(self, leaving: Tensor) -> tuple[Tensor, Tensor]:
-        """What final norm and head put out."""
-        assert self.stack.final_norm is not None and self.stack.head is not None, "this shard does not hold the head"
-        final = self.stack.final_norm(leaving)
-        return final, self.stack.head(final)
 
     @torch.no_grad()
     def exchange(self, task: ScoringTask, states_of: StatesOf) -> list[Tensor]:
@@ -115,7 +109,7 @@ class ShardScorer:
         return [Damage.joined(found) for found in parts]
 
     def _damage(self, number: int, leaving: Tensor) -> Damage:
-        final, logits = self._ends(leaving)
+        final, logits = self.stack.predict(leaving)
         kept, ids = self.parent[number], self.input_ids[number]
         if number >= self.num_texts:
             found = answers(logits, self.questions[number - self.num_texts]).gold_log_prob
