@@ -19,7 +19,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice, SubblockKind
 from puzzle_ray.families.descriptor import Descriptor
 from puzzle_ray.families.registry import layer_type
-from puzzle_ray.models.checkpoint import Checkpoint
+from puzzle_ray.models.checkpoint import Checkpoint, as_stored
 from puzzle_ray.variants.base import find_variant
 
 CPU = torch.device("cpu")
@@ -196,12 +196,12 @@ def load_stack(
     device: torch.device = CPU,
 ) -> LayerStack:
     """Reads only the layers asked for, tensor by tensor, straight to `device`. `dtype` is the one to compute in."""
-    config = copy.deepcopy(config)
+    checkpoint = Checkpoint(folder)
+    config = copy.deepcopy(as_stored(config, checkpoint) if ends and last == config.num_hidden_layers else config)
     config._attn_implementation = descriptor.attn_implementation
     with torch.device("meta"):
         model = getattr(transformers, descriptor.model_class)._from_config(config, dtype=dtype)
     stack = LayerStack(model, descriptor, config, first, last, ends=ends)
-    checkpoint = Checkpoint(folder)
 
     def fill(module: nn.Module | None, prefix: str) -> None:
         if module is not None:
@@ -214,6 +214,5 @@ def load_stack(
     fill(stack.embedding, descriptor.embedding)
     fill(stack.positions, descriptor.positions)
     fill(stack.final_norm, descriptor.final_norm)
-    tied = f"{descriptor.head}.weight" not in checkpoint
-    fill(stack.head, descriptor.embedding if tied else descriptor.head)
+    fill(stack.head, descriptor.embedding if config.tie_word_embeddings else descriptor.head)
     return stack.eval().requires_grad_(False)
