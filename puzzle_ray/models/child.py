@@ -26,7 +26,7 @@ from torch import Tensor
 
 from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice, SubblockKind
 from puzzle_ray.families.descriptor import Descriptor
-from puzzle_ray.families.registry import complete, descriptor_of, families, llama_like
+from puzzle_ray.families.registry import complete, descriptor_of, families, llama_like, refused
 from puzzle_ray.models.blocks import reshape
 from puzzle_ray.models.checkpoint import (
     Checkpoint,
@@ -242,6 +242,8 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
     if foreign and not trust_remote_code:
         problem = f"{file} asks for code of the model's own (auto_map, model_type {model_type!r})"
         raise ParentError("parent", problem, "name a model that transformers has code for, or set trust_remote_code: true")
+    if not foreign and model_type not in CONFIG_MAPPING:
+        raise refused(model_type, "this version of transformers does not know that type")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=foreign)
     except MemoryError:

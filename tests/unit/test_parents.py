@@ -149,7 +149,7 @@ BAD = {  # name: (what the folder is made of, how it is broken, what must be sai
     "config_is_no_text": ({}, text(CONFIG, b"\xff\xfe\x00{"), "config.json cannot be read .*utf-8"),
     "config_is_an_lfs_pointer": ({}, text(CONFIG, LFS), "config.json is a Git LFS pointer.*git lfs pull"),
     "config_without_type": ({}, dropped("model_type"), "names no model_type"),
-    "config_of_unknown_type": ({}, settings(model_type="lama"), "config.json cannot be read .*lama"),
+    "config_of_unknown_type": ({}, settings(model_type="lama"), "family 'lama' is not supported: .*; supported: .*llama"),
     "config_of_wrong_types": ({}, settings(hidden_size="much"), "config.json cannot be read .*hidden_size.* int"),
     "config_that_builds_nothing": ({}, settings(pad_token_id=9999), "no model can be built from .*config.json .*adding_idx"),
     "dtype_of_no_float": ({}, settings(dtype="float8_e4m3fn"), "dtype 'float8_e4m3fn'"),
