@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoTokenizer
 
 from puzzle_ray.artifacts import Architecture, Scenario
 from puzzle_ray.evaluation.settings import EvaluateConfig
 from puzzle_ray.models.checkpoint import locate
 from puzzle_ray.models.child import load_model, quiet_transformers
+from puzzle_ray.models.tokenizer import read_tokenizer
 from puzzle_ray.profiling.engine import Timing, measure_side_by_side
 from puzzle_ray.profiling.engines.torch_engine import ENGINE
 from puzzle_ray.profiling.memory import model_memory_mib
@@ -97,7 +97,7 @@ def evaluate(
     measurements. With `questions`, every model also has its accuracy and the other measures of its answers, as `downstream_*`.
     """
     dtype = "bfloat16" if dtype == "fp8" else dtype
-    tokenizer = AutoTokenizer.from_pretrained(locate(folders[PARENT]))
+    tokenizer = read_tokenizer(locate(folders[PARENT]))
     device = torch.device("cuda" if use_gpu else "cpu")
     with quiet_transformers(), progress.stage("evaluate", 3, "step") as bar:
         models = {name: load_model(folder, torch.float32).to(device) for name, folder in folders.items()}

@@ -25,4 +25,5 @@ DESCRIPTOR = Descriptor(
     ffn_down="c_proj",
     ffn_width="n_inner",
     unsupported={"add_cross_attention": (True,), "reorder_and_upcast_attn": (True,)},
+    ignored_weights=(r"\.attn\.(masked_)?bias$",),
 )

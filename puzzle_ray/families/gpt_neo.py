@@ -22,4 +22,5 @@ DESCRIPTOR = Descriptor(
     ffn_up="c_fc",
     ffn_down="c_proj",
     attn_implementation="eager",
+    ignored_weights=(r"\.attn\.attention\.(masked_)?bias$",),
 )

@@ -19,7 +19,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice, SubblockKind
 from puzzle_ray.families.descriptor import Descriptor
 from puzzle_ray.families.registry import layer_type
-from puzzle_ray.models.checkpoint import Checkpoint
+from puzzle_ray.models.checkpoint import Checkpoint, as_stored
 from puzzle_ray.variants.base import find_variant
 
 CPU = torch.device("cpu")
@@ -95,6 +95,8 @@ class LayerStack(nn.Module):
         self.positions = model.get_submodule(descriptor.positions) if starts and descriptor.positions else None
         self.final_norm = model.get_submodule(descriptor.final_norm) if stops else None
         self.head = model.get_submodule(descriptor.head) if stops else None
+        self.divisor = getattr(config, descriptor.logits_divisor) if descriptor.logits_divisor else None
+        self.softcap = getattr(config, descriptor.logits_softcap) if descriptor.logits_softcap else None
 
     @property
     def device(self) -> torch.device:
@@ -142,14 +144,29 @@ class LayerStack(nn.Module):
         """Layer `index`, counted in the whole model."""
         return self.layers[index - self.first]
 
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        """Final norm, head, and the family's scaling or soft cap: `[batch, tokens, hidden_size]` -> `[batch, tokens, vocab_size]`."""
+    def predict(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Final hidden states and logits of what leaves the last layer, `[batch, tokens, hidden_size]` and `[batch, tokens, vocab_size]`.
+
+        Final norm, then head, then the family's divisor, then its soft cap: bit for bit the logits of the whole model.
+        """
         assert self.final_norm is not None and self.head is not None, "this stack does not hold the head"
-        out: Tensor = self.head(self.final_norm(hidden_states))
-        if self.descriptor.logits_divisor:
-            out = out / getattr(self.config, self.descriptor.logits_divisor)
-        cap = getattr(self.config, self.descriptor.logits_softcap) if self.descriptor.logits_softcap else None
-        return out if cap is None else torch.tanh(out / cap) * cap
+        final: Tensor = self.final_norm(hidden_states)
+        logits: Tensor = self.head(final)
+        if self.divisor is not None:
+            logits = logits / self.divisor
+        return final, logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """The second half of `predict`."""
+        return self.predict(hidden_states)[1]
+
+    def logit_slopes(self, hidden_states: Tensor) -> Tensor | None:
+        """How much each logit moves with the head's output for it, `[batch, tokens, vocab_size]`; None where both are the same."""
+        if self.divisor is None and self.softcap is None:
+            return None
+        logits = self.logits(hidden_states).float()
+        slopes = torch.ones_like(logits) if self.softcap is None else 1 - (logits / self.softcap).square()
+        return slopes if self.divisor is None else slopes / self.divisor
 
 
 def _materialise(
@@ -178,13 +195,13 @@ def load_stack(
     ends: bool = True,
     device: torch.device = CPU,
 ) -> LayerStack:
-    """Reads only the weights of the layers asked for, tensor by tensor, straight to `device`. `dtype` is that of all weights."""
-    config = copy.deepcopy(config)
+    """Reads only the layers asked for, tensor by tensor, straight to `device`. `dtype` is the one to compute in."""
+    checkpoint = Checkpoint(folder)
+    config = copy.deepcopy(as_stored(config, checkpoint) if ends and last == config.num_hidden_layers else config)
     config._attn_implementation = descriptor.attn_implementation
     with torch.device("meta"):
         model = getattr(transformers, descriptor.model_class)._from_config(config, dtype=dtype)
     stack = LayerStack(model, descriptor, config, first, last, ends=ends)
-    checkpoint = Checkpoint(folder)
 
     def fill(module: nn.Module | None, prefix: str) -> None:
         if module is not None:
@@ -197,6 +214,5 @@ def load_stack(
     fill(stack.embedding, descriptor.embedding)
     fill(stack.positions, descriptor.positions)
     fill(stack.final_norm, descriptor.final_norm)
-    tied = f"{descriptor.head}.weight" not in checkpoint
-    fill(stack.head, descriptor.embedding if tied else descriptor.head)
+    fill(stack.head, descriptor.embedding if config.tie_word_embeddings else descriptor.head)
     return stack.eval().requires_grad_(False)

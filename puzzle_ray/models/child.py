@@ -8,7 +8,6 @@ transformers loads the weights by name.
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,9 +21,18 @@ from torch import Tensor
 from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice, SubblockKind
 from puzzle_ray.errors import ParentError
 from puzzle_ray.families.descriptor import Descriptor
-from puzzle_ray.families.registry import complete_config, descriptor_of, families, llama_like
+from puzzle_ray.families.registry import complete_config, descriptor_of, families, llama_like, unsupported_family
 from puzzle_ray.models.blocks import reshape_layer
-from puzzle_ray.models.checkpoint import Checkpoint, locate
+from puzzle_ray.models.checkpoint import (
+    Checkpoint,
+    as_stored,
+    check_floats,
+    check_names,
+    first_line,
+    is_ignored,
+    locate,
+    read_json,
+)
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -88,7 +96,7 @@ def register_children(folder: Path | None = None) -> None:
         _register(model_type)
     file = folder / "config.json" if folder else None
     if file is not None and file.is_file():
-        model_type = str(json.loads(file.read_text()).get("model_type", ""))
+        model_type = str(read_json(file).get("model_type", ""))
         if model_type.startswith("puzzle_"):
             _register(model_type.removeprefix("puzzle_"))
 
@@ -146,14 +154,13 @@ def assemble(
     `trained` maps (layer, kind) to weights by their names inside the layer. Raises ParentError where a weight of the child would stay
     undefined.
     """
-    descriptor = descriptor_of(parent_config)
+    descriptor, checkpoint = descriptor_of(parent_config), Checkpoint(parent)
+    parent_config = as_stored(parent_config, checkpoint)
     child = _skeleton(parent_config, choices, dtype).eval()
     state = child.state_dict()
     wanted = {name: value for name, value in state.items() if not _replaced(name, choices, descriptor)}
-    checkpoint = Checkpoint(parent)
-    tied = f"{descriptor.head}.weight"
-    if tied in wanted and tied not in checkpoint:
-        wanted.pop(tied)
+    head = {f"{descriptor.head}.weight"} if parent_config.tie_word_embeddings else set()  # the embedding, once more
+    wanted = {name: value for name, value in wanted.items() if name not in head}
     with torch.no_grad():
         for name, value in checkpoint.read(wanted):
             state[name].copy_(value)
@@ -163,7 +170,7 @@ def assemble(
                 full_name = f"{descriptor.layers}.{layer}.{name}"
                 state[full_name].copy_(value)
                 filled.add(full_name)
-    missing = state.keys() - filled - {tied}
+    missing = state.keys() - filled - head
     if missing:
         raise ParentError("parent", f"no weights for {sorted(missing)[:3]} of the child")
     return child
@@ -194,16 +201,22 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
 
     Raises ParentError where the folder is missing, or where it has no causal LM that transformers can build.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     path = locate(str(folder))
-    register_children(path)
+    config, checkpoint = read_config(path), Checkpoint(path)
+    ignored = descriptor_of(config).ignored_weights
+    check_floats(checkpoint, ignored)
+    known = families().get(config.model_type.removeprefix("puzzle_"))
+    attention = known.attn_implementation if known else "sdpa"
+    settings = {"config": config, "dtype": dtype or "auto", "attn_implementation": attention, "use_safetensors": True}
     try:
-        known = families().get(AutoConfig.from_pretrained(path).model_type.removeprefix("puzzle_"))
-        attention = known.attn_implementation if known else "sdpa"
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", attn_implementation=attention)
-    except (OSError, ValueError, KeyError) as error:
-        raise ParentError("model", f"{path} cannot be loaded ({error})") from None
+        model, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, trust_remote_code=False, **settings)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever the library raises
+        raise ParentError("model", f"{path} cannot be loaded ({first_line(error)})") from None
+    check_names(path, found["missing_keys"], [name for name in found["unexpected_keys"] if not is_ignored(name, ignored)])
     return model.eval()
 
 
@@ -213,17 +226,34 @@ def choices_of(config: Any) -> tuple[LayerChoice, ...]:
     return tuple(LayerChoice(**layer) for layer in layers)
 
 
-def read_config(folder: Path) -> Any:
-    """The transformers config of a folder. Raises ParentError where it cannot be read."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
+def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The transformers config of a folder, with head and embedding tied as the weights there have them (see `tied`).
 
+    Raises ParentError when it cannot be read, or asks for code of its own and that is not trusted. Never asks the user.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    file = folder / "config.json"
+    raw = read_json(file)
     register_children(folder)
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise ParentError("parent", f"{file} names no model_type", "take it from the model that the weights belong to")
+    foreign = "auto_map" in raw and model_type not in CONFIG_MAPPING
+    if foreign and not trust_remote_code:
+        problem = f"{file} asks for code of the model's own (auto_map, model_type {model_type!r})"
+        raise ParentError("parent", problem, "name a model that transformers has code for, or set trust_remote_code: true")
+    if not foreign and model_type not in CONFIG_MAPPING:
+        raise unsupported_family(model_type, "this version of transformers does not know that type")
     try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ParentError("parent", f"{folder}/config.json cannot be read ({reason})") from None
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=foreign)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever the library raises
+        raise ParentError("parent", f"{file} cannot be read ({first_line(error)})", "mend it or fetch it again") from None
+    checkpoint = Checkpoint(folder)
+    return as_stored(config, checkpoint) if checkpoint.present else config
 
 
 @contextmanager

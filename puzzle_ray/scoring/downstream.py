@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from puzzle_ray.errors import DataError
 from puzzle_ray.models.checkpoint import locate
+from puzzle_ray.models.tokenizer import read_tokenizer
 from puzzle_ray.scoring.metrics import mean, standard_error
 from puzzle_ray.scoring.settings import ScoringConfig
 
@@ -194,7 +195,5 @@ def load_questions(parent: str, config: ScoringConfig, max_tokens: int | None, h
     """One half of the questions of `scoring.downstream`, tokenised for the parent. Empty where it is not set. Raises DataError."""
     if config.downstream is None:
         return []
-    from transformers import AutoTokenizer
-
     questions = read_questions(config.downstream, half, config.downstream_questions)
-    return question_batches(questions, AutoTokenizer.from_pretrained(locate(parent)), config.micro_batch_tokens, max_tokens)
+    return question_batches(questions, read_tokenizer(locate(parent)), config.micro_batch_tokens, max_tokens)

@@ -82,21 +82,37 @@ def shard_estimates(
 
 
 def _label_gradients(scorer: ShardScorer, number: int, samples: int) -> list[Tensor]:
-    """The gradient of the summed log-probability of drawn labels, at the last layer's output: `[batch, tokens, hidden_size]` each."""
-    stack, log_probs = scorer.stack, scorer.parent[number].log_probs
-    assert log_probs is not None and isinstance(stack.head, nn.Linear) and stack.final_norm is not None
+    """For every sample, the gradient of the summed log-probability of drawn labels at what leaves the last layer."""
+    log_probs = scorer.parent[number].log_probs
+    assert log_probs is not None
     probs = log_probs.exp().flatten(0, 1)
     labels = torch.multinomial(probs, samples, replacement=True, generator=torch.Generator(probs.device).manual_seed(number))
+    return gradients_of_labels(scorer.stack, scorer.inputs[number][scorer.stack.last], probs, labels)
+
+
+def gradients_of_labels(stack: LayerStack, leaving: Tensor, probs: Tensor, labels: Tensor) -> list[Tensor]:
+    """The gradients at `leaving`, what leaves the last layer, of the summed log-probability of each column of `labels`.
+
+    `leaving` is `[batch, tokens, hidden_size]`, `probs` `[batch * tokens, vocab_size]`, `labels` `[batch * tokens, samples]`.
+    """
+    assert isinstance(stack.head, nn.Linear) and stack.final_norm is not None
     weight = stack.head.weight
-    expected = probs.to(weight.dtype) @ weight  # the gradient at the head's input is the label's row of the weight minus this
-    hidden = scorer.inputs[number][stack.last].detach().requires_grad_()
+    hidden = leaving.detach().requires_grad_()
     with torch.enable_grad():
         final = stack.final_norm(hidden)
-    gradients = []
-    for sample in range(samples):
-        upstream = (weight[labels[:, sample]] - expected).view_as(final)
-        gradients.append(torch.autograd.grad(final, hidden, upstream, retain_graph=sample + 1 < samples)[0])
-    return gradients
+    with torch.no_grad():
+        slopes = stack.logit_slopes(leaving)
+    slopes = None if slopes is None else slopes.flatten(0, 1)
+    moved = probs if slopes is None else probs * slopes
+    expected = moved.to(weight.dtype) @ weight  # the gradient at the head's input is the label's row minus this
+    found = []
+    for sample in range(labels.shape[1]):
+        rows = weight[labels[:, sample]]
+        if slopes is not None:
+            rows = rows * slopes.gather(1, labels[:, sample : sample + 1]).to(weight.dtype)
+        upstream = (rows - expected).view_as(final)
+        found.append(torch.autograd.grad(final, hidden, upstream, retain_graph=sample + 1 < labels.shape[1])[0])
+    return found
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ class ShardScorer:
         return [inputs[self.stack.last] for inputs in self.inputs]
 
     def _predictions(self, number: int, leaving: Tensor) -> ParentPredictions:
-        final, logits = self._ends(leaving)
+        final, logits = self.stack.predict(leaving)
         if number >= self.num_texts:
             return ParentPredictions(
                 gold_log_prob=answers_from_logits(logits, self.questions[number - self.num_texts]).gold_log_prob
@@ -87,12 +87,6 @@ class ShardScorer:
         log_probs = F.log_softmax(logits.float(), dim=-1)
         loss = next_token_loss_per_sequence(log_probs, self.input_ids[number])
         return ParentPredictions(log_probs, final, tuple(loss.tolist()))
-
-    def _ends(self, leaving: Tensor) -> tuple[Tensor, Tensor]:
-        """The outputs of the final norm and of the head."""
-        assert self.stack.final_norm is not None and self.stack.head is not None, "this shard does not hold the head"
-        final = self.stack.final_norm(leaving)
-        return final, self.stack.head(final)
 
     @torch.no_grad()
     def run_replacements(self, task: ScoringTask, states_of: StatesOf) -> list[Tensor]:
@@ -134,7 +128,7 @@ class ShardScorer:
         return [Damage.joined(damages) for damages in parts]
 
     def _damage(self, number: int, leaving: Tensor) -> Damage:
-        final, logits = self._ends(leaving)
+        final, logits = self.stack.predict(leaving)
         parent, ids = self.parent[number], self.input_ids[number]
         if number >= self.num_texts:
             child = answers_from_logits(logits, self.questions[number - self.num_texts]).gold_log_prob
