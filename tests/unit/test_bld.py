@@ -178,11 +178,11 @@ def test_an_interrupted_library_goes_on_and_equals_an_undisturbed_one(parent_fol
 @pytest.mark.parametrize("writes", [1, 9, 14, 20, 30, 32])
 def test_a_full_disk_is_said_and_loses_nothing(parent_folder, random_tokens, tmp_path, monkeypatch, writes):
     """Whatever the write that finds no room (checkpoint, variant, table), the same command then goes on to the same bits."""
-    from puzzle_ray import store as stores
+    from puzzle_ray.store import scratch
 
     space, store = search_space(read_config(parent_folder), *SPACE, 8), Store(str(tmp_path))
     whole = build_serially(str(parent_folder), space, CONFIG, random_tokens, 0, store.artifact("whole", {}, {}), Quiet())
-    step, write, done = store.artifact("cut", {}, {}), stores._write_atomically, []
+    step, write, done = store.artifact("cut", {}, {}), scratch.write_atomically, []
 
     def until_full(target, data):
         if len(done) == writes:
@@ -191,7 +191,7 @@ def test_a_full_disk_is_said_and_loses_nothing(parent_folder, random_tokens, tmp
         done.append(target.name)
 
     with monkeypatch.context() as full:
-        full.setattr(stores, "_write_atomically", until_full)
+        full.setattr(scratch, "write_atomically", until_full)
         with pytest.raises(StoreError, match="No space left on device.*free some space, then run the same command"):
             build_serially(str(parent_folder), space, CONFIG, random_tokens, 0, step, Quiet())
     assert not step.finished and len(done) == writes
