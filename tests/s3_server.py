@@ -24,7 +24,9 @@ def s3_bucket() -> Iterator[str]:
     try:
         import s3fs
 
-        s3fs.S3FileSystem(skip_instance_cache=True).mkdir("bucket")
+        s3fs.S3FileSystem(skip_instance_cache=True).makedirs(
+            "bucket", exist_ok=True
+        )  # all servers of a process share what they hold
         yield "s3://bucket/runs"
     finally:
         server.stop()

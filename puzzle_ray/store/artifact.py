@@ -149,16 +149,22 @@ class Artifact:
             raise StoreError("store", f"{self.path(name)} is missing", "run the stage that makes it again")
         for problem in problems_of(entries, {f"{name}/{k}": v for k, v in self.store.sizes(self.path(name)).items()}):
             raise self._damaged(problem.file, problem.what)
-        folder = Path(self.path(name))
-        if not self.store.is_local:
+        if self.store.is_local:
+            folder, problems = Path(self.path(name)), self._problems_in(Path(self.path(name)), name, entries)
+        else:
             folder = cache.local_copy(self.store.filesystem, self.path(name), f"{self.name}-{name}")
-        for file, entry in entries.items():
-            problem_found = self._checked.problem_of_file(folder / file.removeprefix(f"{name}/"), entry)
-            if problem_found:
-                if not self.store.is_local:
-                    cache.forget(folder)
-                raise self._damaged(file, problem_found)
+            problems = self._problems_in(folder, name, entries)
+            if problems:  # of the copy, or of what it is a copy of
+                cache.forget(folder)
+                folder = cache.local_copy(self.store.filesystem, self.path(name), f"{self.name}-{name}")
+                problems = self._problems_in(folder, name, entries)
+        for problem in problems:
+            raise self._damaged(problem.file, problem.what)
         return folder
+
+    def _problems_in(self, folder: Path, name: str, entries: Mapping[str, FileEntry]) -> list[Problem]:
+        looked = ((f, self._checked.problem_of_file(folder / f.removeprefix(f"{name}/"), e)) for f, e in entries.items())
+        return [Problem(file, what) for file, what in looked if what]
 
     def _entry(self, name: str) -> FileEntry | None:
         record = None if name == RECORD else self.record()
@@ -293,7 +299,7 @@ class Artifact:
         for name in (*sorted(gone), *lists, *([RECORD] if problems else []), DAMAGE_SEEN):
             if self.exists(name):
                 self.store.filesystem.rm(self.path(name), recursive=True)
-        self._record = None
+        self._record, self._no_record_until = None, 0.0
         return sorted(gone)
 
     @contextmanager

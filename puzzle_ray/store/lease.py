@@ -33,6 +33,7 @@ from puzzle_ray.store.scratch import is_running, process_space, process_start
 LEASES = ".leases"
 BEAT_EVERY_S = 10.0
 DEAD_AFTER_S = 120.0
+UNWRITTEN_FOR_S = 5.0  # its creator was killed before it wrote into the file
 SAY_EVERY_S = 60.0
 LOOK_EVERY_S = 1.0
 SETTLE_S = 2.0
@@ -197,7 +198,8 @@ class Lease:
         if before != found:
             since = time.monotonic()
             self._watched[found.file] = (found, since)
-        return found.is_dead_here or time.monotonic() - since > DEAD_AFTER_S
+        limit_s = DEAD_AFTER_S if found.holder else min(DEAD_AFTER_S, UNWRITTEN_FOR_S)
+        return found.is_dead_here or time.monotonic() - since > limit_s
 
     def _try(self, dead: list[Found]) -> bool:
         """Creates the generation above all dead ones, and looks whether somebody else did something at the same time."""

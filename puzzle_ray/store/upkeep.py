@@ -51,8 +51,7 @@ def artifact_named(store: Store, name: str) -> Artifact:
     """The artifact of a folder's name. Its settings and inputs are those of its record. Raises StoreError for what is none."""
     if not _NAME.fullmatch(name):
         raise StoreError("store", f"{name!r} names no artifact", "name a folder such as library-0123456789ab, as `ls` shows them")
-    stage, _, key = name.rpartition("-")
-    artifact = Artifact(store, stage, key, {}, {})
+    artifact = _of_folder(store, name)
     if artifact.state() == "absent":
         raise StoreError("store", f"there is no {name!r} in {store.root}", "name one that `ls` shows")
     return artifact
@@ -90,7 +89,12 @@ def collect_garbage(store: Store, older_than_days: float = 30.0, *, dry_run: boo
 
 
 def _folders(store: Store) -> list[Artifact]:
-    return [Artifact(store, *name.rsplit("-", 1), {}, {}) for name in store.names(store.root) if _NAME.fullmatch(name)]
+    return [_of_folder(store, name) for name in store.names(store.root) if _NAME.fullmatch(name)]
+
+
+def _of_folder(store: Store, name: str) -> Artifact:
+    stage, _, key = name.rpartition("-")
+    return Artifact(store, stage, key, {}, {})
 
 
 def _listed(artifact: Artifact) -> Listed:
