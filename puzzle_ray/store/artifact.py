@@ -182,7 +182,11 @@ class Artifact:
     # writing
 
     def write(self, name: str, data: bytes) -> None:
-        """Atomic. Raises StoreError when it cannot be written (a full disk, say); an older file then still stands."""
+        """Atomic. Raises StoreError when it cannot be written (a full disk, say); an older file then still stands. In a finished
+        artifact the same content is no change, and any other is refused."""
+        entry = FileEntry(len(data), hashlib.sha256(data).hexdigest())
+        if self._entry(name) == entry and self.exists(name):
+            return
         self._may_change(name)
         target = self.path(name)
         try:
@@ -195,7 +199,7 @@ class Artifact:
             raise StoreError(
                 "store", f"{target} cannot be written ({error})", "free some space, then run the same command"
             ) from None
-        self._checked.wrote(target, FileEntry(len(data), hashlib.sha256(data).hexdigest()))
+        self._checked.wrote(target, entry)
 
     def write_json(self, name: str, value: object) -> None:
         self.write(name, json.dumps(value, indent=1).encode())

@@ -195,6 +195,7 @@ def test_a_finished_artifact_is_never_changed(store):
     for change in (lambda: step.write("a.bin", b"2"), lambda: step.remove("a.bin")):
         with pytest.raises(StoreError, match="a.bin belongs to a finished artifact; these are never changed"):
             change()
+    step.write("a.bin", b"1")
     step.finish({"n": 2})
     assert step.facts() == {"n": 1} and step.names() == ["a.bin", "artifact.json"]
     step.write_json("seconds.json", 1.5)
