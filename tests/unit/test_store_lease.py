@@ -248,3 +248,62 @@ def test_turns_on_an_object_store(s3_url, tmp_path):
         _, pid, word = line.split()
         assert (inside == pid) if word == "out" else inside in (None, str(processes[0].pid))
         inside = None if word == "out" else pid
+
+
+RUN = """
+import os, time
+def note(word):
+    descriptor = os.open(sys.argv[2], os.O_APPEND | os.O_WRONLY | os.O_CREAT)
+    os.write(descriptor, f"{os.getpid()} {word}\\n".encode())
+    os.close(descriptor)
+def work(artifact, items=4):
+    for item in range(items):
+        if not artifact.exists(f"items/{item}.json"):
+            note(f"{artifact.stage} {item}")
+            time.sleep(0.1)
+            artifact.write_json(f"items/{item}.json", item)
+    with artifact.folder_to_publish("child") as folder:
+        (folder / "weights").write_text(artifact.stage)
+    artifact.finish({"items": items})
+store, key = Store(sys.argv[1]), "start"
+for stage in ("one", "two", "three"):
+    artifact = store.artifact(stage, {}, {"from": key})
+    if not artifact.finished:
+        with artifact.lease(say=lambda line: note("waits")):
+            if not artifact.finished:
+                artifact.discard_damage()
+                work(artifact)
+    key = artifact.key
+note("ends " + str(artifact.facts()))
+"""
+WORK = [f"{stage} {item}" for stage in ("one", "two", "three") for item in range(4)]
+
+
+def did(log):
+    """(process, what it did) in order."""
+    return [tuple(line.split(" ", 1)) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def test_two_runs_do_the_work_once(store, tmp_path):
+    log = tmp_path / "log"
+    runs = [started(RUN, store.root, log) for _ in range(2)]
+    assert [run.communicate(timeout=120)[1] for run in runs] == ["", ""]
+    words = [word for _, word in did(log)]
+    assert [word for word in words if word in WORK] == WORK, "each item once, in order"
+    assert words.count("ends {'items': 4}") == 2 and "waits" in words
+    assert store.artifact("one", {}, {"from": "start"}).finished and leases(store) == []
+
+
+def test_a_run_takes_over_from_one_that_is_killed(store, tmp_path):
+    log = tmp_path / "log"
+    runs = {str(run.pid): run for run in (started(RUN, store.root, log) for _ in range(2))}
+    until(lambda: "two 1" in [word for _, word in did(log)], "the second stage is begun", 120)
+    victim = next(pid for pid, word in did(log) if word == "two 1")
+    runs[victim].kill()
+    (other,) = (run for pid, run in runs.items() if pid != victim)
+    assert other.communicate(timeout=120)[1] == "" and other.returncode == 0
+    runs[victim].communicate(timeout=30)
+    done = [(pid, word) for pid, word in did(log) if word in WORK]
+    assert [word for pid, word in done if pid == str(other.pid) and word[:5] == "three"] == WORK[8:]
+    assert sorted({word for _, word in done}) == sorted(WORK) and len(done) <= len(WORK) + 1, "all but the item it died in once"
+    assert leases(store) == [] and len(store.names(store.root)) == 3
