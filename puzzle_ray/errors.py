@@ -4,7 +4,8 @@
     |- ConfigError          a setting is wrong
     |- DataError            the text is missing, empty or too short
     |- ParentError          the parent cannot be read or its family is not supported
-    |- StoreError           an artifact is missing, damaged or cannot be written
+    |- StoreError           an artifact is missing or cannot be written
+    |  `- Damaged           a file of an artifact is not as it was written
     |- ProfileError         a measurement could not be made
     |- Infeasible           no architecture meets the limits
     |- NotFinite            a loss or an activation became NaN or infinite
@@ -42,7 +43,11 @@ class ParentError(ConfigError):
 
 
 class StoreError(ConfigError):
-    """An artifact is missing, damaged or cannot be written."""
+    """An artifact is missing or cannot be written."""
+
+
+class Damaged(StoreError):
+    """A file of an artifact is not as it was written. `where` is the stage that made it."""
 
 
 class ProfileError(ConfigError):

@@ -266,8 +266,7 @@ def publish_distilled(trainer: GkdTrainer, job: GkdJob) -> None:
     job.artifact.write(CURVE, rows_to_parquet(trainer.curve, GkdRow, {}))
     last = {f"last_{name}": getattr(row, name) for row in trainer.curve[-1:] for name in ("loss", "kl", "cosine", "lm")}
     tokens = trainer.total_steps * trainer.num_sequences * trainer.tokens.sequences.shape[1] * job.config.num_workers
-    job.artifact.finish({"steps": trainer.total_steps, "tokens": tokens, **last})
-    job.artifact.remove(CHECKPOINT)
+    job.artifact.finish({"steps": trainer.total_steps, "tokens": tokens, **last}, drop=[CHECKPOINT])
 
 
 def distill_child(job: GkdJob, progress: Progress) -> None:

@@ -192,10 +192,10 @@ def test_an_interrupted_library_goes_on_and_equals_an_undisturbed_one(parent_fol
 @pytest.mark.parametrize("writes", [1, 9, 14, 20, 30, 32])
 def test_a_full_disk_is_said_and_loses_nothing(parent_folder, undisturbed, tmp_path, monkeypatch, writes):
     """Whatever the write that finds no room (checkpoint, variant, table), the same command then goes on to the same bits."""
-    from puzzle_ray import store as stores
+    from puzzle_ray.store import scratch
 
     space, tokens, whole = undisturbed
-    step, write, done = Store(str(tmp_path)).artifact("cut", {}, {}), stores._write_atomically, []
+    step, write, done = Store(str(tmp_path)).artifact("cut", {}, {}), scratch.write_atomically, []
 
     def until_full(target, data):
         if len(done) == writes:
@@ -204,7 +204,7 @@ def test_a_full_disk_is_said_and_loses_nothing(parent_folder, undisturbed, tmp_p
         done.append(target.name)
 
     with monkeypatch.context() as full:
-        full.setattr(stores, "_write_atomically", until_full)
+        full.setattr(scratch, "write_atomically", until_full)
         with pytest.raises(StoreError, match="No space left on device.*free some space, then run the same command"):
             build_serially(str(parent_folder), space, CONFIG, tokens, 0, step, Quiet())
     assert not step.finished and len(done) == writes

@@ -6,10 +6,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from s3_server import s3_bucket
 
 from puzzle_ray.errors import StoreError
 from puzzle_ray.store import Store, content_key
@@ -90,7 +94,7 @@ def test_scratch_of_a_killed_process_goes_and_that_of_a_living_one_stays(tmp_pat
         with step.folder_to_publish("child") as other:
             (other / "other").write_text("x")
         assert ours.is_dir() and left not in os.listdir(step.url)
-    assert set(os.listdir(step.url)) == {namesake, elsewhere, "child"}
+    assert set(os.listdir(step.url)) == {namesake, elsewhere, "child", ".child.published"}
     Path(step.path(elsewhere), "half").write_text("x")
     for path in (step.path(elsewhere), step.path(namesake)):
         os.utime(path, (0, 0))
@@ -115,26 +119,8 @@ def test_missing_file_says_which(tmp_path):
 
 @pytest.fixture(scope="module")
 def s3_url():
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {
-        "AWS_ACCESS_KEY_ID": "x",
-        "AWS_SECRET_ACCESS_KEY": "x",
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    import s3fs
-
-    s3fs.S3FileSystem(skip_instance_cache=True).mkdir("bucket")
-    yield "s3://bucket/runs"
-    server.stop()
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
+    with s3_bucket() as url:
+        yield url
 
 
 def test_an_s3_store_behaves_like_a_folder(s3_url):
@@ -149,3 +135,80 @@ def test_an_s3_store_behaves_like_a_folder(s3_url):
     again = Store(s3_url).artifact("s", {"a": 1}, {})
     assert again.finished and again.names("items") == ["one.json"] and again.read_json("items/one.json") == [1, 2]
     assert (again.local_folder("child") / "config.json").read_text() == "{}"
+
+
+@pytest.fixture(params=["folder", "s3"])
+def store(request, tmp_path):
+    """The same promises hold for both."""
+    root = str(tmp_path / "store") if request.param == "folder" else f"{request.getfixturevalue('s3_url')}/{tmp_path.name}"
+    return Store(root)
+
+
+def test_the_first_to_publish_wins(store):
+    """A finished folder is never removed: whoever comes later throws its own away, before the record is written and after."""
+    step = store.artifact("s", {}, {})
+    for attempt in ("first", "second", "third"):
+        with step.folder_to_publish("child") as folder:
+            (folder / attempt).write_text(attempt)
+        assert os.listdir(step.local_folder("child")) == ["first"]
+    step.finish({"n": 1})
+    with store.artifact("s", {}, {}).folder_to_publish("child") as folder:
+        (folder / "fourth").write_text("fourth")
+    assert os.listdir(step.local_folder("child")) == ["first"] and step.verify() == []
+    assert [name for name in store.names(step.url) if name.startswith(".")] == []
+
+
+def test_publishers_at_the_same_time(tmp_path):
+    """Each in a thread, without a lease: one folder appears, whole, and nobody fails. (An object store has no rename.)"""
+    store = Store(str(tmp_path))
+    step, ready = store.artifact("s", {}, {}), threading.Barrier(4)
+
+    def publish(number):
+        with store.artifact("s", {}, {}).folder_to_publish("child") as folder:
+            (folder / "a").write_text(str(number))
+            (folder / "b").write_text(str(number))
+            ready.wait(30)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(publish, range(4)))
+    child = step.local_folder("child")
+    assert sorted(os.listdir(child)) == ["a", "b"] and (child / "a").read_text() == (child / "b").read_text()
+    step.finish({})
+    assert step.verify() == []
+
+
+def test_a_half_published_folder_is_not_there(s3_url):
+    step = Store(f"{s3_url}/half").artifact("s", {}, {})
+    step.store.filesystem.pipe_file(step.path("child/a"), b"what a process that was killed had sent")
+    with pytest.raises(StoreError, match="child is missing"):
+        step.local_folder("child")
+    with step.folder_to_publish("child") as folder:
+        (folder / "b").write_text("b")
+    assert os.listdir(step.local_folder("child")) == ["b"]
+
+
+def test_a_finished_artifact_is_never_changed(store):
+    step = store.artifact("s", {}, {})
+    step.write("a.bin", b"1")
+    step.write("checkpoint", b"2")
+    step.finish({"n": 1}, drop=["checkpoint", "none"])
+    for change in (lambda: step.write("a.bin", b"2"), lambda: step.remove("a.bin")):
+        with pytest.raises(StoreError, match="a.bin belongs to a finished artifact; these are never changed"):
+            change()
+    step.write("a.bin", b"1")
+    step.finish({"n": 2})
+    assert step.facts() == {"n": 1} and step.names() == ["a.bin", "artifact.json"]
+    step.write_json("seconds.json", 1.5)
+    assert step.finished and step.read_json("seconds.json") == 1.5
+
+
+def test_finishing_takes_the_memory_of_a_few_pieces(tmp_path):
+    """Files that another process wrote are read once, piece by piece."""
+    step = Store(str(tmp_path)).artifact("s", {}, {})
+    os.makedirs(step.url)
+    with open(step.path("large"), "wb") as file:
+        file.truncate(300 << 20)
+    tracemalloc.start()
+    step.finish({})
+    assert step.verify() == [] and tracemalloc.get_traced_memory()[1] < 40 << 20
+    tracemalloc.stop()
