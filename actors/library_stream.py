@@ -30,9 +30,9 @@ from actors.transport import find_transport
 from puzzle_ray.artifacts import SearchSpace
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.data.order import Tokens
-from puzzle_ray.distill.bld import Schedule
 from puzzle_ray.distill.library import Library, finish_library, unfinished_layers
 from puzzle_ray.distill.settings import LibraryConfig
+from puzzle_ray.distill.text import LibraryText
 from puzzle_ray.errors import ClusterError, OutOfOrder
 from puzzle_ray.models.checkpoint import locate
 from puzzle_ray.models.child import read_config
@@ -155,11 +155,8 @@ def open_stream(
     return Stream(plans, shards, trainers, reservation, flow, cluster)
 
 
-def flow(
-    stream: Stream, positions: range, schedule: Schedule, tokens: Tokens, seed: int, config: LibraryConfig, bar: Bar
-) -> None:
-    """These positions, at most `config.window` of them in flight; none is when it returns."""
-    sequences = config.micro_batch_tokens // tokens.sequences.shape[1]
+def flow(stream: Stream, positions: range, text: LibraryText, window: int, bar: Bar) -> None:
+    """These positions, at most `window` of them in flight; none is when it returns."""
     in_flight: deque[list[ObjectRef[Any]]] = deque()
     check_stores(stream.flow, stream.plans, stream.reservation.shards_of_nodes())
 
@@ -170,9 +167,9 @@ def flow(
 
     try:
         for position in positions:
-            while len(in_flight) >= config.window:
+            while len(in_flight) >= window:
                 await_oldest()
-            in_flight.append(stream.send(position, tokens.batch(seed, schedule.data_number(position), sequences).numpy()))
+            in_flight.append(stream.send(position, text.batch(position).numpy()))
         while in_flight:
             await_oldest()
     except _Interrupted:
@@ -195,15 +192,17 @@ def build_library(
     Raises ClusterError when the actors cannot be placed, or when more of them die than `cluster.max_recoveries`.
     """
     layers = unfinished_layers(space, artifact)
-    schedule = Schedule.of(config)
     if layers:
+        text = LibraryText.of(tokens, seed, config)
+        if text.epochs > 1:
+            say(f"its text is read {text.epochs:.1f} times over: there are {text.training.num_tokens} tokens to train on")
         stream = open_stream(parent, layers, space, config, cluster, artifact)
         try:
             with (
                 SpillWatch(stream.reservation.shards_of_nodes),
-                progress.stage("library", schedule.positions, "micro-batch") as bar,
+                progress.stage("library", text.schedule.positions, "micro-batch") as bar,
             ):
-                _run(stream, schedule, tokens, seed, config, bar)
+                _run(stream, text, config.window, bar)
             _say_usage(stream)
         finally:
             stream.release()
@@ -224,20 +223,24 @@ def _say_usage(stream: Stream) -> None:
         )
 
 
-def _run(stream: Stream, schedule: Schedule, tokens: Tokens, seed: int, config: LibraryConfig, bar: Bar) -> None:
-    shown, limit = 0, stream.cluster.max_recoveries
-    for recovery in range(limit + 1):
+def _run(stream: Stream, text: LibraryText, window: int, bar: Bar) -> None:
+    """To the last position, from what all trainers know after every death; deaths are counted from the last progress that was saved."""
+    shown = failures = furthest = 0
+    while True:
         start = stream.last() + 1
+        if start > furthest:
+            failures, furthest = 0, start
         bar.advance(start - shown)
         counting = _Counting(bar, start)
         try:
-            flow(stream, range(start, schedule.positions), schedule, tokens, seed, config, counting)
+            flow(stream, range(start, text.schedule.positions), text, window, counting)
             return
         except _Interrupted as error:
-            shown = counting.done
+            shown, failures = counting.done, failures + 1
             reason = str(error).strip().splitlines()[0]
-            if recovery == limit:
-                raise ClusterError("library", f"trainers died {recovery + 1} times; the last time: {reason}") from error
+            if failures > stream.cluster.max_recoveries:
+                problem = f"trainers died {failures} times without progress; the last time: {reason}"
+                raise ClusterError("library", problem, "see the workers' logs in Ray's session folder") from error
 
 
 class _Counting:

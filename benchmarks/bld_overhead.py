@@ -129,11 +129,11 @@ class OnRay:
     def __init__(self, folder: str, config: LibraryConfig, store: Store, blocks_per_trainer: int) -> None:
         from actors import library_stream
         from jobs.session import start_here
-        from puzzle_ray.distill.schedule import Schedule
+        from puzzle_ray.distill.text import LibraryText
 
         num_trainers = -(-NUM_LAYERS // blocks_per_trainer)
         start_here(max(CORES, num_trainers), 512 << 20)
-        self.config, self.schedule, self.tokens = config, Schedule.of(config), random_tokens()
+        self.config, self.text = config, LibraryText.of(random_tokens(), 0, config)
         cluster = ClusterConfig(num_shards=1, blocks_per_trainer=blocks_per_trainer)
         step = store.artifact("library", {}, {})
         self.stream = library_stream.open_stream(folder, range(NUM_LAYERS), SPACE, config, cluster, step)
@@ -142,7 +142,7 @@ class OnRay:
     def run(self, count: int) -> None:
         """The next `count` micro-batches; none is in flight when it returns."""
         positions = range(self.done, self.done + count)
-        self.flow(self.stream, positions, self.schedule, self.tokens, 0, self.config, NoBar())
+        self.flow(self.stream, positions, self.text, self.config.window, NoBar())
         self.done += count
 
     def end(self) -> dict[str, Any]:

@@ -60,6 +60,7 @@ def show(run: Run) -> None:
         if "downstream_accuracy" in values:
             words = "{downstream_accuracy:.1%} +- {downstream_accuracy_stderr:.1%} of {downstream_questions:.0f} questions right"
             print(f"{name.replace('_', ' ')}: {words.format(**values)}")
+    print(f"held-out figures: sequences {found['heldout']['test']}, by which no block was scored and no child picked")
     print("\n".join(comparison(found, profile.read(run))))
     for name, text in found["samples"].items():
         print(f"{name.replace('_', ' ')}: {text!r}")

@@ -6,7 +6,7 @@ A stage is one file in `jobs/stages` that declares `STAGE`. The graph can be ask
 
 from __future__ import annotations
 
-import _thread
+import signal
 import sys
 import threading
 import time
@@ -222,9 +222,8 @@ class Run:
         if artifact.key in self._finished:
             return artifact
         started = time.monotonic()
-        there = artifact.finished
+        there = artifact.finished or not _worked(artifact, work)
         if not there:
-            work(artifact)
             self.seconds[artifact.stage] = time.monotonic() - started
             artifact.write_json(SECONDS, self.seconds[artifact.stage])
         elif artifact.exists(SECONDS):
@@ -233,6 +232,18 @@ class Run:
         print(f"[{artifact.stage}] {took}: {artifact.url}", file=sys.stderr, flush=True)
         self._finished.add(artifact.key)
         return artifact
+
+
+def _worked(artifact: Artifact, work: Callable[[Artifact], None]) -> bool:
+    """Does `work` as the only run that does. False where another one has finished it meanwhile. What is damaged is done again."""
+    with artifact.lease():
+        if artifact.state() == "damaged":
+            gone = artifact.discard_damage()
+            print(f"  {artifact.stage}: damaged, done again: {', '.join(gone) or 'its record'}", file=sys.stderr, flush=True)
+        if artifact.finished:
+            return False
+        work(artifact)
+        return True
 
 
 class _Background:
@@ -255,7 +266,7 @@ class _Background:
         except BaseException as error:  # raised again where it is waited for
             self.error = error
             if not self._awaited:
-                _thread.interrupt_main()
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # wakes it wherever it waits
 
     def join(self) -> None:
         """Waits for the end. Raises what the stage failed by."""

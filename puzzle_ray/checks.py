@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from puzzle_ray.config import TINY, RunConfig
@@ -47,6 +48,7 @@ def _check_space(config: RunConfig, model_config: Any) -> None:
     from puzzle_ray.distill.library import starting_library
     from puzzle_ray.profiling.batch_sizes import with_batch_sizes
     from puzzle_ray.profiling.measure import check_shapes
+    from puzzle_ray.search.budget import check_sizes
     from puzzle_ray.search.narrow import library_space
     from puzzle_ray.search.sweep import longest_context
     from puzzle_ray.search.tables import check_limits
@@ -58,6 +60,7 @@ def _check_space(config: RunConfig, model_config: Any) -> None:
     starting_library(config.library, narrowed)
     profile = with_batch_sizes(config.profile, model_config, space, config.search.limits.memory_mib)
     check_shapes(space, model_config, profile)
+    check_sizes(narrowed, model_config, profile, config.search.limits)
     needed = max(config.data.sequence_length, longest_context(config.search.grid, profile))
     positions = getattr(model_config, "max_position_embeddings", None)
     if positions is not None and needed > positions:
@@ -72,26 +75,24 @@ def _tiny_config() -> Any:
 
 
 def _checked_parent(config: RunConfig) -> Any:
-    """The parent's config, after a look at its family, weights and tokenizer."""
-    from transformers import AutoTokenizer
-
-    from puzzle_ray.models.checkpoint import Checkpoint, locate
+    """The parent's config, after a look at its family, weights, tokenizer and the text that it is to read."""
+    from puzzle_ray.data.documents import check_text
+    from puzzle_ray.models.checkpoint import locate
     from puzzle_ray.models.child import read_config
     from puzzle_ray.models.describe import describe
+    from puzzle_ray.models.manifest import check_weights
+    from puzzle_ray.models.tokenizer import check_tokenizer, read_tokenizer
 
     folder = locate(config.parent, config.revision)
-    model_config = read_config(folder)
+    model_config = read_config(folder, config.trust_remote_code)
     describe(model_config)
     if getattr(model_config, "puzzle_layers", None):
         raise ParentError("parent", f"{config.parent!r} is a child itself", "name a model that is no child")
     if getattr(model_config, "quantization_config", None):
         raise ParentError("parent", f"the weights of {config.parent!r} are quantized", "give the checkpoint they were made from")
-    _ = Checkpoint(folder).files
-    try:
-        AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ParentError(
-            "parent", f"{config.parent!r} has no tokenizer that can be read ({reason})", "save it there too"
-        ) from None
+    for remark in check_weights(folder, model_config):
+        print(f"  parent: {remark}", file=sys.stderr, flush=True)
+    tokenizer = read_tokenizer(folder, config.trust_remote_code)
+    check_tokenizer(tokenizer, model_config)
+    check_text(config.data, tokenizer)
     return model_config

@@ -29,6 +29,7 @@ class RunConfig(Section):
 
     parent: str = TINY  # `tiny` (trained on this machine), a folder, or a hub id
     revision: str | None = None
+    trust_remote_code: bool = False  # code that comes with the parent's checkpoint may run
     store: str = "runs"
     seed: Annotated[int, Field(ge=0)] = 0
     tiny_parent_steps: Annotated[int, Field(gt=20)] = 500  # of the training of parent tiny, 20 of them warm-up

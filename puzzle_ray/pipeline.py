@@ -19,15 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from puzzle_ray.artifacts import Architecture, Measure, Profile, Scores, SearchSpace, to_json
 from puzzle_ray.checks import check
 from puzzle_ray.config import TINY, RunConfig, load
-from puzzle_ray.data.order import Tokens
+from puzzle_ray.data.parts import HeldoutParts, heldout_parts
 from puzzle_ray.data.sources import source_fingerprint
-from puzzle_ray.data.tokenising import tokenise
-from puzzle_ray.distill.gkd import TOKENS, GkdJob, distill_child
+from puzzle_ray.data.splits import load_tokens, save_tokens
+from puzzle_ray.distill.gkd import GkdJob, distill_child
 from puzzle_ray.distill.library import Library, build_serially, starting_library
 from puzzle_ray.distill.realize import realize
 from puzzle_ray.evaluation.child_meter import ChildMeter
@@ -36,6 +35,7 @@ from puzzle_ray.models.blocks import LayerStack, load_stack
 from puzzle_ray.models.checkpoint import fingerprint, locate
 from puzzle_ray.models.child import read_config
 from puzzle_ray.models.describe import describe
+from puzzle_ray.models.tokenizer import read_tokenizer
 from puzzle_ray.process import compute_with, num_cores
 from puzzle_ray.profiling.batch_sizes import with_batch_sizes
 from puzzle_ray.profiling.engine import engine_of, target_of
@@ -47,6 +47,7 @@ from puzzle_ray.scoring.downstream import load_questions
 from puzzle_ray.scoring.exact import exact_where_used
 from puzzle_ray.scoring.replacements import SCORES_TABLE
 from puzzle_ray.scoring.serial import SerialScorer, score_serially
+from puzzle_ray.search.budget import check_budget
 from puzzle_ray.search.choose import ARCHITECTURE, MakeExact, choose, save_choice
 from puzzle_ray.search.narrow import library_space
 from puzzle_ray.search.setup import SearchSetup
@@ -92,6 +93,7 @@ def run(s: Setting) -> Compressed:
     """The method. Every line is a stage; a stage that is finished in the store is read from there."""
     tokens = tokens_of(s)  # the text in the parent's tokens
     profile = profile_of(s)  # what every variant costs on the target
+    check_budget(s.space, read_profile(profile), s.profile_config.scenario, s.config.search.limits)  # can it be met at all?
     library = library_of(s, tokens)  # every variant of every layer, trained to mimic its parent block (BLD)
     scores = scores_of(s, tokens, library)  # the damage of every replacement
     architecture = architecture_of(s, tokens, library, profile, scores)  # one variant per layer within the budget (MIP)
@@ -165,9 +167,13 @@ class Setting:
 
 
 def once(artifact: Artifact, work: Callable[[Artifact], None]) -> Artifact:
-    """Does `work` unless the artifact is finished."""
+    """Does `work` unless the artifact is finished. Waits for another run that does it; what is damaged is done again."""
     if not artifact.finished:
-        work(artifact)
+        with artifact.lease():
+            if artifact.state() == "damaged":
+                artifact.discard_damage()
+            if not artifact.finished:
+                work(artifact)
     return artifact
 
 
@@ -179,18 +185,15 @@ def tokens_of(s: Setting) -> Artifact:
     sources = {name: source_fingerprint(s) for name, s in (("train", text.train), ("heldout", text.heldout)) if s}
 
     def work(artifact: Artifact) -> None:
-        train, heldout = tokenise(text, AutoTokenizer.from_pretrained(s.parent), s.max_positions)
-        tensors = {"train": torch.from_numpy(train.sequences), "heldout": torch.from_numpy(heldout.sequences)}
-        artifact.write_tensors(TOKENS, tensors)
-        artifact.finish({"train_tokens": train.num_tokens, "heldout_tokens": heldout.num_tokens})
+        save_tokens(text, read_tokenizer(s.parent, s.config.trust_remote_code), s.max_positions, artifact)
 
     return once(s.store.artifact("tokens", {"data": text.identity()}, {"parent": s.parent_key, **sources}), work)
 
 
-def read_tokens(tokens: Artifact) -> tuple[Tokens, Tokens]:
-    """(train, held-out)."""
-    tensors, _ = tokens.read_tensors(TOKENS)
-    return Tokens(tensors["train"].numpy()), Tokens(tensors["heldout"].numpy())
+def parts_of(s: Setting, tokens: Artifact) -> HeldoutParts:
+    """Held-out text in three parts that share no sequence: what scores blocks, what picks the child, what is reported."""
+    config = s.config
+    return heldout_parts(load_tokens(tokens)[1], config.scoring.tokens, config.search.picked_by_tokens, config.evaluate.tokens)
 
 
 def library_of(s: Setting, tokens: Artifact) -> Artifact:
@@ -200,7 +203,7 @@ def library_of(s: Setting, tokens: Artifact) -> Artifact:
     inputs |= {"start": start.artifact.key} if start else {}
 
     def work(artifact: Artifact) -> None:
-        train, _ = read_tokens(tokens)
+        train, _ = load_tokens(tokens)
         build_serially(str(s.parent), s.space, config, train, seed, artifact, s.progress, s.config.cluster.cpus_per_trainer)
 
     return once(s.store.artifact("library", {"library": config.identity(), "seed": seed}, inputs), work)
@@ -219,6 +222,10 @@ def profile_of(s: Setting) -> Artifact:
     return once(s.store.artifact("profile", {"profile": config.identity()}, inputs), work)
 
 
+def read_profile(profile: Artifact) -> Profile:
+    return Profile.from_parquet(profile.read(PROFILE_TABLE))
+
+
 def questions_source(s: Setting) -> dict[str, str]:
     questions = s.config.scoring.downstream
     return {} if questions is None else {"downstream": source_fingerprint(questions)}
@@ -227,7 +234,7 @@ def questions_source(s: Setting) -> dict[str, str]:
 def scoring_texts(s: Setting, tokens: Artifact) -> list[torch.Tensor]:
     """Held-out token ids that blocks are scored on."""
     config = s.config.scoring
-    return read_tokens(tokens)[1].first(config.tokens, config.micro_batch_tokens // s.config.data.sequence_length)
+    return parts_of(s, tokens).score.first(config.tokens, config.micro_batch_tokens // s.config.data.sequence_length)
 
 
 def scores_of(s: Setting, tokens: Artifact, library: Artifact) -> Artifact:
@@ -238,7 +245,8 @@ def scores_of(s: Setting, tokens: Artifact, library: Artifact) -> Artifact:
         data = (scoring_texts(s, tokens), s.space, config, artifact, Library(library).states, s.progress, questions)
         score_serially(s.stack(), *data)
 
-    inputs = {"library": library.key, "tokens": tokens.key} | questions_source(s)
+    text = parts_of(s, tokens).keys["score"]
+    inputs = {"library": library.key, "tokens": tokens.key, "text": text} | questions_source(s)
     return once(s.store.artifact("scores", {"scoring": config.identity()}, inputs), work)
 
 
@@ -247,7 +255,7 @@ def architecture_of(s: Setting, tokens: Artifact, library: Artifact, profile: Ar
     settings = {"search": search.identity(), "metric": scoring.metric, "exact": scoring.makes_exact, "seed": config.seed}
 
     def work(artifact: Artifact) -> None:
-        costs = Profile.from_parquet(profile.read(PROFILE_TABLE))
+        costs = read_profile(profile)
         damage = Scores.from_parquet(scores.read(SCORES_TABLE))
         numbers = (s.space, damage, costs, s.profile_config.scenario, scoring.metric)
         setup = SearchSetup(*numbers, search.searcher, search.time_limit_s, search.limits, config.seed)
@@ -255,6 +263,8 @@ def architecture_of(s: Setting, tokens: Artifact, library: Artifact, profile: Ar
         save_choice(choose(setup, search, make_exact, lambda: measuring(s, tokens, library)), artifact)
 
     inputs = {"profile": profile.key, "scores": scores.key}
+    if search.measures:
+        inputs["text"] = parts_of(s, tokens).keys["pick"]
     return once(s.store.artifact("architecture", settings, inputs), work)
 
 
@@ -272,7 +282,7 @@ def exact(s: Setting, tokens: Artifact, library: Artifact, scores: Artifact) -> 
 def measuring(s: Setting, tokens: Artifact, library: Artifact) -> Iterator[Measure]:
     """A function that measures whole children on held-out text."""
     count, sequences = s.config.search.measure_tokens, s.config.scoring.micro_batch_tokens // s.config.data.sequence_length
-    meter = ChildMeter(s.stack(), Library(library), read_tokens(tokens)[1].first(count, max(1, sequences)))
+    meter = ChildMeter(s.stack(), Library(library), parts_of(s, tokens).pick.first(count, max(1, sequences)))
     yield lambda children: [meter.measure(choices) for choices in children]
 
 
@@ -300,20 +310,21 @@ def distilled_of(s: Setting, tokens: Artifact, child: Artifact) -> Artifact:
 def evaluation_of(
     s: Setting, tokens: Artifact, architecture: Artifact, child: Artifact, distilled: Artifact
 ) -> Mapping[str, Any]:
-    config, profile, scoring = s.config.evaluate, s.profile_config, s.config.scoring
+    config, profile, scoring, parts = s.config.evaluate, s.profile_config, s.config.scoring, parts_of(s, tokens)
     folders = {"parent": str(s.parent), "child_before_gkd": child.path("child"), "child": distilled.path("child")}
 
     def work(artifact: Artifact) -> None:
         compute_with(num_cores())
-        batches = read_tokens(tokens)[1].first(config.tokens, SEQUENCES)
+        batches = parts.test.first(config.tokens, SEQUENCES)
         questions = load_questions(str(s.parent), scoring, s.max_positions, "test")
         how = (profile.scenario, config, profile.dtype, s.progress, profile.num_gpus > 0, questions)
         found = evaluate(folders, batches, read_architecture(architecture), *how)
-        artifact.write_json(EVALUATION, found)
+        artifact.write_json(EVALUATION, found | {"heldout": parts.keys})
         artifact.finish({name: found[name] for name in ("measured_speedup", "predicted_speedup")})
 
     settings: dict[str, Any] = {"evaluate": config.model_dump(mode="json"), "profile": profile.model_dump(mode="json")}
     settings |= {} if scoring.downstream is None else {"downstream_questions": scoring.downstream_questions}
     inputs = {"gkd": distilled.key, "child": child.key, "tokens": tokens.key, "architecture": architecture.key}
+    inputs |= {"text": parts.keys["test"]}
     artifact = once(s.store.artifact("evaluation", settings, inputs | questions_source(s)), work)
     return dict(artifact.read_json(EVALUATION))

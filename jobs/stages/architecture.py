@@ -31,9 +31,10 @@ def measuring(run: Run) -> AbstractContextManager[Measure]:
 
     count = run.config.search.measure_tokens
     sequences = max(1, run.config.scoring.micro_batch_tokens // run.config.data.sequence_length)
-    batches = tokens.heldout_batches(run, count, sequences)
+    parts = tokens.parts(run)
+    batches = tokens.batches(parts.pick, count, sequences)
     library = run.content("library")
-    inputs = {"library": library.key, "tokens": run.artifact("tokens").key}
+    inputs = {"library": library.key, "tokens": run.artifact("tokens").key, "text": parts.keys["pick"]}
     artifact = run.store.artifact("measured", {"tokens": count, "sequences": sequences}, inputs)
     return pool(run.parent.address, library, batches, run.config.cluster, artifact, run.progress)
 
@@ -57,4 +58,8 @@ def measurements(run: Run) -> dict[str, Any] | None:
     return dict(artifact.read_json(PICKED)) if artifact.exists(PICKED) else None
 
 
-STAGE = Stage("architecture", work, inputs=("profile", "scores"), settings=settings)
+def sources(run: Run) -> dict[str, str]:
+    return {"text": tokens.parts(run).keys["pick"]} if run.config.search.measures else {}
+
+
+STAGE = Stage("architecture", work, inputs=("profile", "scores"), settings=settings, sources=sources)

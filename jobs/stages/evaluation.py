@@ -19,6 +19,10 @@ def settings(run: Run) -> dict[str, Any]:
     return found | ({} if scoring.downstream is None else {"downstream_questions": scoring.downstream_questions})
 
 
+def sources(run: Run) -> dict[str, str]:
+    return {"text": tokens.parts(run).keys["test"]} | scores.downstream_source(run)
+
+
 def compare(run: Run, folders: Mapping[str, str]) -> dict[str, Any]:
     """Held-out predictions and measured speed of models by name, `parent` and `child` among them, side by side; their answers to
     the half of the downstream questions that no block was scored by."""
@@ -29,7 +33,7 @@ def compare(run: Run, folders: Mapping[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = run_alone(
         evaluate,
         folders,
-        tokens.heldout_batches(run, config.evaluate.tokens, SEQUENCES),
+        tokens.batches(tokens.parts(run).test, config.evaluate.tokens, SEQUENCES),
         architecture.read(run),
         profile.scenario,
         config.evaluate,
@@ -47,15 +51,15 @@ def heldout_of(run: Run, distilled: Artifact) -> Mapping[str, float]:
     """Held-out loss, KL and agreement of a distilled child, nothing timed."""
     from actors.lone_worker import predict, run_alone
 
-    count = run.config.evaluate.tokens
+    count, parts = run.config.evaluate.tokens, tokens.parts(run)
 
     def work(artifact: Artifact) -> None:
-        batches = tokens.heldout_batches(run, count, SEQUENCES)
+        batches = tokens.batches(parts.test, count, SEQUENCES)
         folders = {"parent": run.parent.address, "child": distilled.path("child")}
         found = run_alone(predict, folders, batches, cluster=run.config.cluster, what="evaluate")
         artifact.finish(found["child"])
 
-    inputs = {"child": distilled.key, "tokens": run.content("tokens").key}
+    inputs = {"child": distilled.key, "tokens": run.content("tokens").key, "text": parts.keys["test"]}
     return run.finish(run.store.artifact("heldout", {"tokens": count}, inputs), work).facts()
 
 
@@ -65,7 +69,7 @@ def work(run: Run, artifact: Artifact) -> None:
     with run.progress.stage("evaluate", 1, "comparison") as bar:
         found = compare(run, folders)
         bar.advance()
-    artifact.write_json(EVALUATION, found)
+    artifact.write_json(EVALUATION, found | {"heldout": tokens.parts(run).keys})
     artifact.finish({name: found[name] for name in ("measured_speedup", "predicted_speedup")})
 
 
@@ -78,5 +82,5 @@ STAGE = Stage(
     work,
     inputs=("gkd", "child", "tokens", "architecture"),
     settings=settings,
-    sources=scores.downstream_source,
+    sources=sources,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jobs.run import Run, Stage
-from jobs.stages import tokens
+from jobs.stages import profile, tokens
 from puzzle_ray.artifacts import to_json
 from puzzle_ray.store import Artifact
 
@@ -32,6 +32,7 @@ def work(run: Run, artifact: Artifact) -> None:
     config, start = run.config.library, _start(run)
     if start:
         config = config.model_copy(update={"start_from": start.artifact.url})  # every node finds it there
+    profile.check_budget(run)
     train, _ = tokens.read(run)
     build_library(run.parent.address, run.space, config, run.config.cluster, train, run.config.seed, artifact, run.progress)
 

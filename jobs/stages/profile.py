@@ -61,6 +61,14 @@ def said(facts: Any) -> str:
     return ""
 
 
+def check_budget(run: Run) -> None:
+    """Raises Infeasible where costs are known already and no architecture meets the budget: before blocks are trained for it."""
+    from puzzle_ray.search.budget import check_budget
+
+    if run.artifact("profile").finished:
+        check_budget(run.space, read(run), run.profile_config.scenario, run.config.search.limits)
+
+
 def read(run: Run) -> Profile:
     from puzzle_ray.profiling.measure import PROFILE_TABLE
 

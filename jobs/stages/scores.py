@@ -16,7 +16,7 @@ def settings(run: Run) -> dict[str, Any]:
 
 
 def sources(run: Run) -> dict[str, str]:
-    return downstream_source(run)
+    return {"text": tokens.parts(run).keys["score"]} | downstream_source(run)
 
 
 def downstream_source(run: Run) -> dict[str, str]:
@@ -36,7 +36,7 @@ def _arguments(run: Run, artifact: Artifact) -> tuple[Any, ...]:
         library,
         config.scoring,
         config.cluster,
-        tokens.read(run)[1],
+        tokens.parts(run).score,
         artifact,
         run.progress,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jobs.run import Run, Stage
-from jobs.stages import architecture, child, evaluation, gkd, scores
+from jobs.stages import architecture, child, evaluation, gkd, scores, tokens
 from puzzle_ray.search.sweep import Context, Grid, SweepPoint, grid_contexts, grid_points, read_sweep
 from puzzle_ray.store import Artifact
 
@@ -24,7 +24,12 @@ def contexts(run: Run) -> dict[Context, Run]:
 
 
 def sources(run: Run) -> dict[str, str]:
-    return {f"profile {c[0]}+{c[1]}": other.artifact("profile").key for c, other in contexts(run).items()}
+    found = {f"profile {c[0]}+{c[1]}": other.artifact("profile").key for c, other in contexts(run).items()}
+    search = run.config.search
+    for name, wanted in (("pick", search.sweep_measure), ("test", search.sweep_gkd)):
+        if wanted:
+            found[f"{name} text"] = tokens.parts(run).keys[name]
+    return found
 
 
 def work(run: Run, artifact: Artifact) -> None:

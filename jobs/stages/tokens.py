@@ -9,10 +9,10 @@ import numpy as np
 from jobs.run import Run, Stage
 from puzzle_ray.config import TINY
 from puzzle_ray.data.order import Tokens
+from puzzle_ray.data.parts import HeldoutParts, heldout_parts
 from puzzle_ray.data.settings import DataConfig
+from puzzle_ray.data.splits import load_tokens, save_tokens, tokens_summary
 from puzzle_ray.store import Artifact
-
-TOKENS = "tokens.safetensors"
 
 
 def _data(run: Run) -> DataConfig:
@@ -37,27 +37,25 @@ def sources(run: Run) -> dict[str, str]:
 
 
 def work(run: Run, artifact: Artifact) -> None:
-    import torch
-    from transformers import AutoTokenizer
+    from puzzle_ray.models.tokenizer import read_tokenizer
 
-    from puzzle_ray.data.tokenising import tokenise
-
-    tokenizer = AutoTokenizer.from_pretrained(run.parent.folder)
-    train, heldout = tokenise(_data(run), tokenizer, run.parent.max_positions)
-    tensors = {"train": torch.from_numpy(train.sequences), "heldout": torch.from_numpy(heldout.sequences)}
-    artifact.write_tensors(TOKENS, tensors)
-    artifact.finish({"train_tokens": train.num_tokens, "heldout_tokens": heldout.num_tokens})
+    save_tokens(_data(run), read_tokenizer(run.parent.folder, run.config.trust_remote_code), run.parent.max_positions, artifact)
 
 
 def read(run: Run) -> tuple[Tokens, Tokens]:
     """(train, held-out)."""
-    tensors, _ = run.content("tokens").read_tensors(TOKENS)
-    return Tokens(tensors["train"].numpy()), Tokens(tensors["heldout"].numpy())
+    return load_tokens(run.content("tokens"))
 
 
-def heldout_batches(run: Run, tokens: int, sequences: int) -> list[np.ndarray[Any, Any]]:
-    """The first `tokens` held-out tokens: ids `[sequences, sequence_length]` each."""
-    return [batch.numpy() for batch in read(run)[1].first(tokens, sequences)]
+def parts(run: Run) -> HeldoutParts:
+    """Held-out text in three parts that share no sequence: what scores blocks, what picks the child, what is reported."""
+    config = run.config
+    return heldout_parts(read(run)[1], config.scoring.tokens, config.search.picked_by_tokens, config.evaluate.tokens)
 
 
-STAGE = Stage("tokens", work, reads=("tiny_parent",), settings=settings, sources=sources)
+def batches(part: Tokens, tokens: int, sequences: int) -> list[np.ndarray[Any, Any]]:
+    """The first `tokens` of a part: ids `[sequences, sequence_length]` each."""
+    return [batch.numpy() for batch in part.first(tokens, sequences)]
+
+
+STAGE = Stage("tokens", work, reads=("tiny_parent",), settings=settings, sources=sources, said=tokens_summary)

@@ -16,6 +16,13 @@ class HeldoutParts(NamedTuple):
     pick: Tokens
     test: Tokens
 
+    @property
+    def keys(self) -> dict[str, str]:
+        """Which sequences each part has, in words that change when they do: `0 to 31 of 500`."""
+        whole = len(self.score.sequences)
+        rows = {name: part.rows for name, part in self._asdict().items()}
+        return {name: f"{r[0]} to {r[-1]} of {whole}" for name, r in rows.items()}
+
 
 def heldout_parts(heldout: Tokens, score_tokens: int, pick_tokens: int, test_tokens: int) -> HeldoutParts:
     """Three parts of consecutive sequences: scoring at the beginning, the pick behind it, the test at the end.

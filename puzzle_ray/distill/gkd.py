@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from puzzle_ray.artifacts import rows_to_parquet
 from puzzle_ray.data.order import Tokens
+from puzzle_ray.data.splits import load_tokens
 from puzzle_ray.distill.losses import cosine_distance, token_losses
 from puzzle_ray.distill.schedule import LearningRate
 from puzzle_ray.distill.settings import GkdConfig
@@ -28,7 +29,6 @@ from puzzle_ray.progress import Progress
 from puzzle_ray.store import Artifact
 
 CHILD = "child"  # a folder of the artifact
-TOKENS = "tokens.safetensors"
 CHECKPOINT = "checkpoint.safetensors"
 CURVE = "losses.parquet"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -253,7 +253,7 @@ def load_gkd_trainer(
     with quiet_transformers():
         child = load_model(job.child.local_folder(CHILD), torch.float32).to(device)
         parent = load_model(locate(job.parent, job.revision), torch.float32 if device == "cpu" else None).to(device)
-    tokens = Tokens(job.data.read_tensors(TOKENS)[0]["train"].numpy())
+    tokens, _ = load_tokens(job.data)
     return GkdTrainer(child, parent, tokens, job.config, seed=job.seed, ranks=ranks, all_reduce=all_reduce)
 
 

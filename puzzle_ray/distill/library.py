@@ -20,6 +20,7 @@ from puzzle_ray.data.order import Tokens
 from puzzle_ray.distill.bld import LayerTrainer, LibraryRow, Schedule, row_metadata
 from puzzle_ray.distill.candidate import states_by_kind
 from puzzle_ray.distill.settings import LibraryConfig
+from puzzle_ray.distill.text import LibraryText
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.models.blocks import CPU, load_stack
 from puzzle_ray.models.checkpoint import locate
@@ -241,14 +242,12 @@ class SerialLibrary:
         dtype = getattr(torch, config.parent_dtype)
         self.stack = load_stack(folder, describe(model_config), model_config, 0, max(layers) + 1, dtype, device=device)
         self.schedule = Schedule.of(config)
-        self.tokens, self.seed = tokens, seed
-        self.sequences = config.micro_batch_tokens // tokens.sequences.shape[1]
+        self.text = LibraryText.of(tokens, seed, config)
         self.activation_dtype = getattr(torch, config.activation_dtype)
 
     def batch(self, position: int) -> Tensor:
         """The token ids of a position, `[sequences, tokens]`."""
-        ids = self.tokens.batch(self.seed, self.schedule.data_number(position), self.sequences)
-        return ids.to(self.stack.device)
+        return self.text.batch(position).to(self.stack.device)
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor) -> dict[int, Tensor]:

@@ -56,6 +56,11 @@ class SearchConfig(Section):
         """The sweep's axes. Axes without values are left out."""
         return {name: values for name, values in self.sweep.items() if values}
 
+    @property
+    def picked_by_tokens(self) -> int:
+        """Held-out tokens that whole children are measured on; 0 where none is measured."""
+        return self.measure_tokens if self.measures or self.sweep_measure else 0
+
     def identity(self) -> dict[str, Any]:
         """The settings that one budget's answer depends on."""
         return self.model_dump(mode="json", exclude={"sweep", "sweep_measure", "sweep_gkd"})

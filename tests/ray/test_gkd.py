@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from actors.gkd import run_gkd
 from puzzle_ray.artifacts import LayerChoice
 from puzzle_ray.cluster import ClusterConfig
-from puzzle_ray.distill.gkd import CHECKPOINT, CHILD, CURVE, TOKENS, Diverged, GkdJob, distill_child
+from puzzle_ray.data.splits import TOKENS
+from puzzle_ray.distill.gkd import CHECKPOINT, CHILD, CURVE, Diverged, GkdJob, distill_child
 from puzzle_ray.distill.settings import GkdConfig
 from puzzle_ray.errors import ClusterError
 from puzzle_ray.models.child import load_model, new_child, save_child

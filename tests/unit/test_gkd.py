@@ -13,11 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from puzzle_ray.artifacts import LayerChoice, rows_from_parquet
 from puzzle_ray.data.order import Tokens
+from puzzle_ray.data.splits import TOKENS
 from puzzle_ray.distill.gkd import (
     CHECKPOINT,
     CHILD,
     CURVE,
-    TOKENS,
     Diverged,
     GkdJob,
     GkdRow,

@@ -165,11 +165,19 @@ def test_independent_stages_run_at_the_same_time(two_stages, parent_with_text, t
 
 
 def test_a_stage_that_fails_in_the_background_ends_the_run_at_once(two_stages, parent_with_text, tmp_path):
+    never = threading.Event()
+
     def fails(run, artifact):
+        run.placed.set()
+        assert at_work.wait(60)
         raise ProfileError("profile", "the device is gone")
 
-    never = threading.Event()
-    two_stages(fails, lambda run, artifact: never.wait(60))
+    def works(run, artifact):
+        at_work.set()
+        assert not never.wait(300), "it would go on for long"
+
+    at_work = threading.Event()
+    two_stages(fails, works)
     run = make_run(parent_with_text, tmp_path)
     with pytest.raises(ProfileError, match="the device is gone"):
         run.done("both")

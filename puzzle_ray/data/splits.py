@@ -1,0 +1,38 @@
+"""The tokens of a run in the store: train and held-out, and the parts of held-out text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from puzzle_ray.data.documents import TextFacts
+from puzzle_ray.data.order import Tokens
+from puzzle_ray.data.settings import DataConfig
+from puzzle_ray.data.tokenising import tokenise
+from puzzle_ray.store import Artifact
+
+TOKENS = "tokens.safetensors"
+
+
+def save_tokens(config: DataConfig, tokenizer: Any, max_positions: int | None, artifact: Artifact) -> None:
+    """Tokenises the text, writes both splits, and closes the artifact. Raises DataError."""
+    import torch
+
+    read: dict[str, TextFacts] = {}
+    train, heldout = tokenise(config, tokenizer, max_positions, read)
+    tensors = {"train": torch.from_numpy(train.sequences), "heldout": torch.from_numpy(heldout.sequences)}
+    artifact.write_tensors(TOKENS, tensors)
+    counts = {"train_tokens": train.num_tokens, "heldout_tokens": heldout.num_tokens}
+    artifact.finish(counts | {"text": {name: facts.line() for name, facts in read.items()}})
+
+
+def load_tokens(artifact: Artifact) -> tuple[Tokens, Tokens]:
+    """(train, held-out)."""
+    tensors, _ = artifact.read_tensors(TOKENS)
+    return Tokens(tensors["train"].numpy()), Tokens(tensors["heldout"].numpy())
+
+
+def tokens_summary(facts: Mapping[str, Any]) -> str:
+    """One line about finished tokens, from the facts of their artifact: what was read, what was dropped, how many tokens."""
+    counts = f"{facts['train_tokens']} tokens to train on, {facts['heldout_tokens']} held out"
+    return "; ".join([f"{name}: {line}" for name, line in facts["text"].items()] + [counts])

@@ -1,0 +1,45 @@
+"""Which tokens every position of block distillation reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from puzzle_ray.data.order import Tokens, epochs
+from puzzle_ray.distill.schedule import Schedule
+from puzzle_ray.distill.settings import LibraryConfig
+
+
+@dataclass(frozen=True)
+class LibraryText:
+    """Training text in two parts: validation sequences, which no variant is ever trained on, and the others.
+
+    A function of (seed, position) alone, so that a run that is resumed reads on where it was.
+    """
+
+    validation: Tokens
+    training: Tokens
+    schedule: Schedule
+    seed: int
+    sequences: int  # of a micro-batch
+
+    @classmethod
+    def of(cls, tokens: Tokens, seed: int, config: LibraryConfig) -> LibraryText:
+        """Raises DataError where validation would leave nothing to train on."""
+        schedule, sequences = Schedule.of(config), config.micro_batch_tokens // tokens.sequences.shape[1]
+        validation, training = tokens.split_validation(seed, schedule.validate * sequences)
+        return cls(validation, training, schedule, seed, sequences)
+
+    def batch(self, position: int) -> Tensor:
+        """The token ids of a position, `[sequences, sequence_length]`. Both validations read the same ones."""
+        phase, number = self.schedule.phase(position)
+        if phase.startswith("validate"):
+            return self.validation.batch(self.seed, number, self.sequences)
+        return self.training.batch(self.seed, self.schedule.data_number(position) - self.schedule.validate, self.sequences)
+
+    @property
+    def epochs(self) -> float:
+        """How often the training text is read; above 1 some of it is read again."""
+        micro_batches = self.schedule.calibrate + self.schedule.train
+        return epochs(micro_batches * self.sequences, self.training.num_sequences)
