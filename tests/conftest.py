@@ -24,7 +24,7 @@ def pytest_xdist_make_scheduler(config, log):
     class OneClusterScheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "tests/ray" if file.startswith("tests/ray/") else file
+            return "ray" if file.startswith(("tests/gpu/", "tests/ray/")) else file
 
-    config.option.loadscopereorder = False  # as collected: tests/ray is before tests/unit
+    config.option.loadscopereorder = False  # as collected: tests/gpu and tests/ray are before tests/unit
     return OneClusterScheduling(config, log)
