@@ -237,10 +237,11 @@ class Run:
 def _worked(artifact: Artifact, work: Callable[[Artifact], None]) -> bool:
     """Does `work` as the only run that does. False where another one has finished it meanwhile. What is damaged is done again."""
     with artifact.lease():
-        if artifact.state() == "damaged":
-            gone = artifact.discard_damage()
-            print(f"  {artifact.stage}: damaged, done again: {', '.join(gone) or 'its record'}", file=sys.stderr, flush=True)
         if artifact.finished:
+            return False
+        for name in artifact.discard_damage():  # and what was half written where nothing is finished yet
+            print(f"[{artifact.stage}] {name} was damaged and is made again", file=sys.stderr, flush=True)
+        if artifact.finished:  # nothing was wrong with it
             return False
         work(artifact)
         return True

@@ -170,7 +170,7 @@ def once(artifact: Artifact, work: Callable[[Artifact], None]) -> Artifact:
     """Does `work` unless the artifact is finished. Waits for another run that does it; what is damaged is done again."""
     if not artifact.finished:
         with artifact.lease():
-            if artifact.state() == "damaged":
+            if not artifact.finished:
                 artifact.discard_damage()
             if not artifact.finished:
                 work(artifact)

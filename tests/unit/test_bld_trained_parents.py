@@ -58,7 +58,7 @@ def test_every_trained_variant_ends_below_its_training_free_start(tmp_path, mode
         update={"tokens": 16_384, "micro_batch_tokens": 256, "calibration_tokens": 2_048, "validation_tokens": 1_024}
     )
     step = Store(str(tmp_path)).artifact("library", {}, {})
-    rows = build_serially(str(folder), space, config, Tokens(language(256, 2)), 0, step, Quiet()).rows()
+    rows = build_serially(str(folder), space, config, Tokens(language(1200, 2)), 0, step, Quiet()).rows()
     trained = [row for row in rows if row.tokens]
     assert len(trained) == 2 * 5 and {row.variant for row in rows} - {row.variant for row in trained} == {"noop"}
     for row in trained:

@@ -31,6 +31,7 @@ def test_every_stage_comes_behind_what_it_needs():
 def test_a_key_changes_with_what_the_result_depends_on_and_with_nothing_else(parent_with_text, tmp_path):
     def keys(*settings):
         run = make_run(parent_with_text, tmp_path, *settings)
+        run.done("tokens")  # which of them scores are from is part of their key
         return {name: run.artifact(name).key for name in ("tokens", "library", "profile", "scores", "architecture")}
 
     plain = keys()
@@ -43,7 +44,7 @@ def test_a_key_changes_with_what_the_result_depends_on_and_with_nothing_else(par
         ("search.limits.speedup=1.2", {"architecture"}),
         ("profile.repeats=7", {"profile", "architecture"}),
         ("seed=1", {"library", "scores", "architecture"}),
-        ("data.max_train_tokens=640", {"tokens", "library", "scores", "architecture"}),
+        ("data.max_train_tokens=320", {"tokens", "library", "scores", "architecture"}),
     ):
         found = keys(setting)
         assert {name for name in plain if plain[name] != found[name]} == changed, setting
@@ -51,6 +52,10 @@ def test_a_key_changes_with_what_the_result_depends_on_and_with_nothing_else(par
 
 def test_what_depends_on_unfinished_content_says_so(parent_with_text, tmp_path):
     run = make_run(parent_with_text, tmp_path)
+    with pytest.raises(NotDone) as missing:
+        run.artifact("scores")
+    assert missing.value.stage == "tokens"
+    run.done("tokens")
     with pytest.raises(NotDone) as missing:
         run.artifact("child")
     assert missing.value.stage == "architecture"
@@ -69,10 +74,12 @@ def test_status_says_what_is_finished_what_would_run_and_why(parent_with_text, t
     empty = status()
     assert {row.state for row in empty.values()} == {"to do"} and not list(tmp_path.iterdir()), "nothing is written"
     assert empty["library"].words == "no such stage in this store yet"
-    assert empty["child"].words == "what it does depends on the result of architecture"
+    assert empty["scores"].words == "what it does depends on the result of tokens"
 
     run = make_run(parent_with_text, tmp_path)
-    for name in ("tokens", "library", "profile", "scores"):
+    run.done("tokens")
+    assert status()["child"].words == "what it does depends on the result of architecture"
+    for name in ("library", "profile", "scores"):
         finish(run, name)
     done = status()
     assert {name for name, row in done.items() if row.state == "finished"} == {"tokens", "library", "profile", "scores"}
@@ -94,7 +101,9 @@ def test_a_stage_that_was_begun_is_told_apart(parent_with_text, tmp_path):
 
 
 def test_differences_name_settings_and_inputs(parent_with_text, tmp_path):
-    artifact = make_run(parent_with_text, tmp_path).artifact("scores")
+    run = make_run(parent_with_text, tmp_path)
+    run.done("tokens")
+    artifact = run.artifact("scores")
     record = {"settings": json.loads(json.dumps(artifact.settings)), "inputs": dict(artifact.inputs)}
     assert list(differences(record, artifact)) == []
     record["settings"]["scoring"]["racing"] = True
