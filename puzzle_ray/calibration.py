@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,20 @@ from puzzle_ray.families.descriptor import Descriptor
 # N tokens, D hidden size, F inner activations; O and I the output and input features of a projection
 INPUTS, HEADS, CHANNELS = "inputs", "heads", "channels"
 ALL_STATISTICS = frozenset({INPUTS, HEADS, CHANNELS})
+
+
+# Least squares are damped by a share of the moment's mean diagonal. Of these shares the largest is chosen whose error on tokens that it
+# was not fitted on is within `WITHIN` of the best: it costs next to nothing, and it keeps matrices from having huge entries that cancel.
+DAMPINGS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+WITHIN = 0.03
+
+
+def largest_damping(error_of: Callable[[float], float]) -> tuple[float, float]:
+    """(damping, its error). `error_of(damping)` is the relative error on unseen tokens of what is fitted with it."""
+    errors = {damping: error_of(damping) for damping in DAMPINGS}
+    bound = min(errors.values()) * (1 + WITHIN) + 1e-9
+    damping = max(damping for damping, error in errors.items() if error <= bound)
+    return damping, errors[damping]
 
 
 def _sum_to(total: Tensor | None, part: Tensor) -> Tensor:
@@ -66,14 +80,14 @@ class Moments:
         assert self.xx is not None and self.xy is not None, "no calibration tokens were seen"
         return self.xx[:width, :width], self.xy[:width]
 
-    def least_squares(self, bias: bool = False) -> Tensor:
-        """The weight `[hidden_size, hidden_size]` that predicts Y from X best, in float64, by least squares with a small ridge.
+    def least_squares(self, bias: bool = False, damping: float = DAMPINGS[0]) -> Tensor:
+        """The weight `[hidden_size, hidden_size]` that predicts Y from X best, in float64, by least squares with a ridge of `damping`.
 
         With `bias`, it has the bias as one more column at the end.
         """
         assert self.xx is not None, "no calibration tokens were seen"
         xx, xy = self._of_inputs(len(self.xx) - (not bias))
-        return torch.linalg.solve(with_ridge(xx), xy).T
+        return torch.linalg.solve(with_ridge(xx, damping), xy).T
 
     def relative_error(self, weight_OI: Tensor) -> float:
         """||Y - X W'||^2 / ||Y||^2 of a linear map W, from the moments alone. 0 is exact; 1 is no better than predicting zero.
@@ -94,9 +108,9 @@ class Statistics:
     - `inputs`: `halves` and `moments`, see `Moments`. The first half of the tokens of every batch goes to the first moments of
       `halves`, the other half to the second. So what is fitted on one half can be judged on the other.
     - `heads`: `head_moment`, the second moment of the input of the attention's output projection,
-      `[num_attention_heads * head_dim, num_attention_heads * head_dim]` in float64.
+      `[num_attention_heads * head_dim, num_attention_heads * head_dim]` in float64; of either half of the tokens in `head_halves`.
     - `channels`: `channel_moment`, the second moment of the input of the FFN's down projection,
-      `[intermediate_size, intermediate_size]` in float64.
+      `[intermediate_size, intermediate_size]` in float64; of either half of the tokens in `channel_halves`.
 
     `channel_mean_F`, `[intermediate_size]`, is always gathered. `tokens` is the number of tokens seen.
     """
@@ -105,9 +119,19 @@ class Statistics:
         self.needs = frozenset(needs)
         self.halves: dict[SubblockKind, tuple[Moments, Moments]] = {kind: (Moments(), Moments()) for kind in KINDS}
         self.channel_sum: Tensor | None = None
-        self.channel_moment: Tensor | None = None
-        self.head_moment: Tensor | None = None
+        self.head_halves: list[Tensor | None] = [None, None]
+        self.channel_halves: list[Tensor | None] = [None, None]
         self.tokens = 0
+
+    @property
+    def head_moment(self) -> Tensor | None:
+        """Over all tokens; None where none were seen, or heads are not needed."""
+        return _whole(self.head_halves)
+
+    @property
+    def channel_moment(self) -> Tensor | None:
+        """Over all tokens; None where none were seen, or channels are not needed."""
+        return _whole(self.channel_halves)
 
     @property
     def moments(self) -> dict[SubblockKind, Moments]:
@@ -124,16 +148,15 @@ class Statistics:
         self.channel_sum = _sum_to(self.channel_sum, x_NF.abs().sum(dim=0, dtype=torch.float64))
         self.tokens += len(x_NF)
         if CHANNELS in self.needs:
-            self.channel_moment = _sum_to(self.channel_moment, _second_moment(x_NF.float()))
+            _add_halves(self.channel_halves, x_NF)
 
     def _add_heads(self, x_NF: Tensor) -> None:
         if HEADS in self.needs:
-            self.head_moment = _sum_to(self.head_moment, _second_moment(x_NF.float()))
+            _add_halves(self.head_halves, x_NF)
 
     def _add_subblock(self, kind: SubblockKind, x_ND: Tensor, y_ND: Tensor) -> None:
         if INPUTS in self.needs:
-            middle = (len(x_ND) + 1) // 2
-            for moments, part in zip(self.halves[kind], (slice(0, middle), slice(middle, None)), strict=True):
+            for moments, part in zip(self.halves[kind], _halves_of(len(x_ND)), strict=True):
                 moments.add(x_ND[part], y_ND[part])
 
     @contextmanager
@@ -171,14 +194,50 @@ class Statistics:
                 handle.remove()
 
 
-def refit(weight_OI: Tensor, moment: Tensor, kept: Tensor) -> Tensor:
+def _halves_of(tokens: int) -> tuple[slice, slice]:
+    middle = (tokens + 1) // 2
+    return slice(0, middle), slice(middle, None)
+
+
+def _add_halves(halves: list[Tensor | None], x_NF: Tensor) -> None:
+    for number, part in enumerate(_halves_of(len(x_NF))):
+        halves[number] = _sum_to(halves[number], _second_moment(x_NF[part].float()))
+
+
+def _whole(halves: Sequence[Tensor | None]) -> Tensor | None:
+    first, second = halves
+    return first if second is None else _sum_to(first, second)
+
+
+def refit(weight_OI: Tensor, moment: Tensor, kept: Tensor, damping: float = 1e-4) -> Tensor:
     """The weight `[out, kept]` on some inputs of a projection that comes closest to the whole weight `[out, in]` on all inputs.
 
     `moment` is the second moment M of the inputs, `[in, in]`; `kept` are the indices of the inputs that remain. The result is the
-    least-squares solution W_kept + W_gone M_gone,kept M_kept,kept^-1, with a small ridge in the inverse. It is in float64.
+    least-squares solution W_kept + W_gone M_gone,kept M_kept,kept^-1, with a ridge of `damping` in the inverse. It is in float64.
     """
     weight = weight_OI.double()
     gone = torch.ones(len(moment), dtype=torch.bool, device=moment.device)
     gone[kept] = False
     cross = weight[:, gone] @ moment[gone][:, kept]
-    return weight[:, kept] + torch.linalg.solve(with_ridge(moment[kept][:, kept], 1e-4), cross.T).T
+    return weight[:, kept] + torch.linalg.solve(with_ridge(moment[kept][:, kept], damping), cross.T).T
+
+
+def refit_error(weight_OI: Tensor, moment: Tensor, kept: Tensor, fitted: Tensor) -> float:
+    """||W x - W' x_kept||^2 / ||W x||^2 of a refitted weight W', `[out, kept]`, on inputs x of second moment `moment`."""
+    weight = weight_OI.double()
+    missed = weight.clone()
+    missed[:, kept] -= fitted
+    squared, whole = (((w @ moment) * w).sum() for w in (missed, weight))
+    return float(squared) / max(float(whole), 1e-30)
+
+
+def refit_well(weight_OI: Tensor, halves: Sequence[Tensor | None], kept: Tensor) -> tuple[Tensor, float]:
+    """(`refit` on all tokens, its damping): the largest that does well on the half of the tokens that it was not fitted on."""
+    seen, unseen = halves
+    assert seen is not None and unseen is not None, "no calibration tokens were seen"
+
+    def error_of(damping: float) -> float:
+        return refit_error(weight_OI, unseen, kept, refit(weight_OI, seen, kept, damping))
+
+    damping, _ = largest_damping(error_of)
+    return refit(weight_OI, seen + unseen, kept, damping), damping

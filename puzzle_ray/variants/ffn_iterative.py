@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from puzzle_ray.artifacts import SubblockKind
-from puzzle_ray.calibration import CHANNELS, Statistics, refit, with_ridge
+from puzzle_ray.calibration import CHANNELS, Statistics, refit, refit_well, with_ridge
 from puzzle_ray.families.descriptor import Descriptor
 from puzzle_ray.surgery.projections import FFNProjections
 from puzzle_ray.variants.ffn import NarrowFFN
@@ -59,8 +59,9 @@ class IterativeFFN(NarrowFFN):
         old, new = FFNProjections.of(parent, descriptor), FFNProjections.of(layer, descriptor)
         kept = most_missed(old.down.weight_OI, moment, int(argument))
         new.copy_channels(old, kept)
-        new.down.write(refit(old.down.weight_OI, moment, kept), old.down.bias_O)
-        return f"channel contribution in {ROUNDS} rounds"
+        fitted, damping = refit_well(old.down.weight_OI, statistics.channel_halves, kept)
+        new.down.write(fitted, old.down.bias_O)
+        return f"channel contribution in {ROUNDS} rounds (damping {damping:g})"
 
 
 VARIANT = IterativeFFN()

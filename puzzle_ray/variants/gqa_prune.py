@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from puzzle_ray.artifacts import SubblockKind
-from puzzle_ray.calibration import HEADS, Statistics, refit
+from puzzle_ray.calibration import HEADS, Statistics, refit_well
 from puzzle_ray.families.descriptor import Descriptor
 from puzzle_ray.surgery.projections import AttentionProjections, copy_checked
 from puzzle_ray.variants.gqa import GroupedQueryAttention
@@ -65,13 +65,14 @@ class PrunedHeads(GroupedQueryAttention):
         new.value.write_rows(old.value, key_rows)
         output = torch.zeros_like(old.output.weight_OI)
         here = rows_of(torch.arange(heads, device=kept.device) * (whole // heads), width)
-        output[:, here] = refit(old.output.weight_OI, moment, query_rows[here]).to(output.dtype)
+        fitted, damping = refit_well(old.output.weight_OI, statistics.head_halves, query_rows[here])
+        output[:, here] = fitted.to(output.dtype)
         new.output.write(output, old.output.bias_O)
         for names, rows in ((descriptor.query_norms, query_rows), (descriptor.key_norms, key_rows)):
             for name in names:
                 norms = [getattr(descriptor.core(x, "attention"), name) for x in (parent, layer)]
                 copy_checked(norms[1].weight, norms[0].weight[rows])
-        return f"kept heads {', '.join(str(h) for h in kept.tolist())}"
+        return f"kept heads {', '.join(str(h) for h in kept.tolist())} (damping {damping:g})"
 
 
 VARIANT = PrunedHeads()

@@ -1,8 +1,8 @@
 """`linear`: one matrix in place of the subblock, behind its norm, with a bias if the parent's output projection has one.
 
 (Paper v5, section 2.) It is initialised by the product of the parent's matrices (V then O; up then down) or by least squares on
-calibration activations. Least squares are fitted on one half of the calibration tokens, and both are compared on the other half. If
-least squares are better, they are fitted again on all tokens.
+calibration activations. Least squares are fitted on one half of the calibration tokens, and both are compared on the other half, where
+their damping is chosen, too. If least squares are better, they are fitted again on all tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from puzzle_ray.artifacts import KINDS, SubblockKind
-from puzzle_ray.calibration import INPUTS, Statistics
+from puzzle_ray.calibration import INPUTS, Statistics, largest_damping
 from puzzle_ray.families.descriptor import Descriptor
 from puzzle_ray.surgery.projections import AttentionProjections, FFNProjections, Projection, copy_checked
 from puzzle_ray.surgery.subblocks import LinearAttention, LinearFFN
@@ -79,17 +79,16 @@ class Linear:
         parameters = list(layer.get_submodule(descriptor.module(kind)).parameters())
         has_bias = len(parameters) > 1
         product, (seen, unseen) = _product_start(parent, kind, descriptor), statistics.halves[kind]
-        errors = {
-            "product": unseen.relative_error(product),
-            "least squares": unseen.relative_error(seen.least_squares(has_bias)),
-        }
+        damping, error = largest_damping(lambda d: unseen.relative_error(seen.least_squares(has_bias, d)))
+        errors = {"product": unseen.relative_error(product), "least squares": error}
         best = min(errors, key=lambda name: errors[name])
-        start = product if best == "product" else statistics.moments[kind].least_squares(has_bias)
+        start = product if best == "product" else statistics.moments[kind].least_squares(has_bias, damping)
         copy_checked(parameters[0], start[:, : parameters[0].shape[1]])
         if has_bias:
             copy_checked(parameters[1], start[:, -1])
         other = next(name for name in errors if name != best)
-        return f"{best} (relative error {errors[best]:.3f}; {other} {errors[other]:.3f})"
+        damped = "" if best == "product" else f", damping {damping:g}"
+        return f"{best} (relative error {errors[best]:.3f}{damped}; {other} {errors[other]:.3f})"
 
 
 VARIANT = Linear()
