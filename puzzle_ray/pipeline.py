@@ -297,13 +297,17 @@ def child_of(s: Setting, library: Artifact, architecture: Artifact) -> Artifact:
 
 
 def distilled_of(s: Setting, tokens: Artifact, child: Artifact) -> Artifact:
-    config, seed = s.config.gkd, s.config.seed
+    config, seed, parts = s.config.gkd, s.config.seed, parts_of(s, tokens)
 
     def work(artifact: Artifact) -> None:
         compute_with(max(1, num_cores() // config.num_workers))  # as each worker on a machine like this one
-        distill_child(GkdJob(str(s.parent), child, tokens, artifact, config, seed), s.progress)
+        heldout = (
+            tuple(ids.numpy() for ids in parts.pick.first(config.heldout_tokens, SEQUENCES)) if config.heldout_tokens else ()
+        )
+        distill_child(GkdJob(str(s.parent), child, tokens, artifact, config, seed, heldout=heldout), s.progress)
 
     inputs = {"child": child.key, "tokens": tokens.key}
+    inputs |= {"text": parts.keys["pick"]} if config.heldout_tokens else {}
     return once(s.store.artifact("gkd", {"gkd": config.identity(), "seed": seed}, inputs), work)
 
 

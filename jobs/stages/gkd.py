@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from jobs.run import Run, Stage
+from jobs.stages import tokens
 from puzzle_ray.store import Artifact
+
+SEQUENCES = 8  # of a batch of held-out text
 
 
 def settings(run: Run) -> dict[str, Any]:
     return {"gkd": run.config.gkd.identity(), "seed": run.config.seed}
+
+
+def said(facts: Mapping[str, Any]) -> str:
+    from puzzle_ray.distill.guard import gkd_summary
+
+    return gkd_summary(facts)
+
+
+def sources(run: Run) -> dict[str, str]:
+    """Which held-out text training is watched on: the part that picks, never the one that is reported."""
+    return {"text": tokens.parts(run).keys["pick"]} if run.config.gkd.heldout_tokens else {}
 
 
 def distil(run: Run, child: Artifact, artifact: Artifact) -> None:
@@ -17,16 +32,25 @@ def distil(run: Run, child: Artifact, artifact: Artifact) -> None:
     from actors.gkd import run_gkd
     from puzzle_ray.distill.gkd import GkdJob
 
-    job = GkdJob(run.parent.address, child, run.content("tokens"), artifact, run.config.gkd, run.config.seed)
+    config = run.config
+    heldout = (
+        tuple(tokens.batches(tokens.parts(run).pick, config.gkd.heldout_tokens, SEQUENCES)) if config.gkd.heldout_tokens else ()
+    )
+    job = GkdJob(run.parent.address, child, run.content("tokens"), artifact, config.gkd, config.seed, heldout=heldout)
     run_gkd(job, cluster=run.config.cluster, progress=run.progress)
 
 
 def of(run: Run, child: Artifact) -> Artifact:
     """Any child after distillation, distilled unless it is there."""
-    inputs = {"child": child.key, "tokens": run.content("tokens").key}
+    inputs = {"child": child.key, "tokens": run.content("tokens").key} | sources(run)
     return run.finish(run.store.artifact("gkd", settings(run), inputs), lambda artifact: distil(run, child, artifact))
 
 
 STAGE = Stage(
-    "gkd", lambda run, artifact: distil(run, run.content("child"), artifact), inputs=("child", "tokens"), settings=settings
+    "gkd",
+    lambda run, artifact: distil(run, run.content("child"), artifact),
+    inputs=("child", "tokens"),
+    settings=settings,
+    sources=sources,
+    said=said,
 )

@@ -12,12 +12,15 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from puzzle_ray.artifacts import rows_to_parquet
 from puzzle_ray.data.order import Tokens
 from puzzle_ray.data.splits import load_tokens
+from puzzle_ray.distill.guard import HeldoutGuard, HeldoutRow
 from puzzle_ray.distill.losses import cosine_distance, token_losses
 from puzzle_ray.distill.schedule import LearningRate
 from puzzle_ray.distill.settings import GkdConfig
@@ -31,7 +34,10 @@ from puzzle_ray.store import Artifact
 CHILD = "child"  # a folder of the artifact
 CHECKPOINT = "checkpoint.safetensors"
 CURVE = "losses.parquet"
+LOOKS = "heldout.parquet"  # what the guard saw
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_GUARD = "guard."  # before the names of the guard's tensors in a checkpoint
+TokenIds = npt.NDArray[np.int64]
 
 
 class Diverged(PuzzleError):
@@ -60,7 +66,10 @@ class GkdRow:
 
 @dataclass(frozen=True)
 class GkdJob:
-    """What a distillation reads and writes. Artifact `child` holds the folder `child`; `data` holds the file `tokens.safetensors`."""
+    """What a distillation reads and writes. Artifact `child` holds the folder `child`; `data` holds the file `tokens.safetensors`.
+
+    `heldout` are ids `[sequences, tokens]` that training is watched on (see `puzzle_ray.distill.guard`); without any it is not watched.
+    """
 
     parent: str
     child: Artifact
@@ -69,6 +78,7 @@ class GkdJob:
     config: GkdConfig
     seed: int
     revision: str | None = None
+    heldout: tuple[TokenIds, ...] = ()
 
 
 @contextmanager
@@ -113,6 +123,7 @@ class GkdTrainer:
         self.total_steps = gkd_steps(config)
         self.learning_rate = LearningRate.of_gkd(config.learning_rate, self.total_steps, config.warmup_fraction)
         self.curve: list[GkdRow] = []
+        self.guard: HeldoutGuard | None = None
         length = tokens.sequences.shape[1]
         self.num_sequences = config.micro_batch_tokens // length
         if not self.num_sequences:
@@ -163,12 +174,32 @@ class GkdTrainer:
             raise Diverged(number, loss, norm)
         if norm > config.gradient_clip:
             self.gradients *= config.gradient_clip / norm
-        rate = self.learning_rate.at(number)
+        rate = self.learning_rate.at(number) * (self.guard.rate_factor if self.guard else 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.curve.append(GkdRow(number, loss, kl, cosine, lm, norm, rate))
         return self.curve[-1]
+
+    def watch(self, batches: Sequence[Tensor]) -> None:
+        """From now on training is watched on held-out ids `[sequences, tokens]`."""
+        every = max(1, self.total_steps // self.config.heldout_looks)
+        self.guard = HeldoutGuard(self.child, self.parent, self.parameters, batches, every, self._as_rank_0)
+
+    def _as_rank_0(self, values: Sequence[float]) -> list[float]:
+        """What rank 0 measured, for all processes alike: on GPUs they may differ in the last bit, and must decide alike."""
+        if self.all_reduce is None:
+            return list(values)
+        shared = torch.tensor([v if 0 in self.ranks else 0.0 for v in values], dtype=torch.float64, device=self.device)
+        self.all_reduce(shared)
+        return [float(v) for v in shared]
+
+    def go_back(self) -> None:
+        """To the best weights so far, with half the learning rate and an optimizer that starts anew."""
+        assert self.guard is not None
+        self.curve = self.curve[: self.guard.restore_best()]
+        self.guard.rate_factor *= 0.5
+        self.optimizer = self._new_optimizer()
 
     def loss_terms(self, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(weighted sum, KL, cosine distance, next-token loss) of ids `[batch, tokens]`. A term of weight 0 gives no gradient."""
@@ -193,15 +224,20 @@ class GkdTrainer:
         for name, parameter in self.parameters.items():
             for moment in _MOMENTS:
                 state[f"{moment}.{name}"] = self.optimizer.state[parameter][moment].cpu()
+        state["adam_steps"] = next(iter(self.optimizer.state.values()))["step"].cpu().reshape(1).float()
         curve = torch.tensor([astuple(row) for row in self.curve], dtype=torch.float64)
         state["curve"] = curve.view(-1, len(fields(GkdRow)))
+        if self.guard is not None:
+            state |= {f"{_GUARD}{name}": value for name, value in self.guard.state_tensors().items()}
         return state
 
     @torch.no_grad()
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state_tensors`. Raises StoreError where names or shapes belong to another model."""
-        expected = {name: value.shape for name, value in self.state_tensors().items() if name != "curve"}
-        given = {name: value.shape for name, value in state.items() if name != "curve"}
+        expected, given = (
+            {name: value.shape for name, value in tensors.items() if name != "curve" and not name.startswith(_GUARD)}
+            for tensors in (self.state_tensors(), state)
+        )
         if expected != given:
             name = min(name for name, _ in expected.items() ^ given.items())
             problem = f"{name} is {given.get(name)}, this child has {expected.get(name)}"
@@ -209,10 +245,13 @@ class GkdTrainer:
         for name, parameter in self.parameters.items():
             parameter.copy_(state[f"child.{name}"])
             slots = self.optimizer.state[parameter]
-            slots["step"].fill_(len(state["curve"]))
+            slots["step"].fill_(float(state["adam_steps"]))
             for moment in _MOMENTS:
                 slots[moment].copy_(state[f"{moment}.{name}"])
         self.curve = [GkdRow(int(row[0]), *row[1:]) for row in state["curve"].tolist()]
+        if self.guard is not None:
+            own = {name.removeprefix(_GUARD): value for name, value in state.items() if name.startswith(_GUARD)}
+            self.guard.load_state_tensors(own)
 
     def resume(self, artifact: Artifact) -> None:
         """Continues from the artifact's checkpoint, if there is one. Raises StoreError where processes find different ones."""
@@ -229,13 +268,40 @@ class GkdTrainer:
 def train_to_end(trainer: GkdTrainer, artifact: Artifact, progress: Progress, *, writes: bool = True) -> None:
     """Trains to the last step, from the artifact's checkpoint where there is one. With `writes=False` it saves no checkpoints."""
     trainer.resume(artifact)
-    with progress.stage("distill", trainer.total_steps, "steps") as bar:
+    guard, total = trainer.guard, trainer.total_steps
+    with progress.stage("distill", total, "steps") as bar:
         bar.advance(trainer.next_step)
-        while trainer.next_step < trainer.total_steps:
-            row = trainer.step()
+        if guard is not None and not guard.rows:
+            guard.look(0)
+        while trainer.next_step < total and not (guard and guard.gave_up):
+            before = trainer.next_step
+            row = _watched_step(trainer)
+            if row is None:
+                bar.advance(trainer.next_step - before)
+                continue
             if writes and trainer.next_step % trainer.config.checkpoint_every == 0:
                 artifact.write_tensors(CHECKPOINT, trainer.state_tensors())
             bar.advance(loss=row.loss, kl=row.kl, cosine=row.cosine)
+        if guard is not None:
+            guard.restore_best()
+
+
+def _watched_step(trainer: GkdTrainer) -> GkdRow | None:
+    """One step, and a look at held-out text where one is due. None where training went back, or has to end."""
+    guard = trainer.guard
+    if guard is None:
+        return trainer.step()
+    number = trainer.next_step
+    try:
+        row = trainer.step()
+    except Diverged:
+        guard.diverged(number)
+    else:
+        if not guard.is_due(trainer.next_step, trainer.total_steps) or guard.look(trainer.next_step):
+            return row
+    if not guard.gave_up:
+        trainer.go_back()
+    return None
 
 
 def load_gkd_trainer(
@@ -254,7 +320,10 @@ def load_gkd_trainer(
         child = load_model(job.child.local_folder(CHILD), torch.float32).to(device)
         parent = load_model(locate(job.parent, job.revision), torch.float32 if device == "cpu" else None).to(device)
     tokens, _ = load_tokens(job.data)
-    return GkdTrainer(child, parent, tokens, job.config, seed=job.seed, ranks=ranks, all_reduce=all_reduce)
+    trainer = GkdTrainer(child, parent, tokens, job.config, seed=job.seed, ranks=ranks, all_reduce=all_reduce)
+    if job.heldout and trainer.total_steps:
+        trainer.watch([torch.from_numpy(ids.copy()) for ids in job.heldout])
+    return trainer
 
 
 def publish_distilled(trainer: GkdTrainer, job: GkdJob) -> None:
@@ -266,7 +335,11 @@ def publish_distilled(trainer: GkdTrainer, job: GkdJob) -> None:
     job.artifact.write(CURVE, rows_to_parquet(trainer.curve, GkdRow, {}))
     last = {f"last_{name}": getattr(row, name) for row in trainer.curve[-1:] for name in ("loss", "kl", "cosine", "lm")}
     tokens = trainer.total_steps * trainer.num_sequences * trainer.tokens.sequences.shape[1] * job.config.num_workers
-    job.artifact.finish({"steps": trainer.total_steps, "tokens": tokens, **last}, drop=[CHECKPOINT])
+    facts = {"steps": trainer.total_steps, "tokens": tokens, **last}
+    if trainer.guard is not None:
+        job.artifact.write(LOOKS, rows_to_parquet(trainer.guard.rows, HeldoutRow, {}))
+        facts |= trainer.guard.facts()
+    job.artifact.finish(facts, drop=[CHECKPOINT])
 
 
 def distill_child(job: GkdJob, progress: Progress) -> None:

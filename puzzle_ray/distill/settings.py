@@ -94,6 +94,10 @@ class GkdConfig(Section):
     kl_weight: NonNegative = 1.0
     cosine_weight: NonNegative = 1.0
     lm_weight: NonNegative = 0.0
+    heldout_tokens: Annotated[int, Field(ge=0)] = (
+        8_192  # that training is watched on, so that it never makes a child worse; 0: it is not
+    )
+    heldout_looks: Count = 10  # over the whole training
     checkpoint_every: Count = 50  # steps
     max_failures: Annotated[int, Field(ge=-1)] = 3
     use_gpu: bool = False

@@ -1,0 +1,134 @@
+"""Global distillation never makes a child worse on held-out text."""
+
+import dataclasses
+
+import pytest
+import torch
+from gkd_trainers import CONFIG, new_trainer, random_tokens
+
+from puzzle_ray.distill.gkd import train_to_end
+from puzzle_ray.distill.guard import MAX_RETURNS, gkd_summary
+from puzzle_ray.progress import Quiet
+from puzzle_ray.store import Store
+
+LONG = CONFIG.model_copy(update={"tokens": 40 * 64, "heldout_looks": 8, "checkpoint_every": 3})
+
+
+def heldout():
+    return random_tokens().first(96, 2)
+
+
+def watched(config=LONG, **kwargs):
+    trainer = new_trainer(config, **kwargs)
+    trainer.watch(heldout())
+    return trainer
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.parameters.items()}
+
+
+def train(trainer, tmp_path, name="gkd"):
+    artifact = Store(str(tmp_path)).artifact("gkd", {"name": name}, {})
+    train_to_end(trainer, artifact, Quiet())
+    return artifact
+
+
+def test_the_best_weights_are_kept(tmp_path):
+    trainer = watched()
+    train(trainer, tmp_path)
+    guard = trainer.guard
+    assert [row.step for row in guard.rows] == list(range(0, 41, 5)) and not guard.num_returns
+    assert guard.best_row.kl < guard.rows[0].kl
+    assert guard.measure()[0] == guard.best_row.kl == min(row.kl for row in guard.rows), (
+        "the child has the weights of its best look"
+    )
+    assert trainer.guard.facts()["kept"] == f"step {guard.best_row.step}"
+
+
+def test_watching_changes_nothing_where_all_goes_well(tmp_path):
+    plain, seen = new_trainer(LONG), watched()
+    train(plain, tmp_path, "plain")
+    train(seen, tmp_path, "seen")
+    assert seen.guard.best_row.step == 40
+    assert [row.loss for row in plain.curve] == [row.loss for row in seen.curve]
+    assert all(torch.equal(p, seen.parameters[name]) for name, p in plain.parameters.items())
+
+
+@pytest.mark.parametrize("rate", [30.0, 1e30])
+def test_an_absurd_learning_rate_ends_well_with_the_starts_weights(tmp_path, rate):
+    trainer = watched(LONG.model_copy(update={"learning_rate": rate, "warmup_fraction": 0.0}))
+    start = weights(trainer)
+    train(trainer, tmp_path)
+    facts = trainer.guard.facts()
+    assert facts["kept"] == "start" and facts["returns"] == MAX_RETURNS + 1
+    assert all(torch.equal(p, start[name]) for name, p in trainer.parameters.items())
+    line = gkd_summary(facts)
+    assert "did not improve the child" in line and "published as it was" in line and "lower gkd.learning_rate" in line
+
+
+def test_training_goes_back_to_the_best_and_on_with_half_the_rate(tmp_path):
+    trainer = watched()
+    measured = iter([1.0, 0.8, 5.0, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
+    at_best = {}
+
+    def measure():
+        kl = next(measured)
+        if kl == 0.8:
+            at_best.update(weights(trainer))
+        return kl, kl
+
+    trainer.guard.measure = measure
+    back = trainer.go_back
+
+    def seen():
+        back()
+        assert trainer.next_step == 5 and all(torch.equal(p, at_best[name]) for name, p in trainer.parameters.items())
+        assert all(not slots["exp_avg"].any() for slots in trainer.optimizer.state.values())
+
+    trainer.go_back = seen
+    train(trainer, tmp_path)
+    assert [(row.step, row.kl, row.rate_factor, row.returned) for row in trainer.guard.rows][:4] == [
+        (0, 1.0, 1.0, 0), (5, 0.8, 1.0, 0), (10, 5.0, 1.0, 1), (10, 0.7, 0.5, 0),
+    ]  # fmt: skip
+    halved = new_trainer(LONG)
+    assert trainer.curve[5].learning_rate == 0.5 * halved.learning_rate.at(5)
+
+
+@pytest.mark.parametrize(("rate", "cut"), [(1e-2, 7), (1.0, 4), (1.0, 9)])
+def test_a_resumed_run_ends_in_the_same_bits(tmp_path, rate, cut):
+    """Cut anywhere, also between a return and the next checkpoint."""
+    config = LONG.model_copy(update={"learning_rate": rate})
+    whole = watched(config)
+    train(whole, tmp_path, "whole")
+
+    class Cut(Exception):
+        pass
+
+    class After(Quiet):
+        steps = 0
+
+        def stage(self, name, total, unit):
+            from contextlib import nullcontext
+
+            return nullcontext(self)
+
+        def advance(self, count=1, **facts):
+            self.steps += 1
+            if self.steps > cut:
+                raise Cut
+
+    artifact = Store(str(tmp_path)).artifact("gkd", {"name": "cut"}, {})
+    with pytest.raises(Cut):
+        train_to_end(watched(config), artifact, After())
+    second = watched(config)
+    train_to_end(second, artifact, Quiet())
+    assert [dataclasses.astuple(row) for row in second.guard.rows] == [dataclasses.astuple(row) for row in whole.guard.rows]
+    assert all(torch.equal(p, second.parameters[name]) for name, p in whole.parameters.items())
+
+
+def test_all_processes_decide_as_rank_0_does():
+    config = LONG.model_copy(update={"num_workers": 2})
+    trainer = new_trainer(config, ranks=[1], all_reduce=lambda shared: shared.add_(torch.tensor([0.25, 0.5], dtype=shared.dtype)))
+    trainer.watch(heldout())
+    assert trainer.guard.measure() == (0.25, 0.5), "what this process measured does not count"
