@@ -11,13 +11,16 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from actors.placement import DIED, profiler_options, require, resources_of
+from actors.placement import DIED, not_placed, not_started, profiler_options, require, resources_of
 from actors.pool import Pool, Terms
 from puzzle_ray.artifacts import Profile, SearchSpace
 from puzzle_ray.cluster import ClusterConfig
+from puzzle_ray.errors import PuzzleError
 from puzzle_ray.models.checkpoint import locate
 from puzzle_ray.models.child import read_config
+from puzzle_ray.profiling.engine import Target, target_here
 from puzzle_ray.profiling.measure import (
     Measurement,
     ProfileTask,
@@ -31,6 +34,35 @@ from puzzle_ray.profiling.measure import (
 from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.progress import Bar, Progress
 from puzzle_ray.store import Artifact
+
+
+@ray.remote
+def _target(config: ProfileConfig, num_threads: int) -> Target:
+    return target_here(config, num_threads)
+
+
+def ask_target(config: ProfileConfig, cluster: ClusterConfig) -> Target:
+    """What a profiler would measure, as the node says that would hold one.
+
+    Raises ClusterError where no node takes the question within `cluster.placement_timeout_s`, ProfileError where the device is missing.
+    """
+    while True:
+        options = profiler_options(config)
+        require(options, "a profiler", "profile", cluster.autoscaling)
+        answer = _target.options(**options).remote(config, options["num_cpus"])
+        try:
+            target: Target = ray.get(answer, timeout=cluster.placement_timeout_s)
+        except GetTimeoutError:
+            ray.cancel(answer)
+            raise not_placed("the question what a profiler would measure", cluster.placement_timeout_s) from None
+        except RayTaskError as error:
+            if isinstance(error.cause, PuzzleError):
+                raise error.cause from None
+            raise
+        except RayError as error:
+            raise not_started("the question what a profiler would measure", error) from None
+        if profiler_options(config) == options:  # else a node has come meanwhile, or gone
+            return target
 
 
 class ShapeProfiler:
@@ -77,8 +109,9 @@ def profile_blocks(
     artifact: Artifact,
     progress: Progress,
     placed: Event | None = None,
+    target: Target | None = None,
 ) -> Profile:
-    """Measures every item that is not in the step yet.
+    """Measures every item that is not in the step yet. A profiler that measures anything but `target`, where one is given, is an error.
 
     `placed` is set as soon as no profiler waits for its place any more: what they hold of the nodes is claimed by then, and a stage
     that starts beside this one plans with the rest. It is set in any case when this returns or raises.
@@ -90,7 +123,7 @@ def profile_blocks(
         if todo:
             with progress.stage("profile", sum(num_runs(item, config) for item in items), "run") as bar:
                 bar.advance(sum(num_runs(item, config) for item in items if item not in todo))
-                _measure_all(parent, todo, config, cluster, artifact, bar, placed)
+                _measure_all(parent, todo, config, cluster, artifact, bar, placed, target)
     finally:
         if placed:
             placed.set()
@@ -105,6 +138,7 @@ def _measure_all(
     artifact: Artifact,
     bar: Bar,
     placed: Event | None,
+    target: Target | None,
 ) -> None:
     """Each item is saved when it is measured. Where a profiler dies its item goes to whoever is free, itself to a node with room."""
     options = profiler_options(config)
@@ -127,7 +161,7 @@ def _measure_all(
         return profiler, [profiler]
 
     def receive(item: ProfileTask, result: Measurement) -> bool:
-        save_measurement(artifact, result)
+        save_measurement(artifact, result, target)
         followed.done(item)
         return False
 

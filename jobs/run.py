@@ -15,14 +15,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from puzzle_ray.artifacts import SearchSpace
 from puzzle_ray.config import TINY, RunConfig
 from puzzle_ray.plugins import declared
+from puzzle_ray.process import num_cores
 from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.progress import Display, Progress
 from puzzle_ray.store import Artifact, Store
+
+if TYPE_CHECKING:
+    from puzzle_ray.profiling.engine import Target
 
 SECONDS = "seconds.json"
 
@@ -177,6 +181,20 @@ class Run:
         limit_mib = self.config.search.limits.memory_mib
         return with_batch_sizes(self.config.profile, self.parent.model_config, self.whole_space, limit_mib)
 
+    @cached_property
+    def target(self) -> Target:
+        """What a profile of this run is of. Asked once: the node that will measure where there is a cluster, else this machine, which
+        a cluster of our own would have to itself. Raises ClusterError where no node answers, ProfileError where it has no such device.
+        """
+        from puzzle_ray.profiling.engine import depends_on_node, target_here
+
+        ray = sys.modules.get("ray")
+        if ray is None or not ray.is_initialized() or not depends_on_node(self.config.profile):
+            return target_here(self.config.profile, num_cores())
+        from actors.profiler import ask_target
+
+        return ask_target(self.config.profile, self.config.cluster)
+
     def in_context(self, input_tokens: float, output_tokens: float) -> Run:
         """The same run with sequences of another length in its profile, at the same batch sizes."""
         profile = self.profile_config
@@ -184,7 +202,9 @@ class Run:
         if scenario == profile.scenario:
             return self
         profile = profile.model_copy(update={"scenario": scenario})
-        return Run(self.config.model_copy(update={"profile": profile}), self.progress)
+        other = Run(self.config.model_copy(update={"profile": profile}), self.progress)
+        other.target = self.target
+        return other
 
     # doing
 

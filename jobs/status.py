@@ -10,9 +10,11 @@ from typing import Any
 
 from jobs.command import SEARCHES, Config, Data, Debug, ParentName, Recipe, Settings, StoreRoot, Verb, configured
 from jobs.run import NotDone, Run, Stage, in_order, stages
+from puzzle_ray.errors import ClusterError, ProfileError
 from puzzle_ray.store import RECORD, Artifact, Store
 
 MOST_CHANGES = 3  # that are named; the others are counted
+IN_WORDS = ("engine", "target")  # inputs that a reader understands; the others are keys and hashes
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,16 @@ def rows(run: Run) -> list[Row]:
     """Every stage in the order in which they run. Nothing is done, and nothing is written."""
     found: list[Row] = []
     would_run: set[str] = set()
+    of_no_device: set[str] = set()  # nobody is asked for the device again on their behalf
     for stage in in_order(stages(), run.config):
-        found.append(_row(run, stage, would_run))
+        try:
+            before = sorted(of_no_device & {*stage.inputs, *stage.reads})
+            found.append(_needs(stage, before[0]) if before else _row(run, stage, would_run))
+        except (ClusterError, ProfileError) as error:
+            of_no_device.add(stage.name)
+            found.append(Row(stage.name, "to do", f"which device measures is not known: {error}"))
+        if of_no_device & {*stage.inputs, *stage.reads}:
+            of_no_device.add(stage.name)
         if found[-1].state != "finished":
             would_run.add(stage.name)
     return found
@@ -39,12 +49,16 @@ def _row(run: Run, stage: Stage, would_run: set[str]) -> Row:
     try:
         artifact = run.artifact(stage.name)
     except NotDone as missing:
-        return Row(stage.name, "to do", f"what it does depends on the result of {missing.stage}")
+        return _needs(stage, missing.stage)
     if artifact.finished:
         return Row(stage.name, "finished", artifact.url)
     state = "begun" if artifact.names() else "to do"
     waits = [name for name in (*stage.inputs, *stage.reads) if name in would_run]
     return Row(stage.name, state, "; ".join(_why(run.store, artifact, waits)))
+
+
+def _needs(stage: Stage, other: str) -> Row:
+    return Row(stage.name, "to do", f"what it does depends on the result of {other}")
 
 
 def _why(store: Store, artifact: Artifact, waits: list[str]) -> Iterator[str]:
@@ -80,15 +94,17 @@ def closest_record(store: Store, artifact: Artifact) -> Mapping[str, Any] | None
 
 
 def differences(record: Mapping[str, Any], artifact: Artifact) -> Iterator[str]:
-    """What an earlier artifact's settings and inputs have otherwise: `scoring.tokens 8192 -> 4096`, `input library`."""
+    """What an earlier artifact's settings and inputs have otherwise: `scoring.tokens 8192 -> 4096`, `input library`,
+    `input target CPU A -> CPU B`."""
     before, now = dict(_flat(record["settings"])), dict(_flat(json.loads(json.dumps(artifact.settings))))
     for name in dict.fromkeys([*before, *now]):
         if before.get(name) != now.get(name):
             yield f"{name} {_shown(before, name)} -> {_shown(now, name)}"
-    inputs = record["inputs"]
-    for name in dict.fromkeys([*inputs, *artifact.inputs]):
-        if inputs.get(name) != artifact.inputs.get(name):
-            yield f"input {name}"
+    before, now = record["inputs"], artifact.inputs
+    for name in dict.fromkeys([*before, *now]):
+        if before.get(name) != now.get(name):
+            words = f" {before[name]} -> {now[name]}" if name in IN_WORDS and name in before and name in now else ""
+            yield f"input {name}{words}"
 
 
 def _flat(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -118,9 +134,11 @@ def status(
     from jobs.session import connected, joins
 
     run = configured(recipe, config, set_, parent, data, store)
-    with (
-        connected(run.config.cluster) if joins(run.config.cluster) else nullcontext()
-    ):  # which nodes will measure is part of a key
+    cluster = run.config.cluster
+    if joins(cluster):  # the node that will measure is asked, and not waited for as long as for work
+        soon = {"placement_timeout_s": min(cluster.connect_timeout_s, cluster.placement_timeout_s)}
+        run = Run(run.config.model_copy(update={"cluster": cluster.model_copy(update=soon)}), run.progress)
+    with connected(cluster) if joins(cluster) else nullcontext():
         found = rows(run)
     width = max(len(row.stage) for row in found)
     for row in found:

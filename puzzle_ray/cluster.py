@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from puzzle_ray.settings import Count, GpuShare, Positive, Section
 
@@ -22,3 +22,20 @@ class ClusterConfig(Section):
     max_recoveries: Count = 20
     autoscaling: bool = False  # nodes are added on demand: what none has yet is waited for, up to placement_timeout_s
     transport: str = "object_store"  # of hidden states
+
+    def library_identity(self) -> dict[str, Any]:
+        """The settings that the bits of a library depend on. A product's sums are split by threads, and a GPU sums in another order.
+
+        How many cores or GPUs there are is no setting, and is in no key.
+        """
+        on_gpu = self.gpus_per_trainer > 0
+        threads = {} if on_gpu else {"cpus_per_trainer": self.cpus_per_trainer}
+        return threads | {"trainers_on_gpu": on_gpu} | self.shards_identity()
+
+    def shards_identity(self) -> dict[str, Any]:
+        """The settings that the bits of what the parent computes depend on. On CPUs every shard computes with one thread."""
+        return {"shards_on_gpu": self.gpus_per_shard > 0}
+
+    def in_one_process(self) -> ClusterConfig:
+        """As the library without Ray computes: on the CPU, whatever GPUs are given to actors."""
+        return self.model_copy(update={"gpus_per_trainer": 0, "gpus_per_shard": 0})

@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 
-from puzzle_ray.artifacts import Architecture, Measure, Profile, Scores, SearchSpace, to_json
+from puzzle_ray.artifacts import Architecture, Measure, Profile, Scores, SearchSpace
 from puzzle_ray.checks import check
+from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.config import TINY, RunConfig, load
 from puzzle_ray.data.parts import HeldoutParts, heldout_parts
 from puzzle_ray.data.sources import source_fingerprint
-from puzzle_ray.data.splits import load_tokens, save_tokens
+from puzzle_ray.data.splits import load_tokens, save_tokens, train_tokens_source
 from puzzle_ray.distill.gkd import GkdJob, distill_child
 from puzzle_ray.distill.library import Library, build_serially, starting_library
 from puzzle_ray.distill.realize import realize
@@ -38,7 +39,7 @@ from puzzle_ray.models.describe import describe
 from puzzle_ray.models.tokenizer import read_tokenizer
 from puzzle_ray.process import compute_with, num_cores
 from puzzle_ray.profiling.batch_sizes import with_batch_sizes
-from puzzle_ray.profiling.engine import engine_of, target_of
+from puzzle_ray.profiling.engine import engine_source, target_here
 from puzzle_ray.profiling.measure import PROFILE_TABLE, profile_serially
 from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.progress import Display, Progress
@@ -50,9 +51,11 @@ from puzzle_ray.scoring.serial import SerialScorer, score_serially
 from puzzle_ray.search.budget import check_budget
 from puzzle_ray.search.choose import ARCHITECTURE, MakeExact, choose, save_choice
 from puzzle_ray.search.narrow import library_space
+from puzzle_ray.search.searcher import searcher_sources
 from puzzle_ray.search.setup import SearchSetup
 from puzzle_ray.store import Artifact, Store
-from puzzle_ray.variants.space import search_space
+from puzzle_ray.variants.space import search_space, space_sources
+from puzzle_ray.version import torch_series
 
 EVALUATION = "evaluation.json"
 SEQUENCES = 8  # of a batch in the evaluation
@@ -159,6 +162,11 @@ class Setting:
         limit_mib = self.config.search.limits.memory_mib
         return with_batch_sizes(self.config.profile, self.model_config, self.whole_space, limit_mib)
 
+    @property
+    def cluster(self) -> ClusterConfig:
+        """What of the cluster's settings counts here, where no actor has a GPU."""
+        return self.config.cluster.in_one_process()
+
     def stack(self) -> LayerStack:
         """The whole parent in float32, cut into layers that can be exchanged."""
         compute_with(1)  # as every shard computes
@@ -199,25 +207,24 @@ def parts_of(s: Setting, tokens: Artifact) -> HeldoutParts:
 def library_of(s: Setting, tokens: Artifact) -> Artifact:
     config, seed = s.config.library, s.config.seed
     start = starting_library(config, s.space, s.parent_key)
-    inputs = {"tokens": tokens.key, "parent": s.parent_key, "space": to_json(s.space).decode()}
+    inputs = {"parent": s.parent_key} | space_sources(s.space) | train_tokens_source(tokens)
     inputs |= {"start": start.artifact.key} if start else {}
 
     def work(artifact: Artifact) -> None:
         train, _ = load_tokens(tokens)
-        build_serially(str(s.parent), s.space, config, train, seed, artifact, s.progress, s.config.cluster.cpus_per_trainer)
+        build_serially(str(s.parent), s.space, config, train, seed, artifact, s.progress, s.cluster.cpus_per_trainer)
 
-    return once(s.store.artifact("library", {"library": config.identity(), "seed": seed}, inputs), work)
+    settings = {"library": config.identity(), "seed": seed, "torch": torch_series(), "cluster": s.cluster.library_identity()}
+    return once(s.store.artifact("library", settings, inputs), work)
 
 
 def profile_of(s: Setting) -> Artifact:
-    config = s.profile_config
-    engine = engine_of(config)
-    about = {"engine": engine.version(), "target": target_of(engine, config, num_cores())}
-    inputs = {"parent": s.parent_key, "space": to_json(s.whole_space).decode(), **about}
+    config, target = s.profile_config, target_here(s.config.profile, num_cores())
+    inputs = {"parent": s.parent_key} | space_sources(s.whole_space) | target.sources() | engine_source(config.engine)
 
     def work(artifact: Artifact) -> None:
         compute_with(num_cores())
-        profile_serially(s.model_config, s.whole_space, config, artifact, s.progress)
+        profile_serially(s.model_config, s.whole_space, config, artifact, s.progress, target)
 
     return once(s.store.artifact("profile", {"profile": config.identity()}, inputs), work)
 
@@ -245,9 +252,9 @@ def scores_of(s: Setting, tokens: Artifact, library: Artifact) -> Artifact:
         data = (scoring_texts(s, tokens), s.space, config, artifact, Library(library).states, s.progress, questions)
         score_serially(s.stack(), *data)
 
-    text = parts_of(s, tokens).keys["score"]
-    inputs = {"library": library.key, "tokens": tokens.key, "text": text} | questions_source(s)
-    return once(s.store.artifact("scores", {"scoring": config.identity()}, inputs), work)
+    settings = {"scoring": config.identity(), "torch": torch_series(), "cluster": s.cluster.shards_identity()}
+    inputs = {"library": library.key} | parts_of(s, tokens).sources(score=config.tokens) | questions_source(s)
+    return once(s.store.artifact("scores", settings, inputs), work)
 
 
 def architecture_of(s: Setting, tokens: Artifact, library: Artifact, profile: Artifact, scores: Artifact) -> Artifact:
@@ -262,9 +269,9 @@ def architecture_of(s: Setting, tokens: Artifact, library: Artifact, profile: Ar
         make_exact = exact(s, tokens, library, scores) if scoring.makes_exact else None
         save_choice(choose(setup, search, make_exact, lambda: measuring(s, tokens, library)), artifact)
 
-    inputs = {"profile": profile.key, "scores": scores.key}
+    inputs = {"profile": profile.key, "scores": scores.key} | searcher_sources([search.searcher])
     if search.measures:
-        inputs["text"] = parts_of(s, tokens).keys["pick"]
+        inputs |= searcher_sources(search.rivals) | parts_of(s, tokens).sources(pick=search.measure_tokens)
     return once(s.store.artifact("architecture", settings, inputs), work)
 
 
@@ -306,9 +313,10 @@ def distilled_of(s: Setting, tokens: Artifact, child: Artifact) -> Artifact:
         )
         distill_child(GkdJob(str(s.parent), child, tokens, artifact, config, seed, heldout=heldout), s.progress)
 
-    inputs = {"child": child.key, "tokens": tokens.key}
-    inputs |= {"text": parts.keys["pick"]} if config.heldout_tokens else {}
-    return once(s.store.artifact("gkd", {"gkd": config.identity(), "seed": seed}, inputs), work)
+    settings = {"gkd": config.identity(), "seed": seed, "torch": torch_series()}
+    inputs = {"child": child.key} | train_tokens_source(tokens)
+    inputs |= parts.sources(pick=config.heldout_tokens) if config.heldout_tokens else {}
+    return once(s.store.artifact("gkd", settings, inputs), work)
 
 
 def evaluation_of(
@@ -323,12 +331,11 @@ def evaluation_of(
         questions = load_questions(str(s.parent), scoring, s.max_positions, "test")
         how = (profile.scenario, config, profile.dtype, s.progress, profile.num_gpus > 0, questions)
         found = evaluate(folders, batches, read_architecture(architecture), *how)
-        artifact.write_json(EVALUATION, found | {"heldout": parts.keys})
+        artifact.write_json(EVALUATION, found | {"heldout": parts.ranges})
         artifact.finish({name: found[name] for name in ("measured_speedup", "predicted_speedup")})
 
-    settings: dict[str, Any] = {"evaluate": config.model_dump(mode="json"), "profile": profile.model_dump(mode="json")}
+    settings: dict[str, Any] = {"evaluate": config.model_dump(mode="json"), "profile": profile.identity()}
     settings |= {} if scoring.downstream is None else {"downstream_questions": scoring.downstream_questions}
-    inputs = {"gkd": distilled.key, "child": child.key, "tokens": tokens.key, "architecture": architecture.key}
-    inputs |= {"text": parts.keys["test"]}
+    inputs = {"gkd": distilled.key, "child": child.key, "architecture": architecture.key} | parts.sources(test=config.tokens)
     artifact = once(s.store.artifact("evaluation", settings, inputs | questions_source(s)), work)
     return dict(artifact.read_json(EVALUATION))

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import pkgutil
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+
+from puzzle_ray.errors import ConfigError
+
+PACKAGE = Path(__file__).parent
 
 
 def declared(package: str, attribute: str) -> list[Any]:
@@ -15,6 +22,28 @@ def declared(package: str, attribute: str) -> list[Any]:
     names = sorted(info.name for info in pkgutil.iter_modules(folder.__path__) if not info.name.startswith("_"))
     modules = [importlib.import_module(f"{package}.{name}") for name in names]
     return [getattr(module, attribute) for module in modules if hasattr(module, attribute)]
+
+
+def plugin_source(name: str, plugin: object, *, where: str, module_name: str = "") -> dict[str, str]:
+    """What identifies a plug-in that is not of this package: `{"plug-in <name>": <hash of its source>}`. Nothing for one of ours.
+
+    Two files are hashed: that of the module which the config names, by `package.module:ATTRIBUTE` or by the entry point's `module_name`,
+    and that of the plug-in's class, where both are of one package. What these import is not looked at. A file beside those of this
+    package is one of ours. Raises ConfigError where a module has no file.
+    """
+    named = module_name or (name.partition(":")[0] if ":" in name else "")
+    own = (plugin if isinstance(plugin, type) else type(plugin)).__module__
+    modules = {named or own} | ({own} if own.partition(".")[0] == named.partition(".")[0] else set())
+    files = {module: getattr(sys.modules[module], "__file__", None) for module in modules}
+    for module, file in files.items():
+        if file is None:
+            problem = f"the module {module} of {name!r} has no file, so that nothing tells when it changes"
+            raise ConfigError(where, problem, "put it in a file that can be imported")
+    foreign = sorted((module, file) for module, file in files.items() if not Path(str(file)).resolve().is_relative_to(PACKAGE))
+    if not foreign:
+        return {}
+    contents = [hashlib.sha256(Path(str(file)).read_bytes()).hexdigest() for _, file in foreign]
+    return {f"plug-in {name}": hashlib.sha256("".join(contents).encode()).hexdigest()}
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ from jobs.stages import profile, scores, tokens
 from puzzle_ray.artifacts import Architecture, Measure, Scores
 from puzzle_ray.search.choose import ARCHITECTURE, SCORES, choose, save_choice
 from puzzle_ray.search.pick import PICKED
+from puzzle_ray.search.searcher import searcher_sources
 from puzzle_ray.search.setup import SearchSetup
 from puzzle_ray.store import Artifact
 
@@ -34,8 +35,9 @@ def measuring(run: Run) -> AbstractContextManager[Measure]:
     parts = tokens.parts(run)
     batches = tokens.batches(parts.pick, count, sequences)
     library = run.content("library")
-    inputs = {"library": library.key, "tokens": run.artifact("tokens").key, "text": parts.keys["pick"]}
-    artifact = run.store.artifact("measured", {"tokens": count, "sequences": sequences}, inputs)
+    inputs = {"library": library.key} | parts.sources(pick=count)
+    how = {"tokens": count, "sequences": sequences, "cluster": run.config.cluster.shards_identity()}
+    artifact = run.store.artifact("measured", how, inputs)
     return pool(run.parent.address, library, batches, run.config.cluster, artifact, run.progress)
 
 
@@ -59,7 +61,10 @@ def measurements(run: Run) -> dict[str, Any] | None:
 
 
 def sources(run: Run) -> dict[str, str]:
-    return {"text": tokens.parts(run).keys["pick"]} if run.config.search.measures else {}
+    search = run.config.search
+    if not search.measures:
+        return searcher_sources([search.searcher])
+    return searcher_sources([search.searcher, *search.rivals]) | tokens.parts(run).sources(pick=search.measure_tokens)
 
 
-STAGE = Stage("architecture", work, inputs=("profile", "scores"), settings=settings, sources=sources)
+STAGE = Stage("architecture", work, inputs=("profile", "scores"), reads=("tokens",), settings=settings, sources=sources)

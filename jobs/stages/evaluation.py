@@ -14,13 +14,13 @@ SEQUENCES = 8  # of a batch
 
 
 def settings(run: Run) -> dict[str, Any]:
-    found = {"evaluate": run.config.evaluate.model_dump(mode="json"), "profile": run.profile_config.model_dump(mode="json")}
+    found = {"evaluate": run.config.evaluate.model_dump(mode="json"), "profile": run.profile_config.identity()}
     scoring = run.config.scoring
     return found | ({} if scoring.downstream is None else {"downstream_questions": scoring.downstream_questions})
 
 
 def sources(run: Run) -> dict[str, str]:
-    return {"text": tokens.parts(run).keys["test"]} | scores.downstream_source(run)
+    return tokens.parts(run).sources(test=run.config.evaluate.tokens) | scores.downstream_source(run)
 
 
 def compare(run: Run, folders: Mapping[str, str]) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def heldout_of(run: Run, distilled: Artifact) -> Mapping[str, float]:
         found = run_alone(predict, folders, batches, cluster=run.config.cluster, what="evaluate")
         artifact.finish(found["child"])
 
-    inputs = {"child": distilled.key, "tokens": run.content("tokens").key, "text": parts.keys["test"]}
+    inputs = {"child": distilled.key} | parts.sources(test=count)
     return run.finish(run.store.artifact("heldout", {"tokens": count}, inputs), work).facts()
 
 
@@ -69,7 +69,7 @@ def work(run: Run, artifact: Artifact) -> None:
     with run.progress.stage("evaluate", 1, "comparison") as bar:
         found = compare(run, folders)
         bar.advance()
-    artifact.write_json(EVALUATION, found | {"heldout": tokens.parts(run).keys})
+    artifact.write_json(EVALUATION, found | {"heldout": tokens.parts(run).ranges})
     artifact.finish({name: found[name] for name in ("measured_speedup", "predicted_speedup")})
 
 
@@ -80,7 +80,8 @@ def read(run: Run) -> Mapping[str, Any]:
 STAGE = Stage(
     "evaluation",
     work,
-    inputs=("gkd", "child", "tokens", "architecture"),
+    inputs=("gkd", "child", "architecture"),
+    reads=("tokens",),
     settings=settings,
     sources=sources,
 )

@@ -8,12 +8,13 @@ from typing import Any
 from jobs.run import Run, Stage
 from jobs.stages import tokens
 from puzzle_ray.store import Artifact
+from puzzle_ray.version import torch_series
 
 SEQUENCES = 8  # of a batch of held-out text
 
 
 def settings(run: Run) -> dict[str, Any]:
-    return {"gkd": run.config.gkd.identity(), "seed": run.config.seed}
+    return {"gkd": run.config.gkd.identity(), "seed": run.config.seed, "torch": torch_series()}
 
 
 def said(facts: Mapping[str, Any]) -> str:
@@ -23,8 +24,9 @@ def said(facts: Mapping[str, Any]) -> str:
 
 
 def sources(run: Run) -> dict[str, str]:
-    """Which held-out text training is watched on: the part that picks, never the one that is reported."""
-    return {"text": tokens.parts(run).keys["pick"]} if run.config.gkd.heldout_tokens else {}
+    """What is trained on, and what training is watched on: held-out text of the part that picks, never of the one that is reported."""
+    watched = run.config.gkd.heldout_tokens
+    return tokens.train_source(run) | (tokens.parts(run).sources(pick=watched) if watched else {})
 
 
 def distil(run: Run, child: Artifact, artifact: Artifact) -> None:
@@ -42,14 +44,15 @@ def distil(run: Run, child: Artifact, artifact: Artifact) -> None:
 
 def of(run: Run, child: Artifact) -> Artifact:
     """Any child after distillation, distilled unless it is there."""
-    inputs = {"child": child.key, "tokens": run.content("tokens").key} | sources(run)
+    inputs = {"child": child.key} | sources(run)
     return run.finish(run.store.artifact("gkd", settings(run), inputs), lambda artifact: distil(run, child, artifact))
 
 
 STAGE = Stage(
     "gkd",
     lambda run, artifact: distil(run, run.content("child"), artifact),
-    inputs=("child", "tokens"),
+    inputs=("child",),
+    reads=("tokens",),
     settings=settings,
     sources=sources,
     said=said,

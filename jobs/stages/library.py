@@ -6,12 +6,14 @@ from typing import Any
 
 from jobs.run import Run, Stage
 from jobs.stages import profile, tokens
-from puzzle_ray.artifacts import to_json
 from puzzle_ray.store import Artifact
+from puzzle_ray.version import torch_series
 
 
 def settings(run: Run) -> dict[str, Any]:
-    return {"library": run.config.library.identity(), "seed": run.config.seed}
+    config = run.config
+    about = {"seed": config.seed, "torch": torch_series(), "cluster": config.cluster.library_identity()}
+    return {"library": config.library.identity()} | about
 
 
 def _start(run: Run) -> Any:
@@ -21,8 +23,10 @@ def _start(run: Run) -> Any:
 
 
 def sources(run: Run) -> dict[str, str]:
+    from puzzle_ray.variants.space import space_sources
+
     start = _start(run)
-    found = {"parent": run.parent.key, "space": to_json(run.space).decode()}
+    found = {"parent": run.parent.key} | space_sources(run.space) | tokens.train_source(run)
     return found | ({"start": start.artifact.key} if start else {})
 
 
@@ -50,4 +54,4 @@ def read(run: Run) -> Any:
     return Library(run.content("library"))
 
 
-STAGE = Stage("library", work, inputs=("tokens",), settings=settings, sources=sources, said=said)
+STAGE = Stage("library", work, reads=("tokens",), settings=settings, sources=sources, said=said)

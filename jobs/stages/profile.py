@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from jobs.run import Run, Stage
-from puzzle_ray.artifacts import Profile, to_json
+from puzzle_ray.artifacts import Profile
+from puzzle_ray.errors import ClusterError, ProfileError
 from puzzle_ray.store import Artifact
 
 
@@ -15,36 +15,25 @@ def settings(run: Run) -> dict[str, Any]:
 
 
 def sources(run: Run) -> dict[str, str]:
-    from puzzle_ray.profiling.engine import engine_of, target_of
+    from puzzle_ray.profiling.engine import engine_source
+    from puzzle_ray.variants.space import space_sources
 
-    profile = run.profile_config
-    engine = engine_of(profile)
-    space = to_json(run.whole_space).decode()
-    return {
-        "parent": run.parent.key,
-        "space": space,
-        "engine": engine.version(),
-        "target": target_of(engine, profile, _cpus(run)),
-    }
-
-
-def _cpus(run: Run) -> int:
-    """Of the node that will measure. Where Ray is not there yet it will be started on this machine, with all its cores."""
-    from puzzle_ray.process import num_cores
-
-    ray = sys.modules.get("ray")
-    if ray is None or not ray.is_initialized():
-        return num_cores()
-    from actors.placement import node_cpus
-
-    return node_cpus(run.profile_config.resources, run.profile_config.label_selector)
+    of_space = {"parent": run.parent.key} | space_sources(run.whole_space)
+    return of_space | run.target.sources() | engine_source(run.config.profile.engine)
 
 
 def work(run: Run, artifact: Artifact) -> None:
     from actors.profiler import profile_blocks
 
     profile_blocks(
-        run.parent.address, run.whole_space, run.profile_config, run.config.cluster, artifact, run.progress, run.placed
+        run.parent.address,
+        run.whole_space,
+        run.profile_config,
+        run.config.cluster,
+        artifact,
+        run.progress,
+        run.placed,
+        run.target,
     )
 
 
@@ -65,7 +54,11 @@ def check_budget(run: Run) -> None:
     """Raises Infeasible where costs are known already and no architecture meets the budget: before blocks are trained for it."""
     from puzzle_ray.search.budget import check_budget
 
-    if run.artifact("profile").finished:
+    try:
+        there = run.artifact("profile").finished
+    except (ClusterError, ProfileError):  # no node has the device now: what it costs there is not known, and not needed here
+        return
+    if there:
         check_budget(run.space, read(run), run.profile_config.scenario, run.config.search.limits)
 
 

@@ -9,14 +9,15 @@ from jobs.stages import tokens
 from puzzle_ray.artifacts import Scores
 from puzzle_ray.search.choose import Answers, MakeExact
 from puzzle_ray.store import Artifact
+from puzzle_ray.version import torch_series
 
 
 def settings(run: Run) -> dict[str, Any]:
-    return {"scoring": run.config.scoring.identity()}
+    return {"scoring": run.config.scoring.identity(), "torch": torch_series(), "cluster": run.config.cluster.shards_identity()}
 
 
 def sources(run: Run) -> dict[str, str]:
-    return {"text": tokens.parts(run).keys["score"]} | downstream_source(run)
+    return tokens.parts(run).sources(score=run.config.scoring.tokens) | downstream_source(run)
 
 
 def downstream_source(run: Run) -> dict[str, str]:
@@ -75,4 +76,4 @@ def identity(run: Run) -> dict[str, Any]:
     return {"metric": run.config.scoring.metric, "exact": run.config.scoring.makes_exact, "seed": run.config.seed}
 
 
-STAGE = Stage("scores", work, inputs=("library", "tokens"), settings=settings, sources=sources)
+STAGE = Stage("scores", work, inputs=("library",), reads=("tokens",), settings=settings, sources=sources)

@@ -6,6 +6,7 @@ from typing import Any
 
 from jobs.run import Run, Stage
 from jobs.stages import architecture, child, evaluation, gkd, scores, tokens
+from puzzle_ray.search.searcher import searcher_sources
 from puzzle_ray.search.sweep import Context, Grid, SweepPoint, grid_contexts, grid_points, read_sweep
 from puzzle_ray.store import Artifact
 
@@ -14,7 +15,7 @@ def settings(run: Run) -> dict[str, Any]:
     search, config = run.config.search, run.config
     found = {"search": search.sweep_identity()} | scores.identity(run)
     if search.sweep_gkd:
-        found |= {"gkd": config.gkd.identity(), "evaluate": config.evaluate.model_dump(mode="json")}
+        found |= {"gkd": config.gkd.identity(), "evaluate": {"tokens": config.evaluate.tokens}}
     return found
 
 
@@ -24,11 +25,13 @@ def contexts(run: Run) -> dict[Context, Run]:
 
 
 def sources(run: Run) -> dict[str, str]:
-    found = {f"profile {c[0]}+{c[1]}": other.artifact("profile").key for c, other in contexts(run).items()}
     search = run.config.search
-    for name, wanted in (("pick", search.sweep_measure), ("test", search.sweep_gkd)):
-        if wanted:
-            found[f"{name} text"] = tokens.parts(run).keys[name]
+    found = {f"profile {c[0]}+{c[1]}": other.artifact("profile").key for c, other in contexts(run).items()}
+    found |= searcher_sources([search.searcher])
+    if search.sweep_measure:
+        found |= tokens.parts(run).sources(pick=search.measure_tokens)
+    if search.sweep_gkd:
+        found |= tokens.parts(run).sources(test=run.config.evaluate.tokens)
     return found
 
 
@@ -67,4 +70,4 @@ def read(run: Run) -> tuple[SweepPoint, ...]:
     return tuple(read_sweep(run.content("sweep")))
 
 
-STAGE = Stage("sweep", work, inputs=("scores",), reads=("profile",), settings=settings, sources=sources)
+STAGE = Stage("sweep", work, inputs=("scores",), reads=("profile", "tokens"), settings=settings, sources=sources)

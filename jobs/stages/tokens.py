@@ -11,7 +11,7 @@ from puzzle_ray.config import TINY
 from puzzle_ray.data.order import Tokens
 from puzzle_ray.data.parts import HeldoutParts, heldout_parts
 from puzzle_ray.data.settings import DataConfig
-from puzzle_ray.data.splits import load_tokens, save_tokens, tokens_summary
+from puzzle_ray.data.splits import load_tokens, save_tokens, tokens_summary, train_tokens_source
 from puzzle_ray.store import Artifact
 
 
@@ -51,6 +51,11 @@ def parts(run: Run) -> HeldoutParts:
     """Held-out text in three parts that share no sequence: what scores blocks, what picks the child, what is reported."""
     config = run.config
     return heldout_parts(read(run)[1], config.scoring.tokens, config.search.picked_by_tokens, config.evaluate.tokens)
+
+
+def train_source(run: Run) -> dict[str, str]:
+    """What is trained on is identified by the content of the train tokens alone."""
+    return train_tokens_source(run.content("tokens"))
 
 
 def batches(part: Tokens, tokens: int, sequences: int) -> list[np.ndarray[Any, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -49,8 +50,19 @@ class Tokens:
 
     def first(self, max_tokens: int, num_sequences: int) -> list[Tensor]:
         """The first sequences in order, for evaluation: batches of `num_sequences`, at least one, the last may be smaller."""
-        count = max(1, min(self.num_sequences, max_tokens // self.sequences.shape[1]))
+        count = self._first_count(max_tokens)
         return [self._read(np.arange(i, min(i + num_sequences, count))) for i in range(0, count, num_sequences)]
+
+    def content_hash(self, max_tokens: int | None = None) -> str:
+        """SHA-256 of the sequences and their shape; with `max_tokens`, of those that `first` reads. Not of where they came from."""
+        count = self.num_sequences if max_tokens is None else self._first_count(max_tokens)
+        read = self.sequences[:count] if self.rows is None else self.sequences[self.rows[:count]]
+        digest = hashlib.sha256(f"{read.shape}".encode())
+        digest.update(memoryview(np.ascontiguousarray(read, dtype="<i4")))
+        return digest.hexdigest()
+
+    def _first_count(self, max_tokens: int) -> int:
+        return max(1, min(self.num_sequences, max_tokens // self.sequences.shape[1]))
 
     def split_validation(self, seed: int, count: int) -> tuple[Tokens, Tokens]:
         """(validation, training): `count` sequences that training never reads, in whatever epoch, and the others.

@@ -17,11 +17,18 @@ class HeldoutParts(NamedTuple):
     test: Tokens
 
     @property
-    def keys(self) -> dict[str, str]:
-        """Which sequences each part has, in words that change when they do: `0 to 31 of 500`."""
+    def ranges(self) -> dict[str, str]:
+        """Which sequences each part has, in words: `0 to 31 of 500`."""
         whole = len(self.score.sequences)
         rows = {name: part.rows for name, part in self._asdict().items()}
         return {name: f"{r[0]} to {r[-1]} of {whole}" for name, r in rows.items()}
+
+    def sources(self, **tokens: int) -> dict[str, str]:
+        """What reads so many tokens of a part is identified by: their content, whatever else is held out.
+
+        `sources(score=8192)` is `{"score tokens": <hash>}`.
+        """
+        return {f"{name} tokens": getattr(self, name).content_hash(count) for name, count in tokens.items()}
 
 
 def heldout_parts(heldout: Tokens, score_tokens: int, pick_tokens: int, test_tokens: int) -> HeldoutParts:

@@ -12,6 +12,7 @@ from puzzle_ray.data.tokenising import tokenise
 from puzzle_ray.store import Artifact
 
 TOKENS = "tokens.safetensors"
+TRAIN_HASH = "train_sha256"  # a fact of the artifact
 
 
 def save_tokens(config: DataConfig, tokenizer: Any, max_positions: int | None, artifact: Artifact) -> None:
@@ -23,7 +24,16 @@ def save_tokens(config: DataConfig, tokenizer: Any, max_positions: int | None, a
     tensors = {"train": torch.from_numpy(train.sequences), "heldout": torch.from_numpy(heldout.sequences)}
     artifact.write_tensors(TOKENS, tensors)
     counts = {"train_tokens": train.num_tokens, "heldout_tokens": heldout.num_tokens}
-    artifact.finish(counts | {"text": {name: facts.line() for name, facts in read.items()}})
+    text = {name: facts.line() for name, facts in read.items()}
+    artifact.finish(counts | {"text": text, TRAIN_HASH: train.content_hash()})
+
+
+def train_tokens_source(artifact: Artifact) -> dict[str, str]:
+    """What trains on finished tokens is identified by: the train tokens alone, by their content.
+
+    Settings and text of the held-out part may change, and what was trained is found again as long as the train tokens are the same.
+    """
+    return {"train tokens": str(artifact.facts()[TRAIN_HASH])}
 
 
 def load_tokens(artifact: Artifact) -> tuple[Tokens, Tokens]:

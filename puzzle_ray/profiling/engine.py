@@ -15,7 +15,8 @@ import numpy as np
 
 from puzzle_ray.artifacts import LayerChoice, Scenario
 from puzzle_ray.errors import ConfigError
-from puzzle_ray.plugins import declared, did_you_mean
+from puzzle_ray.plugins import declared, did_you_mean, plugin_source
+from puzzle_ray.profiling.devices import device_of
 from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.progress import Bar
 
@@ -107,6 +108,11 @@ def find_engine(name: str) -> Engine:
     return _engines()[name]
 
 
+def engine_source(name: str) -> dict[str, str]:
+    """What identifies an engine that is not of this package, besides its version; nothing for one of ours."""
+    return plugin_source(name, find_engine(name), where="profile.engine")
+
+
 def engine_of(config: ProfileConfig) -> Engine:
     """The engine that a config names, with the config's settings. Raises ConfigError."""
     engine = find_engine(config.engine)
@@ -115,9 +121,39 @@ def engine_of(config: ProfileConfig) -> Engine:
     return engine_for_config
 
 
-def target_of(engine: Engine, config: ProfileConfig, num_cpus: int) -> str:
-    """The device that a profile is of, in words. They change when the device does."""
-    return "the GPU that is asked for" if config.num_gpus else f"{engine.device_name()}; {num_cpus} CPUs"
+@dataclass(frozen=True)
+class Target:
+    """What a profile is of: the kind of device, on a CPU with the threads that are computed with, and the engine's version."""
+
+    device: str
+    engine_version: str
+
+    def __str__(self) -> str:
+        return f"{self.engine_version} on {self.device}"
+
+    def sources(self) -> dict[str, str]:
+        """What a profile of it is identified by."""
+        return {"engine": self.engine_version, "target": self.device}
+
+
+def target_here(config: ProfileConfig, num_threads: int) -> Target:
+    """What this process would measure with `num_threads` threads. Raises ConfigError, or ProfileError where the device is missing."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)  # on a CPU they are part of the device's name
+    try:
+        engine = engine_of(config)
+        return Target(engine.device_name(config.num_gpus > 0), engine.version())
+    finally:
+        torch.set_num_threads(before)
+
+
+def depends_on_node(config: ProfileConfig) -> bool:
+    """Whether a profile depends on the node that makes it: all do but estimates for a device that is given by name or in figures."""
+    if not is_estimate(find_engine(config.engine)):
+        return True
+    return config.device is not None and device_of(config.device) is None  # the CPU at hand
 
 
 def is_estimate(engine: Engine) -> bool:

@@ -44,7 +44,7 @@ from puzzle_ray.artifacts import (
 )
 from puzzle_ray.errors import ProfileError
 from puzzle_ray.models.describe import describe
-from puzzle_ray.profiling.engine import Series, Timing, engine_of, find_engine, is_estimate, measure_side_by_side, spread
+from puzzle_ray.profiling.engine import Series, Target, Timing, engine_of, find_engine, is_estimate, measure_side_by_side, spread
 from puzzle_ray.profiling.memory import Weights, fixed_weights, kept_tokens, peak_bytes, subblock_weights
 from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.progress import Bar, Progress
@@ -353,8 +353,15 @@ def unfinished_tasks(tasks: Sequence[ProfileTask], artifact: Artifact) -> list[P
     return [task for task in tasks if task.name.removeprefix("items/") not in there]
 
 
-def save_measurement(artifact: Artifact, result: Measurement) -> None:
-    """Writes the file of one task."""
+def save_measurement(artifact: Artifact, result: Measurement, target: Target | None = None) -> None:
+    """Writes the file of one task. Raises ProfileError for a measurement of anything but `target`, where one is given."""
+    measured = Target(result.device, result.engine_version)
+    if target is not None and measured != target:
+        problem = f"the profile is of {target}, and {result.task.name} was measured by {measured}"
+        remedy = (
+            "where nodes have changed, run the same command again; where they differ, pin one kind with profile.label_selector"
+        )
+        raise ProfileError("profile", problem, remedy)
     artifact.write(result.task.name, result.to_json())
 
 
@@ -368,13 +375,18 @@ def merge_profile(tasks: Sequence[ProfileTask], config: ProfileConfig, artifact:
 
 
 def profile_serially(
-    model_config: Any, space: SearchSpace, config: ProfileConfig, artifact: Artifact, progress: Progress
+    model_config: Any,
+    space: SearchSpace,
+    config: ProfileConfig,
+    artifact: Artifact,
+    progress: Progress,
+    target: Target | None = None,
 ) -> Profile:
-    """The whole profile in this process, without Ray."""
+    """The whole profile in this process, without Ray. Raises ProfileError where it is of anything but `target`, where one is given."""
     tasks = profile_tasks(space, config)
     with progress.stage("profile", sum(num_runs(task, config) for task in tasks), "run") as bar:
         todo = unfinished_tasks(tasks, artifact)
         bar.advance(sum(num_runs(task, config) for task in tasks if task not in todo))
         for task in todo:
-            save_measurement(artifact, measure_task(task, model_config, config, bar))
+            save_measurement(artifact, measure_task(task, model_config, config, bar), target)
     return merge_profile(tasks, config, artifact)

@@ -50,5 +50,14 @@ class ScoringConfig(Section):
         return self.shortlist != "none" and self.shortlist_settle
 
     def identity(self) -> dict[str, Any]:
-        """The settings that the first scores depend on; what is made exact later depends on the answers."""
-        return self.model_dump(mode="json", exclude={"shortlist_settle"})
+        """The settings that the first scores depend on; what is made exact later depends on the answers.
+
+        Questions stand among the inputs, by their content. All metrics are measured: the one that is searched by decides only where it
+        says what is read or estimated.
+        """
+        without_effect = {"shortlist_settle", "downstream"}
+        without_effect |= set() if self.racing else {"racing_stderr"}
+        without_effect |= set() if self.shortlist != "none" else {"shortlist_keep", "fisher_samples"}
+        without_effect |= set() if self.racing or self.shortlist != "none" else {"metric"}
+        without_effect |= {"downstream_questions"} if self.downstream is None else set()
+        return self.model_dump(mode="json", exclude=without_effect)

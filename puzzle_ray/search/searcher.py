@@ -7,12 +7,13 @@ One file in `puzzle_ray/search/searchers` declares it as `SEARCHER`. A searcher 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
 from puzzle_ray.errors import ConfigError
-from puzzle_ray.plugins import declared, did_you_mean
+from puzzle_ray.plugins import declared, did_you_mean, plugin_source
 from puzzle_ray.search.problem import Problem, Solution
 
 
@@ -39,6 +40,14 @@ def searchers() -> dict[str, Searcher]:
     """Every searcher that has a file in `searchers/`, by its name."""
     all_declared: list[Searcher] = declared("puzzle_ray.search.searchers", "SEARCHER")
     return {searcher.name: searcher for searcher in all_declared}
+
+
+def searcher_sources(names: Iterable[str]) -> dict[str, str]:
+    """What identifies those of the searchers that are not of this package, by their source."""
+    found: dict[str, str] = {}
+    for name in names:
+        found |= plugin_source(name, find_searcher(name), where="search.searcher")
+    return found
 
 
 def find_searcher(name: str) -> Searcher:

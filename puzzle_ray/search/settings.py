@@ -63,9 +63,19 @@ class SearchConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """The settings that one budget's answer depends on."""
-        return self.model_dump(mode="json", exclude={"sweep", "sweep_measure", "sweep_gkd"})
+        only_measured = {
+            "candidates",
+            "min_different_layers",
+            "rivals",
+            "local_search_steps",
+            "interaction_blocks",
+            "measure_tokens",
+        }
+        without_effect = {"sweep", "sweep_measure", "sweep_gkd"} | (set() if self.measures else only_measured)
+        return self.model_dump(mode="json", exclude=without_effect)
 
     def sweep_identity(self) -> dict[str, Any]:
         """The settings that a sweep depends on: not the run's own budget, but what it fixes for all budgets."""
-        whole = dict.fromkeys(("searcher", "time_limit_s", "sweep", "sweep_measure", "measure_tokens"), True)
+        whole = dict.fromkeys(("searcher", "time_limit_s", "sweep", "sweep_measure"), True)
+        whole |= {"measure_tokens": True} if self.sweep_measure else {}
         return self.model_dump(mode="json", include=whole | {"limits": {"fixed", "agree"}})

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from puzzle_ray.artifacts import SubblockKind
 from puzzle_ray.errors import ConfigError
-from puzzle_ray.plugins import declared, did_you_mean
+from puzzle_ray.plugins import declared, did_you_mean, plugin_source
 
 if TYPE_CHECKING:
     from torch import nn
@@ -127,6 +127,14 @@ def _plugin_variant(head: str, where: str, kind: SubblockKind) -> Variant:
     if missing:
         raise ConfigError(where, f"{head!r} is no variant: it lacks {', '.join(missing)}", "see puzzle_ray.variants.base.Variant")
     return variant
+
+
+def variant_source(name: str, kind: SubblockKind) -> dict[str, str]:
+    """What identifies a variant that is not of this package, by its source; nothing for one of ours."""
+    variant, _ = find_variant(name, kind)
+    head, _ = split_variant_name(name)
+    point = None if "." in head or head in _variants() else _plugins().get(head)
+    return plugin_source(head, variant, where=f"space.{kind}", module_name=point.module if point else "")
 
 
 def needed_statistics(names: Iterable[str], kind: SubblockKind) -> frozenset[str]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from puzzle_ray.artifacts import PARENT, LayerSpace, SearchSpace, SubblockKind
+from puzzle_ray.artifacts import KINDS, PARENT, LayerSpace, SearchSpace, SubblockKind, to_json
 from puzzle_ray.families.registry import complete_config, layer_type
 from puzzle_ray.settings import Count, Section
-from puzzle_ray.variants.base import resolve_variant
+from puzzle_ray.variants.base import resolve_variant, variant_source
 
 
 def search_space(config: Any, attention: tuple[str, ...], ffn: tuple[str, ...], multiple_of: int) -> SearchSpace:
@@ -22,6 +22,15 @@ def search_space(config: Any, attention: tuple[str, ...], ffn: tuple[str, ...], 
 
     a, f = resolved(attention, "attention"), resolved(ffn, "ffn")
     return SearchSpace(tuple(LayerSpace(a, f, layer_type(config, i)) for i in range(config.num_hidden_layers)))
+
+
+def space_sources(space: SearchSpace) -> dict[str, str]:
+    """What identifies a search space: its variants, and the source of those that are not of this package."""
+    found = {"space": to_json(space).decode()}
+    for kind in KINDS:
+        for name in dict.fromkeys(name for layer in space.layers for name in layer.variants(kind)):
+            found |= variant_source(name, kind)
+    return found
 
 
 class SpaceConfig(Section):
