@@ -58,7 +58,7 @@ class Tokens:
         count = self.num_sequences if max_tokens is None else self._first_count(max_tokens)
         read = self.sequences[:count] if self.rows is None else self.sequences[self.rows[:count]]
         digest = hashlib.sha256(f"{read.shape}".encode())
-        digest.update(memoryview(np.ascontiguousarray(read, dtype="<i4")))
+        digest.update(np.ascontiguousarray(read, dtype="<i4").data)
         return digest.hexdigest()
 
     def _first_count(self, max_tokens: int) -> int:

@@ -31,7 +31,7 @@ def test_every_stage_comes_behind_what_it_needs():
 def test_a_key_changes_with_what_the_result_depends_on_and_with_nothing_else(parent_with_text, tmp_path):
     def keys(*settings):
         run = make_run(parent_with_text, tmp_path, *settings)
-        run.done("tokens")  # which of them scores are from is part of their key
+        run.done("tokens")  # keys depend on what of them is read
         return {name: run.artifact(name).key for name in ("tokens", "library", "profile", "scores", "architecture")}
 
     plain = keys()
@@ -40,6 +40,17 @@ def test_a_key_changes_with_what_the_result_depends_on_and_with_nothing_else(par
         ("cluster.num_shards=1", set()),
         ("library.checkpoint_every=7", set()),
         ("profile.num_profilers=2", set()),
+        ("scoring.racing_stderr=0.5", set()),
+        ("scoring.fisher_samples=3", set()),
+        ("scoring.downstream_questions=9", set()),
+        ("search.measure_tokens=64", set()),
+        ("gkd.num_workers=2", set()),
+        ("scoring.metric=lm_loss", {"architecture"}),
+        ("cluster.cpus_per_trainer=2", {"library", "scores", "architecture"}),
+        ("cluster.gpus_per_trainer=1", {"library", "scores", "architecture"}),
+        ("cluster.gpus_per_shard=0.5", {"library", "scores", "architecture"}),
+        ("space.ffn_multiple_of=3", set()),  # no variant here is a percentage
+        ("data.heldout_fraction=0.2", {"tokens", "library", "scores", "architecture"}),  # what is held out is not trained on
         ("scoring.tokens=4096", {"scores", "architecture"}),
         ("search.limits.speedup=1.2", {"architecture"}),
         ("profile.repeats=7", {"profile", "architecture"}),
@@ -50,11 +61,42 @@ def test_a_key_changes_with_what_the_result_depends_on_and_with_nothing_else(par
         assert {name for name in plain if plain[name] != found[name]} == changed, setting
 
 
+def test_a_key_is_of_the_tokens_that_are_read_and_of_no_others(parent_with_text, tmp_path):
+    """Held-out text of its own: whatever becomes of it, what was trained is found again."""
+    heldout, other = tmp_path / "heldout.txt", tmp_path / "other.txt"
+    heldout.write_text("".join(f"held out for line {n}, " for n in range(200)))
+    other.write_text(heldout.read_text().replace("line", "word"))
+    read = ("scoring.tokens=160", "evaluate.tokens=320", "search.measure_tokens=160", "search.candidates=2")
+
+    def keys(*settings):
+        run = make_run(parent_with_text, tmp_path / "store", *read, f"data.heldout={heldout}", *settings)
+        run.done("tokens")
+        found = {name: run.artifact(name).key for name in ("tokens", "library", "scores", "architecture")}
+        about = {name: dict(stages()[name].sources(run)) for name in ("gkd", "evaluation")}
+        return found | {name: json.dumps(sources) for name, sources in about.items()}
+
+    plain = keys()
+    everything_read = {"tokens", "scores", "architecture", "evaluation"}
+    for settings, changed in (
+        (("data.max_heldout_tokens=1600",), {"tokens", "evaluation"}),  # the test is at the end
+        (("data.heldout_fraction=0.2",), {"tokens"}),  # not used
+        ((f"data.heldout={other}",), everything_read),
+        (("scoring.tokens=320",), {"scores", "architecture"}),
+        (("search.measure_tokens=320",), {"architecture"}),
+        (("evaluate.tokens=160",), {"evaluation"}),
+        (("data.max_train_tokens=320",), {"tokens", "library", "scores", "architecture", "gkd"}),
+        (("data.sequence_length=32",), everything_read | {"library", "gkd"}),
+    ):
+        found = keys(*settings)
+        assert {name for name in plain if plain[name] != found[name]} == changed, settings
+
+
 def test_what_depends_on_unfinished_content_says_so(parent_with_text, tmp_path):
     run = make_run(parent_with_text, tmp_path)
-    with pytest.raises(NotDone) as missing:
-        run.artifact("scores")
-    assert missing.value.stage == "tokens"
+    for name in ("library", "scores"):
+        with pytest.raises(NotDone) as missing:
+            run.artifact(name)
+        assert missing.value.stage == "tokens"
     run.done("tokens")
     with pytest.raises(NotDone) as missing:
         run.artifact("child")
@@ -73,7 +115,8 @@ def test_status_says_what_is_finished_what_would_run_and_why(parent_with_text, t
 
     empty = status()
     assert {row.state for row in empty.values()} == {"to do"} and not list(tmp_path.iterdir()), "nothing is written"
-    assert empty["library"].words == "no such stage in this store yet"
+    assert empty["profile"].words == "no such stage in this store yet"
+    assert empty["library"].words == empty["gkd"].words == "what it does depends on the result of tokens"
     assert empty["scores"].words == "what it does depends on the result of tokens"
 
     run = make_run(parent_with_text, tmp_path)
@@ -91,10 +134,15 @@ def test_status_says_what_is_finished_what_would_run_and_why(parent_with_text, t
     library = status("library.learning_rate=0.5", "seed=3")
     assert "library.learning_rate 0.001 -> 0.5" in library["library"].words and "seed 0 -> 3" in library["library"].words
     assert library["scores"].words == "reads library, which would run"
+    with_more_text = make_run(parent_with_text, tmp_path, "data.max_train_tokens=320")
+    assert {row.stage: row.state for row in rows(with_more_text)}["tokens"] == "to do"
+    with_more_text.done("tokens")
+    assert status("data.max_train_tokens=320")["library"].words.startswith("changed: input train tokens (since ")
 
 
 def test_a_stage_that_was_begun_is_told_apart(parent_with_text, tmp_path):
     run = make_run(parent_with_text, tmp_path)
+    run.done("tokens")
     run.artifact("library").write("layer_000.attention.noop.safetensors", b"x")
     row = next(row for row in rows(run) if row.stage == "library")
     assert row.state == "begun" and row.words.startswith("not finished yet: ")
@@ -109,6 +157,10 @@ def test_differences_name_settings_and_inputs(parent_with_text, tmp_path):
     record["settings"]["scoring"]["racing"] = True
     record["inputs"]["library"] = "another"
     assert list(differences(record, artifact)) == ["scoring.racing true -> false", "input library"]
+    profile = run.artifact("profile")
+    inputs = dict(profile.inputs) | {"target": "an abacus"}
+    (words,) = differences({"settings": json.loads(json.dumps(profile.settings)), "inputs": inputs}, profile)
+    assert words == f"input target an abacus -> {run.target.device}"
 
 
 COUNT = """
