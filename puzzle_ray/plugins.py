@@ -34,16 +34,18 @@ def plugin_source(name: str, plugin: object, *, where: str, module_name: str = "
     named = module_name or (name.partition(":")[0] if ":" in name else "")
     own = (plugin if isinstance(plugin, type) else type(plugin)).__module__
     modules = {named or own} | ({own} if own.partition(".")[0] == named.partition(".")[0] else set())
-    files = {module: getattr(sys.modules[module], "__file__", None) for module in modules}
-    for module, file in files.items():
-        if file is None:
+    digest = hashlib.sha256()
+    foreign = False
+    for module in sorted(modules):
+        file = Path(getattr(sys.modules[module], "__file__", None) or "").resolve()
+        if file.is_relative_to(PACKAGE):
+            continue
+        if not file.is_file():
             problem = f"the module {module} of {name!r} has no file, so that nothing tells when it changes"
-            raise ConfigError(where, problem, "put it in a file that can be imported")
-    foreign = sorted((module, file) for module, file in files.items() if not Path(str(file)).resolve().is_relative_to(PACKAGE))
-    if not foreign:
-        return {}
-    contents = [hashlib.sha256(Path(str(file)).read_bytes()).hexdigest() for _, file in foreign]
-    return {f"plug-in {name}": hashlib.sha256("".join(contents).encode()).hexdigest()}
+            raise ConfigError(where, problem, "put it in a file of its own")
+        foreign = True
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return {f"plug-in {name}": digest.hexdigest()} if foreign else {}
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
