@@ -5,7 +5,6 @@ import ray
 from small_runs import make_run, save_parent_with_text
 
 from actors import profiler
-from actors.placement import node_cpus
 from actors.profiler import ask_target, profile_blocks
 from puzzle_ray.artifacts import Profile
 from puzzle_ray.cluster import ClusterConfig
@@ -44,10 +43,10 @@ def test_the_key_is_of_the_node_that_is_selected(several_nodes, parent_with_text
         target("profile.resources={new: 1}")
 
 
-def test_a_node_that_is_busy_is_waited_for_with_a_limit(local_ray):
-    cpus = node_cpus()
+def test_a_node_that_is_busy_is_waited_for_with_a_limit(several_nodes):
+    several_nodes.add(num_cpus=2)
 
-    @ray.remote(num_cpus=cpus)
+    @ray.remote(num_cpus=2)
     class Busy:
         def ready(self):
             return True
@@ -57,16 +56,18 @@ def test_a_node_that_is_busy_is_waited_for_with_a_limit(local_ray):
     with pytest.raises(ClusterError, match="the question what a profiler would measure did not start within 2 s"):
         ask_target(ProfileConfig(), CLUSTER.model_copy(update={"placement_timeout_s": 2.0}))
     ray.kill(busy)
-    assert ask_target(ProfileConfig(), CLUSTER) == target_here(ProfileConfig(), cpus)
+    assert ask_target(ProfileConfig(), CLUSTER) == target_here(ProfileConfig(), 2)
 
 
-def test_a_device_that_torch_does_not_see_is_the_errors_own_line(local_ray, monkeypatch):
+def test_a_device_that_torch_does_not_see_is_the_errors_own_line(several_nodes, monkeypatch):
+    several_nodes.add(num_cpus=1)
     monkeypatch.setattr(profiler, "profiler_options", lambda config: {"num_cpus": 1})  # a node that promises a GPU
     with pytest.raises(ProfileError, match="a GPU is asked for, but PyTorch sees none here"):
         ask_target(ProfileConfig(num_gpus=1), CLUSTER)
 
 
-def test_a_profiler_that_measures_something_else_ends_the_stage(local_ray, parent_with_text, tmp_path):
+def test_a_profiler_that_measures_something_else_ends_the_stage(several_nodes, parent_with_text, tmp_path):
+    several_nodes.add(num_cpus=1)
     run = make_run(parent_with_text, tmp_path, *SMALL)
     artifact = run.artifact("profile")
     other = Target("another CPU, 4 threads", run.target.engine_version)
