@@ -67,9 +67,10 @@ def test_a_key_is_of_the_tokens_that_are_read_and_of_no_others(parent_with_text,
     heldout.write_text("".join(f"held out for line {n}, " for n in range(200)))
     other.write_text(heldout.read_text().replace("line", "word"))
     read = ("scoring.tokens=160", "evaluate.tokens=320", "search.measure_tokens=160", "search.candidates=2")
+    watched = "gkd.heldout_tokens=160"  # the first tokens of those that pick
 
     def keys(*settings):
-        run = make_run(parent_with_text, tmp_path / "store", *read, f"data.heldout={heldout}", *settings)
+        run = make_run(parent_with_text, tmp_path / "store", *read, watched, f"data.heldout={heldout}", *settings)
         run.done("tokens")
         found = {name: run.artifact(name).key for name in ("tokens", "library", "scores", "architecture")}
         about = {name: dict(stages()[name].sources(run)) for name in ("gkd", "evaluation")}
@@ -80,8 +81,8 @@ def test_a_key_is_of_the_tokens_that_are_read_and_of_no_others(parent_with_text,
     for settings, changed in (
         (("data.max_heldout_tokens=1600",), {"tokens", "evaluation"}),  # the test is at the end
         (("data.heldout_fraction=0.2",), {"tokens"}),  # not used
-        ((f"data.heldout={other}",), everything_read),
-        (("scoring.tokens=320",), {"scores", "architecture"}),
+        ((f"data.heldout={other}",), everything_read | {"gkd"}),
+        (("scoring.tokens=320",), {"scores", "architecture", "gkd"}),  # those that pick begin behind it
         (("search.measure_tokens=320",), {"architecture"}),
         (("evaluate.tokens=160",), {"evaluation"}),
         (("data.max_train_tokens=320",), {"tokens", "library", "scores", "architecture", "gkd"}),
@@ -89,6 +90,8 @@ def test_a_key_is_of_the_tokens_that_are_read_and_of_no_others(parent_with_text,
     ):
         found = keys(*settings)
         assert {name for name in plain if plain[name] != found[name]} == changed, settings
+    unwatched = "gkd.heldout_tokens=0"
+    assert keys(unwatched)["gkd"] == keys(unwatched, f"data.heldout={other}", "scoring.tokens=320")["gkd"]
 
 
 def test_what_depends_on_unfinished_content_says_so(parent_with_text, tmp_path):
