@@ -69,14 +69,17 @@ def stages() -> dict[str, Stage]:
 
 
 def in_order(names: Iterable[str], config: RunConfig) -> list[Stage]:
-    """These stages and all they need, each behind what it needs."""
+    """These stages and all they need, each behind what it needs; what a stage reads is before its inputs.
+
+    So a run has its profile before its library, which is trained beside it or after a look at what it says of the budget.
+    """
     found: dict[str, Stage] = {}
 
     def visit(name: str) -> None:
         stage = stages()[name]
         if name in found or not stage.wanted(config):
             return
-        for needed in (*stage.inputs, *stage.reads):
+        for needed in (*stage.reads, *stage.inputs):
             visit(needed)
         found[name] = stage
 

@@ -71,4 +71,4 @@ def work(run: Run, artifact: Artifact) -> None:
     artifact.finish({})
 
 
-STAGE = Stage("report", work, inputs=("evaluation", "sweep", "architecture"), reads=("library", "profile", "gkd"))
+STAGE = Stage("report", work, inputs=("evaluation", "sweep", "architecture"), reads=("gkd", "profile", "library"))

@@ -70,4 +70,4 @@ def read(run: Run) -> tuple[SweepPoint, ...]:
     return tuple(read_sweep(run.content("sweep")))
 
 
-STAGE = Stage("sweep", work, inputs=("scores",), reads=("profile", "tokens"), settings=settings, sources=sources)
+STAGE = Stage("sweep", work, inputs=("scores",), reads=("tokens", "profile"), settings=settings, sources=sources)
