@@ -75,7 +75,10 @@ class Engine(Protocol):
         """The versions of everything that decides how fast the engine is."""
 
     def device_name(self, use_gpu: bool = False) -> str:
-        """The kind of device that is measured. Measurements of two kinds are never mixed."""
+        """The kind of device that is measured, on a CPU with the number of threads of this process.
+
+        It is asked before anything is built: name and version identify a profile. Measurements of two kinds are never mixed.
+        """
 
     def facts(self, use_gpu: bool = False) -> dict[str, Any]:
         """What else identifies the measurement, such as driver and clocks. JSON-able."""
