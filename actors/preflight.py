@@ -72,7 +72,7 @@ def _ask(question: Question, nodes: Mapping[str, RayNode], timeout_s: float) -> 
     alive = {node["NodeID"] for node in all_nodes()}
     if lost := [_name(nodes[node_id]) for node_id in silent if node_id in alive]:
         remedy = "take them out of the cluster, or raise cluster.placement_timeout_s"
-        raise ClusterError("cluster", f"no process could start within {timeout_s:g} s on {named(lost)}", remedy)
+        raise ClusterError("cluster", f"did not answer within {timeout_s:g} s: {named(lost)}", remedy)
     if lost := [node_id for node_id in failed if node_id in alive]:
         problem = f"puzzle_ray cannot run on {named(_name(nodes[node_id]) for node_id in lost)} ({failed[lost[0]]})"
         raise ClusterError("cluster", problem, "install there what the driver has, or use `ray job submit --working-dir`")
