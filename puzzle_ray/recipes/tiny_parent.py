@@ -268,8 +268,8 @@ class Training:
         state = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
         state |= {f"model.{name}": parameter.detach() for name, parameter in self.parameters.items()}
         state |= {f"muon.{i}": average for i, (_, average) in enumerate(self.muon.groups)}
-        for i, slots in self.adamw.state_dict()["state"].items():
-            state |= {f"adamw.{i}.{name}": value for name, value in slots.items()}
+        for number, slots in self.adamw.state_dict()["state"].items():
+            state |= {f"adamw.{number}.{name}": value for name, value in slots.items()}
         return state
 
     @torch.no_grad()
@@ -282,8 +282,8 @@ class Training:
         moments: dict[int, dict[str, Tensor]] = {}
         for name, value in state.items():
             if name.startswith("adamw."):
-                _, i, slot = name.split(".")
-                moments.setdefault(int(i), {})[slot] = value
+                _, number, slot = name.split(".")
+                moments.setdefault(int(number), {})[slot] = value
         self.adamw.load_state_dict(self.adamw.state_dict() | {"state": moments})
         self.curve = [(int(steps), loss) for steps, loss in state["curve"].tolist()]
         self.recent = state["recent"].tolist()

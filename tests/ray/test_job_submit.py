@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,6 @@ import pytest
 from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
 from ray.job_submission import JobStatus, JobSubmissionClient
 from small_models import save_parent
-from test_serve_child import free_port
 from waiting import until
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +56,12 @@ def from_name(cls, name):
 metadata.Distribution.from_name = classmethod(from_name)
 """  # the package may be installed where the tests run
 WHERE = "import puzzle_ray, puzzle_ray.version as v; print('runs from', puzzle_ray.__file__, v.__version__)"
+
+
+def free_port():
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

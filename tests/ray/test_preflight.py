@@ -40,9 +40,7 @@ def test_nodes_that_can_work_together_pass_and_each_that_cannot_is_named(several
     private, bad = str(tmp_path / "private"), nodes[1]
     moved = {"store": private, "folder": f"{private}/x"}
     on(bad, monkeypatch, lambda question, name, look: look(dataclasses.replace(question, **moved), name))
-    with pytest.raises(
-        ClusterError, match=rf"does not hold what the driver wrote on node \S+ \({bad[:8]}\); name a folder"
-    ):
+    with pytest.raises(ClusterError, match=rf"does not hold what the driver wrote on node \S+ \({bad[:8]}\); name a folder"):
         check_cluster(load(None, None, words))
     on(bad, monkeypatch, lambda question, name, look: look(dataclasses.replace(question, parent="/no/parent"), name))
     with pytest.raises(ClusterError, match=rf"parent: .* is not on node .*{bad[:8]}"):
