@@ -68,7 +68,8 @@ def _ask(question: Question, nodes: Mapping[str, RayNode], timeout_s: float) -> 
             ray.cancel(task, force=True)
             silent.append(node_id)
         except RayError as error:
-            failed[node_id] = str(getattr(error, "cause", error)).strip().splitlines()[-1]
+            cause = getattr(error, "cause", None) or error
+            failed[node_id] = f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[-1]}"
     alive = {node["NodeID"] for node in all_nodes()}
     if lost := [_name(nodes[node_id]) for node_id in silent if node_id in alive]:
         remedy = "take them out of the cluster, or raise cluster.placement_timeout_s"
