@@ -21,8 +21,9 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from puzzle_ray.cluster import ClusterConfig
-from puzzle_ray.distill.gkd import GkdJob, gkd_steps, load_gkd_trainer, publish_distilled, train_to_end
+from puzzle_ray.distill.gkd import GkdJob, gkd_steps, load_gkd_trainer, publish_distilled, steps_saved, train_to_end
 from puzzle_ray.errors import ClusterError, PuzzleError
+from puzzle_ray.models.checkpoint import first_line
 from puzzle_ray.progress import Bar, Progress, Quiet
 
 PING_EVERY_S = 0.2
@@ -46,6 +47,24 @@ class Status:
     news: int = 0
     step: int = 0
     facts: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Failures:
+    """Counts failures from the last step that was saved. `limit`: how many may follow each other; -1 for any number."""
+
+    limit: int
+    count: int = 0
+    furthest: int = 0
+
+    def add(self, saved: int, reason: str) -> None:
+        """One more, while a checkpoint of `saved` steps is there. Raises ClusterError where that is one too many."""
+        if saved > self.furthest:
+            self.count, self.furthest = 0, saved
+        self.count += 1
+        if 0 <= self.limit < self.count:
+            problem = f"workers failed {self.count} times since {saved} steps were saved; the last time: {reason}"
+            raise ClusterError("gkd", problem, "see the workers' logs in Ray's session folder")
 
 
 class _Pings:
@@ -99,12 +118,15 @@ def _trainer(job: GkdJob, cpus: int, step_timeout_s: float, run: Any) -> Any:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     class GiveUp(train.UserCallback):
-        """No retry for what would fail again."""
+        """No retry for what would fail again, or fails again and again."""
+
+        failures = Failures(job.config.max_failures)
 
         def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
             for error in worker_exceptions.values():
                 if isinstance(error, PuzzleError):
                     raise error
+            self.failures.add(steps_saved(job.artifact), first_line(next(iter(worker_exceptions.values()))))
 
     resources = {"CPU": cpus} | ({"GPU": 1} if job.config.use_gpu else {})
     storage: dict[str, Any] = {"storage_path": job.artifact.path(STORAGE)}
@@ -122,7 +144,7 @@ def _trainer(job: GkdJob, cpus: int, step_timeout_s: float, run: Any) -> Any:
         ),
         run_config=train.RunConfig(
             name=f"gkd-{job.artifact.key}-{uuid.uuid4().hex[:8]}",
-            failure_config=train.FailureConfig(max_failures=job.config.max_failures),
+            failure_config=train.FailureConfig(max_failures=-1),  # GiveUp counts them: Train would count over the whole run
             callbacks=[GiveUp()],
             **storage,
         ),
@@ -184,8 +206,8 @@ def run_gkd(job: GkdJob, *, cluster: ClusterConfig, progress: Progress, cpus_per
     """Distils with `gkd.num_workers` workers, from the job's checkpoint if any; does nothing when it is finished.
 
     Without `cpus_per_worker` the workers share all CPUs. Raises the workers' own PuzzleError (such as Diverged), or
-    ClusterError when they cannot be placed, die more than `gkd.max_failures` times, or fall silent for
-    `cluster.step_timeout_s`.
+    ClusterError when they cannot be placed, die more than `gkd.max_failures` times without a checkpoint in between, or fall
+    silent for `cluster.step_timeout_s`.
     """
     if job.artifact.finished:
         return

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from puzzle_ray.config import RunConfig
+from pathlib import Path
+
+from puzzle_ray.config import TINY, RunConfig
 from puzzle_ray.errors import ClusterError
 from puzzle_ray.store import Store
 
@@ -20,8 +22,23 @@ def check_cluster(config: RunConfig) -> None:
     """What can only be seen on the cluster, once joined. Raises ClusterError."""
     import ray
 
+    from actors.placement import all_nodes
+    from jobs.session import joins
+
     have = int(ray.cluster_resources().get("CPU", 0))
     needs = {"gkd.num_workers": config.gkd.num_workers, "cluster.cpus_per_trainer": config.cluster.cpus_per_trainer}
     for where, wanted in needs.items():
         if wanted > have and not config.cluster.autoscaling:
             raise ClusterError(where, f"{wanted} CPUs are needed and the cluster has {have}", f"lower {where}, or add nodes")
+    if joins(config.cluster) or len(all_nodes()) > 1:
+        _check_nodes(config)
+
+
+def _check_nodes(config: RunConfig) -> None:
+    """A cluster of our own is this process's machine, and shares all with it."""
+    from actors.preflight import check_nodes
+
+    cluster, folder = config.cluster, Path(config.parent).expanduser()
+    parent = str(folder.absolute()) if config.parent != TINY and folder.is_dir() else None
+    gpus = (config.gkd.use_gpu, cluster.gpus_per_trainer, cluster.gpus_per_shard, config.profile.num_gpus)
+    check_nodes(Store(config.store), parent, any(gpus), cluster.placement_timeout_s)

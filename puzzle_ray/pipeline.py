@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -119,13 +119,8 @@ class Setting:
     def tiny_parent(self) -> Artifact:
         """The parent that recipe `tiny` trains."""
         spec = tiny_parent.TinyParentSpec(seed=self.config.seed, steps=self.config.tiny_parent_steps)
-
-        def work(artifact: Artifact) -> None:
-            with artifact.folder_to_publish("parent") as folder:
-                summary = tiny_parent.build_tiny_parent(folder, spec, self.progress)
-            artifact.finish(asdict(summary))
-
-        return once(self.store.artifact("tiny_parent", {"fingerprint": tiny_parent.source_fingerprint(spec)}, {}), work)
+        artifact = self.store.artifact("tiny_parent", {"fingerprint": tiny_parent.source_fingerprint(spec)}, {})
+        return once(artifact, lambda artifact: tiny_parent.make_tiny_parent(artifact, spec, self.progress))
 
     @cached_property
     def parent(self) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from jobs.run import Run, Stage
@@ -24,11 +23,9 @@ def settings(run: Run) -> dict[str, Any]:
 
 
 def work(run: Run, artifact: Artifact) -> None:
-    from puzzle_ray.recipes.tiny_parent import build_tiny_parent
+    from puzzle_ray.recipes.tiny_parent import make_tiny_parent
 
-    with artifact.folder_to_publish("parent") as folder:
-        summary = build_tiny_parent(folder, _spec(run.config), run.progress)
-    artifact.finish(asdict(summary))
+    make_tiny_parent(artifact, _spec(run.config), run.progress)
 
 
 def said(facts: Mapping[str, Any]) -> str:

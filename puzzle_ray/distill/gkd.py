@@ -6,6 +6,7 @@ checkpoint holds everything that training carries from step to step. A resumed r
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -263,6 +264,16 @@ class GkdTrainer:
             if float(done) != self.next_step * self.config.num_workers:
                 problem = f"{artifact.url} is not the same on every node"
                 raise StoreError("store", problem, "use a shared folder or an fsspec URL")
+
+
+def steps_saved(artifact: Artifact) -> int:
+    """Steps that the artifact's checkpoint holds, by its header alone; 0 where there is none."""
+    try:
+        with artifact.store.filesystem.open(artifact.path(CHECKPOINT), "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    except FileNotFoundError:
+        return 0
+    return int(header["curve"]["shape"][0])
 
 
 def train_to_end(trainer: GkdTrainer, artifact: Artifact, progress: Progress, *, writes: bool = True) -> None:

@@ -99,7 +99,7 @@ class GkdConfig(Section):
     )
     heldout_looks: Count = 10  # over the whole training
     checkpoint_every: Count = 50  # steps
-    max_failures: Annotated[int, Field(ge=-1)] = 3
+    max_failures: Annotated[int, Field(ge=-1)] = 3  # of workers, between two checkpoints; -1: any number
     use_gpu: bool = False
 
     @model_validator(mode="after")

@@ -9,14 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import sysconfig
 import time
 import tokenize
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from platform import python_version
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -26,21 +25,18 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from puzzle_ray.errors import ConfigError, DataError, StoreError
 from puzzle_ray.progress import Progress, Quiet
+from puzzle_ray.recipes.muon import Muon
+from puzzle_ray.recipes.standard_library import standard_library_files
+from puzzle_ray.store import Artifact
 
 FORMAT_VERSION = 1  # raise it whenever the same spec gives another folder
 BOS, EOS = "<s>", "</s>"
 BOS_ID, EOS_ID = 0, 1
 
-# Left out: tests and bundled third-party code, generated tables (encodings, pydoc_data), and the paths and flags of one machine
-# (config-*, _sysconfigdata*).
-SKIPPED_FOLDERS = frozenset(
-    {"test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data"}
-    | {"site-packages", "dist-packages", "__pycache__"}
-)
-SKIPPED_PREFIXES = ("config-", "_sysconfigdata")
-
 EVALUATION_BATCH_SIZE = 16  # windows; it bounds memory and does not change the loss
 CURVE_POINTS = 20
+CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT_EVERY = 50  # steps
 
 
 @dataclass(frozen=True)
@@ -118,39 +114,6 @@ class Document:
 
     path: str
     text: str
-
-
-def standard_library_files(max_text_bytes: int) -> list[tuple[str, Path]]:
-    """(relative path, file) of the sources to learn from, sorted, up to `max_text_bytes` in all.
-
-    Raises DataError where this Python comes without its sources.
-    """
-    root = Path(sysconfig.get_path("stdlib"))
-    chosen: list[tuple[str, Path]] = []
-    total_bytes = 0
-    for relative, file in sorted((file.relative_to(root).as_posix(), file) for file in _python_files(root)):
-        size_bytes = file.stat().st_size
-        if total_bytes + size_bytes > max_text_bytes:
-            break
-        if size_bytes:
-            total_bytes += size_bytes
-            chosen.append((relative, file))
-    if len(chosen) < 2:
-        raise DataError(
-            "standard library",
-            f"{len(chosen)} Python files below {root} within {max_text_bytes} bytes, at least 2 are needed",
-            "use a Python that has its .py files, raise max_text_bytes, or give a parent of your own",
-        )
-    return chosen
-
-
-def _python_files(root: Path) -> Iterator[Path]:
-    for folder, subfolders, names in os.walk(root):
-        # skipped folders are not entered, since site-packages alone holds more files than all the rest
-        subfolders[:] = [name for name in subfolders if name not in SKIPPED_FOLDERS and not name.startswith(SKIPPED_PREFIXES)]
-        for name in names:
-            if name.endswith(".py") and not name.startswith(SKIPPED_PREFIXES):
-                yield Path(folder, name)
 
 
 def source_fingerprint(spec: TinyParentSpec) -> str:
@@ -248,35 +211,6 @@ def _loss(model: LlamaForCausalLM, windows: Tensor) -> Tensor:
     return cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
 
-class Muon:
-    """Muon (Jordan et al. 2024): momentum, with every update made nearly orthogonal by five Newton-Schulz steps, in fp32."""
-
-    def __init__(self, matrices: Sequence[Tensor], weight_decay: float, momentum: float = 0.95) -> None:
-        by_shape: dict[torch.Size, list[Tensor]] = {}
-        for matrix in matrices:
-            by_shape.setdefault(matrix.shape, []).append(matrix)
-        self.groups = [(group, torch.zeros(len(group), *shape)) for shape, group in by_shape.items()]
-        self.weight_decay, self.momentum = weight_decay, momentum
-
-    @torch.no_grad()
-    def step(self, learning_rate: float) -> None:
-        """Updates the matrices by their gradients, and clears these."""
-        for matrices, average in self.groups:  # average [N, rows, columns]
-            gradient = torch.stack([matrix.grad for matrix in matrices if matrix.grad is not None])
-            average.lerp_(gradient, 1 - self.momentum)
-            update = gradient.lerp(average, self.momentum)
-            tall = update.shape[1] > update.shape[2]
-            x = update.mT if tall else update
-            x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-            for _ in range(5):
-                gram = x @ x.mT
-                x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-            size = learning_rate * max(1.0, update.shape[1] / update.shape[2]) ** 0.5
-            for matrix, direction in zip(matrices, x.mT if tall else x, strict=True):
-                matrix.mul_(1 - learning_rate * self.weight_decay).add_(direction, alpha=-size)
-                matrix.grad = None
-
-
 def _learning_rate_factor(spec: TinyParentSpec, step: int) -> float:
     """Linear warm-up to 1, then a cosine to zero."""
     if step < spec.warmup_steps:
@@ -285,42 +219,90 @@ def _learning_rate_factor(spec: TinyParentSpec, step: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _train(model: LlamaForCausalLM, windows: Tensor, spec: TinyParentSpec, progress: Progress) -> tuple[tuple[int, float], ...]:
-    """Trains the model in place on `windows` [N, T + 1], in another random order every epoch. Returns the loss curve (CURVE_POINTS)."""
-    generator = torch.Generator().manual_seed(spec.seed)
-    epochs = math.ceil(spec.steps * spec.batch_size / len(windows))
-    order = torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(epochs)])
-    parameters = list(model.parameters())
-    layer_matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    others = [p for p in parameters if all(p is not matrix for matrix in layer_matrices)]
-    muon = Muon(layer_matrices, spec.weight_decay)
-    adamw = torch.optim.AdamW(others, lr=spec.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    curve: list[tuple[int, float]] = []
-    recent: list[float] = []
-    model.train()
-    with progress.stage("train the tiny parent", spec.steps, "steps") as bar:
-        for step in range(spec.steps):
-            factor = _learning_rate_factor(spec, step)
-            adamw.param_groups[0]["lr"] = factor * spec.learning_rate
-            loss = _loss(model, windows[order[step * spec.batch_size : (step + 1) * spec.batch_size]])
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, spec.max_grad_norm)
-            muon.step(factor * spec.matrix_learning_rate)
-            adamw.step()
-            adamw.zero_grad()
-            recent.append(loss.item())
-            if not math.isfinite(recent[-1]):
-                raise ConfigError(
-                    "learning_rate",
-                    f"{spec.learning_rate} makes the tiny parent's loss {recent[-1]} at step {step}",
-                    "lower it",
-                )
-            if len(recent) >= spec.steps / CURVE_POINTS or step + 1 == spec.steps:
-                curve.append((step + 1, sum(recent) / len(recent)))
-                recent.clear()
-            bar.advance(loss=loss.item())
-    model.eval()
-    return tuple(curve)
+class Training:
+    """Trains a model in place on `windows` [N, T + 1], in another random order every epoch.
+
+    `state_tensors` is all that is carried from step to step: who loads it goes on to the same bits.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, windows: Tensor, spec: TinyParentSpec) -> None:
+        generator = torch.Generator().manual_seed(spec.seed)
+        epochs = math.ceil(spec.steps * spec.batch_size / len(windows))
+        self.order = torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(epochs)])
+        self.model, self.windows, self.spec = model, windows, spec
+        self.parameters = dict(model.named_parameters())
+        matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+        others = [p for p in self.parameters.values() if all(p is not matrix for matrix in matrices)]
+        self.muon = Muon(matrices, spec.weight_decay)
+        self.adamw = torch.optim.AdamW(others, lr=spec.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        self.steps_done, self.started, self.seconds_before = 0, time.perf_counter(), 0.0
+        self.curve: list[tuple[int, float]] = []  # of CURVE_POINTS entries
+        self.recent: list[float] = []  # losses since the last entry
+
+    def step(self) -> float:
+        """Its loss. Raises ConfigError where that is not finite."""
+        spec, start = self.spec, self.steps_done * self.spec.batch_size
+        factor = _learning_rate_factor(spec, self.steps_done)
+        self.adamw.param_groups[0]["lr"] = factor * spec.learning_rate
+        loss = _loss(self.model, self.windows[self.order[start : start + spec.batch_size]])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), spec.max_grad_norm)
+        self.muon.step(factor * spec.matrix_learning_rate)
+        self.adamw.step()
+        self.adamw.zero_grad()
+        value = loss.item()
+        if not math.isfinite(value):
+            problem = f"{spec.learning_rate} makes the tiny parent's loss {value} at step {self.steps_done}"
+            raise ConfigError("learning_rate", problem, "lower it")
+        self.recent.append(value)
+        self.steps_done += 1
+        if len(self.recent) >= spec.steps / CURVE_POINTS or self.steps_done == spec.steps:
+            self.curve.append((self.steps_done, sum(self.recent) / len(self.recent)))
+            self.recent.clear()
+        return value
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Weights, Muon's averages, AdamW's moments, losses, steps done and seconds. The live tensors, not copies."""
+        seconds = self.seconds_before + time.perf_counter() - self.started
+        numbers: dict[str, Any] = {"curve": self.curve, "recent": self.recent, "done": [self.steps_done, seconds]}
+        state = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
+        state |= {f"model.{name}": parameter.detach() for name, parameter in self.parameters.items()}
+        state |= {f"muon.{i}": average for i, (_, average) in enumerate(self.muon.groups)}
+        for number, slots in self.adamw.state_dict()["state"].items():
+            state |= {f"adamw.{number}.{name}": value for name, value in slots.items()}
+        return state
+
+    @torch.no_grad()
+    def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state_tensors`, for a training of the same spec."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(state[f"model.{name}"])
+        for i, (_, average) in enumerate(self.muon.groups):
+            average.copy_(state[f"muon.{i}"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in state.items():
+            if name.startswith("adamw."):
+                _, number, slot = name.split(".")
+                moments.setdefault(int(number), {})[slot] = value
+        self.adamw.load_state_dict(self.adamw.state_dict() | {"state": moments})
+        self.curve = [(int(steps), loss) for steps, loss in state["curve"].tolist()]
+        self.recent = state["recent"].tolist()
+        steps_done, self.seconds_before = state["done"].tolist()
+        self.steps_done = int(steps_done)
+
+
+def _train(training: Training, progress: Progress, artifact: Artifact | None) -> None:
+    """To the last step; with an artifact, from its checkpoint where there is one, and with one every CHECKPOINT_EVERY steps."""
+    training.model.train()
+    if artifact and artifact.exists(CHECKPOINT):
+        training.load_state_tensors(artifact.read_tensors(CHECKPOINT)[0])
+    with progress.stage("train the tiny parent", training.spec.steps, "steps") as bar:
+        bar.advance(training.steps_done)
+        while training.steps_done < training.spec.steps:
+            bar.advance(loss=training.step())
+            if artifact and training.steps_done % CHECKPOINT_EVERY == 0:
+                artifact.write_tensors(CHECKPOINT, training.state_tensors())
+    training.model.eval()
 
 
 @torch.no_grad()
@@ -335,12 +317,21 @@ def _write_jsonl(path: Path, documents: Sequence[Document]) -> None:
     path.write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
-def build_tiny_parent(folder: Path, spec: TinyParentSpec | None = None, progress: Progress | None = None) -> TinyParentSummary:
+def make_tiny_parent(artifact: Artifact, spec: TinyParentSpec, progress: Progress) -> None:
+    """The whole stage: fills the artifact's folder `parent` and finishes it. A training that was broken off goes on to the same bits."""
+    with artifact.folder_to_publish("parent") as folder:
+        summary = build_tiny_parent(folder, spec, progress, artifact)
+    artifact.finish(asdict(summary), drop=[CHECKPOINT])
+
+
+def build_tiny_parent(
+    folder: Path, spec: TinyParentSpec | None = None, progress: Progress | None = None, artifact: Artifact | None = None
+) -> TinyParentSummary:
     """Trains the tiny parent (default spec: about two minutes on two cores) and writes it into the empty `folder`.
 
     `model/` is a Hugging Face folder with its tokenizer; `train.jsonl` and `heldout.jsonl` hold one {"path", "text"} object
-    per source file; `summary.json` holds the returned summary. Raises StoreError if `folder` is not an empty folder,
-    DataError if there is too little text, ConfigError if the training diverges.
+    per source file; `summary.json` holds the returned summary. With an artifact the training is saved there now and then. Raises
+    StoreError if `folder` is not an empty folder, DataError if there is too little text, ConfigError if the training diverges.
     """
     spec = spec if spec is not None else TinyParentSpec()
     progress = progress if progress is not None else Quiet()
@@ -365,7 +356,8 @@ def build_tiny_parent(folder: Path, spec: TinyParentSpec | None = None, progress
     heldout_windows = heldout_windows[torch.arange(num_evaluated) * len(heldout_windows) // num_evaluated]
 
     model = _new_model(spec)
-    losses = _train(model, train_windows, spec, progress)
+    training = Training(model, train_windows, spec)
+    _train(training, progress, artifact)
     heldout_loss = _evaluate(model, heldout_windows)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(str(folder / "model"))
@@ -376,9 +368,9 @@ def build_tiny_parent(folder: Path, spec: TinyParentSpec | None = None, progress
         unigram_entropy=unigram_entropy(heldout_windows[:, 1:], ids["train"], spec.vocab_size),
         num_parameters=sum(p.numel() for p in model.parameters()),
         train_tokens=spec.steps * spec.batch_size * spec.sequence_length,
-        seconds=time.perf_counter() - started,
+        seconds=training.seconds_before + time.perf_counter() - started,
         python_version=python_version(),
-        losses=losses,
+        losses=tuple(training.curve),
     )
     (folder / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
     return summary

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from actors.gkd import run_gkd
+from actors.gkd import Failures, run_gkd
 from puzzle_ray.artifacts import LayerChoice
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.data.splits import TOKENS
-from puzzle_ray.distill.gkd import CHECKPOINT, CHILD, CURVE, Diverged, GkdJob, distill_child
+from puzzle_ray.distill.gkd import CHILD, CURVE, Diverged, GkdJob, distill_child, steps_saved
 from puzzle_ray.distill.settings import GkdConfig
 from puzzle_ray.errors import ClusterError
 from puzzle_ray.models.child import load_model, new_child, save_child
@@ -79,10 +79,10 @@ def another(job, name, **changes):
 
 
 class Midway:
-    """Progress that does something once, as soon as there is a checkpoint."""
+    """Progress that does something as soon as there is a checkpoint, and again whenever there is a later one."""
 
-    def __init__(self, step, action):
-        self.artifact, self.action, self.steps_shown, self.acted_at = step, action, 0, None
+    def __init__(self, step, action, times=1):
+        self.artifact, self.action, self.times, self.steps_shown, self.acted_at = step, action, times, 0, []
 
     @contextmanager
     def stage(self, name, total, unit):
@@ -91,8 +91,9 @@ class Midway:
 
     def advance(self, count=1, **facts):
         self.steps_shown += count
-        if self.steps_shown and self.acted_at is None and self.artifact.exists(CHECKPOINT) and not self.artifact.finished:
-            self.acted_at = self.steps_shown
+        saved = steps_saved(self.artifact)
+        if self.steps_shown and len(self.acted_at) < self.times and saved > max(self.acted_at, default=0):
+            self.acted_at.append(saved)
             self.action()
 
 
@@ -107,16 +108,19 @@ def interrupt():
 
 
 def test_an_interrupted_driver_and_a_killed_worker_change_nothing(local_ray, job, serial, monkeypatch):
-    """Interrupted once there is a checkpoint; the run that goes on from there loses a worker. The parent is a relative path here."""
+    """Interrupted once there is a checkpoint; the run that goes on from there loses a worker, and after the next checkpoint another.
+
+    One failure is allowed between two checkpoints. The parent is a relative path here.
+    """
     mine = dataclasses.replace(another(job, "interrupted, then killed"), parent="parent")
     monkeypatch.chdir(Path(job.parent).parent)
     progress = Midway(mine.artifact, interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_gkd(mine, cluster=CLUSTER, progress=progress, cpus_per_worker=1)
-    assert 0 < progress.acted_at < STEPS and not mine.artifact.finished
-    progress = Midway(mine.artifact, kill_a_worker)
+    assert progress.acted_at and steps_saved(mine.artifact) < STEPS and not mine.artifact.finished
+    progress = Midway(mine.artifact, kill_a_worker, times=2)
     run_gkd(mine, cluster=CLUSTER, progress=progress, cpus_per_worker=1)
-    assert 0 < progress.acted_at < STEPS and progress.steps_shown == STEPS
+    assert len(progress.acted_at) == 2 and progress.acted_at[-1] < STEPS and progress.steps_shown == STEPS
     assert_same(published(mine.artifact), serial)
 
 
@@ -131,3 +135,13 @@ def test_workers_that_cannot_be_placed_are_not_waited_for(local_ray, job):
     mine = another(job, "unplaced")
     with pytest.raises(ClusterError, match="2 workers with 1000 CPUs each did not start"):
         run_gkd(mine, cluster=ClusterConfig(placement_timeout_s=2), progress=Quiet(), cpus_per_worker=1000)
+
+
+def test_failures_are_counted_from_the_last_step_that_was_saved():
+    failures = Failures(limit=2)
+    for saved in (0, 0, 20, 20, 40, 40):
+        failures.add(saved, "killed")
+    with pytest.raises(ClusterError, match="workers failed 3 times since 40 steps were saved; the last time: killed"):
+        failures.add(40, "killed")
+    for _ in range(9):
+        Failures(limit=-1).add(0, "killed")

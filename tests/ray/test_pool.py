@@ -6,6 +6,7 @@ import time
 
 import pytest
 import ray
+from waiting import until
 
 from actors.pool import Pool, Terms
 from puzzle_ray.errors import ClusterError
@@ -83,6 +84,28 @@ def test_workers_that_die_at_rest_count_against_no_item(local_ray, monkeypatch):
         assert squares(pool, [3]) == {3: 9}
         gone(pool.workers[0].handle)
         assert squares(pool, [5]) == {5: 25}
+
+
+def test_of_five_workers_four_that_die_at_once_leave_the_fifth_to_its_work(local_ray):
+    """There is no room for others in their place, and nobody waits for it."""
+    started, killed = [], []
+
+    def make():
+        started.append(Actor.options(num_cpus=0 if len(started) < 5 else 1000).remote())
+        return started[-1]
+
+    with pool_of(5, make=make) as pool:
+
+        def send(actor, item):
+            if len(pool.running) == 4 and not killed:  # the fifth gets its first item
+                killed.extend(worker.handle for worker in pool.ready if worker.handle is not actor)
+                for other in killed:
+                    gone(other)
+            return actor.work.remote(item, rest_s=0.0 if killed else 60.0)
+
+        until(lambda: all(ray.wait([actor.node.remote()], timeout=0.1)[0] for actor in started), "all five are there")
+        assert squares(pool, range(10), send) == {n: n * n for n in range(10)}
+        assert len(killed) == 4 and len(started) == 9 and len(pool.ready) == 1
 
 
 @pytest.mark.parametrize(("deaths", "passes"), [(1, True), (2, False)])

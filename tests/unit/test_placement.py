@@ -87,6 +87,7 @@ def test_a_node_without_metrics_is_given_up_after_a_while_and_that_is_said(monke
 
 def test_what_no_node_has_yet_is_no_error_where_nodes_are_added_on_demand(monkeypatch):
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr(ray, "nodes", lambda: [])
     config = load("tiny", None, ("gkd.num_workers=2",))
     with pytest.raises(ClusterError, match="gkd.num_workers: 2 CPUs are needed and the cluster has 1"):
         check_cluster(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,18 +15,22 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from puzzle_ray.errors import DataError, StoreError
+from puzzle_ray.progress import Quiet
 from puzzle_ray.recipes.tiny_parent import (
     BOS_ID,
+    CHECKPOINT,
     EOS_ID,
     TinyParentSpec,
     TinyParentSummary,
     build_tiny_parent,
+    make_tiny_parent,
     read_documents,
     source_fingerprint,
     standard_library_files,
     train_tokenizer,
     unigram_entropy,
 )
+from puzzle_ray.store import Store
 
 SMALL = TinyParentSpec(
     max_text_bytes=300_000,
@@ -156,6 +161,42 @@ def test_same_spec_twice_gives_identical_weights(tmp_path: Path) -> None:
     first, second, other = (load_file(folder / "model" / "model.safetensors") for folder in folders)
     assert all(torch.equal(first[name], second[name]) for name in first.keys() | second.keys())
     assert not torch.equal(first["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
+
+
+class StoppedAt(Quiet):
+    """Progress that interrupts the training at its n-th step, and counts those that were there when it began."""
+
+    def __init__(self, steps: int | None = None) -> None:
+        self.stop_at, self.steps, self.found = steps, 0, None
+
+    def stage(self, name: str, total: int, unit: str) -> AbstractContextManager:
+        return nullcontext(self) if unit == "steps" else super().stage(name, total, unit)
+
+    def advance(self, count: int = 1, **facts: float) -> None:
+        self.found = count if self.found is None else self.found
+        self.steps += count
+        if self.steps == self.stop_at:
+            raise KeyboardInterrupt
+
+
+def test_a_training_that_was_broken_off_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice, the second time before anything new was saved."""
+    monkeypatch.setattr("puzzle_ray.recipes.tiny_parent.CHECKPOINT_EVERY", 4)
+    spec, store = replace(SMALL, steps=15, warmup_steps=2), Store(str(tmp_path / "store"))
+    undisturbed, resumed = store.artifact("undisturbed", {}, {}), store.artifact("resumed", {}, {})
+    make_tiny_parent(undisturbed, spec, Quiet())
+    for stop_at in (10, 9):
+        with pytest.raises(KeyboardInterrupt):
+            make_tiny_parent(resumed, spec, StoppedAt(stop_at))
+        assert resumed.names() == [CHECKPOINT] and not resumed.finished
+    last = StoppedAt()
+    make_tiny_parent(resumed, spec, last)
+    assert last.found == 8 and last.steps == 15
+    assert resumed.finished and resumed.names() == undisturbed.names() == ["artifact.json", "parent"]
+    one, other = (load_file(a.local_folder("parent") / "model" / "model.safetensors") for a in (undisturbed, resumed))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    for name in ("losses", "heldout_loss"):
+        assert resumed.facts()[name] == undisturbed.facts()[name]
 
 
 def test_building_leaves_the_callers_random_numbers_alone(tmp_path: Path) -> None:
