@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from jobs.run import Run, Stage
@@ -11,7 +12,7 @@ from puzzle_ray.artifacts import Architecture, Measure, Scores
 from puzzle_ray.search.choose import ARCHITECTURE, SCORES, choose, save_choice
 from puzzle_ray.search.pick import PICKED
 from puzzle_ray.search.setup import SearchSetup
-from puzzle_ray.store import Artifact
+from puzzle_ray.store import Artifact, adding_items
 
 
 def settings(run: Run) -> dict[str, Any]:
@@ -25,7 +26,8 @@ def setup(run: Run) -> SearchSetup:
     return SearchSetup(*numbers, search.searcher, search.time_limit_s, search.limits, config.seed)
 
 
-def measuring(run: Run) -> AbstractContextManager[Measure]:
+@contextmanager
+def measuring(run: Run) -> Iterator[Measure]:
     """A context with a function that measures whole children on held-out text; what it measured is kept for all budgets."""
     from actors.child_meter import measuring as pool
 
@@ -36,7 +38,11 @@ def measuring(run: Run) -> AbstractContextManager[Measure]:
     library = run.content("library")
     inputs = {"library": library.key, "tokens": run.artifact("tokens").key, "text": parts.keys["pick"]}
     artifact = run.store.artifact("measured", {"tokens": count, "sequences": sequences}, inputs)
-    return pool(run.parent.address, library, batches, run.config.cluster, artifact, run.progress)
+    with (
+        adding_items(artifact),
+        pool(run.parent.address, library, batches, run.config.cluster, artifact, run.progress) as measure,
+    ):
+        yield measure
 
 
 def work(run: Run, artifact: Artifact) -> None:

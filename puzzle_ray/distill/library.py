@@ -157,8 +157,11 @@ def starting_library(config: LibraryConfig, space: SearchSpace, parent_key: str 
     where, remedy = "library.start_from", "name the folder library-... of a decoupled run in its store"
     try:
         finished = stage == "library" and artifact.finished
+        problem = artifact.record_problem()
     except Exception as error:  # every backend has errors of its own
         raise ConfigError(where, f"{config.start_from!r} cannot be read ({error})", remedy) from None
+    if problem.startswith("was written by"):
+        raise ConfigError(where, f"{config.start_from!r} {problem}", "train it again")
     if not finished:
         raise ConfigError(where, f"{config.start_from!r} is no finished library", remedy)
     if "coupled" not in artifact.facts():
