@@ -31,18 +31,23 @@ def ls(store: Root = "runs", debug: Debug = False) -> None:
 
 def verify(names: Names = None, store: Root = "runs", debug: Debug = False) -> None:
     """Read every file of the artifacts and compare it with what was written. Exit code 2 where something is damaged."""
-    from puzzle_ray.store.upkeep import verify
+    from puzzle_ray.store.record import OTHER_VERSION
+    from puzzle_ray.store.upkeep import artifact_named, verify
 
-    found = verify(opened(store), names or ())
-    damaged = {name: problems for name, problems in found.items() if problems}
-    for name, problems in damaged.items():
+    root = opened(store)
+    found = verify(root, names or ())
+    for name, problems in found.items():
         for problem in problems:
             print(f"{name}/{problem}")
+    damaged = {name: p for name, p in found.items() if p and not p[0].what.startswith(OTHER_VERSION)}
     if not damaged:
-        print(f"{len(found)} artifacts, nothing is damaged")
+        print(f"{len(found)} artifacts, nothing is damaged", file=sys.stderr)
         return
-    stages = ", ".join(dict.fromkeys(name.rpartition("-")[0] for name in damaged))
+    marked = [artifact_named(root, name).mark_damaged(str(problems[0])) for name, problems in damaged.items()]
     remedy = "the command that made it makes what is lost again, and nothing else"
+    if not all(marked):
+        remedy = f"remove these files, for the store cannot be written; then {remedy}"
+    stages = ", ".join(dict.fromkeys(name.rpartition("-")[0] for name in damaged))
     print(f"{len(damaged)} of {len(found)} artifacts are damaged ({stages}): {remedy}", file=sys.stderr)
     raise typer.Exit(DAMAGED)
 

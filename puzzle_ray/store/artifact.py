@@ -197,13 +197,17 @@ class Artifact:
         return record.files.get(name) if record else None
 
     def _damaged(self, name: str, what: str) -> Damaged:
-        """The error to raise. A mark in the folder makes the next run look at every file; without it, a flipped bit keeps its size."""
-        remedy = AGAIN
-        try:
-            self.store.filesystem.pipe_file(self.path(DAMAGE_SEEN), f"{name} {what}".encode())
-        except Exception:  # every backend has errors of its own
-            remedy = f"remove {self.path(name)}, then {AGAIN}"
+        """The error to raise."""
+        remedy = AGAIN if self.mark_damaged(f"{name} {what}") else f"remove {self.path(name)}, then {AGAIN}"
         return Damaged(self.stage, f"{self.path(name)} {what}", remedy)
+
+    def mark_damaged(self, what: str) -> bool:
+        """Leaves a mark that makes the next run look at every file: a flipped bit keeps a file's size. False where it cannot."""
+        try:
+            self.store.filesystem.pipe_file(self.path(DAMAGE_SEEN), what.encode())
+        except Exception:  # every backend has errors of its own
+            return False
+        return True
 
     # writing
 

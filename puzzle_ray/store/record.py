@@ -11,7 +11,7 @@ from typing import Any, Literal
 SCHEMA_VERSION = 3
 RECORD = "artifact.json"
 DAMAGE_SEEN = ".damaged"  # a reader found a file damaged; says which
-UNREADABLE = "cannot be read"
+UNREADABLE, OTHER_VERSION = "cannot be read", "was written by"  # what may be wrong with a record
 State = Literal["absent", "unfinished", "finished", "damaged"]
 
 
@@ -86,8 +86,12 @@ def unreadable(data: bytes) -> str:
         schema = int(json.loads(data)["schema"])
     except (ValueError, KeyError, TypeError):
         return UNREADABLE
-    older = f"was written by {'an older' if schema < SCHEMA_VERSION else 'a newer'} version"
-    return UNREADABLE if schema == SCHEMA_VERSION else f"{older} (schema {schema}, this one reads {SCHEMA_VERSION})"
+    version = "an older version" if schema < SCHEMA_VERSION else "a newer version"
+    return (
+        UNREADABLE
+        if schema == SCHEMA_VERSION
+        else f"{OTHER_VERSION} {version} (schema {schema}, this one reads {SCHEMA_VERSION})"
+    )
 
 
 def problems_of(files: Mapping[str, FileEntry], sizes: Mapping[str, int]) -> list[Problem]:

@@ -101,7 +101,7 @@ def _listed(artifact: Artifact) -> Listed:
         sum(sizes.values()),
         max((_written_at(artifact.store, artifact.path(name)) for name in ([RECORD] if RECORD in sizes else sizes)), default=0.0),
         record.finished_at if record else "",
-        record.facts if record else {},
+        record.facts if record else {"record": problem} if (problem := artifact.record_problem()) else {},
         record.inputs if record else {},
     )
 

@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from s3_server import s3_bucket
+from safetensors import safe_open
 from small_models import save_parent
 from small_runs import SMALL, save_parent_with_text
 
@@ -27,6 +29,7 @@ def run_once(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     parent, text = save_parent_with_text(folder / "parent")
     settings = SMALL | {"parent": str(parent), "data.train": str(text)}
+    torch.set_num_threads(1)  # as when a process of its own begins
     compress(settings=settings, store=str(folder / "store"), progress=Quiet())
     return settings, folder / "store"
 
@@ -39,6 +42,7 @@ def run(run_once, tmp_path):
 
     def again():
         files._KNOWN.clear()  # a new process remembers nothing
+        torch.set_num_threads(1)
         return compress(settings=settings, store=str(tmp_path / "store"), progress=Quiet())
 
     return again, tmp_path / "store"
@@ -76,7 +80,15 @@ def flip(path):
 def contents(store):
     """All files by name, but for records, which say when they were written, and what was timed."""
     files = (path for path in store.rglob("*") if path.is_file() and path.name not in (RECORD, "evaluation.json"))
-    return {path.relative_to(store).as_posix(): path.read_bytes() for path in files}
+    return {path.relative_to(store).as_posix(): content(path) for path in files}
+
+
+def content(path):
+    """Bytes; of a safetensors file, whose metadata have no order, what is in it."""
+    if path.suffix != ".safetensors":
+        return path.read_bytes()
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()} | {"": file.metadata() or {}}  # noqa: SIM118
 
 
 FLIPPED = {  # the file, the stages that have to be done because they are not there, and what is made again for the flipped bit
