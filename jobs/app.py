@@ -1,4 +1,4 @@
-"""`puzzle-ray VERB`: one application, a sub-command for every module of this folder that declares `VERB`.
+"""`puzzle-ray VERB`: one application, a sub-command for every module of this folder that declares `VERB` or `GROUP`.
 
 This is also where errors end: what the user can mend is one line on stderr and exit code 2, a failed worker or a fault of ours is
 one line and exit code 1, an interrupt is 130. Tracebacks are shown with `--debug`, else they go to a file that the line names.
@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.command import DEBUG_VARIABLE, Verb
+from jobs.command import DEBUG_VARIABLE, Group, Verb
 from puzzle_ray.errors import PuzzleError
 from puzzle_ray.plugins import declared
 
@@ -46,6 +46,12 @@ def application() -> typer.Typer:
     found: list[Verb] = declared("jobs", "VERB")
     for verb in found:
         app.command(verb.name, rich_help_panel=verb.group)(verb.call)
+    groups: list[Group] = declared("jobs", "GROUP")
+    for group in groups:
+        inner = typer.Typer(name=group.name, help=group.about, no_args_is_help=True)
+        for verb in group.verbs:
+            inner.command(verb.name)(verb.call)
+        app.add_typer(inner, rich_help_panel=group.group)
     return app
 
 

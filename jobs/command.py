@@ -43,6 +43,16 @@ class Verb:
     call: Callable[..., None]
 
 
+@dataclass(frozen=True)
+class Group:
+    """A sub-command with sub-commands of its own: its name, the group it is listed in, what it is for, and its verbs."""
+
+    name: str
+    group: str
+    about: str | None
+    verbs: tuple[Verb, ...]
+
+
 def stage_verb(name: str, about: str | None, group: str, work: Callable[[Run], None], needs_ray: bool = True) -> Verb:
     """A verb with the options that every stage has. `work` is given a checked run, within a Ray session where it needs one."""
 

@@ -23,12 +23,10 @@ from puzzle_ray.plugins import declared
 from puzzle_ray.process import num_cores
 from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.progress import Display, Progress
-from puzzle_ray.store import Artifact, Store
+from puzzle_ray.store import Artifact, Store, do_once
 
 if TYPE_CHECKING:
     from puzzle_ray.profiling.engine import Target
-
-SECONDS = "seconds.json"
 
 
 class NotDone(Exception):
@@ -118,7 +116,7 @@ class Run:
         self.config = config
         self.progress = progress or Display()
         self.store = Store(config.store)
-        self.seconds: dict[str, float] = {}  # of every stage that was done or found
+        self.seconds: dict[str, float] = {}  # that every stage took when it was done
         self._artifacts: dict[str, Artifact] = {}
         self._finished: set[str] = set()  # names of stages and keys of other artifacts
         self.placed = threading.Event()  # set by a stage that runs beside others, once it has what it needs of the cluster
@@ -245,29 +243,13 @@ class Run:
         if artifact.key in self._finished:
             return artifact
         started = time.monotonic()
-        there = artifact.finished or not _worked(artifact, work)
-        if not there:
-            self.seconds[artifact.stage] = time.monotonic() - started
-            artifact.write_json(SECONDS, self.seconds[artifact.stage])
-        elif artifact.exists(SECONDS):
-            self.seconds[artifact.stage] = float(artifact.read_json(SECONDS))
-        took = "already there" if there else f"{time.monotonic() - started:.1f} s"
+        took = f"{time.monotonic() - started:.1f} s" if do_once(artifact, work) else "already there"
+        record = artifact.record()
+        if record is not None and record.seconds is not None:
+            self.seconds[artifact.stage] = record.seconds
         print(f"[{artifact.stage}] {took}: {artifact.url}", file=sys.stderr, flush=True)
         self._finished.add(artifact.key)
         return artifact
-
-
-def _worked(artifact: Artifact, work: Callable[[Artifact], None]) -> bool:
-    """Does `work` as the only run that does. False where another one has finished it meanwhile. What is damaged is done again."""
-    with artifact.lease():
-        if artifact.finished:
-            return False
-        for name in artifact.discard_damage():  # and what was half written where nothing is finished yet
-            print(f"[{artifact.stage}] {name} was damaged and is made again", file=sys.stderr, flush=True)
-        if artifact.finished:  # nothing was wrong with it
-            return False
-        work(artifact)
-        return True
 
 
 class _Background:

@@ -49,11 +49,11 @@ from puzzle_ray.scoring.exact import exact_where_used
 from puzzle_ray.scoring.replacements import SCORES_TABLE
 from puzzle_ray.scoring.serial import SerialScorer, score_serially
 from puzzle_ray.search.budget import check_budget
-from puzzle_ray.search.choose import ARCHITECTURE, MakeExact, choose, save_choice
+from puzzle_ray.search.choose import ARCHITECTURE, Answers, MakeExact, choose, save_choice
 from puzzle_ray.search.narrow import library_space
 from puzzle_ray.search.searcher import searcher_sources
 from puzzle_ray.search.setup import SearchSetup
-from puzzle_ray.store import Artifact, Store
+from puzzle_ray.store import Artifact, Store, adding_items, do_once
 from puzzle_ray.variants.space import search_space, space_sources
 from puzzle_ray.version import torch_series
 
@@ -171,12 +171,7 @@ class Setting:
 
 def once(artifact: Artifact, work: Callable[[Artifact], None]) -> Artifact:
     """Does `work` unless the artifact is finished. Waits for another run that does it; what is damaged is done again."""
-    if not artifact.finished:
-        with artifact.lease():
-            if not artifact.finished:
-                artifact.discard_damage()
-            if not artifact.finished:
-                work(artifact)
+    do_once(artifact, work)
     return artifact
 
 
@@ -277,7 +272,12 @@ def exact(s: Setting, tokens: Artifact, library: Artifact, scores: Artifact) -> 
     questions = load_questions(str(s.parent), config, s.max_positions)
     data = (scoring_texts(s, tokens), config, artifact, Library(library).states, s.progress, questions)
     scorer = SerialScorer(s.stack(), *data)
-    return lambda found, answers: exact_where_used(found, config.metric, answers, scorer.score_alone)
+
+    def make(found: Scores, answers: Answers) -> Scores:
+        with adding_items(artifact):
+            return exact_where_used(found, config.metric, answers, scorer.score_alone)
+
+    return make
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A whole run's settings on a small random parent, for what is checked before any work."""
+"""A whole run's settings on a small random parent: for what is checked before any work, and for runs from end to end in seconds."""
 
 from __future__ import annotations
 
@@ -9,6 +9,23 @@ from small_models import save_parent
 
 from jobs.run import Run
 from puzzle_ray.config import load
+
+SMALL = {  # `compress` in seconds
+    "space": {"attention": ["parent", "gqa:1", "noop"], "ffn": ["parent", "ffn:24", "noop"]},
+    "data": {"sequence_length": 16},
+    "profile": {"scenario": {"batch_size": 2, "input_tokens": 16, "output_tokens": 4}, "repeats": 2, "stack": 1},
+    "library": {
+        "tokens": 512,
+        "micro_batch_tokens": 64,
+        "calibration_tokens": 128,
+        "validation_tokens": 128,
+        "checkpoint_every": 2,
+    },
+    "scoring": {"tokens": 128, "micro_batch_tokens": 64, "shortlist": "fisher"},
+    "search": {"limits": {"speedup": None, "params_fraction": 0.9}, "candidates": 2, "measure_tokens": 128, "rivals": ["greedy"]},
+    "gkd": {"tokens": 512, "micro_batch_tokens": 64, "checkpoint_every": 2},
+    "evaluate": {"tokens": 128, "repeats": 1, "sample_tokens": 4, "prompt": "a text"},
+}
 
 
 def save_parent_with_text(folder: Path) -> tuple[Path, Path]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from jobs.run import Run, Stage
@@ -12,7 +13,7 @@ from puzzle_ray.search.choose import ARCHITECTURE, SCORES, choose, save_choice
 from puzzle_ray.search.pick import PICKED
 from puzzle_ray.search.searcher import searcher_sources
 from puzzle_ray.search.setup import SearchSetup
-from puzzle_ray.store import Artifact
+from puzzle_ray.store import Artifact, adding_items
 
 
 def settings(run: Run) -> dict[str, Any]:
@@ -26,7 +27,8 @@ def setup(run: Run) -> SearchSetup:
     return SearchSetup(*numbers, search.searcher, search.time_limit_s, search.limits, config.seed)
 
 
-def measuring(run: Run) -> AbstractContextManager[Measure]:
+@contextmanager
+def measuring(run: Run) -> Iterator[Measure]:
     """A context with a function that measures whole children on held-out text; what it measured is kept for all budgets."""
     from actors.child_meter import measuring as pool
 
@@ -38,7 +40,11 @@ def measuring(run: Run) -> AbstractContextManager[Measure]:
     inputs = {"library": library.key} | parts.sources(pick=count)
     how = {"tokens": count, "sequences": sequences, "cluster": run.config.cluster.shards_identity()}
     artifact = run.store.artifact("measured", how, inputs)
-    return pool(run.parent.address, library, batches, run.config.cluster, artifact, run.progress)
+    with (
+        adding_items(artifact),
+        pool(run.parent.address, library, batches, run.config.cluster, artifact, run.progress) as measure,
+    ):
+        yield measure
 
 
 def work(run: Run, artifact: Artifact) -> None:

@@ -8,7 +8,7 @@ from jobs.run import Run, Stage
 from jobs.stages import tokens
 from puzzle_ray.artifacts import Scores
 from puzzle_ray.search.choose import Answers, MakeExact
-from puzzle_ray.store import Artifact
+from puzzle_ray.store import Artifact, adding_items
 from puzzle_ray.version import torch_series
 
 
@@ -65,7 +65,7 @@ def exact(run: Run) -> MakeExact | None:
         from actors.scoring import scoring
         from puzzle_ray.scoring.exact import exact_where_used
 
-        with scoring(*_arguments(run, artifact)) as score:
+        with adding_items(artifact), scoring(*_arguments(run, artifact)) as score:
             return exact_where_used(scores, run.config.scoring.metric, answers, score)
 
     return make

@@ -29,6 +29,7 @@ from puzzle_ray.models.describe import describe
 from puzzle_ray.process import compute_with
 from puzzle_ray.progress import Progress
 from puzzle_ray.store import RECORD, Artifact, Store
+from puzzle_ray.store.record import OTHER_VERSION
 
 LIBRARY_TABLE = "library.parquet"
 
@@ -157,8 +158,11 @@ def starting_library(config: LibraryConfig, space: SearchSpace, parent_key: str 
     where, remedy = "library.start_from", "name the folder library-... of a decoupled run in its store"
     try:
         finished = stage == "library" and artifact.finished
+        problem = artifact.record_problem()
     except Exception as error:  # every backend has errors of its own
         raise ConfigError(where, f"{config.start_from!r} cannot be read ({error})", remedy) from None
+    if problem.startswith(OTHER_VERSION):
+        raise ConfigError(where, f"{config.start_from!r} {problem}", "train it again")
     if not finished:
         raise ConfigError(where, f"{config.start_from!r} is no finished library", remedy)
     if "coupled" not in artifact.facts():

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from puzzle_ray.errors import ParentError, PuzzleError
+from puzzle_ray.store import local_copy, verified_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,13 +33,17 @@ AGAIN = "fetch or save the model again"
 def locate(parent: str, revision: str | None = None) -> Path:
     """The local folder of a parent: a path as it is, or an fsspec URL or hub id, fetched once into a cache on this machine.
 
-    Raises ParentError where there is no such folder, or where the hub cannot be reached or does not know the id.
+    What lies in a finished artifact of a store is compared with its record.
+
+    Raises ParentError where there is no such folder, or where the hub cannot be reached or does not know the id; Damaged where a file
+    is not as the stage wrote it.
     """
     if "://" in parent:
         return _fetched(parent)
     try:
         folder = Path(parent).expanduser()
         if folder.is_dir():
+            verified_folder(parent)
             if not (folder / "config.json").is_file():
                 raise ParentError("parent", f"{parent!r} has no config.json", "name a Hugging Face model folder")
             return folder
@@ -61,13 +66,14 @@ def locate(parent: str, revision: str | None = None) -> Path:
 def _fetched(url: str) -> Path:
     import fsspec
 
-    from puzzle_ray.store import local_copy
-
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
     except (ValueError, ImportError) as error:
         raise ParentError("parent", f"{url!r} cannot be opened ({error})", "name a folder, an fsspec URL or a hub id") from None
     try:
+        verified = verified_folder(url)
+        if verified is not None:
+            return verified
         if not filesystem.exists(f"{path}/config.json"):
             raise ParentError("parent", f"there is no model folder at {url!r}", "name a folder or URL that holds config.json")
         listing = sorted(filesystem.find(path, detail=True).items())

@@ -18,6 +18,7 @@ from typing import Any
 from puzzle_ray.artifacts import PARENT, Choices, LayerChoice, LayerSpace, SearchSpace, SubblockKind
 from puzzle_ray.distill.settings import LibraryConfig
 from puzzle_ray.errors import ConfigError
+from puzzle_ray.store import artifact_at
 
 SETTING = "library.narrow_from"
 FILES = ("architecture.json", "sweep.json")
@@ -79,7 +80,7 @@ def read_architectures(source: str) -> list[Choices]:
             path = next((name for name in inside if filesystem.exists(name)), "")
             if not path:
                 raise ConfigError(SETTING, f"neither {' nor '.join(FILES)} is in {source!r}", ACCEPTED_SOURCES)
-        data = bytes(filesystem.cat_file(path))
+        data = _read(filesystem, path, source)
     except ConfigError:
         raise
     except Exception as error:  # every backend has errors of its own
@@ -95,6 +96,18 @@ def read_architectures(source: str) -> list[Choices]:
             SETTING, f"no budget of {source!r} could be met, so it has no architecture", "name a sweep that has one"
         )
     return architectures
+
+
+def _read(filesystem: Any, path: str, source: str) -> bytes:
+    """A file's bytes; compared with the record where it belongs to a finished artifact. Raises ConfigError."""
+    found = artifact_at(filesystem.unstrip_protocol(path) if "://" in source else path)
+    if found is None:
+        return bytes(filesystem.cat_file(path))
+    artifact, name = found
+    problem = artifact.record_problem()
+    if problem:
+        raise ConfigError(SETTING, f"{source!r} belongs to an artifact whose record {problem}", "search again with this version")
+    return artifact.read(name)
 
 
 def _from_json(raw: Any) -> list[Choices]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -29,15 +27,10 @@ def check_model(model: str) -> str:
 
 
 def fetch_model(model: str) -> str:
-    """A local folder with the model's files. A URL is copied into a new temporary folder. Raises ParentError."""
-    if "://" not in model:
-        return model
-    check_model(model)
-    filesystem, path = _open(model)
-    folder = tempfile.mkdtemp(prefix="puzzle-ray-model-")
-    for file in filesystem.find(path, maxdepth=1):
-        filesystem.get_file(file, str(Path(folder) / file.rsplit("/", 1)[-1]))
-    return folder
+    """A local folder with the model's files. What a URL names is kept on this machine, found again by its content. Raises ParentError."""
+    if "://" in model:
+        check_model(model)
+    return str(locate(model))
 
 
 def _open(url: str) -> tuple[Any, str]:

@@ -6,10 +6,26 @@ SHA-256 of every file, so a folder that has one is finished, and damage is seen.
 resumed stage does not do again. A run that works on a folder holds its lease.
 """
 
+from puzzle_ray.store.address import artifact_at, verified_folder
 from puzzle_ray.store.artifact import Artifact, Store
 from puzzle_ray.store.cache import local_copy
 from puzzle_ray.store.lease import Lease
+from puzzle_ray.store.once import adding_items, do_once
 from puzzle_ray.store.record import RECORD, SCHEMA_VERSION, Problem, content_key
 from puzzle_ray.store.scratch import clear_abandoned
 
-__all__ = ["RECORD", "SCHEMA_VERSION", "Artifact", "Lease", "Problem", "Store", "clear_abandoned", "content_key", "local_copy"]
+__all__ = [
+    "RECORD",
+    "SCHEMA_VERSION",
+    "Artifact",
+    "Lease",
+    "Problem",
+    "Store",
+    "adding_items",
+    "artifact_at",
+    "clear_abandoned",
+    "content_key",
+    "do_once",
+    "local_copy",
+    "verified_folder",
+]

@@ -14,7 +14,18 @@ from puzzle_ray.errors import Damaged, StoreError
 from puzzle_ray.store import cache, publish, scratch
 from puzzle_ray.store.files import OTHER_CHECKSUM, Checked, for_each, looks_broken
 from puzzle_ray.store.lease import Claim, Lease, held, reason_lost, say_on_stderr
-from puzzle_ray.store.record import DAMAGE_SEEN, RECORD, FileEntry, Problem, Record, State, content_key, problems_of
+from puzzle_ray.store.record import (
+    DAMAGE_SEEN,
+    RECORD,
+    UNREADABLE,
+    FileEntry,
+    Problem,
+    Record,
+    State,
+    content_key,
+    problems_of,
+    unreadable,
+)
 from puzzle_ray.store.root import Root, is_hidden
 
 if TYPE_CHECKING:
@@ -99,8 +110,22 @@ class Artifact:
         record = self.record(fresh=True)
         if record is None:
             self.read(RECORD)
-            raise self._damaged(RECORD, "cannot be read")
+            self.check_record()
+            raise self._damaged(RECORD, UNREADABLE)
         return dict(record.facts)
+
+    def record_problem(self) -> str:
+        """What is wrong with the record. Empty where it is all right, and where there is none."""
+        try:
+            data = bytes(self.store.filesystem.cat_file(self.path(RECORD)))
+        except FileNotFoundError:
+            return ""
+        return "" if Record.from_json(data) else unreadable(data)
+
+    def check_record(self) -> None:
+        """Raises Damaged for a record that cannot be read, unless another version wrote it."""
+        if self.record_problem() == UNREADABLE:
+            raise self._damaged(RECORD, UNREADABLE)
 
     # reading
 
@@ -152,11 +177,12 @@ class Artifact:
         if self.store.is_local:
             folder, problems = Path(self.path(name)), self._problems_in(Path(self.path(name)), name, entries)
         else:
-            folder = cache.local_copy(self.store.filesystem, self.path(name), f"{self.name}-{name}")
+            words = f"{self.name}-{name.replace('/', '-')}"
+            folder = cache.local_copy(self.store.filesystem, self.path(name), words)
             problems = self._problems_in(folder, name, entries)
             if problems:  # of the copy, or of what it is a copy of
                 cache.forget(folder)
-                folder = cache.local_copy(self.store.filesystem, self.path(name), f"{self.name}-{name}")
+                folder = cache.local_copy(self.store.filesystem, self.path(name), words)
                 problems = self._problems_in(folder, name, entries)
         for problem in problems:
             raise self._damaged(problem.file, problem.what)
@@ -171,13 +197,17 @@ class Artifact:
         return record.files.get(name) if record else None
 
     def _damaged(self, name: str, what: str) -> Damaged:
-        """The error to raise. A mark in the folder makes the next run look at every file; without it, a flipped bit keeps its size."""
-        remedy = AGAIN
-        try:
-            self.store.filesystem.pipe_file(self.path(DAMAGE_SEEN), f"{name} {what}".encode())
-        except Exception:  # every backend has errors of its own
-            remedy = f"remove {self.path(name)}, then {AGAIN}"
+        """The error to raise."""
+        remedy = AGAIN if self.mark_damaged(f"{name} {what}") else f"remove {self.path(name)}, then {AGAIN}"
         return Damaged(self.stage, f"{self.path(name)} {what}", remedy)
+
+    def mark_damaged(self, what: str) -> bool:
+        """Leaves a mark that makes the next run look at every file: a flipped bit keeps a file's size. False where it cannot."""
+        try:
+            self.store.filesystem.pipe_file(self.path(DAMAGE_SEEN), what.encode())
+        except Exception:  # every backend has errors of its own
+            return False
+        return True
 
     # writing
 
@@ -263,7 +293,8 @@ class Artifact:
         others = [name for name in sizes if not is_hidden(name) and name not in dropped | listed.keys() | {RECORD}]
         files = listed | self._checked.entries({self.path(name): name for name in others}, sizes)
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        made = Record(self.stage, self.key, self.settings, self.inputs, dict(facts), files, tuple(sorted(whole)), at)
+        seconds = round(max(0.0, time.time() - self.claim.taken_at), 3) if self.claim else None
+        made = Record(self.stage, self.key, self.settings, self.inputs, dict(facts), files, tuple(sorted(whole)), at, seconds)
         self.remove(DAMAGE_SEEN)
         self.write(RECORD, made.to_json())
         self._record = made
@@ -275,7 +306,8 @@ class Artifact:
         sizes = self.store.sizes(self.url)
         record = self.record(fresh=True)
         if record is None:
-            found = [Problem(RECORD, "cannot be read")] if RECORD in sizes else []
+            what = self.record_problem()
+            found = [Problem(RECORD, what)] if what else []
             for files in publish.published(self.store, self.url).values():
                 found += problems_of(files, sizes)
             items = [name for name in sizes if not is_hidden(name) and name != RECORD]

@@ -22,7 +22,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class Claim:
     name: str
     generation: int
     token: str
+    taken_at: float = field(default_factory=time.time, compare=False)  # seconds since 1970
 
     @property
     def file(self) -> str:

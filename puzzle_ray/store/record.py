@@ -11,6 +11,7 @@ from typing import Any, Literal
 SCHEMA_VERSION = 4  # part of every key: it rises when records, or what a stage computes from the same settings and inputs, change
 RECORD = "artifact.json"
 DAMAGE_SEEN = ".damaged"  # a reader found a file damaged; says which
+UNREADABLE, OTHER_VERSION = "cannot be read", "was written by"  # what may be wrong with a record
 State = Literal["absent", "unfinished", "finished", "damaged"]
 
 
@@ -41,7 +42,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Record:
-    """`published`: folders that appeared as wholes, and are made again as wholes. `finished_at`: UTC."""
+    """`published`: folders that appeared as wholes, and are made again as wholes. `finished_at`: UTC.
+
+    `seconds`: since the run that finished it began to work on it; None where no run had taken it.
+    """
 
     stage: str
     key: str
@@ -51,6 +55,7 @@ class Record:
     files: Mapping[str, FileEntry]
     published: tuple[str, ...] = ()
     finished_at: str = ""
+    seconds: float | None = None
     schema: int = field(default=SCHEMA_VERSION)
 
     def to_json(self) -> bytes:
@@ -73,6 +78,20 @@ class Record:
     def missing_or_changed(self, sizes: Mapping[str, int]) -> list[Problem]:
         """What the sizes of the files that are there tell."""
         return problems_of(self.files, sizes)
+
+
+def unreadable(data: bytes) -> str:
+    """What is wrong with a record that `Record.from_json` does not take."""
+    try:
+        schema = int(json.loads(data)["schema"])
+    except (ValueError, KeyError, TypeError):
+        return UNREADABLE
+    version = "an older version" if schema < SCHEMA_VERSION else "a newer version"
+    return (
+        UNREADABLE
+        if schema == SCHEMA_VERSION
+        else f"{OTHER_VERSION} {version} (schema {schema}, this one reads {SCHEMA_VERSION})"
+    )
 
 
 def problems_of(files: Mapping[str, FileEntry], sizes: Mapping[str, int]) -> list[Problem]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,12 +10,12 @@ from typing import Any
 
 from puzzle_ray.errors import StoreError
 from puzzle_ray.store import scratch
+from puzzle_ray.store.address import NAME, artifact_in
 from puzzle_ray.store.artifact import Artifact, Store
 from puzzle_ray.store.lease import DEAD_AFTER_S, LEASES, leases, remove_lease
 from puzzle_ray.store.record import RECORD, Problem, State
 
 DAY_S = 24 * 3600.0
-_NAME = re.compile("[A-Za-z0-9_][A-Za-z0-9_.-]*-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,9 @@ class Garbage:
 
 def artifact_named(store: Store, name: str) -> Artifact:
     """The artifact of a folder's name. Its settings and inputs are those of its record. Raises StoreError for what is none."""
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise StoreError("store", f"{name!r} names no artifact", "name a folder such as library-0123456789ab, as `ls` shows them")
-    artifact = _of_folder(store, name)
+    artifact = artifact_in(store, name)
     if artifact.state() == "absent":
         raise StoreError("store", f"there is no {name!r} in {store.root}", "name one that `ls` shows")
     return artifact
@@ -89,12 +88,7 @@ def collect_garbage(store: Store, older_than_days: float = 30.0, *, dry_run: boo
 
 
 def _folders(store: Store) -> list[Artifact]:
-    return [_of_folder(store, name) for name in store.names(store.root) if _NAME.fullmatch(name)]
-
-
-def _of_folder(store: Store, name: str) -> Artifact:
-    stage, _, key = name.rpartition("-")
-    return Artifact(store, stage, key, {}, {})
+    return [artifact_in(store, name) for name in store.names(store.root) if NAME.fullmatch(name)]
 
 
 def _listed(artifact: Artifact) -> Listed:
@@ -107,7 +101,7 @@ def _listed(artifact: Artifact) -> Listed:
         sum(sizes.values()),
         max((_written_at(artifact.store, artifact.path(name)) for name in ([RECORD] if RECORD in sizes else sizes)), default=0.0),
         record.finished_at if record else "",
-        record.facts if record else {},
+        record.facts if record else {"record": problem} if (problem := artifact.record_problem()) else {},
         record.inputs if record else {},
     )
 
