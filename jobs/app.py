@@ -1,7 +1,8 @@
 """`puzzle-ray VERB`: one application, a sub-command for every module of this folder that declares `VERB`.
 
 This is also where errors end: what the user can mend is one line on stderr and exit code 2, a failed worker or a fault of ours is
-one line and exit code 1. An interrupt is 130, SIGTERM is 143. Tracebacks are shown with `--debug`, else they go to a file that the line names.
+one line and exit code 1. An interrupt is 130, SIGTERM is 143. Tracebacks are shown with `--debug`, else they go to a file that the
+line names.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def _told(error: Exception) -> int:
         remedy = "(puzzle-ray --help lists the verbs, puzzle-ray VERB --help its options)"
         return _say(error, MINE, f"{error.format_message()} {remedy}")
     cause = getattr(error, "cause", None)  # an error of a Ray worker is itself and a RayTaskError
-    for known in (error, cause):
+    for known in (cause, error):  # the cause has the plain words
         if isinstance(known, PluginError):
             return _say(known, MINE, str(known), log=True)
         if isinstance(known, PuzzleError):
@@ -112,16 +113,21 @@ def _promise(error: Exception) -> str:
 def _say(error: BaseException, code: int, line: str, log: bool = False) -> int:
     """One line, a traceback where it is asked for, and its place in a file where it is not."""
     if os.environ.get(DEBUG_VARIABLE):
-        traceback.print_exception(error)
+        print(_traceback(error), end="", file=sys.stderr)
     elif log:
         line = f"{line}; the traceback is in {_logged(error)}"
     print(f"error: {line}", file=sys.stderr)
     return code
 
 
+def _traceback(error: BaseException) -> str:
+    """Of a plug-in's error, the plug-in's own: it may have been raised on another machine."""
+    return error.args[4] if isinstance(error, PluginError) else "".join(traceback.format_exception(error))
+
+
 def _logged(error: BaseException) -> Path:
     path = endings.log_file("error")
-    path.write_text(f"{sys.argv}\n" + "".join(traceback.format_exception(error)))
+    path.write_text(f"{sys.argv}\n{_traceback(error)}")
     return path
 
 
