@@ -6,7 +6,6 @@ A stage is one file in `jobs/stages` that declares `STAGE`. The graph can be ask
 
 from __future__ import annotations
 
-import signal
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.endings import wake_main_thread
 from puzzle_ray.artifacts import SearchSpace
 from puzzle_ray.config import TINY, RunConfig
 from puzzle_ray.plugins import declared
@@ -272,7 +272,11 @@ class _Background:
         except BaseException as error:  # raised again where it is waited for
             self.error = error
             if not self._awaited:
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # wakes it wherever it waits
+                wake_main_thread()
+
+    def leave(self) -> None:
+        """Nobody waits for it any more, and it wakes nobody. It ends with the process."""
+        self._awaited = True
 
     def join(self) -> None:
         """Waits for the end. Raises what the stage failed by."""
@@ -293,3 +297,6 @@ def _ended_together(background: Mapping[str, _Background]) -> Iterator[None]:
             if isinstance(stage.error, Exception):
                 raise stage.error from None
         raise
+    finally:
+        for stage in background.values():
+            stage.leave()

@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jobs import endings
 from puzzle_ray.cluster import ClusterConfig
-from puzzle_ray.errors import ClusterError
+from puzzle_ray.errors import ClusterError, PuzzleError
 from puzzle_ray.process import num_cores
 
 SILENT: Mapping[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
@@ -145,18 +146,51 @@ def connected(cluster: ClusterConfig, window_bytes: int = 0) -> Iterator[None]:
     if known and address != "local":
         _probe(known, cluster.connect_timeout_s)
     os.environ.setdefault("RAY_gcs_server_request_timeout_seconds", str(max(1, int(cluster.connect_timeout_s))))
+    with _own(window_bytes) if address == "local" else _joined(address):
+        yield
+
+
+@contextmanager
+def _own(window_bytes: int) -> Iterator[None]:
+    """A Ray of our own. When the block ends, however it does, none of its processes is left."""
+    with endings.native_prints_logged() as log, endings.Descendants():
+        try:
+            with endings.starting():
+                start_here(num_cores(), object_store_bytes(window_bytes))
+        except PuzzleError:
+            raise
+        except Exception as error:  # Ray raises everything here, a bare Exception among it
+            remedy = "see that this machine has memory, room in /dev/shm and in the temporary folder, or join a cluster"
+            raise ClusterError("cluster", f"Ray cannot be started on this machine ({_reason(error)})", remedy) from None
+        signals = endings.current()
+        if signals is not None:
+            signals.watch_ray(log)
+        try:
+            yield
+        finally:
+            if signals is not None:
+                signals.leave_ray()
+            sys.modules["ray"].shutdown()
+
+
+@contextmanager
+def _joined(address: str) -> Iterator[None]:
     try:
-        if address == "local":
-            start_here(num_cores(), object_store_bytes(window_bytes))
-        else:
+        with endings.starting():
             _join(address)
-    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ClusterError("cluster.address", f"Ray cannot be reached at {address!r} ({reason})", "check the address") from None
+    except PuzzleError:
+        raise
+    except Exception as error:
+        problem = f"Ray cannot be reached at {address!r} ({_reason(error)})"
+        raise ClusterError("cluster.address", problem, "check the address") from None
     try:
         yield
     finally:
         sys.modules["ray"].shutdown()
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _join(address: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -22,6 +23,7 @@ from puzzle_ray.settings import Section
 from puzzle_ray.variants.space import SpaceConfig
 
 TINY = "tiny"
+_LONGEST = 200  # characters of what a user wrote, in an error
 
 
 class RunConfig(Section):
@@ -31,7 +33,7 @@ class RunConfig(Section):
     revision: str | None = None
     trust_remote_code: bool = False  # code that comes with the parent's checkpoint may run
     store: str = "runs"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     tiny_parent_steps: Annotated[int, Field(gt=20)] = 500  # of the training of parent tiny, 20 of them warm-up
     data: DataConfig = DataConfig()
     space: SpaceConfig = SpaceConfig()
@@ -78,18 +80,12 @@ def load(recipe: str | None = None, file: str | None = None, overrides: tuple[st
             raise ConfigError("recipe", f"unknown recipe {recipe!r}", did_you_mean(recipe, known))
         _merge(values, _parse(known[recipe], f"recipe {recipe}"))
     if file is not None:
-        path = Path(file).expanduser()
-        if not path.is_file():
-            raise ConfigError("config", f"there is no file {file!r}", "name a YAML file")
-        _merge(values, _parse(path.read_text(), file))
+        _merge(values, _parse(_text_of(file), repr(file)))
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals or not name:
             raise ConfigError("--set", f"{override!r} is no assignment", "write --set section.key=value")
-        try:
-            nested: Any = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError("--set", f"{text!r} is not YAML", "quote it as your shell and YAML want it") from None
+        nested = _yaml(text, "--set", f"{_shortened(text)!r} is not YAML", "quote it as your shell and YAML want it")
         for part in reversed(name.split(".")):
             nested = {part: nested}
         _merge(values, nested)
@@ -102,11 +98,11 @@ def validated(values: dict[str, Any]) -> RunConfig:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "config"
+        where = ".".join(_shortened(" ".join(str(part).split())) for part in first["loc"]) or "config"
         if first["type"] == "extra_forbidden":
             raise ConfigError(where, "unknown setting", did_you_mean(str(first["loc"][-1]), _known(first["loc"][:-1]))) from None
         message = first["msg"].removeprefix("Value error, ")
-        given = f" (given: {first['input']!r})" if not isinstance(first["input"], dict) else ""
+        given = f" (given: {_shortened(' '.join(repr(first['input']).split()))})" if not isinstance(first["input"], dict) else ""
         raise ConfigError(where, f"{message}{given}") from None
 
 
@@ -121,11 +117,53 @@ def _known(path: tuple[int | str, ...]) -> list[str]:
     return list(model.model_fields)
 
 
-def _parse(text: str, name: str) -> dict[str, Any]:
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, of which YAML's own would forget the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _text_of(file: str) -> str:
+    path = Path(file).expanduser()
     try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError("config", f"{name} is not YAML ({' '.join(str(error).split())})") from None
+        if path.is_dir():
+            raise ConfigError("config", f"{file!r} is a folder", "name a YAML file")
+        if not path.exists():
+            raise ConfigError("config", f"there is no file {file!r}", "name a YAML file")
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ConfigError("config", f"{file!r} is not UTF-8", "save it as UTF-8") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError("config", f"{file!r} cannot be read ({reason})", "name a YAML file that can be read") from None
+
+
+def _yaml(text: str, where: str, problem: str, remedy: str) -> Any:
+    """The value of a text. What YAML's parser and its numbers and dates raise is told in one line."""
+    try:
+        value = yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
+        json.dumps(value, default=str)  # an alias that holds itself
+        return value
+    except Exception as error:
+        reason = "too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise ConfigError(where, f"{problem} ({_shortened(reason)})", remedy) from None
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def _parse(text: str, name: str) -> dict[str, Any]:
+    values = _yaml(text, "config", f"{name} is not YAML", "write section: {key: value}")
+    if values is None:
+        return {}
     if not isinstance(values, dict):
         raise ConfigError("config", f"{name} holds a {type(values).__name__}", "write section: {key: value}")
     return values

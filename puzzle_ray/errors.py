@@ -11,6 +11,7 @@
     |- NotFinite            a loss or an activation became NaN or infinite
     |- OutOfOrder           a trainer got another micro-batch than the next one
     |- ClusterError         Ray cannot be reached or lacks what was asked for
+    |- PluginError          a user's own variant, searcher or engine raised an error
 
 Every error says in one line what is wrong, with which value, and what to write instead.
 Every error takes plain values and passes them all to `Exception.__init__`. So it can be sent between Ray processes.
@@ -56,6 +57,21 @@ class ProfileError(ConfigError):
 
 class ClusterError(ConfigError):
     """Ray cannot be reached or lacks what was asked for."""
+
+
+class PluginError(PuzzleError):
+    """A user's own variant, searcher or engine raised an error.
+
+    `what` names it, `doing` says in which of its functions, `error` is what it raised, `place` is the file and line. `trace` is the
+    traceback, which is for a log.
+    """
+
+    def __init__(self, what: str, doing: str, error: str, place: str, trace: str = "") -> None:
+        super().__init__(what, doing, error, place, trace)
+
+    def __str__(self) -> str:
+        what, doing, error, place, _ = self.args
+        return f"{what} failed in {doing}: {error} ({place})"
 
 
 class Infeasible(PuzzleError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ import numpy as np
 
 from puzzle_ray.artifacts import LayerChoice, Scenario
 from puzzle_ray.errors import ConfigError
-from puzzle_ray.plugins import declared, did_you_mean, plugin_source
+from puzzle_ray.plugins import Foreign, declared, did_you_mean, load_plugin, plugin_source
 from puzzle_ray.profiling.devices import device_of
 from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.progress import Bar
@@ -99,12 +98,11 @@ def _engines() -> dict[str, Engine]:
 def find_engine(name: str) -> Engine:
     """The engine of that name, or behind a dotted path `package.module:ATTRIBUTE`. Raises ConfigError."""
     if ":" in name:
-        module_name, _, attribute = name.partition(":")
-        try:
-            engine: Engine = getattr(importlib.import_module(module_name), attribute)
-        except (ImportError, AttributeError) as error:
-            problem = f"{name!r} cannot be imported ({error})"
-            raise ConfigError("profile.engine", problem, "write package.module:ATTRIBUTE") from None
+        engine: Engine = load_plugin(name, "profile.engine", "engine")
+        missing = [word for word in ("name", "version", "device_name", "facts") if not hasattr(engine, word)]
+        if missing:
+            problem = f"{name!r} is no engine: it lacks {', '.join(missing)}"
+            raise ConfigError("profile.engine", problem, "see puzzle_ray.profiling.engine.Engine")
         return engine
     if name not in _engines():
         raise ConfigError("profile.engine", f"unknown engine {name!r}", did_you_mean(name, _engines()))
@@ -120,8 +118,10 @@ def engine_of(config: ProfileConfig) -> Engine:
     """The engine that a config names, with the config's settings. Raises ConfigError."""
     engine = find_engine(config.engine)
     configured = getattr(engine, "configured", None)
-    engine_for_config: Engine = configured(config) if configured else engine
-    return engine_for_config
+    if configured is None:
+        return engine
+    made: Any = configured(config)
+    return engine.again(made) if isinstance(engine, Foreign) else made
 
 
 @dataclass(frozen=True)

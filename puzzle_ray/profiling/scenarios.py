@@ -146,14 +146,14 @@ def read_requests(file: str) -> list[tuple[int, int]]:
             text = path.read_text(encoding="utf-8-sig")
             rows: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(text), skipinitialspace=True))
         elif path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         else:
             import pyarrow.parquet as pq
 
             rows = pq.read_table(path, columns=list(LENGTH_NAMES)).to_pylist()
         requests = [(_tokens(row[LENGTH_NAMES[0]]), _tokens(row[LENGTH_NAMES[1]])) for row in rows]
-    except (KeyError, TypeError, ValueError) as error:
-        why = str(error).partition("\n")[0]
+    except Exception as error:  # every format has errors of its own
+        why = (str(error) or type(error).__name__).partition("\n")[0]
         problem = f"{file!r} cannot be read ({why}); it needs columns input_tokens and output_tokens, of whole numbers"
         raise ValueError(problem) from None
     short = [request for request in requests if min(request) < 1]

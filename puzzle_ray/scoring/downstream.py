@@ -22,6 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from puzzle_ray.data.files import find_files
+from puzzle_ray.data.foreign import reading
+from puzzle_ray.data.formats import rows
 from puzzle_ray.errors import DataError
 from puzzle_ray.models.checkpoint import locate
 from puzzle_ray.models.tokenizer import read_tokenizer
@@ -81,34 +84,36 @@ class Answers:
 
 
 def read_questions(path: str, half: Half | None = None, limit: int | None = None) -> list[Question]:
-    """The questions of a .jsonl file (a path or an fsspec URL), in order; `half` and `limit` select among them.
+    """The questions of a .jsonl file (a path or an fsspec URL, compressed or not), in order; `half` and `limit` select among them.
 
     Raises DataError where the file cannot be read, a line is no question, or nothing is selected.
     """
-    import fsspec
-
-    questions: list[Question] = []
-    try:
-        with fsspec.open(path, "r", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip() and (limit is None or len(questions) < limit):
-                    question = _parse_question(line, f"{path}:{number}")
-                    if half is None or question.half == half:
-                        questions.append(question)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError("scoring.downstream", f"{path!r} cannot be read ({error})", "name a .jsonl file") from None
+    where = "scoring.downstream"
+    with reading(path, where, "name a .jsonl file"):
+        files = find_files(path, where).files
+        if len(files) != 1 or not files[0].is_json_lines:
+            problem = (
+                f"{path!r} names {len(files)} files" if len(files) > 1 else f"{path!r} cannot be read (no .jsonl file is there)"
+            )
+            raise DataError(where, problem, "name one .jsonl file")
+        questions: list[Question] = []
+        for number, raw in rows(files[0], "query", where):
+            if limit is not None and len(questions) == limit:
+                break
+            question = _parse_question(raw, f"{path}:{number}")
+            if half is None or question.half == half:
+                questions.append(question)
     if not questions:
         words = "" if half is None else f" in the half to {half}, to which a hash of their text puts about every other one"
         raise DataError("scoring.downstream", f"{path!r} holds no question{words}", "write lines of query, choices and gold")
     return questions
 
 
-def _parse_question(line: str, where: str) -> Question:
+def _parse_question(raw: Any, where: str) -> Question:
     remedy = 'write {"query": "...", "choices": ["...", "..."], "gold": 0}'
     try:
-        raw = json.loads(line)
         question = Question(str(raw["query"]), tuple(map(str, raw["choices"])), int(raw["gold"]))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise DataError("scoring.downstream", f"{where} is no question ({type(error).__name__}: {error})", remedy) from None
     if not 0 <= question.gold < len(question.choices) or len(question.choices) < 2:
         raise DataError(

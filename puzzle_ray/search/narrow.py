@@ -22,6 +22,7 @@ from puzzle_ray.store import artifact_at
 
 SETTING = "library.narrow_from"
 FILES = ("architecture.json", "sweep.json")
+_LONGEST_REASON = 200
 ACCEPTED_SOURCES = "name an architecture.json, a sweep.json or sweep.parquet, or the folder of such a step"
 
 
@@ -84,13 +85,13 @@ def read_architectures(source: str) -> list[Choices]:
     except ConfigError:
         raise
     except Exception as error:  # every backend has errors of its own
-        raise ConfigError(SETTING, f"{source!r} cannot be read ({error})", ACCEPTED_SOURCES) from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON]
+        raise ConfigError(SETTING, f"{source!r} cannot be read ({reason})", ACCEPTED_SOURCES) from None
     try:
         architectures = _from_parquet(data) if path.endswith(".parquet") else _from_json(json.loads(data))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            SETTING, f"{source!r} holds no architectures ({type(error).__name__}: {error})", ACCEPTED_SOURCES
-        ) from None
+    except Exception as error:  # JSON and parquet have errors of their own
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON]
+        raise ConfigError(SETTING, f"{source!r} holds no architectures ({reason})", ACCEPTED_SOURCES) from None
     if not architectures:
         raise ConfigError(
             SETTING, f"no budget of {source!r} could be met, so it has no architecture", "name a sweep that has one"

@@ -6,14 +6,13 @@ One file in `puzzle_ray/search/searchers` declares it as `SEARCHER`. A searcher 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
 from puzzle_ray.errors import ConfigError
-from puzzle_ray.plugins import declared, did_you_mean, plugin_source
+from puzzle_ray.plugins import declared, did_you_mean, load_plugin, plugin_source
 from puzzle_ray.search.problem import Problem, Solution
 
 
@@ -56,9 +55,9 @@ def find_searcher(name: str) -> Searcher:
         return searchers()[name]
     if ":" not in name:
         raise ConfigError("search.searcher", f"unknown searcher {name!r}", did_you_mean(name, searchers()))
-    module, _, attribute = name.partition(":")
-    try:
-        searcher: Searcher = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError("search.searcher", f"{name!r} cannot be imported ({error})", "write package.module:ATTRIBUTE") from None
+    searcher: Searcher = load_plugin(name, "search.searcher", "searcher")
+    if not hasattr(searcher, "solve"):
+        raise ConfigError(
+            "search.searcher", f"{name!r} is no searcher: it lacks solve", "see puzzle_ray.search.searcher.Searcher"
+        )
     return searcher

@@ -129,6 +129,15 @@ def reason_lost(root: Root, claim: Claim) -> str | None:
     return f"it was taken over by {above[0].words}"
 
 
+_HELD: set[Lease] = set()  # by this process, so that one that ends at once can release them
+
+
+def release_all() -> None:
+    """Releases whatever this process holds."""
+    for lease in list(_HELD):
+        lease.release()
+
+
 class Lease:
     """Held from `acquire` to `release`, and renewed by a thread meanwhile."""
 
@@ -161,6 +170,7 @@ class Lease:
                 said = waited
                 self.say(f"[{self.name.rpartition('-')[0]}] waits for {alive[0].words}")
             time.sleep(LOOK_EVERY_S if timeout_s is None else max(0.0, min(LOOK_EVERY_S, timeout_s - waited)))
+        _HELD.add(self)
         self._thread = threading.Thread(target=self._renew_until_released, name=f"lease-{self.name}", daemon=True)
         self._thread.start()
 
@@ -180,6 +190,7 @@ class Lease:
     def release(self) -> None:
         """Nobody holds it any more. Where the store cannot be reached, the others see that it is no longer renewed."""
         self._ended.set()
+        _HELD.discard(self)
         with self._lock, suppress(Exception):  # every backend has errors of its own
             claim, self.claim = self.claim, None
             if claim is not None and self.lost is None:

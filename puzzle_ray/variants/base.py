@@ -9,7 +9,6 @@ is canonical: it always means the same shape. A saved child has the names of its
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from puzzle_ray.artifacts import SubblockKind
 from puzzle_ray.errors import ConfigError
-from puzzle_ray.plugins import declared, did_you_mean, plugin_source
+from puzzle_ray.plugins import declared, did_you_mean, load_plugin, plugin_source
 
 if TYPE_CHECKING:
     from torch import nn
@@ -111,17 +110,13 @@ def find_variant(name: str, kind: SubblockKind) -> tuple[Variant, str]:
 
 def _plugin_variant(head: str, where: str, kind: SubblockKind) -> Variant:
     """A variant of another package."""
-    try:
-        if "." in head:
-            module_name, _, attribute = head.partition(":")
-            variant: Variant = getattr(importlib.import_module(module_name), attribute)
-        elif head in _plugins():
-            variant = _plugins()[head].load()
-        else:
-            known = [v.name for v in _variants().values() if kind in v.kinds]
-            raise ConfigError(where, f"unknown variant {head!r}", did_you_mean(head, [*known, *_plugins()]))
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(where, f"variant {head!r} cannot be imported ({error})", "write package.module:ATTRIBUTE") from None
+    if "." in head:
+        variant: Variant = load_plugin(head, where, "variant")
+    elif head in _plugins():
+        variant = load_plugin(_plugins()[head].value, where, "variant")
+    else:
+        known = [v.name for v in _variants().values() if kind in v.kinds]
+        raise ConfigError(where, f"unknown variant {head!r}", did_you_mean(head, [*known, *_plugins()]))
     wanted = ("name", "kinds", "trainable", "resolve", "reshape", "initialise")
     missing = [name for name in wanted if not hasattr(variant, name)]
     if missing:

@@ -9,17 +9,18 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
+from s3_server import s3_bucket
 from search_inputs import SCENARIO, SCORES, SPACE, make_profile
 from small_models import save_parent
 
 from actors.child_meter import file_name, measuring
-from actors.sweep import FOLDER, solve_points, sweep
+from actors.sweep import solve_points, sweep
 from puzzle_ray.artifacts import LayerChoice
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.data.order import Tokens
 from puzzle_ray.distill.library import build_serially
 from puzzle_ray.distill.settings import LibraryConfig
-from puzzle_ray.errors import ClusterError, ProfileError
+from puzzle_ray.errors import ClusterError, ConfigError, ProfileError
 from puzzle_ray.evaluation.child_meter import ChildMeter
 from puzzle_ray.models.blocks import load_stack
 from puzzle_ray.models.child import read_config
@@ -40,6 +41,19 @@ def grid():
     return Grid({(SCENARIO.input_tokens, SCENARIO.output_tokens): setup})
 
 
+class Told(Grid):
+    """Writes into every point which trial solved it."""
+
+    def solve(self, point):
+        from ray import tune
+
+        return super().solve(point) | {"distilled": {"trial": tune.get_context().get_trial_id()}}
+
+
+def trials_of(points, step):
+    return {step.read_json(point_name(point))["distilled"]["trial"] for point in points}
+
+
 def untimed(point):
     raw = asdict(point)
     if raw["architecture"]:
@@ -51,17 +65,22 @@ def test_a_sweep_by_tune_gives_what_one_process_gives(local_ray, grid, tmp_path)
     points = grid_points(AXES)
     by_tune, alone = (Store(str(tmp_path)).artifact("sweep", {"by": name}, {}) for name in ("tune", "loop"))
     sweep(grid, points, by_tune, 2)
-    assert solve_points(grid, points, alone) == len(points)
+    assert len(solve_points(grid, points, alone)) == len(points)
     found = solved_points(points, by_tune)
     assert list(map(untimed, found)) == list(map(untimed, solved_points(points, alone)))
     finish_sweep(found, by_tune)
     assert list(read_sweep(by_tune)) == found and {"sweep.csv", "sweep.parquet", "sweep.json"} <= set(by_tune.names())
-    trials = [name for name in by_tune.names(FOLDER) if name.startswith("trial_")]
-    assert len(trials) == 2, "several solves per trial"
+    assert not list(tmp_path.rglob("*.pkl")) and not by_tune.exists("tune"), "what Tune itself writes goes with the run"
+
+
+def test_a_trial_solves_several_points(local_ray, grid, tmp_path):
+    step, points = Store(str(tmp_path)).artifact("sweep", {}, {}), grid_points(AXES)
+    sweep(Told(grid.setups), points, step, 4)
+    assert len(trials_of(points, step)) == 2
 
 
 def test_a_sweep_that_was_broken_off_goes_on(local_ray, grid, tmp_path):
-    """Solved points stay as they are; what is missing is solved, by the restored experiment or by new trials."""
+    """Solved points stay as they are; what is missing is solved."""
     step, points = Store(str(tmp_path)).artifact("sweep", {}, {}), grid_points(AXES)
     sweep(grid, points[:6], step, 1)
     marked = step.read_json(point_name(points[0])) | {"measured_kl": 123.0}
@@ -83,22 +102,51 @@ def test_a_sweep_that_does_not_end_in_time_is_an_error(local_ray, grid, tmp_path
         sweep(stuck, grid_points(AXES), Store(str(tmp_path)).artifact("sweep", {}, {}), 1)
 
 
-def test_a_sweep_whose_trial_failed_is_restored(local_ray, grid, tmp_path):
-    """The same command again, mended, starts the failed trial anew; it does not cut the points into new trials."""
+def test_what_a_failed_trial_did_not_solve_is_done_by_the_next_run(local_ray, grid, tmp_path):
     step, points = Store(str(tmp_path)).artifact("sweep", {}, {}), grid_points(AXES)
-    context, setup = next(iter(grid.setups.items()))
-    with pytest.raises(RuntimeError, match="trial failed"):
-        sweep(Grid({context: replace(setup, searcher="puzzle_ray.nowhere:SEARCHER")}), points, step, 1)
-    sweep(grid, points, step, 3)
+
+    class Breaks(Told):
+        def solve(self, point):
+            if point == points[7]:
+                raise OSError("a fault")
+            return super().solve(point)
+
+    with pytest.raises(ClusterError, match="a trial failed: .*a fault"):
+        sweep(Breaks(grid.setups), points, step, 1)
+    assert unsolved_points(points, step) == points[7:]
+    first = trials_of(points[:7], step)
+    sweep(Told(grid.setups), points, step, 3)
     assert unsolved_points(points, step) == []
-    assert len([name for name in step.names(FOLDER) if name.startswith("trial_")]) == 2
+    assert trials_of(points[:7], step) == first and trials_of(points[7:], step).isdisjoint(first), "nothing is solved twice"
+
+
+def test_a_trial_s_own_error_is_told_as_it_is(local_ray, grid, tmp_path):
+    step, (context, setup) = Store(str(tmp_path)).artifact("sweep", {}, {}), next(iter(grid.setups.items()))
+    with pytest.raises(ConfigError, match="search.searcher: 'puzzle_ray.nowhere:SEARCHER' cannot be imported"):
+        sweep(Grid({context: replace(setup, searcher="puzzle_ray.nowhere:SEARCHER")}), grid_points(AXES), step, 1)
+
+
+def test_a_sweep_in_a_store_that_only_this_process_sees(local_ray, grid):
+    step, points = Store(f"memory://sweep-{time.time_ns()}").artifact("sweep", {}, {}), grid_points(AXES)
+    sweep(Told(grid.setups), points[:4], step, 1)
+    first = trials_of(points[:4], step)
+    sweep(Told(grid.setups), points, step, 2)
+    assert unsolved_points(points, step) == [] and trials_of(points[:4], step) == first
+
+
+def test_points_on_an_object_store(grid):
+    with s3_bucket() as bucket:
+        step, points = Store(f"{bucket}/{time.time_ns()}").artifact("sweep", {}, {}), grid_points(AXES)
+        assert len(solve_points(grid, points[:4], step)) == 4
+        assert list(solve_points(grid, points, step)) == [point_name(point) for point in points[4:]], "nothing is solved twice"
+        assert {name.partition("/")[0] for name in step.store.sizes(step.url)} == {"points"}
 
 
 def test_a_point_that_was_not_profiled_is_refused_before_any_trial(local_ray, grid, tmp_path):
     step = Store(str(tmp_path)).artifact("sweep", {}, {})
     with pytest.raises(ProfileError, match="16 was not profiled"):
         sweep(grid, grid_points({"speedup": [1.5], "batch_size": [16]}), step, 1)
-    assert not step.names(FOLDER)
+    assert not step.names()
 
 
 def test_workers_measure_what_one_process_measures_and_nothing_twice(local_ray, tmp_path):

@@ -95,4 +95,4 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys):
 
     monkeypatch.setattr("jobs.status.rows", interrupted)
     assert app.run(["status", "--recipe", "tiny"]) == 130
-    assert said(capsys)[1] == "interrupted; the same command continues from here\n"
+    assert said(capsys)[1] == "interrupted; the same command continues\n"

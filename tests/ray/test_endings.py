@@ -1,0 +1,122 @@
+"""A run that is ended says one line and leaves nothing behind, and the same command goes on. On a Ray of the run's own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from small_runs import save_parent_with_text
+from waiting import until
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = (
+    *("space.attention=[parent,'gqa:1',noop]", "space.ffn=[parent,'ffn:24',noop]", "data.sequence_length=16"),
+    *("profile.scenario.input_tokens=16", "profile.scenario.output_tokens=4"),
+    *("library.tokens=153600", "library.micro_batch_tokens=512", "library.checkpoint_every=2"),
+    *("library.calibration_tokens=512", "library.validation_tokens=512"),
+)
+INTERRUPTED = "interrupted; the same command continues"
+
+
+class Building:
+    """`build-library` in a process of its own, its Ray with it, in the middle of its library."""
+
+    def __init__(self, folder: Path) -> None:
+        parent, text = folder / "parent", folder / "parent" / "text.txt"
+        self.store, self.said = folder / "store", folder / "stderr.txt"
+        words = ["--parent", str(parent), "--data", str(text), "--store", str(self.store)]
+        words += [word for setting in SETTINGS for word in ("--set", setting)]
+        began = time.time()
+        with self.said.open("w") as stderr:
+            command = [sys.executable, "-m", "jobs.app", "build-library", *words]
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True, env=environment()
+            )
+        self.began = began
+
+    def __enter__(self) -> Building:
+        until(lambda: self.checkpoints() or self.process.poll() is not None, "the library is in training", 240)
+        self.processes = psutil.Process(self.process.pid).children(recursive=True)
+        assert {"gcs_server", "raylet"} <= {process.name() for process in self.processes}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(30)
+
+    def checkpoints(self) -> list[Path]:
+        found = self.store.glob("library-*/checkpoints/*")
+        return [path for path in found if path.stat().st_mtime > self.began]
+
+    def kill(self, name: str) -> int:
+        process = next(process for process in self.processes if process.name() == name)
+        process.kill()
+        return process.pid
+
+    def end(self, within_s: float) -> list[str]:
+        """What it said last, once it and all its processes are gone."""
+        self.process.wait(within_s)
+        until(lambda: not [p for p in self.processes if is_running(p)], "no process of its Ray is left", 5)
+        hidden = [str(path) for path in self.store.rglob(".*") if path.name != ".tokens.published"]
+        assert not hidden, "no lease and nothing half-written"
+        said = self.said.read_text()
+        assert not any(word in said for word in ("Traceback", "Stack trace", "*** ", "core_worker", "\x1b[33m(raylet)"))
+        return [line for line in said.splitlines() if not line.startswith(("[", "  ", "Writing"))]
+
+
+def environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "PUZZLE_RAY_DEBUG")}
+
+
+def is_running(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    found = tmp_path_factory.mktemp("endings")
+    (found / "parent").mkdir()
+    save_parent_with_text(found / "parent")
+    return found
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal(folder, number, code):
+    """Ctrl-C reaches the whole group of processes, SIGTERM the driver alone."""
+    with Building(folder) as building:
+        (os.killpg if number == signal.SIGINT else os.kill)(building.process.pid, number)
+        assert building.end(within_s=15) == [INTERRUPTED] and building.process.returncode == code
+
+
+def test_a_second_ctrl_c_ends_at_once(folder):
+    with Building(folder) as building:
+        os.kill(building.process.pid, signal.SIGINT)
+        time.sleep(0.2)
+        os.kill(building.process.pid, signal.SIGINT)
+        assert building.end(within_s=15) == [INTERRUPTED] and building.process.returncode == 130
+
+
+@pytest.mark.parametrize("name", ["gcs_server", "raylet"])
+def test_the_death_of_ray_itself(folder, name):
+    with Building(folder) as building:
+        pid = building.kill(name)
+        (line,) = building.end(within_s=30)
+        assert line.startswith(f"error: {name} of this run's own Ray (process {pid}) died; the same command continues")
+        assert building.process.returncode == 1
+
+
+def test_the_same_command_goes_on_to_the_end(folder):
+    with Building(folder) as building:
+        assert building.process.wait(240) == 0, building.said.read_text()
+        said = building.said.read_text()
+        assert "[tokens] already there" in said and list(building.store.glob("library-*/artifact.json"))
