@@ -10,6 +10,7 @@
     |- Infeasible           no architecture meets the limits
     |- NotFinite            a loss or an activation became NaN or infinite
     |- OutOfOrder           a trainer got another micro-batch than the next one
+    |- OutOfTime            the search's time limit came before an answer
     |- ClusterError         Ray cannot be reached or lacks what was asked for
 
 Every error says in one line what is wrong, with which value, and what to write instead.
@@ -56,6 +57,10 @@ class ProfileError(ConfigError):
 
 class ClusterError(ConfigError):
     """Ray cannot be reached or lacks what was asked for."""
+
+
+class OutOfTime(ConfigError):
+    """The time limit came before an answer was found. Nothing is known about whether there is one."""
 
 
 class Infeasible(PuzzleError):
