@@ -102,3 +102,11 @@ def test_a_coarse_frontier_is_nowhere_above_the_whole_one(seed, kind, share):
     for coarse, whole in zip(cores[0].frontiers, cores[1].frontiers, strict=True):
         assert (coarse.within(whole.cost) <= whole.value + 1e-9 * span).all()
     assert cores[0].bound <= cores[1].bound + 1e-9 * span
+
+
+def test_an_answer_that_the_joined_points_once_hid():
+    """A joined point was dropped for an excess that its cost and value do not have. The search then proved 14.4098 to be optimal."""
+    problem = drawn_problem(100311, (12, 30), (3, 9), "alike")
+    expected = solve_exactly(problem).objective
+    with frontiers_of(COARSE):
+        assert solve_exactly(problem).objective == pytest.approx(expected, rel=1e-12) == pytest.approx(14.382217402802457)
