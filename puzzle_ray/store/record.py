@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 RECORD = "artifact.json"
 DAMAGE_SEEN = ".damaged"  # a reader found a file damaged; says which
 State = Literal["absent", "unfinished", "finished", "damaged"]
