@@ -177,9 +177,8 @@ def scoring(
     """A function that scores items exactly, one at a time, as they are asked for; what it found is kept in the step."""
     data = _evaluation_data(parent, read_config(locate(parent)), config, tokens)
     pipelines = _Pipelines(parent, len(space.layers), cluster, data, len(all_replacements(space, config.granularity)))
-    alone = config.model_copy(update={"candidate_batch": 1})  # whom an item would share a batch with depends on who asks
     try:
-        yield lambda items: _score(pipelines, items, alone, library, artifact, progress)
+        yield lambda items: _score(pipelines, items, config.alone, library, artifact, progress)
     finally:
         pipelines.close()
 

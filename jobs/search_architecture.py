@@ -20,9 +20,15 @@ def describe(architecture: Architecture) -> str:
         f"{predicted.num_params / 1e6:.3f}M parameters for {parent.num_params / 1e6:.3f}M"
         + (" (ESTIMATED, not measured)" if architecture.estimated else ""),
         f"  sum of {architecture.metric} {architecture.objective:.6f}, proven bound {architecture.bound:.6f}, {architecture.status}, "
-        f"{1e3 * architecture.solve_s:.0f} ms by {architecture.searcher}",
+        f"{1e3 * architecture.solve_s:.0f} ms by {architecture.searcher}{unsolved(architecture)}",
     ]
     return "\n".join(lines)
+
+
+def unsolved(architecture: Architecture) -> str:
+    """Which batch sizes had no answer when the time limit came; empty where there is none."""
+    sizes = ", ".join(map(str, architecture.unsolved_batch_sizes))
+    return f"; not solved in time: batch size {sizes}" if sizes else ""
 
 
 def candidates(report: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jobs.command import SEARCHES, stage_verb
 from jobs.run import Run
+from jobs.search_architecture import unsolved
 from puzzle_ray.search.sweep import SweepPoint
 
 
@@ -11,7 +12,7 @@ def line(point: SweepPoint, width: int) -> str:
     """One budget and its answer."""
     found = point.architecture
     if found is None:
-        return f"{point.label:>{width}} {point.infeasible_reason}"
+        return f"{point.label:>{width}} {point.why_none}"
     measured = f"{point.measured_kl:>9.5f}" if point.measured_kl is not None else f"{'':>9}"
     measured += f" {point.distilled['kl']:>9.5f}" if point.distilled else f" {'':>9}"
     return (
@@ -19,6 +20,7 @@ def line(point: SweepPoint, width: int) -> str:
         f"{found.predicted.memory_mib:>9.2f} {found.predicted.num_params / 1e6:>8.3f}M  {found.status}"
         + ("" if point.on_frontier else " (off the frontier)")
         + (" (ESTIMATED)" if found.estimated else "")
+        + unsolved(found)
     )
 
 

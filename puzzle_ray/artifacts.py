@@ -336,7 +336,8 @@ class Architecture:
     """One choice per layer, with its predicted cost and what the search proves about it.
 
     `objective` is the sum of scores and `bound` a proven lower bound on it. `status` is `optimal`, `feasible` (the search reached its
-    time limit), `heuristic` (the searcher proves nothing) or `measured` (picked among several by measurement).
+    time limit), `heuristic` (the searcher proves nothing) or `measured` (picked among several by measurement). At the batch sizes
+    `unsolved_batch_sizes` the time limit came before an answer was found. `bound` holds for them too.
     """
 
     choices: tuple[LayerChoice, ...]
@@ -350,6 +351,7 @@ class Architecture:
     limits: Mapping[str, float] = field(default_factory=dict)
     metric: str = "kl"
     estimated: bool = False
+    unsolved_batch_sizes: tuple[int, ...] = ()
 
     @property
     def gap(self) -> float:
@@ -367,6 +369,7 @@ class Architecture:
         raw["choices"] = tuple(LayerChoice(**choice) for choice in raw["choices"])
         raw["predicted"] = Costs(**raw["predicted"])
         raw["parent_predicted"] = Costs(**raw["parent_predicted"])
+        raw["unsolved_batch_sizes"] = tuple(raw.get("unsolved_batch_sizes", ()))
         return cls(**raw)
 
 

@@ -10,6 +10,7 @@
     |- Infeasible           no architecture meets the limits
     |- NotFinite            a loss or an activation became NaN or infinite
     |- OutOfOrder           a trainer got another micro-batch than the next one
+    |- OutOfTime            the search's time limit came before an answer
     |- ClusterError         Ray cannot be reached or lacks what was asked for
     |- PluginError          a user's own variant, searcher or engine raised an error
 
@@ -57,6 +58,10 @@ class ProfileError(ConfigError):
 
 class ClusterError(ConfigError):
     """Ray cannot be reached or lacks what was asked for."""
+
+
+class OutOfTime(ConfigError):
+    """The time limit came before an answer was found. Nothing is known about whether there is one."""
 
 
 class PluginError(PuzzleError):

@@ -49,9 +49,7 @@ def data(run: Run) -> ReportData:
 
 def _point(point: SearchedPoint) -> SweepPoint:
     distilled_kl = point.distilled["kl"] if point.distilled else None
-    return SweepPoint(
-        point.speedup_asked, point.architecture, point.infeasible_reason, point.label, point.measured_kl, distilled_kl
-    )
+    return SweepPoint(point.speedup_asked, point.architecture, point.why_none, point.label, point.measured_kl, distilled_kl)
 
 
 def _versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from puzzle_ray.errors import NotFinite, OutOfOrder
 from puzzle_ray.models.blocks import LayerStack, swapped
 from puzzle_ray.variants.base import needed_statistics
 
-__all__ = ["LayerTrainer", "LibraryRow", "Schedule", "row_metadata"]
+__all__ = ["LayerTrainer", "LibraryRow", "Schedule"]
 
 StartingStates = Callable[[int, LayerChoice], Mapping[SubblockKind, Mapping[str, Tensor]]]
 
@@ -160,8 +160,10 @@ class LayerTrainer:
 
     def _is_flat(self, curve: list[float]) -> bool:
         rule = self.config.early_stop
-        after_warmup = curve[self.learning_rate.warmup_steps :]
-        return rule is not None and len(curve) < self.schedule.train and is_flat(after_warmup, rule)
+        warmup = self.learning_rate.warmup_steps
+        if rule is None or len(curve) == self.schedule.train or (len(curve) - warmup) % rule.window:
+            return False
+        return is_flat(curve[warmup:], rule)
 
     @torch.no_grad()
     def _validate(self, phase: Phase, position: int, parent: LayerPass, arguments: dict[str, Any]) -> None:
@@ -227,8 +229,3 @@ class LayerTrainer:
             candidate.restore(own, record)
             self.candidates.append(candidate)
         self.position = int(metadata["position"])
-
-
-def row_metadata(row: LibraryRow, curve: list[float]) -> dict[str, str]:
-    """The metadata in the safetensors header of a published variant."""
-    return {"row": json.dumps(asdict(row)), "curve": json.dumps(curve)}

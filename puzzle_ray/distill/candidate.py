@@ -130,12 +130,17 @@ class Candidate:
             self.optimizer.state.clear()
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and a JSON-able training record to continue from. The tensors are live: write them before the next step."""
+        """Tensors and a JSON-able training record to continue from. The tensors are live: write them before the next step.
+
+        The loss curve is a tensor, `curve`, since a safetensors header has room for 100 MB only.
+        """
         tensors = {f"start/{name}": value for name, value in self.start.items()}
         tensors |= {f"now/{name}": value for name, value in self._live_weights().items()}
         for number, slots in (self.optimizer.state_dict()["state"] if self.optimizer else {}).items():
             tensors |= {f"adam/{number}/{slot}": torch.as_tensor(value) for slot, value in slots.items()}
-        return tensors, asdict(self.record)
+        record = asdict(self.record)
+        tensors["curve"] = torch.tensor(record.pop("curve"), dtype=torch.float64)
+        return tensors, record
 
     def restore(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """The inverse of `checkpoint`."""
@@ -143,7 +148,7 @@ class Candidate:
         def part(word: str) -> dict[str, Tensor]:
             return {key.removeprefix(f"{word}/"): value for key, value in tensors.items() if key.startswith(f"{word}/")}
 
-        self.record, self.start = TrainingRecord(**record), part("start")
+        self.record, self.start = TrainingRecord(**record, curve=tensors["curve"].tolist()), part("start")
         self._load(part("now"))
         slots: dict[int, dict[str, Tensor]] = {}
         for key, value in part("adam").items():

@@ -1,12 +1,15 @@
 """The block library: its files, the trainers of a group of layers, and the whole stage in one process.
 
-A file holds the weights of one variant, or of both halves of a coupled pair, by `<kind>/<name inside the layer>`.
+A file holds the weights of one variant, or of both halves of a coupled pair, by `<kind>/<name inside the layer>`. Its tensor `curve`
+is the training loss of every micro-batch, in float64. Its header has the row alone: a header ends at 100 MB.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import re
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -17,7 +20,7 @@ from torch import Tensor
 
 from puzzle_ray.artifacts import BLOCK, LayerChoice, SearchSpace, SubblockKind, rows_from_parquet, rows_to_parquet
 from puzzle_ray.data.order import Tokens
-from puzzle_ray.distill.bld import LayerTrainer, LibraryRow, Schedule, row_metadata
+from puzzle_ray.distill.bld import LayerTrainer, LibraryRow, Schedule
 from puzzle_ray.distill.candidate import states_by_kind
 from puzzle_ray.distill.settings import LibraryConfig
 from puzzle_ray.distill.text import LibraryText
@@ -32,6 +35,9 @@ from puzzle_ray.store import RECORD, Artifact, Store
 from puzzle_ray.store.record import OTHER_VERSION
 
 LIBRARY_TABLE = "library.parquet"
+CURVES_TABLE = "curves.parquet"  # layer, kind, variant, losses; one row group per variant
+CURVE = "curve"  # the tensor of a variant's file that is no weight
+Entry = tuple[int, str, str]  # layer, kind, variant
 
 
 def variant_file(layer: int, kind: str, variant: str) -> str:
@@ -109,7 +115,8 @@ class GroupTrainer:
         for row, state, curve in trainer.results():
             name = variant_file(row.layer, row.kind, row.variant)
             if not self.artifact.exists(name):
-                self.artifact.write_tensors(name, state, row_metadata(row, curve))
+                tensors = {**state, CURVE: torch.tensor(curve, dtype=torch.float64)}
+                self.artifact.write_tensors(name, tensors, {"row": json.dumps(asdict(row))})
         self.artifact.remove(checkpoint_file(trainer.index))
 
 
@@ -123,10 +130,15 @@ class Library:
         rows, _ = rows_from_parquet(self.artifact.read(LIBRARY_TABLE), LibraryRow)
         return rows
 
-    def curves(self) -> dict[tuple[int, str, str], list[float]]:
+    def curves(self) -> dict[Entry, array[float]]:
         """(layer, kind, variant) -> the training loss of every micro-batch."""
-        raw = self.artifact.read_json("curves.json")
-        return {(x["layer"], x["kind"], x["variant"]): x["losses"] for x in raw}
+        import pyarrow.parquet as pq
+
+        file, curves = pq.ParquetFile(io.BytesIO(self.artifact.read(CURVES_TABLE))), {}
+        for batch in file.iter_batches(batch_size=1):
+            (layer,), (kind,), (variant,) = (batch[name].to_pylist() for name in ("layer", "kind", "variant"))
+            curves[layer, kind, variant] = array("d", batch["losses"].flatten().to_numpy().tobytes())
+        return curves
 
     @cached_property
     def coupled(self) -> bool:
@@ -140,7 +152,8 @@ class Library:
             files = [variant_file(layer, BLOCK, choice.label)]
         else:
             files = [variant_file(layer, kind, variant) for kind, variant in entries]
-        weights = {name: value for file in files for name, value in self.artifact.read_tensors(file)[0].items()}
+        tensors = (item for file in files for item in self.artifact.read_tensors(file)[0].items())
+        weights = {name: value for name, value in tensors if name != CURVE}
         return {kind: states_by_kind(weights).get(kind, {}) for kind in choice.replaced}
 
 
@@ -183,13 +196,12 @@ def starting_library(config: LibraryConfig, space: SearchSpace, parent_key: str 
 
 def finish_library(space: SearchSpace, artifact: Artifact) -> Library:
     """Gathers the row and the curve of every published variant into tables, and finishes the artifact."""
-    rows, curves = [], []
-    for layer, kind, variant in space.entries():
-        header = _metadata(artifact, variant_file(layer, kind, variant))
-        rows.append(LibraryRow(**json.loads(header["row"])))
-        curves.append({"layer": layer, "kind": kind, "variant": variant, "losses": json.loads(header["curve"])})
+    rows, curves = [], {}
+    for entry in space.entries():
+        row, curves[entry] = _row_and_curve(artifact, variant_file(*entry))
+        rows.append(row)
     artifact.write(LIBRARY_TABLE, rows_to_parquet(rows, LibraryRow, {}))
-    artifact.write_json("curves.json", curves)
+    artifact.write(CURVES_TABLE, _curves_table(curves))
     trained = [row for row in rows if row.kept == "trained"]
     artifact.finish(
         {
@@ -216,12 +228,29 @@ def library_summary(facts: Mapping[str, Any]) -> str:
     return "; ".join(words)
 
 
-def _metadata(artifact: Artifact, name: str) -> dict[str, str]:
-    """The header of a safetensors file, without its tensors."""
+def _row_and_curve(artifact: Artifact, name: str) -> tuple[LibraryRow, array[float]]:
+    """What the file of a variant says about its training. Its weights are not read."""
     with artifact.store.filesystem.open(artifact.path(name), "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(size))
-    return dict(header.get("__metadata__", {}))
+        first, last = header[CURVE]["data_offsets"]
+        file.seek(8 + size + first)
+        curve = array("d", file.read(last - first))
+    return LibraryRow(**json.loads(header["__metadata__"]["row"])), curve
+
+
+def _curves_table(curves: Mapping[Entry, array[float]]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = [("layer", pa.int64()), ("kind", pa.string()), ("variant", pa.string()), ("losses", pa.list_(pa.float64()))]
+    schema, sink = pa.schema(columns), io.BytesIO()
+    with pq.ParquetWriter(sink, schema) as writer:
+        for (layer, kind, variant), losses in curves.items():
+            values = pa.Array.from_buffers(pa.float64(), len(losses), [None, pa.py_buffer(losses)])
+            whole = pa.ListArray.from_arrays(pa.array([0, len(losses)], pa.int32()), values)
+            writer.write_table(pa.table([[layer], [kind], [variant], whole], schema=schema))
+    return sink.getvalue()
 
 
 class SerialLibrary:

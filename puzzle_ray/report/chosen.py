@@ -70,7 +70,7 @@ def _chosen_answer(data: ReportData, answers: Sequence[Answer]) -> Answer | None
 
 
 def _infeasible(data: ReportData) -> list[tuple[SweepPoint, str]]:
-    return [(p, p.infeasible_reason or "no architecture found") for p in data.sweep if not p.architecture]
+    return [(p, p.why_none or "no architecture found") for p in data.sweep if not p.architecture]
 
 
 def _drawn(data: ReportData, answers: Sequence[Answer]) -> list[Answer]:
@@ -119,7 +119,7 @@ def _frontier_chart(data: ReportData, all_answers: Sequence[Answer]) -> Html:
     elif answers:
         key.append(("point", "answer to a budget: sum of scores, not measured"))
     key += [("chosen", "chosen")] if chosen else []
-    key += [("refused", "asked, but no architecture reaches it")] if _infeasible(data) else []
+    key += [("refused", "asked, but no architecture was found")] if _infeasible(data) else []
     against = "measured KL" if measured else "sum of scores"
     return tag("figure", axes.draw(*marks, label=f"{data.costs_are} speed-up against {against}"), legend(*key))
 
@@ -152,6 +152,8 @@ def _search_facts(data: ReportData) -> Html | None:
     )
     proof = "proven optimal" if a.status == "optimal" else f"{a.status}, at least {number(a.bound, 4)} (gap {percent(a.gap)})"
     proof = "a heuristic's, nothing proven" if a.status == "heuristic" else proof
+    if a.unsolved_batch_sizes:
+        proof += f"; not solved in time: batch size {', '.join(map(str, a.unsolved_batch_sizes))}"
     took = f" in {duration(a.solve_s)}" + (f"; asked: {asked}" if asked else "")
     return note(f"Chosen by {a.searcher}", *size, took, f". Sum of scores {number(a.objective, 4)}: {proof}.")
 

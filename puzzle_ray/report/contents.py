@@ -63,7 +63,7 @@ class SweepPoint:
 
     speedup_asked: float | None
     architecture: Architecture | None = None
-    infeasible_reason: str | None = None
+    why_none: str | None = None
     label: str = ""
     measured_kl: float | None = None
     distilled_kl: float | None = None

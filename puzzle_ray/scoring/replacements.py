@@ -2,8 +2,9 @@
 
 A replacement is one layer with another choice than the parent's. Replacements of one layer form groups that run through the layers
 behind it together. Without racing, a group reads all batches at once. With racing it reads 1, 1, 2, 4, ... batches. A replacement
-whose standard error is small enough then leaves its group, and the others read on. What a group does depends on its own values only:
-not on other groups, not on timing, and not on which process does it.
+whose standard error is small enough then leaves its group, and the others read on; the first replacement of a layer never leaves.
+What a group does depends on its own values only: not on other groups, not on timing, and not on which process does it. Scores of
+those that left are made comparable when rows are read: see `puzzle_ray.scoring.racing`.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from dataclasses import asdict, dataclass, field
 from puzzle_ray.artifacts import LayerChoice, ScoreRow, Scores, SearchSpace
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.scoring.metrics import PredictionMetrics, mean, standard_error
+from puzzle_ray.scoring.racing import batch_rounds, is_precise, on_all_text
 from puzzle_ray.scoring.settings import ScoringConfig
 from puzzle_ray.store import Artifact
 
 SCORES_TABLE = "scores.parquet"
 DOWNSTREAM = "downstream"
-RACING_SEQUENCES = 8  # with fewer sequences a standard error is too uncertain itself
 _FOLDER = "items"  # one file per replacement
 
 
@@ -99,41 +100,24 @@ class ScoringTask:
         return self.replacements[0].layer
 
 
-def batch_rounds(num_texts: int, num_questions: int, racing: bool) -> list[tuple[int, ...]]:
-    """The batch numbers of each round. Text batches are numbered first, question batches behind them.
-
-    All question batches are in the first round. Without racing there is one round.
-    """
-    questions = tuple(range(num_texts, num_texts + num_questions))
-    if not racing or num_texts < 2:
-        return [(*range(num_texts), *questions)]
-    rounds, start = [(0, *questions)], 1
-    while start < num_texts:
-        stop = min(num_texts, 2 * start)
-        rounds.append(tuple(range(start, stop)))
-        start = stop
-    return rounds
-
-
-def is_precise(values: Sequence[float], relative_stderr: float) -> bool:
-    """Whether the mean's standard error is at most `relative_stderr` times the mean, on at least `RACING_SEQUENCES` sequences."""
-    return len(values) >= RACING_SEQUENCES and standard_error(values) <= relative_stderr * abs(mean(values))
-
-
 @dataclass
 class ReplacementGroup:
-    """Replacements of one layer on their way to their scores. Ask for the next task and add its damage, until there is no task."""
+    """Replacements of one layer on their way to their scores. Ask for the next task and add its damage, until there is no task.
+
+    Where it is the `first` group of its layer, its first replacement reads all text.
+    """
 
     replacements: tuple[Replacement, ...]
     rounds: Sequence[tuple[int, ...]]
     config: ScoringConfig
+    first: bool = False
     measured: dict[Replacement, list[Damage]] = field(default_factory=dict)
     rounds_done: int = 0
 
     def next_task(self) -> ScoringTask | None:
         if self.rounds_done == len(self.rounds):
             return None
-        racing = tuple(r for r in self.replacements if self.rounds_done == 0 or not self._is_precise(r))
+        racing = tuple(r for r in self.replacements if self.rounds_done == 0 or not self._may_leave(r))
         return ScoringTask(racing, self.rounds[self.rounds_done]) if racing else None
 
     def add(self, task: ScoringTask, damages: Sequence[Damage]) -> None:
@@ -142,22 +126,27 @@ class ReplacementGroup:
             self.measured.setdefault(replacement, []).append(damage)
         self.rounds_done += 1
 
-    def _is_precise(self, replacement: Replacement) -> bool:
+    def _may_leave(self, replacement: Replacement) -> bool:
+        if self.first and replacement == self.replacements[0]:
+            return False
         damage = Damage.joined(self.measured[replacement])
         metric = self.config.metric if self.config.metric in damage.values and self.config.metric != DOWNSTREAM else "kl"
         return is_precise(damage.values[metric], self.config.racing_stderr)
 
     def save(self, artifact: Artifact) -> None:
-        """Writes one file of score rows per replacement."""
+        """Writes one file per replacement: its score rows after every round that it has read."""
         for replacement in self.replacements:
-            rows = score_rows(replacement, Damage.joined(self.measured[replacement]))
-            artifact.write_json(replacement.file_name, [asdict(row) for row in rows])
+            parts = self.measured[replacement]
+            read = [Damage.joined(parts[: n + 1]) for n in range(len(parts))]
+            artifact.write_json(
+                replacement.file_name, [asdict(row) for damage in read for row in score_rows(replacement, damage)]
+            )
 
 
 def replacement_groups(
     replacements: Sequence[Replacement], config: ScoringConfig, num_texts: int, num_questions: int
 ) -> list[ReplacementGroup]:
-    """The replacements, in order, in groups of one layer and of at most `candidate_batch`."""
+    """The replacements, in order, in groups of one layer and of at most `candidate_batch`. Layers come one after the other."""
     rounds = batch_rounds(num_texts, num_questions, config.racing)
     groups: list[ReplacementGroup] = []
     for replacement in replacements:
@@ -165,12 +154,13 @@ def replacement_groups(
         if last and last.replacements[0].layer == replacement.layer and len(last.replacements) < config.candidate_batch:
             last.replacements = (*last.replacements, replacement)
         else:
-            groups.append(ReplacementGroup((replacement,), rounds, config))
+            new = last is None or last.replacements[0].layer != replacement.layer
+            groups.append(ReplacementGroup((replacement,), rounds, config, first=new))
     return groups
 
 
 def score_rows(replacement: Replacement, damage: Damage) -> list[ScoreRow]:
-    """One row per metric. `tokens` is the number that was really read; with racing it differs between replacements."""
+    """One row per metric. `tokens` is the number of tokens that were read."""
     layer, choice = replacement.layer, replacement.choice
     return [
         ScoreRow(layer, choice.attention, choice.ffn, metric, mean(values), standard_error(values), damage.tokens[metric])
@@ -185,8 +175,8 @@ def unfinished_groups(groups: Iterable[ReplacementGroup], artifact: Artifact) ->
 
 
 def saved_score_rows(replacements: Sequence[Replacement], artifact: Artifact) -> list[ScoreRow]:
-    """The rows of replacements that are scored already."""
-    return [ScoreRow(**row) for replacement in replacements for row in artifact.read_json(replacement.file_name)]
+    """The rows of replacements that are scored already, all as on the same text."""
+    return on_all_text([[ScoreRow(**row) for row in artifact.read_json(r.file_name)] for r in replacements])
 
 
 def merge_scores(rows: Sequence[ScoreRow], config: ScoringConfig, artifact: Artifact) -> Scores:

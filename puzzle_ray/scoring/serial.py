@@ -66,11 +66,8 @@ class SerialScorer:
         return saved_score_rows(replacements, self.artifact)
 
     def score_alone(self, replacements: Sequence[Replacement]) -> list[ScoreRow]:
-        """The same, with every replacement in a batch of its own.
-
-        Which replacements would share a batch depends on what is asked for together, and the rounding of a value with it.
-        """
-        return self.score(replacements, self.config.model_copy(update={"candidate_batch": 1}))
+        """The same, with every replacement in a batch of its own and on all text: see `ScoringConfig.alone`."""
+        return self.score(replacements, self.config.alone)
 
     def estimate(self, space: SearchSpace) -> fisher.Estimates:
         """The Fisher estimates of all replacements. Those that are not in the artifact yet are computed first."""

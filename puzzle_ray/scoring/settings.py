@@ -31,7 +31,7 @@ class ScoringConfig(Section):
     shortlist_keep: Annotated[float, Field(ge=0, le=1)] = 0.3  # share of a layer's replacements scored exactly at first
     shortlist_settle: bool = True  # also scores exactly what an answer uses, and searches again until all of it is exact
     fisher_samples: Count = 1  # labels drawn at every position; each needs a backward pass
-    racing: bool = False  # stops reading tokens for a replacement when its standard error is small enough
+    racing: bool = False  # a replacement whose standard error is small enough reads no more text: see `puzzle_ray.scoring.racing`
     racing_stderr: Positive = 0.05  # as a share of the mean
     downstream: str | None = None  # .jsonl of query, choices, gold; half of it scores blocks, the other half tests children
     downstream_questions: Count = 200
@@ -48,6 +48,15 @@ class ScoringConfig(Section):
     def makes_exact(self) -> bool:
         """Whether what a search's answer uses is scored exactly, where it was only estimated."""
         return self.shortlist != "none" and self.shortlist_settle
+
+    @property
+    def alone(self) -> ScoringConfig:
+        """How replacements are scored that are asked for one by one.
+
+        Whom one would share a batch with, and whom it would be compared with on the text that it did not read, depends on what else is
+        asked for. So each is in a batch of its own, and reads all text.
+        """
+        return self.model_copy(update={"candidate_batch": 1, "racing": False})
 
     def identity(self) -> dict[str, Any]:
         """The settings that the first scores depend on; what is made exact later depends on the answers.

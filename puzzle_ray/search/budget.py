@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from puzzle_ray.artifacts import FIXED, Profile, ProfileRow, Scenario, ScoreRow, Scores, SearchSpace
+from puzzle_ray.errors import OutOfTime
 from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.search.limits import Limits
 from puzzle_ray.search.tables import Tables
@@ -17,8 +19,10 @@ def check_budget(space: SearchSpace, profile: Profile, scenario: Scenario, limit
     """Raises Infeasible where no architecture meets the limits by this profile, whatever the scores will be.
 
     It searches with scores of 0, so the answer is that of the search itself: each limit alone, and all of them together.
+    Where that takes too long nothing is known, and nothing is raised.
     """
-    Tables.of(space, _no_damage(space), profile, scenario, "kl", limits).search(limits)
+    with suppress(OutOfTime):
+        Tables.of(space, _no_damage(space), profile, scenario, "kl", limits).search(limits)
 
 
 def check_sizes(space: SearchSpace, model_config: Any, config: ProfileConfig, limits: Limits) -> None:

@@ -39,7 +39,8 @@ def choose(
     """The best architecture within `search.limits`.
 
     `make_exact` is None where every score is exact already. `measuring` opens a function that measures whole children. It is used only
-    where `search.candidates` or `search.local_search_steps` configure it. Raises Infeasible where no architecture meets the limits.
+    where `search.candidates` or `search.local_search_steps` configure it. Raises Infeasible where no architecture meets the limits,
+    and OutOfTime where none was found in time.
     """
     scores = setup.scores
     if make_exact is not None:

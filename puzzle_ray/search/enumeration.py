@@ -150,10 +150,15 @@ def _merged(loads: Floats, score: Floats) -> NDArray[np.intp]:
 def _coarse(
     cost: Floats, value: Floats, excess: Floats, kept: NDArray[np.intp]
 ) -> tuple[Floats, Floats, Floats, NDArray[np.intp]]:
-    """Joins neighbouring points of a frontier. A group keeps its least cost, value and excess, so the frontier stays a lower bound."""
+    """Joins neighbouring points of a frontier into one with the group's least cost and its least value.
+
+    The joined point gets the excess that a choice of that cost and value would have: excess is value plus multiplier times cost, less a
+    constant. So of two points the one that is no worse in cost and value has no more excess either. A point that displaces another one
+    is therefore never dropped for its excess where the displaced one would have stayed, and the frontier stays a lower bound.
+    """
     starts = np.linspace(0, len(cost), FRONTIER // 2, endpoint=False).astype(np.intp)
     ends = np.append(starts[1:], len(cost)) - 1
-    return cost[starts], value[ends], np.minimum.reduceat(excess, starts), kept[ends]
+    return cost[starts], value[ends], excess[starts] - (value[starts] - value[ends]), kept[ends]
 
 
 def sharpened(core: Core, steps: int, deadline: float) -> Relaxation:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from puzzle_ray.errors import ConfigError, Infeasible
+from puzzle_ray.errors import ConfigError, Infeasible, OutOfTime
 from puzzle_ray.search.enumeration import Outcome, minimise
 from puzzle_ray.search.problem import Choice, Floats, Limit, Problem, Solution, verified_solution
 from puzzle_ray.search.relaxation import undominated
@@ -27,7 +27,7 @@ def solve_exactly(
 ) -> Solution:
     """The choice of least objective within every limit. Its status is `optimal` with a proof, or `feasible` when time ran out.
 
-    Raises Infeasible where there is no such choice, and ConfigError where time ran out before one was found.
+    Raises Infeasible where there is no such choice, and OutOfTime where time ran out before one was found.
     """
     started = time.perf_counter()
     deadline = started + (math.inf if time_limit_s is None else time_limit_s)
@@ -36,7 +36,7 @@ def solve_exactly(
     if outcome.choice is None and outcome.proven:
         raise _infeasible_together(problem, max_states)
     if outcome.choice is None:
-        raise ConfigError("search.time_limit_s", f"no architecture was found within {time_limit_s:g} s", "allow more time")
+        raise OutOfTime("search.time_limit_s", f"no architecture was found within {time_limit_s:g} s", "allow more time")
     bound = problem.objective(outcome.choice) if outcome.proven else outcome.bound
     status = "optimal" if outcome.proven else "feasible"
     return verified_solution(problem, outcome.choice, bound, status, time.perf_counter() - started, method)
@@ -114,9 +114,11 @@ def _optimised(
     import mip
 
     score, rows, bounds = numbers
-    layers, best, bound = np.arange(len(score)), known.choice, known.bound
+    layers, best, bound, excluded = np.arange(len(score)), known.choice, known.bound, 0
     while True:
         seconds = deadline - time.perf_counter()
+        if excluded and seconds <= 0:
+            return Outcome(best, bound, False, known.live)
         status = model.optimize(max_seconds=min(max(seconds, 1e-3), 1e9))
         if status in (mip.OptimizationStatus.INFEASIBLE, mip.OptimizationStatus.INT_INFEASIBLE):
             return Outcome(best, math.inf, True, known.live)
@@ -130,6 +132,7 @@ def _optimised(
                 best = choice
             return Outcome(best, bound, status == mip.OptimizationStatus.OPTIMAL, known.live)
         model += mip.xsum(xs[k] for xs, k in zip(selected, picked, strict=True)) <= len(selected) - 1
+        excluded += 1
 
 
 def _infeasible_together(problem: Problem, max_states: int) -> Infeasible:

@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import combinations, zip_longest
+from itertools import combinations, islice, zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from puzzle_ray.artifacts import Architecture, Choices, LayerChoice, Measure, Measured
-from puzzle_ray.errors import ConfigError, Infeasible
+from puzzle_ray.errors import ConfigError, Infeasible, OutOfTime
 from puzzle_ray.search.limits import Limits
 from puzzle_ray.search.problem import Choice, Floats, Problem
 from puzzle_ray.search.searcher import Options
@@ -80,6 +80,7 @@ def pick(
         bound=min(first.bound, last.objective),
         status=first.status if same else "measured",
         solve_s=sum(answer.architecture.solve_s for answer in answers),
+        unsolved_batch_sizes=first.unsolved_batch_sizes,
     )
     pairs = measure_interactions(
         [c.answer.architecture.choices for c in candidates], last.choices, picking.interaction_blocks, measure
@@ -102,16 +103,22 @@ def pick(
 def _candidates(
     tables: Tables, limits: Limits, picking: PickOptions, searching: Options
 ) -> tuple[list[Answer], list[str], dict[str, str]]:
-    """The answers to measure, the searcher that each comes from, and for every rival without an answer the reason."""
-    answers = tables.search(
-        limits,
-        searcher=picking.searcher,
-        count=picking.count,
-        min_different_layers=picking.min_different_layers,
-        options=searching,
-    )
-    origins = [picking.searcher if k == 0 else f"{picking.searcher} #{k + 1}" for k in range(len(answers))]
+    """The answers to measure, the searcher that each comes from, and the reason for what is missing.
+
+    Missing may be a rival that has no answer, or a further answer of the searcher that was not found in time.
+    """
+    answers: list[Answer] = []
+    origins: list[str] = []
     left_out: dict[str, str] = {}
+    try:
+        for answer in islice(tables.answers(limits, picking.searcher, picking.min_different_layers, searching), picking.count):
+            answers.append(answer)
+            origins.append(_origin(picking.searcher, len(answers)))
+    except (Infeasible, OutOfTime) as error:
+        if not answers:
+            raise
+        if isinstance(error, OutOfTime):  # else there are no more answers
+            left_out[_origin(picking.searcher, len(answers) + 1)] = str(error)
     for name in picking.rivals:
         try:
             answer = tables.search(limits, searcher=name, options=searching)[0]
@@ -122,6 +129,10 @@ def _candidates(
             answers.append(answer)
             origins.append(name)
     return answers, origins, left_out
+
+
+def _origin(searcher: str, number: int) -> str:
+    return searcher if number == 1 else f"{searcher} #{number}"
 
 
 def candidate_choices(setup: SearchSetup, search: SearchConfig) -> list[Choices]:

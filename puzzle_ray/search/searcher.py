@@ -31,7 +31,7 @@ class Searcher(Protocol):
     name: str
 
     def solve(self, problem: Problem, options: Options) -> Solution:
-        """One choice per row of the problem, within every limit. Raises Infeasible."""
+        """One choice per row of the problem, within every limit. Raises Infeasible, or OutOfTime where it found none in time."""
 
 
 @lru_cache(maxsize=1)

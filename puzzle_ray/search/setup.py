@@ -47,5 +47,5 @@ class SearchSetup:
 
 
 def solve_budget(setup: SearchSetup, limits: Limits) -> Architecture:
-    """The best architecture within the limits. Raises Infeasible."""
+    """The best architecture within the limits. Raises Infeasible, or OutOfTime where none was found in time."""
     return setup.tables.search(limits, searcher=setup.searcher, options=setup.options)[0].architecture

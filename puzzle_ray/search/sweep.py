@@ -17,7 +17,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from puzzle_ray.artifacts import Architecture, Choices, LayerChoice, Measure, Scenario, Scores
-from puzzle_ray.errors import ConfigError, Infeasible
+from puzzle_ray.errors import ConfigError, Infeasible, OutOfTime
 from puzzle_ray.search.limits import SCENARIO_AXES, Limits
 from puzzle_ray.search.setup import SearchSetup, solve_budget
 from puzzle_ray.store import Artifact
@@ -90,12 +90,14 @@ class Grid:
         setup = self.setup(point)
         budget = {name: value for name, value in point.items() if name not in SCENARIO_AXES}
         limits = Limits.model_validate({**budget, "fixed": setup.limits.fixed, "agree": setup.limits.agree})
-        empty = dict.fromkeys(("architecture", "infeasible_reason", "measured_kl", "distilled"))
+        empty = dict.fromkeys(("architecture", "infeasible_reason", "measured_kl", "distilled", "unsolved_reason"))
         solved: dict[str, Any] = {"budget": dict(point)} | empty
         try:
             solved["architecture"] = asdict(solve_budget(setup, limits))
         except Infeasible as error:
             solved["infeasible_reason"] = str(error)
+        except OutOfTime as error:
+            solved["unsolved_reason"] = str(error)
         return solved
 
     def choices_at(self, points: Sequence[Point]) -> Iterator[Choices]:
@@ -123,7 +125,7 @@ def unsolved_points(points: Sequence[Point], artifact: Artifact) -> list[Point]:
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """A budget and its architecture, or why there is none.
+    """A budget and its architecture, or why there is none: `infeasible_reason`, or `unsolved_reason` where time ran out.
 
     `measured_kl` is set where children on the frontier were measured. `distilled` is set where they went through GKD: `kl`,
     `heldout_loss` and more of the distilled child (see `puzzle_ray.evaluation.evaluate.predictions`).
@@ -135,6 +137,12 @@ class SweepPoint:
     on_frontier: bool
     measured_kl: float | None = None
     distilled: Mapping[str, float] | None = None
+    unsolved_reason: str | None = None
+
+    @property
+    def why_none(self) -> str | None:
+        """Why there is no architecture. None where there is one."""
+        return self.infeasible_reason or self.unsolved_reason
 
     @property
     def speedup_asked(self) -> float | None:
@@ -220,8 +228,13 @@ def finish_sweep(points: Sequence[SweepPoint], artifact: Artifact) -> None:
     writer.writerows(rows)
     artifact.write("sweep.csv", text.getvalue().encode())
     artifact.write("sweep.parquet", _parquet_table(rows, names))
-    infeasible = sum(point.architecture is None for point in points)
-    artifact.finish({"points": len(points), "infeasible": infeasible, "on_frontier": sum(point.on_frontier for point in points)})
+    facts = {
+        "points": len(points),
+        "infeasible": sum(point.infeasible_reason is not None for point in points),
+        "unsolved": sum(point.unsolved_reason is not None for point in points),
+        "on_frontier": sum(point.on_frontier for point in points),
+    }
+    artifact.finish(facts)
 
 
 def table_row(point: SweepPoint) -> dict[str, Any]:
@@ -229,7 +242,7 @@ def table_row(point: SweepPoint) -> dict[str, Any]:
     row: dict[str, Any] = {f"asked_{name}": float(value) for name, value in point.budget.items()}
     a = point.architecture
     row |= {
-        "status": a.status if a else "infeasible",
+        "status": a.status if a else "infeasible" if point.infeasible_reason else "unsolved",
         "on_frontier": point.on_frontier,
         "objective": a.objective if a else None,
         "bound": a.bound if a else None,
@@ -241,6 +254,10 @@ def table_row(point: SweepPoint) -> dict[str, Any]:
     }
     costs = asdict(a.predicted) if a else dict.fromkeys(("batch_size", "prefill_ms", "decode_ms", "runtime_ms"), None)
     row |= costs | {"solve_s": a.solve_s if a else None, "infeasible_reason": point.infeasible_reason}
+    row |= {
+        "unsolved_batch_sizes": " ".join(map(str, a.unsolved_batch_sizes)) if a else None,
+        "unsolved_reason": point.unsolved_reason,
+    }
     return row | {"choices": " | ".join(choice.label for choice in a.choices) if a else None}
 
 
@@ -260,9 +277,7 @@ def _finite(value: Any) -> Any:
 def _point_from_json(raw: Mapping[str, Any]) -> SweepPoint:
     written = raw["architecture"]
     architecture = Architecture.from_json(json.dumps(written).encode()) if written is not None else None
-    return SweepPoint(
-        raw["budget"], architecture, raw["infeasible_reason"], raw["on_frontier"], raw["measured_kl"], raw["distilled"]
-    )
+    return SweepPoint(**{**raw, "architecture": architecture})
 
 
 def read_sweep(artifact: Artifact) -> tuple[SweepPoint, ...]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 
 from puzzle_ray.artifacts import KINDS, MIB, Architecture, Costs, LayerChoice, Profile, ProfileRow, Scenario, Scores, SearchSpace
-from puzzle_ray.errors import ConfigError, Infeasible, ProfileError
+from puzzle_ray.errors import ConfigError, Infeasible, OutOfTime, ProfileError
 from puzzle_ray.plugins import did_you_mean
 from puzzle_ray.search.limits import Limits
 from puzzle_ray.search.problem import Choice, Limit, Problem, Solution
+from puzzle_ray.search.relaxation import lower_bound
 from puzzle_ray.search.searcher import Options, find_searcher
 
 COST_NAMES = ("runtime_ms", "prefill_ms", "decode_ms", "memory_mib", "num_params", "kv_cache_mib")
@@ -264,32 +266,46 @@ class Tables:
         options: Options | None = None,
     ) -> list[Answer]:
         """Like `search_architectures`, with the table and the choice behind every architecture."""
-        method, options = find_searcher(searcher), options or Options()
-        tables = self.within(limits)
-        answers: list[Answer] = []
-        while len(answers) < count:
+        found: list[Answer] = []
+        try:
+            for answer in islice(self.answers(limits, searcher, min_different_layers, options or Options()), count):
+                found.append(answer)
+        except (Infeasible, OutOfTime):
+            if not found:
+                raise
+        return found
+
+    def answers(self, limits: Limits, searcher: str, min_different_layers: int, options: Options) -> Iterator[Answer]:
+        """Answers, best first, each apart from all before it. Raises Infeasible where no more is left, or OutOfTime."""
+        method = find_searcher(searcher)
+        plain = tables = self.within(limits)
+        while True:
             solved: list[tuple[Table, Solution]] = []
+            unsolved: list[Table] = []
             errors: list[Infeasible] = []
-            for candidate in tables:
+            for table in tables:
                 try:
-                    solved.append((candidate, method.solve(candidate.problem, options)))
+                    solved.append((table, method.solve(table.problem, options)))
                 except Infeasible as error:
                     errors.append(error)
+                except OutOfTime:
+                    unsolved.append(table)
+            if unsolved and not solved:
+                raise _out_of_time(unsolved, options)
             if not solved:
-                if answers:
-                    break
                 raise min(errors, key=_shortfall)
-            answers.append(self._best(solved, limits, searcher))
-            last = answers[-1].choice
-            tables = tuple(replace(t, problem=t.problem.apart_from(last, min_different_layers)) for t in tables)
-        by_scenario = {t.scenario: t for t in self.within(limits)}
-        return [replace(a, table=by_scenario[a.table.scenario]) for a in answers]
+            answer = self._best(solved, unsolved, limits, searcher)
+            yield replace(answer, table=next(t for t in plain if t.scenario == answer.table.scenario))
+            tables = tuple(replace(t, problem=t.problem.apart_from(answer.choice, min_different_layers)) for t in tables)
 
-    def _best(self, solved: Sequence[tuple[Table, Solution]], limits: Limits, searcher: str) -> Answer:
-        """The solution of least objective over batch sizes. Of equal ones, the one of higher throughput."""
+    def _best(self, solved: Sequence[tuple[Table, Solution]], unsolved: Sequence[Table], limits: Limits, searcher: str) -> Answer:
+        """The solution of least objective over batch sizes. Of equal ones, the one of higher throughput.
+
+        It is optimal only if no batch size can have a better one: those that are not solved count with the bound of their relaxation.
+        """
         named = [(t, s, self.costs(t, s.choice)) for t, s in solved]
         chosen, solution, costs = min(named, key=lambda x: (x[1].objective, -x[2].throughput_tokens_per_s))
-        bound = min(s.bound for _, s in solved)
+        bound = min([solution.objective, *(s.bound for _, s in solved), *(lower_bound(t.problem) for t in unsolved)])
         limits = self.bounded(limits, chosen.scenario.batch_size)
         architecture = Architecture(
             choices=chosen.named(solution.choice),
@@ -303,6 +319,7 @@ class Tables:
             limits=limits.asked | {f"{name}_min": least for name, least in limits.at_least.items()},
             metric=self.metric,
             estimated=self.profile.estimated,
+            unsolved_batch_sizes=tuple(t.scenario.batch_size for t in unsolved),
         )
         return Answer(architecture, chosen, solution.choice)
 
@@ -337,13 +354,20 @@ def search_architectures(
     """Up to `count` architectures within the limits, best first, over all batch sizes of the profile.
 
     Of equally good ones, the one of higher throughput comes first. Each differs from all before it in at least
-    `min_different_layers` layers. Fewer are returned where there are no more.
-    Raises Infeasible where there is none, and ConfigError for settings that do not fit the space.
+    `min_different_layers` layers. Fewer are returned where there are no more, or where time ran out before the next one was found.
+    Raises Infeasible where there is none, OutOfTime where time ran out before the first, and ConfigError for settings that do not
+    fit the space.
     """
     options = Options(time_limit_s=time_limit_s, seed=seed)
     tables = Tables.of(space, scores, profile, scenario, metric, limits)
     answers = tables.search(limits, searcher=searcher, count=count, min_different_layers=min_different_layers, options=options)
     return [answer.architecture for answer in answers]
+
+
+def _out_of_time(unsolved: Sequence[Table], options: Options) -> OutOfTime:
+    sizes = ", ".join(str(table.scenario.batch_size) for table in unsolved)
+    problem = f"no architecture was found within {options.time_limit_s:g} s at batch size {sizes}"
+    return OutOfTime("search.time_limit_s", problem, "allow more time")
 
 
 def _shortfall(error: Infeasible) -> float:

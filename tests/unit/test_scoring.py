@@ -12,13 +12,12 @@ from puzzle_ray.models.child import assemble, load_model, new_child, read_config
 from puzzle_ray.models.describe import describe
 from puzzle_ray.progress import Quiet
 from puzzle_ray.scoring.metrics import compare_predictions, standard_error
+from puzzle_ray.scoring.racing import batch_rounds, is_precise
 from puzzle_ray.scoring.replacements import (
     Damage,
     Replacement,
     ScoringTask,
     all_replacements,
-    batch_rounds,
-    is_precise,
     replacement_groups,
     score_rows,
 )
