@@ -130,9 +130,9 @@ class Core:
                 return None, dropped
         choice = np.zeros(len(self.order), dtype=np.intp)
         at = int(score.argmin())
-        for row, (parents, variants) in zip(self.order[::-1], reversed(trail), strict=True):
-            choice[row] = variants[at]
-            at = int(parents[at])
+        for row, (earlier, picked) in zip(self.order[::-1], reversed(trail), strict=True):
+            choice[row] = picked[at]
+            at = int(earlier[at])
         return choice, dropped
 
 
