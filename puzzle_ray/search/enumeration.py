@@ -105,7 +105,7 @@ class Core:
         """The best choice at or below the target, or None. Also a lower bound on the partial choices that were dropped for lack of room."""
         loads, score, penalised = np.zeros((len(self.bounds), 1)), np.zeros(1), np.zeros(1)
         dropped = math.inf
-        trail: list[tuple[NDArray[np.intp], NDArray[np.intp]]] = []
+        trail: list[tuple[NDArray[np.int32], NDArray[np.int32]]] = []  # of every row; the largest array of a whole search
         for i, (row, live) in enumerate(zip(self.order, self.live, strict=True)):
             if time.perf_counter() > deadline:
                 return None, self.bound
@@ -125,14 +125,14 @@ class Core:
                 chosen = chosen[:capacity]
             parents, variants = parents[chosen], variants[chosen]
             loads, penalised, score = new_loads[:, chosen], new_penalised[kept[chosen]], new_score[chosen]
-            trail.append((parents, variants))
+            trail.append((parents.astype(np.int32), variants.astype(np.int32)))
             if not len(parents):
                 return None, dropped
         choice = np.zeros(len(self.order), dtype=np.intp)
         at = int(score.argmin())
-        for row, (parents, variants) in zip(self.order[::-1], reversed(trail), strict=True):
-            choice[row] = variants[at]
-            at = int(parents[at])
+        for row, (earlier, picked) in zip(self.order[::-1], reversed(trail), strict=True):
+            choice[row] = picked[at]
+            at = int(earlier[at])
         return choice, dropped
 
 

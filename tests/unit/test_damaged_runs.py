@@ -17,7 +17,7 @@ from puzzle_ray.models.checkpoint import locate
 from puzzle_ray.pipeline import compress
 from puzzle_ray.progress import Quiet
 from puzzle_ray.search.narrow import read_architectures
-from puzzle_ray.store import RECORD, Artifact, Store, adding_items, artifact_at, files
+from puzzle_ray.store import RECORD, SCHEMA_VERSION, Artifact, Store, adding_items, artifact_at, files
 from puzzle_ray.store.upkeep import artifacts, verify
 
 VARIANT = "layer_001.ffn.ffn-24.safetensors"
@@ -207,7 +207,9 @@ def test_an_architecture_of_another_version_or_a_damaged_one_is_no_narrower_spac
         read_architectures(artifact.url)
     record = Path(artifact.path(RECORD))
     record.write_text(json.dumps(json.loads(record.read_text()) | {"schema": 2}))
-    with pytest.raises(ConfigError, match=r"was written by an older version \(schema 2, this one reads 3\); search again"):
+    with pytest.raises(
+        ConfigError, match=rf"was written by an older version \(schema 2, this one reads {SCHEMA_VERSION}\); search again"
+    ):
         read_architectures(artifact.url)
 
 
