@@ -117,7 +117,7 @@ class Submit:
 
     def _accepted(self, entrypoint):
         with suppress(RuntimeError):  # the node's agent comes up after the dashboard
-            self.started = self.client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": self.working_directory})
+            self.started = self.client.submit_job(entrypoint=entrypoint, runtime_env=self.runtime_env)
         return self.started
 
     def __call__(self, entrypoint, stop_when=None):
