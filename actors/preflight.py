@@ -43,7 +43,7 @@ def check_nodes(store: Store, parent: str | None, wants_gpus: bool, timeout_s: f
         driver = look(replace(question, count_gpus=False), f"{DRIVER}-2")
         warnings = compare(driver, [_node(nodes[i], answer, seen[i]) for i, answer in answers.items()], question)
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # what goes wrong here must not hide what was found
             store.filesystem.rm(question.folder, recursive=True)
     for line in warnings:
         print(f"  {line}", file=sys.stderr, flush=True)

@@ -102,12 +102,9 @@ def submit(tmp_path_factory, working_directory):
 
 class Submit:
     def __init__(self, port, working_directory):
-        self.url, self.working_directory, self.client, self.started = (
-            f"http://127.0.0.1:{port}",
-            str(working_directory),
-            None,
-            None,
-        )
+        self.url, self.client, self.started = f"http://127.0.0.1:{port}", None, None
+        # one of the variables that the job's own processes are given, too: Ray refuses to be told twice
+        self.runtime_env = {"working_dir": str(working_directory), "env_vars": {"OMP_NUM_THREADS": "1"}}
         until(self._connected, "the head answers", 120)
 
     def _connected(self):
@@ -117,7 +114,7 @@ class Submit:
 
     def _accepted(self, entrypoint):
         with suppress(RuntimeError):  # the node's agent comes up after the dashboard
-            self.started = self.client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": self.working_directory})
+            self.started = self.client.submit_job(entrypoint=entrypoint, runtime_env=self.runtime_env)
         return self.started
 
     def __call__(self, entrypoint, stop_when=None):
