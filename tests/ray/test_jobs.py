@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -110,6 +111,15 @@ def test_a_killed_run_continues_to_the_end(whole):
         assert len(list(store.glob(f"{stage}-*/artifact.json"))) == 1, stage
         assert f"[{stage}]" in second.stderr
     assert "serve it: puzzle-ray serve-child --child" in second.stdout
+
+
+def test_no_file_of_a_store_is_a_pickle(whole):
+    """Nor was any while the run was killed and went on: what it found then is still there, or was replaced."""
+    store, *_ = whole
+    for path in store.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                assert path.suffix not in (".pkl", ".pickle") and not re.match(rb"\x80[\x02-\x05]", file.read(2)), path
 
 
 def test_a_finished_run_does_nothing_again(whole, settings, away):
