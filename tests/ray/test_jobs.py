@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
+from pickles import pickles_in
 from safetensors.torch import load_file
 from small_models import save_parent
 from waiting import until
@@ -114,12 +114,8 @@ def test_a_killed_run_continues_to_the_end(whole):
 
 
 def test_no_file_of_a_store_is_a_pickle(whole):
-    """Nor was any while the run was killed and went on: what it found then is still there, or was replaced."""
     store, *_ = whole
-    for path in store.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                assert path.suffix not in (".pkl", ".pickle") and not re.match(rb"\x80[\x02-\x05]", file.read(2)), path
+    assert not pickles_in(store) and not list(store.rglob("*.pkl"))
 
 
 def test_a_finished_run_does_nothing_again(whole, settings, away):
