@@ -223,12 +223,19 @@ def run_gkd(job: GkdJob, *, cluster: ClusterConfig, progress: Progress, cpus_per
         if isinstance(error.cause, PuzzleError):
             raise error.cause from None
         reason = (str(error.cause).strip() or type(error.cause).__name__).splitlines()[-1]
-        raise ClusterError("gkd", f"the workers failed ({reason})", CONTINUE) from None
+        remedy = CONTINUE if _died(error.cause) else "see the workers' logs in Ray's session folder"
+        raise ClusterError("gkd", f"the workers failed ({reason})", remedy) from None
     except (RayActorError, GetTimeoutError) as error:
         raise ClusterError("gkd", f"the run's actor is gone ({type(error).__name__})", CONTINUE) from None
     finally:
         _end(run, ended)
         job.artifact.remove(STORAGE)
+
+
+def _died(error: BaseException) -> bool:
+    """Whether workers, nodes or memory failed, and no code, which would fail again."""
+    failures = [getattr(failure, "cause", failure) for failure in getattr(error, "worker_failures", {}).values()]
+    return bool(failures) and all(isinstance(failure, RayError) for failure in failures)
 
 
 def _follow(run: Any, ended: Any, job: GkdJob, cluster: ClusterConfig, progress: Progress, cpus: int) -> None:

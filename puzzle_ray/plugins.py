@@ -72,7 +72,8 @@ def load_plugin(path: str, where: str, role: str) -> Any:
     try:
         with told(what, module_name, "import"):
             module = _imported(module_name)
-        return Foreign(getattr(module, attribute), what, module_name)
+        found = getattr(module, attribute)
+        return found if module_name.startswith("puzzle_ray.") else Foreign(found, what, module_name)
     except (_NoModule, AttributeError, ValueError) as error:
         raise ConfigError(where, f"{role} {path!r} cannot be imported ({error})", remedy) from None
 

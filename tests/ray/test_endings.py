@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from pickles import pickles_in
 from small_runs import save_parent_with_text
 from waiting import until
 
@@ -66,6 +67,7 @@ class Building:
         until(lambda: not [p for p in self.processes if is_running(p)], "no process of its Ray is left", 5)
         hidden = [str(path) for path in self.store.rglob(".*") if path.name != ".tokens.published"]
         assert not hidden, "no lease and nothing half-written"
+        assert not pickles_in(self.store)
         said = self.said.read_text()
         assert not any(word in said for word in ("Traceback", "Stack trace", "*** ", "core_worker", "\x1b[33m(raylet)"))
         return [line for line in said.splitlines() if not line.startswith(("[", "  ", "Writing"))]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
+from pickles import pickles_in
 from safetensors.torch import load_file
 from small_models import save_parent
 from waiting import until
@@ -110,6 +111,11 @@ def test_a_killed_run_continues_to_the_end(whole):
         assert len(list(store.glob(f"{stage}-*/artifact.json"))) == 1, stage
         assert f"[{stage}]" in second.stderr
     assert "serve it: puzzle-ray serve-child --child" in second.stdout
+
+
+def test_no_file_of_a_store_is_a_pickle(whole):
+    store, *_ = whole
+    assert not pickles_in(store) and not list(store.rglob("*.pkl"))
 
 
 def test_a_finished_run_does_nothing_again(whole, settings, away):

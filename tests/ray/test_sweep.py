@@ -41,13 +41,17 @@ def grid():
     return Grid({(SCENARIO.input_tokens, SCENARIO.output_tokens): setup})
 
 
-class Told(Grid):
-    """Writes into every point which trial solved it."""
+@pytest.fixture
+def told():
+    """A grid that writes into every point which trial solved it. Its class is local: trials cannot import this module."""
 
-    def solve(self, point):
-        from ray import tune
+    class Told(Grid):
+        def solve(self, point):
+            from ray import tune
 
-        return super().solve(point) | {"distilled": {"trial": tune.get_context().get_trial_id()}}
+            return super().solve(point) | {"distilled": {"trial": tune.get_context().get_trial_id()}}
+
+    return Told
 
 
 def trials_of(points, step):
@@ -73,9 +77,9 @@ def test_a_sweep_by_tune_gives_what_one_process_gives(local_ray, grid, tmp_path)
     assert not list(tmp_path.rglob("*.pkl")) and not by_tune.exists("tune"), "what Tune itself writes goes with the run"
 
 
-def test_a_trial_solves_several_points(local_ray, grid, tmp_path):
+def test_a_trial_solves_several_points(local_ray, grid, tmp_path, told):
     step, points = Store(str(tmp_path)).artifact("sweep", {}, {}), grid_points(AXES)
-    sweep(Told(grid.setups), points, step, 4)
+    sweep(told(grid.setups), points, step, 4)
     assert len(trials_of(points, step)) == 2
 
 
@@ -102,10 +106,10 @@ def test_a_sweep_that_does_not_end_in_time_is_an_error(local_ray, grid, tmp_path
         sweep(stuck, grid_points(AXES), Store(str(tmp_path)).artifact("sweep", {}, {}), 1)
 
 
-def test_what_a_failed_trial_did_not_solve_is_done_by_the_next_run(local_ray, grid, tmp_path):
+def test_what_a_failed_trial_did_not_solve_is_done_by_the_next_run(local_ray, grid, tmp_path, told):
     step, points = Store(str(tmp_path)).artifact("sweep", {}, {}), grid_points(AXES)
 
-    class Breaks(Told):
+    class Breaks(told):
         def solve(self, point):
             if point == points[7]:
                 raise OSError("a fault")
@@ -115,22 +119,22 @@ def test_what_a_failed_trial_did_not_solve_is_done_by_the_next_run(local_ray, gr
         sweep(Breaks(grid.setups), points, step, 1)
     assert unsolved_points(points, step) == points[7:]
     first = trials_of(points[:7], step)
-    sweep(Told(grid.setups), points, step, 3)
+    sweep(told(grid.setups), points, step, 3)
     assert unsolved_points(points, step) == []
     assert trials_of(points[:7], step) == first and trials_of(points[7:], step).isdisjoint(first), "nothing is solved twice"
 
 
 def test_a_trial_s_own_error_is_told_as_it_is(local_ray, grid, tmp_path):
     step, (context, setup) = Store(str(tmp_path)).artifact("sweep", {}, {}), next(iter(grid.setups.items()))
-    with pytest.raises(ConfigError, match="search.searcher: 'puzzle_ray.nowhere:SEARCHER' cannot be imported"):
+    with pytest.raises(ConfigError, match="search.searcher: searcher 'puzzle_ray.nowhere:SEARCHER' cannot be imported"):
         sweep(Grid({context: replace(setup, searcher="puzzle_ray.nowhere:SEARCHER")}), grid_points(AXES), step, 1)
 
 
-def test_a_sweep_in_a_store_that_only_this_process_sees(local_ray, grid):
+def test_a_sweep_in_a_store_that_only_this_process_sees(local_ray, grid, told):
     step, points = Store(f"memory://sweep-{time.time_ns()}").artifact("sweep", {}, {}), grid_points(AXES)
-    sweep(Told(grid.setups), points[:4], step, 1)
+    sweep(told(grid.setups), points[:4], step, 1)
     first = trials_of(points[:4], step)
-    sweep(Told(grid.setups), points, step, 2)
+    sweep(told(grid.setups), points, step, 2)
     assert unsolved_points(points, step) == [] and trials_of(points[:4], step) == first
 
 
