@@ -113,7 +113,7 @@ def test_a_flipped_bit_is_one_line_and_the_same_command_mends_it(run, written, s
     written.clear()
     again()
     others = {name for name in written if name.startswith(f"{stage}/") and "/checkpoints/" not in name}
-    assert others - {f"{stage}/{RECORD}", "library/library.parquet", "library/curves.json"} == mended
+    assert others - {f"{stage}/{RECORD}", "library/library.parquet", "library/curves.parquet"} == mended
     assert contents(store) == before and not any(verify(Store(str(store))).values())
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from jobs import app
 from jobs import store as verbs
-from puzzle_ray.store import RECORD, Store
+from puzzle_ray.store import RECORD, SCHEMA_VERSION, Store
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_verify_names_what_is_damaged_and_what_to_do(store, said):
 def test_what_another_version_wrote_is_not_damaged(store, said):
     record = folder(store, "report") / RECORD
     record.write_text(json.dumps(json.loads(record.read_text()) | {"schema": 2}))
-    words = "was written by an older version (schema 2, this one reads 3)"
+    words = f"was written by an older version (schema 2, this one reads {SCHEMA_VERSION})"
     assert said(store, "verify")[:2] == (0, [f"{folder(store, 'report').name}/{RECORD} {words}"])
     rows = {line.split("\t")[0]: line.split("\t")[5] for line in said(store, "ls")[1]}
     assert rows["report"] == f"record {words}"
