@@ -1,10 +1,15 @@
-"""How the whole suite runs: two processes beside each other, one of which runs everything that needs the local Ray cluster."""
+"""How the whole suite runs: two processes beside each other, one of which runs everything that shares the local Ray cluster."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 TESTS = Path(__file__).parent
+OWN_PROCESSES = (
+    "test_endings.py",
+    "test_job_submit.py",
+    "test_two_runs_on_ray.py",
+)  # in tests/ray: each starts the Rays that it needs
 
 
 def pytest_xdist_auto_num_workers(config) -> int:
@@ -15,7 +20,7 @@ def pytest_xdist_auto_num_workers(config) -> int:
 
 
 def pytest_xdist_make_scheduler(config, log):
-    """A file's tests run in one process, for they share its fixtures; all Ray tests run in one, for they share a cluster.
+    """A file's tests run in one process, for they share its fixtures; all tests that share a Ray cluster run in one.
 
     The Ray tests take longest, so they are handed out first.
     """
@@ -24,7 +29,8 @@ def pytest_xdist_make_scheduler(config, log):
     class OneClusterScheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "ray" if file.startswith(("tests/gpu/", "tests/ray/")) else file
+            shared = file.startswith(("tests/gpu/", "tests/ray/")) and not file.endswith(OWN_PROCESSES)
+            return "ray" if shared else file
 
     config.option.loadscopereorder = False  # as collected: tests/gpu and tests/ray are before tests/unit
     return OneClusterScheduling(config, log)

@@ -227,6 +227,11 @@ def parent(tmp_path_factory):
     return str(folder), space, Tokens(np.random.default_rng(0).integers(0, 96, (64, 16), dtype=np.int32))
 
 
+def longer_text() -> Tokens:
+    """For micro-batches of 1,024 tokens: `parent`'s text would all be taken for validation."""
+    return Tokens(np.random.default_rng(0).integers(0, 96, (256, 16), dtype=np.int32))
+
+
 def assert_same(a: Library, b: Library):
     assert a.rows() == b.rows() and a.curves() == b.curves()
     for name in a.artifact.names():
@@ -357,7 +362,7 @@ def test_slow_trainers_hold_the_shard_back_and_a_store_that_spills_is_a_warning(
     cluster = CLUSTER.model_copy(update={"num_shards": 1})
     sampler = threading.Thread(target=sample)
     sampler.start()
-    folder, space, tokens = parent
+    (folder, space, _), tokens = parent, longer_text()
     step = Store(str(tmp_path)).artifact("library", {}, {})
     try:
         with pytest.raises(Stop):
@@ -378,7 +383,7 @@ def test_slow_trainers_hold_the_shard_back_and_a_store_that_spills_is_a_warning(
 
 def test_a_store_that_is_too_small_is_refused_before_work(several_nodes, parent, tmp_path):
     several_nodes.add(num_cpus=1)
-    folder, space, tokens = parent
+    (folder, space, _), tokens = parent, longer_text()
     config = LIBRARY.model_copy(update={"window": 200, "micro_batch_tokens": 1024})
     step = Store(str(tmp_path)).artifact("library", {}, {})
     words = "200 micro-batches x 5 hidden states x 0.125 MiB = .* of 80 MiB.*library.window.*bfloat16.*--object-store-memory"
