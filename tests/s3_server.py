@@ -24,6 +24,7 @@ def s3_bucket() -> Iterator[str]:
     try:
         import s3fs
 
+        s3fs.S3FileSystem.clear_instance_cache()  # one of an earlier server, which is gone, would come back by unpickling
         s3fs.S3FileSystem(skip_instance_cache=True).makedirs(
             "bucket", exist_ok=True
         )  # all servers of a process share what they hold
