@@ -1,6 +1,8 @@
 """Coupled distillation: whole pairs in training, in the library, in scores and in children."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from puzzle_ray.models.describe import describe
 from puzzle_ray.progress import Quiet
 from puzzle_ray.scoring.serial import score_serially
 from puzzle_ray.scoring.settings import ScoringConfig
-from puzzle_ray.store import Store
+from puzzle_ray.store import RECORD, Store
 from puzzle_ray.variants.space import search_space
 
 PAIR = LayerChoice("gqa:1", "ffn:24")
@@ -211,6 +213,10 @@ def test_a_start_that_does_not_fit_is_refused(library, halves, tmp_path):
     old = Store(str(tmp_path)).artifact("library", {}, {})
     old.finish({"variants": 12, "trained": 9, "failures": []})
     with pytest.raises(ConfigError, match="was made by an older version; train it again"):
+        starting_library(changed(start_from=old.url), space)
+    record = Path(old.path(RECORD))
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"schema": 2}))
+    with pytest.raises(ConfigError, match=r"was written by an older version \(schema 2, this one reads \d+\); train it again"):
         starting_library(changed(start_from=old.url), space)
     wide = SearchSpace(tuple(replace(layer, ffn=(*layer.ffn, "linear")) for layer in space.layers))
     with pytest.raises(ConfigError, match="has no linear for layer 0; narrow the space, or name another"):

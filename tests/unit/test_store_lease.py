@@ -216,6 +216,7 @@ def test_never_two_at_once_whoever_is_killed_whenever(tmp_path, seed):
         until(lambda: log.read_text().count("out") >= turns + 5, "turns are taken after all that")
     finally:
         for process in processes:
+            killed[process.pid] = time.monotonic_ns()  # the next one may come in before it is killed itself
             process.kill()
             process.wait(30)
     inside = None
