@@ -9,12 +9,9 @@ import psutil
 import pytest
 from waiting import until
 
-from jobs.session import PRELOADED
-
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-WARM = {"preload_python_modules": list(PRELOADED)}  # as a Ray of our own
-SYSTEM = WARM | {  # a node that is gone is missed within a second, what goes to disk is seen as soon
+SYSTEM = {  # a node that is gone is missed within a second, what goes to disk is seen as soon
     "health_check_initial_delay_ms": 0,
     "health_check_period_ms": 200,
     "health_check_timeout_ms": 500,
@@ -30,7 +27,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def local_ray():
-    """Loopback only, ended with the session; never joins a cluster that happens to run here."""
+    """Loopback only, ended with the session; never joins a cluster that happens to run here.
+
+    Nothing is loaded into processes beforehand, as a Ray of our own does: many of these actors need no torch.
+    """
     import ray
 
     ray.init(
@@ -40,7 +40,6 @@ def local_ray():
         object_store_memory=256 << 20,
         log_to_driver=False,
         logging_level="ERROR",
-        _system_config=WARM,
     )
     yield ray
     ray.shutdown()

@@ -55,7 +55,16 @@ def squares(pool, items, send=lambda actor, item: actor.work.remote(item), then=
 
 
 def gone(actor):
-    return ray.kill(actor, no_restart=True)
+    """Killed, and known to be: Ray returns before the process is dead."""
+    ray.kill(actor, no_restart=True)
+    until(lambda: not answers(actor), "the actor is dead")
+
+
+def answers(actor):
+    try:
+        return bool(ray.get(actor.node.remote(), timeout=30))
+    except ray.exceptions.RayActorError:
+        return False
 
 
 def test_all_items_are_done_by_whoever_is_free_and_the_pool_can_be_used_again(local_ray):
