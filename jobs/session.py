@@ -30,17 +30,6 @@ ENVIRONMENT: Mapping[str, str] = {
     "MALLOC_ARENA_MAX": "1",  # malloc treats every thread as it treats a process' first
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
-# What actors import: a process that Ray has ready has loaded it, and becomes an actor in half a second.
-PRELOADED = (
-    "torch",
-    "transformers",
-    "transformers.modeling_utils",
-    "transformers.models.auto.modeling_auto",
-    "transformers.models.llama.modeling_llama",
-    "safetensors.torch",
-    "fsspec",
-    "pydantic",
-)
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # the variable by which Ray tells a submitted job's driver what it was submitted with
 LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # 0: Ray's servers listen on loopback, and not on every interface
 
@@ -110,7 +99,6 @@ def start_here(num_cpus: int, object_store_memory: int) -> None:
             include_dashboard=False,
             object_store_memory=object_store_memory,
             _node_ip_address=LOOPBACK,
-            _system_config={"preload_python_modules": list(PRELOADED)},
             **SILENT,
         )
 

@@ -1,36 +1,38 @@
-"""How the whole suite runs: two processes beside each other, one of which runs everything that shares the local Ray cluster."""
+"""How the whole suite runs: three processes beside each other, for a Ray test waits for processes most of its time."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-OWN_PROCESSES = (
-    "test_endings.py",
-    "test_job_submit.py",
-    "test_two_runs_on_ray.py",
-)  # in tests/ray: each starts the Rays that it needs
+GROUPS = {  # of tests/ray; a group runs in one process, one Ray after another
+    "test_cluster.py": "nodes",
+    "test_preflight.py": "nodes",
+    "test_target.py": "nodes",
+    "test_jobs.py": "nodes",  # the longest of those that share `local_ray`, so apart from the others
+    "test_endings.py": "own",  # from here on: each starts the Rays that it needs
+    "test_job_submit.py": "own",
+    "test_two_runs_on_ray.py": "own",
+}
 
 
 def pytest_xdist_auto_num_workers(config) -> int:
-    """Two where the unit tests are run as a whole. A few files, or the Ray tests alone, are done sooner in this process."""
+    """Three where the unit tests are run as a whole. A few files, or the Ray tests alone, are done sooner in this process."""
     chosen = [Path(config.invocation_params.dir, argument.partition("::")[0]).resolve() for argument in config.args]
     unit = TESTS / "unit"
-    return 2 if any(path in (unit, *unit.parents) for path in chosen) else 0
+    return 3 if any(path in (unit, *unit.parents) for path in chosen) else 0
 
 
 def pytest_xdist_make_scheduler(config, log):
-    """A file's tests run in one process, for they share its fixtures; all tests that share a Ray cluster run in one.
-
-    The Ray tests take longest, so they are handed out first.
-    """
+    """A file's tests run in one process, for they share its fixtures; the Ray tests run in three groups, handed out first."""
     from xdist.scheduler import LoadScopeScheduling
 
-    class OneClusterScheduling(LoadScopeScheduling):
+    class Grouped(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            shared = file.startswith(("tests/gpu/", "tests/ray/")) and not file.endswith(OWN_PROCESSES)
-            return "ray" if shared else file
+            if file.startswith(("tests/gpu/", "tests/ray/")):
+                return GROUPS.get(Path(file).name, "ray")
+            return file
 
     config.option.loadscopereorder = False  # as collected: tests/gpu and tests/ray are before tests/unit
-    return OneClusterScheduling(config, log)
+    return Grouped(config, log)

@@ -27,10 +27,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def local_ray():
-    """Loopback only, ended with the session; never joins a cluster that happens to run here.
-
-    Nothing is loaded into processes beforehand, as a Ray of our own does: many of these actors need no torch.
-    """
+    """Loopback only, ended with the session; never joins a cluster that happens to run here."""
     import ray
 
     ray.init(

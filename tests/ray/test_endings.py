@@ -100,6 +100,7 @@ def test_a_signal(folder, number, code):
         assert building.end(within_s=15) == [INTERRUPTED] and building.process.returncode == code
 
 
+@pytest.mark.wide
 def test_a_second_ctrl_c_ends_at_once(folder):
     with Building(folder) as building:
         os.kill(building.process.pid, signal.SIGINT)
@@ -108,7 +109,7 @@ def test_a_second_ctrl_c_ends_at_once(folder):
         assert building.end(within_s=15) == [INTERRUPTED] and building.process.returncode == 130
 
 
-@pytest.mark.parametrize("name", ["gcs_server", "raylet"])
+@pytest.mark.parametrize("name", ["gcs_server", pytest.param("raylet", marks=pytest.mark.wide)])
 def test_the_death_of_ray_itself(folder, name):
     with Building(folder) as building:
         pid = building.kill(name)

@@ -132,17 +132,13 @@ class Submit:
 
 
 def test_a_submitted_job_runs_to_the_report_where_the_package_is_not_installed(submit, tmp_path):
-    """Stopped first; the same command continues. A relative store is refused in one line."""
+    """Stopped first; the same command continues."""
     parent = save_parent(tmp_path / "parent", num_hidden_layers=2, vocab_size=VOCAB_SIZE + 7)
     byte_tokenizer().save_pretrained(parent)
     (tmp_path / "text.txt").write_text("a text of some length. " * 600)
     words = ["--parent", str(parent), "--data", str(tmp_path / "text.txt")]
     words += [word for name, value in SETTINGS.items() for word in ("--set", f"{name}={json.dumps(value)}")]
     compress = ["python", "-m", "jobs.compress", *words]
-
-    status, code, log = submit(shlex.join([*compress, "--store", "runs"]))
-    assert (status, code) == (JobStatus.FAILED, 2), log
-    assert "error: store: 'runs' is relative" in log and "Traceback" not in log
 
     command = shlex.join([*compress, "--store", str(tmp_path / "store")])
     status, _, log = submit(command, stop_when="[tokens]")

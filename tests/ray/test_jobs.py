@@ -29,7 +29,7 @@ COMMAND = [SCRIPT] if SCRIPT else [sys.executable, "-m", "jobs.app"]
 ROOT = Path(__file__).parents[2]
 WORDS = ("compress", "--recipe", "tiny")
 SMALL = {  # recipe `tiny` from end to end in a minute
-    "tiny_parent_steps": 40,
+    "tiny_parent_steps": 20,
     "library.tokens": 4096,
     "library.calibration_tokens": 2048,
     "library.validation_tokens": 2048,
@@ -40,10 +40,12 @@ SMALL = {  # recipe `tiny` from end to end in a minute
     "search.measure_tokens": 1024,
     "search.candidates": 2,
     "search.rivals": ["greedy"],
-    "gkd.tokens": 4096,
+    "gkd.tokens": 2048,
     "gkd.micro_batch_tokens": 512,
     "gkd.num_workers": 1,
     "gkd.checkpoint_every": 2,
+    "gkd.heldout_tokens": 1024,
+    "gkd.heldout_looks": 2,
     "evaluate.tokens": 1024,
     "evaluate.repeats": 1,
     "evaluate.sample_tokens": 8,

@@ -121,6 +121,12 @@ def test_bad_settings(parent, tmp_path, name, capsys, monkeypatch):
     assert not list((tmp_path / "store").glob("**/*")) if (tmp_path / "store").exists() else True
 
 
+def test_a_submitted_job_has_no_use_for_a_relative_store(parent, capsys, monkeypatch):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert app.run(["build-library", "--parent", str(parent[0]), "--data", str(parent[1]), "--store", "runs"]) == 2
+    assert capsys.readouterr().err.startswith("error: store: 'runs' is relative, and a submitted job's working folder is thrown away")
+
+
 def test_questions_may_be_compressed(tmp_path):
     from puzzle_ray.scoring.downstream import read_questions
 

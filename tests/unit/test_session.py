@@ -15,7 +15,6 @@ LISTENING = """
 import json, sys
 from jobs import session
 assert "ray" not in sys.modules
-session.PRELOADED = ()  # not what this is about
 session.start_here(1, 80 << 20)
 import os, psutil, ray
 

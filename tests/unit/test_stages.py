@@ -247,7 +247,10 @@ def test_a_stage_that_fails_in_the_background_ends_the_run_at_once(two_stages, p
     at_work = threading.Event()
     two_stages(fails, works)
     run = make_run(parent_with_text, tmp_path)
-    with handled(), pytest.raises(ProfileError, match="the device is gone"):  # a shell may have SIGINT ignored; a command does not
+    with (
+        handled(),
+        pytest.raises(ProfileError, match="the device is gone"),
+    ):  # a shell may have SIGINT ignored; a command does not
         run.done("both")
     assert not run.artifact("other").finished
 
