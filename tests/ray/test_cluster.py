@@ -197,6 +197,7 @@ def test_a_library_beside_a_profile_takes_what_the_profilers_leave(several_nodes
     assert step.finished and not CLAIMS.held and cluster_cpus() == 4
 
 
+@pytest.mark.wide  # test_pool.py has it of five workers
 def test_of_three_profilers_two_that_die_at_once_leave_the_third_to_its_work(several_nodes, small, tmp_path, measured):
     """There is no room for others in their place."""
     devices = [several_nodes.add(num_cpus=1, resources={"H100": 1}) for _ in range(3)]
@@ -480,8 +481,9 @@ main("build-library")
 """
 
 
-def test_a_driver_killed_at_any_moment_goes_on_from_the_last_checkpoints(several_nodes, parent, tmp_path):
-    """Twice: somewhere in training, and when one layer is published and another is not."""
+@pytest.mark.parametrize("moments", [("published",), pytest.param(("somewhere", "published"), marks=pytest.mark.wide)])
+def test_a_driver_killed_at_any_moment_goes_on_from_the_last_checkpoints(several_nodes, parent, tmp_path, moments):
+    """Somewhere in training, and when one layer is published and another is not."""
     several_nodes.add(num_cpus=2)
     folder, _, _ = parent
     text = tmp_path / "train.txt"
@@ -499,10 +501,10 @@ def test_a_driver_killed_at_any_moment_goes_on_from_the_last_checkpoints(several
     run.done("tokens")
     serial = build_serially(folder, run.space, LIBRARY, read(run)[0], 0, serial, Quiet())
 
-    def started(number):
+    def started(number, moment):
         log = tmp_path / f"trained_{number}.jsonl"
         words = [word for setting in (*settings, f"store={tmp_path / 'store'}") for word in ("--set", setting)]
-        hold_s = 20 if number == 1 else 0  # so that the last layers are not done either before the kill is
+        hold_s = 20 if moment == "published" else 0  # so that the last layers are not done either before the kill is
         code = f"LOG, LAST, HOLD_S = {str(log)!r}, {Schedule.of(LIBRARY).positions - 1}, {hold_s}\n{DRIVER}"
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         return log, subprocess.Popen([sys.executable, "-c", code, *words], cwd=ROOT, env=environment, stderr=subprocess.PIPE)
@@ -516,13 +518,14 @@ def test_a_driver_killed_at_any_moment_goes_on_from_the_last_checkpoints(several
     rng = random.Random(5)
     somewhere = rng.randrange(4, 4 * 25)
     expected = dict.fromkeys(range(4), 0)
-    moments = (
-        lambda log: len(lines(log)) >= somewhere,
-        lambda log: sum(n.startswith("layer_000.") for n in library().names()) == 3,
-    )
-    for number, due in enumerate((*moments, None)):
+    at = {
+        "somewhere": lambda log: len(lines(log)) >= somewhere,
+        "published": lambda log: sum(n.startswith("layer_000.") for n in library().names()) == 3,
+    }
+    for number, moment in enumerate((*moments, "the end")):
+        due = at.get(moment)
         before = {name: os.stat(library().path(name)).st_mtime_ns for name in library().names() if name.startswith("layer_")}
-        log, driver = started(number)
+        log, driver = started(number, moment)
         try:
             if due:
                 until(lambda: driver.poll() is not None or due(log), "trained so far", 300)  # noqa: B023  (called at once)
@@ -543,6 +546,6 @@ def test_a_driver_killed_at_any_moment_goes_on_from_the_last_checkpoints(several
             checkpoint = checkpoint_file(layer)
             position = int(library().read_tensors(checkpoint)[1]["position"]) if library().exists(checkpoint) else -1
             expected[layer] = None if sum(n.startswith(f"layer_{layer:03d}.") for n in there) == 3 else position + 1
-        if number == 1:
+        if moment == "published":
             assert None in expected.values() and expected[3] is not None, "one layer is finished, another is not"
     assert_same(serial, Library(library()))

@@ -28,9 +28,9 @@ INTERRUPTED = "interrupted; the same command continues"
 class Building:
     """`build-library` in a process of its own, its Ray with it, in the middle of its library."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, here: Path) -> None:
         parent, text = folder / "parent", folder / "parent" / "text.txt"
-        self.store, self.said = folder / "store", folder / "stderr.txt"
+        self.store, self.said = here / "store", here / "stderr.txt"
         words = ["--parent", str(parent), "--data", str(text), "--store", str(self.store)]
         words += [word for setting in SETTINGS for word in ("--set", setting)]
         began = time.time()
@@ -92,17 +92,26 @@ def folder(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal(folder, number, code):
-    """Ctrl-C reaches the whole group of processes, SIGTERM the driver alone."""
-    with Building(folder) as building:
-        (os.killpg if number == signal.SIGINT else os.kill)(building.process.pid, number)
-        assert building.end(within_s=15) == [INTERRUPTED] and building.process.returncode == code
+@pytest.mark.wide  # `ray job stop` in test_job_submit.py sends it too
+def test_sigterm_reaches_the_driver_alone(folder, tmp_path):
+    with Building(folder, tmp_path) as building:
+        os.kill(building.process.pid, signal.SIGTERM)
+        assert building.end(within_s=15) == [INTERRUPTED] and building.process.returncode == 143
+
+
+def test_ctrl_c_reaches_the_whole_group_and_the_same_command_goes_on(folder, tmp_path):
+    with Building(folder, tmp_path) as building:
+        os.killpg(building.process.pid, signal.SIGINT)
+        assert building.end(within_s=15) == [INTERRUPTED] and building.process.returncode == 130
+    with Building(folder, tmp_path) as building:
+        assert building.process.wait(240) == 0, building.said.read_text()
+        said = building.said.read_text()
+        assert "[tokens] already there" in said and list(building.store.glob("library-*/artifact.json"))
 
 
 @pytest.mark.wide
-def test_a_second_ctrl_c_ends_at_once(folder):
-    with Building(folder) as building:
+def test_a_second_ctrl_c_ends_at_once(folder, tmp_path):
+    with Building(folder, tmp_path) as building:
         os.kill(building.process.pid, signal.SIGINT)
         time.sleep(0.2)
         os.kill(building.process.pid, signal.SIGINT)
@@ -110,16 +119,9 @@ def test_a_second_ctrl_c_ends_at_once(folder):
 
 
 @pytest.mark.parametrize("name", ["gcs_server", pytest.param("raylet", marks=pytest.mark.wide)])
-def test_the_death_of_ray_itself(folder, name):
-    with Building(folder) as building:
+def test_the_death_of_ray_itself(folder, tmp_path, name):
+    with Building(folder, tmp_path) as building:
         pid = building.kill(name)
         (line,) = building.end(within_s=30)
         assert line.startswith(f"error: {name} of this run's own Ray (process {pid}) died; the same command continues")
         assert building.process.returncode == 1
-
-
-def test_the_same_command_goes_on_to_the_end(folder):
-    with Building(folder) as building:
-        assert building.process.wait(240) == 0, building.said.read_text()
-        said = building.said.read_text()
-        assert "[tokens] already there" in said and list(building.store.glob("library-*/artifact.json"))

@@ -124,7 +124,9 @@ def test_bad_settings(parent, tmp_path, name, capsys, monkeypatch):
 def test_a_submitted_job_has_no_use_for_a_relative_store(parent, capsys, monkeypatch):
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     assert app.run(["build-library", "--parent", str(parent[0]), "--data", str(parent[1]), "--store", "runs"]) == 2
-    assert capsys.readouterr().err.startswith("error: store: 'runs' is relative, and a submitted job's working folder is thrown away")
+    assert capsys.readouterr().err.startswith(
+        "error: store: 'runs' is relative, and a submitted job's working folder is thrown away"
+    )
 
 
 def test_questions_may_be_compressed(tmp_path):
