@@ -163,10 +163,10 @@ class Setting:
         return self.config.cluster.in_one_process()
 
     def stack(self) -> LayerStack:
-        """The whole parent in float32, cut into layers that can be exchanged."""
+        """The whole parent, cut into layers that can be exchanged, in the dtype that blocks are scored in."""
         compute_with(1)  # as every shard computes
-        layers = self.model_config.num_hidden_layers
-        return load_stack(self.parent, describe(self.model_config), self.model_config, 0, layers, torch.float32)
+        layers, dtype = self.model_config.num_hidden_layers, getattr(torch, self.config.scoring.dtype)
+        return load_stack(self.parent, describe(self.model_config), self.model_config, 0, layers, dtype)
 
 
 def once(artifact: Artifact, work: Callable[[Artifact], None]) -> Artifact:

@@ -124,9 +124,14 @@ def cosine_distance(child: Sequence[Tensor], parent: Sequence[Tensor]) -> Tensor
 # B sequences, T tokens, V vocabulary, D hidden size
 
 
+def kl_per_token(parent_log_probs: Tensor, child_log_probs: Tensor) -> Tensor:
+    """KL(parent || child) in nats, `[..., vocab_size]` -> `[...]`. Both inputs are float32 log-probabilities."""
+    return parent_log_probs.exp().mul_(parent_log_probs - child_log_probs).sum(-1)
+
+
 def kl_per_sequence(parent_log_probs_BTV: Tensor, child_log_probs_BTV: Tensor) -> Tensor:
-    """KL(parent || child) in nats, a mean over tokens: `[sequences]`. Both inputs are float32 log-probabilities."""
-    return (parent_log_probs_BTV.exp() * (parent_log_probs_BTV - child_log_probs_BTV)).sum(-1).mean(-1)
+    """The same as a mean over tokens: `[sequences]`."""
+    return kl_per_token(parent_log_probs_BTV, child_log_probs_BTV).mean(-1)
 
 
 def next_token_loss_per_sequence(log_probs_BTV: Tensor, input_ids_BT: Tensor) -> Tensor:

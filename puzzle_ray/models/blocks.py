@@ -20,6 +20,7 @@ from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice, SubblockKind
 from puzzle_ray.families.descriptor import Descriptor
 from puzzle_ray.families.registry import layer_type
 from puzzle_ray.models.checkpoint import Checkpoint, as_stored
+from puzzle_ray.models.head import Head
 from puzzle_ray.variants.base import find_variant
 
 CPU = torch.device("cpu")
@@ -149,12 +150,20 @@ class LayerStack(nn.Module):
 
         Final norm, then head, then the family's divisor, then its soft cap: bit for bit the logits of the whole model.
         """
-        assert self.final_norm is not None and self.head is not None, "this stack does not hold the head"
-        final: Tensor = self.final_norm(hidden_states)
-        logits: Tensor = self.head(final)
-        if self.divisor is not None:
-            logits = logits / self.divisor
-        return final, logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+        final = self.final(hidden_states)
+        return final, self.output_head.logits(final)
+
+    def final(self, hidden_states: Tensor) -> Tensor:
+        """The first half of `predict`: the output of the final norm."""
+        assert self.final_norm is not None, "this stack does not hold the final norm"
+        out: Tensor = self.final_norm(hidden_states)
+        return out
+
+    @property
+    def output_head(self) -> Head:
+        """What makes logits of the final norm's output, whole or a few tokens at a time."""
+        assert self.head is not None, "this stack does not hold the head"
+        return Head(self.head, self.divisor, self.softcap)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """The second half of `predict`."""
@@ -184,6 +193,17 @@ def _materialise(
         own[names[full_name]].copy_(value.to(dtype))
 
 
+def stack_without_weights(
+    descriptor: Descriptor, config: Any, first: int, last: int, dtype: torch.dtype, *, ends: bool = True
+) -> tuple[LayerStack, Any]:
+    """A stack whose weights have shapes and dtypes only (device meta), and the whole model that it is a part of."""
+    config = copy.deepcopy(config)
+    config._attn_implementation = descriptor.attn_implementation
+    with torch.device("meta"):
+        model = getattr(transformers, descriptor.model_class)._from_config(config, dtype=dtype)
+    return LayerStack(model, descriptor, config, first, last, ends=ends), model
+
+
 def load_stack(
     folder: Path,
     descriptor: Descriptor,
@@ -197,11 +217,8 @@ def load_stack(
 ) -> LayerStack:
     """Reads only the layers asked for, tensor by tensor, straight to `device`. `dtype` is the one to compute in."""
     checkpoint = Checkpoint(folder)
-    config = copy.deepcopy(as_stored(config, checkpoint) if ends and last == config.num_hidden_layers else config)
-    config._attn_implementation = descriptor.attn_implementation
-    with torch.device("meta"):
-        model = getattr(transformers, descriptor.model_class)._from_config(config, dtype=dtype)
-    stack = LayerStack(model, descriptor, config, first, last, ends=ends)
+    config = as_stored(config, checkpoint) if ends and last == config.num_hidden_layers else config
+    stack, model = stack_without_weights(descriptor, config, first, last, dtype, ends=ends)
 
     def fill(module: nn.Module | None, prefix: str) -> None:
         if module is not None:
@@ -210,9 +227,13 @@ def load_stack(
     for index in range(first, last):
         fill(stack.layer(index), f"{descriptor.layers}.{index}")
     if stack.rotary is not None:
-        stack.rotary = type(stack.rotary)(config=config).to(device)
+        stack.rotary = type(stack.rotary)(config=stack.config).to(device)
     fill(stack.embedding, descriptor.embedding)
     fill(stack.positions, descriptor.positions)
     fill(stack.final_norm, descriptor.final_norm)
-    fill(stack.head, descriptor.embedding if config.tie_word_embeddings else descriptor.head)
+    if config.tie_word_embeddings and stack.head is not None and stack.embedding is not None:
+        assert isinstance(stack.head, nn.Linear) and isinstance(stack.embedding, nn.Embedding)
+        stack.head.weight = stack.embedding.weight  # one matrix, once in memory
+    else:
+        fill(stack.head, descriptor.embedding if config.tie_word_embeddings else descriptor.head)
     return stack.eval().requires_grad_(False)
