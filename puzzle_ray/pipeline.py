@@ -58,7 +58,7 @@ from puzzle_ray.variants.space import search_space, space_sources
 from puzzle_ray.version import torch_series
 
 EVALUATION = "evaluation.json"
-SEQUENCES = 8  # of a batch in the evaluation
+SEQUENCES = 8  # of a batch of held-out text that distillation is watched on
 
 
 @dataclass(frozen=True)
@@ -322,7 +322,7 @@ def evaluation_of(
 
     def work(artifact: Artifact) -> None:
         compute_with(num_cores())
-        batches = parts.test.first(config.tokens, SEQUENCES)
+        batches = parts.test.first(config.tokens, config.sequences(s.config.data.sequence_length))
         questions = load_questions(str(s.parent), scoring, s.max_positions, "test")
         how = (profile.scenario, config, profile.dtype, s.progress, profile.num_gpus > 0, questions)
         found = evaluate(folders, batches, read_architecture(architecture), *how)

@@ -103,6 +103,17 @@ def free_bytes(device: torch.device) -> int | None:
     return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
 
 
+def available_bytes(device: torch.device) -> int | None:
+    """What this process could still allocate on a device; None where nobody says. On Linux, a CPU has what the kernel calls available."""
+    if device.type == "cuda":
+        return free_bytes(device)
+    for line in (_read("/proc/meminfo") or "").splitlines():
+        name, _, rest = line.partition(":")
+        if name == "MemAvailable":
+            return int(rest.split()[0]) * 1024
+    return None
+
+
 def allow_tf32(allowed: bool) -> None:
     """Whether products of float32 matrices on a GPU may round their factors to TF32. On a CPU it changes nothing."""
     import torch

@@ -7,7 +7,7 @@ half is the layer with a no-op attention. So the same forward is trained, scored
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -194,14 +194,47 @@ def _materialise(
 
 
 def stack_without_weights(
-    descriptor: Descriptor, config: Any, first: int, last: int, dtype: torch.dtype, *, ends: bool = True
+    descriptor: Descriptor,
+    config: Any,
+    first: int,
+    last: int,
+    dtype: torch.dtype,
+    *,
+    ends: bool = True,
+    model_class: Any = None,
 ) -> tuple[LayerStack, Any]:
-    """A stack whose weights have shapes and dtypes only (device meta), and the whole model that it is a part of."""
+    """A stack whose weights have shapes and dtypes only (device meta), and the whole model that it is a part of.
+
+    `model_class` is by default the parent's own; children have another.
+    """
     config = copy.deepcopy(config)
     config._attn_implementation = descriptor.attn_implementation
     with torch.device("meta"):
-        model = getattr(transformers, descriptor.model_class)._from_config(config, dtype=dtype)
+        model = (model_class or getattr(transformers, descriptor.model_class))._from_config(config, dtype=dtype)
     return LayerStack(model, descriptor, config, first, last, ends=ends), model
+
+
+def _fill(stack: LayerStack, model: Any, layers: range, checkpoint: Checkpoint, device: torch.device) -> None:
+    """Reads some layers of a stack without weights, and its embedding, norm and head, tensor by tensor, straight to `device`."""
+    descriptor, config, dtype = stack.descriptor, stack.config, model.dtype
+
+    def fill(module: nn.Module | None, prefix: str) -> None:
+        if module is not None:
+            _materialise(module, prefix, checkpoint, dtype, device, model)
+
+    for index in layers:
+        fill(stack.layer(index), f"{descriptor.layers}.{index}")
+    if stack.rotary is not None:
+        stack.rotary = type(stack.rotary)(config=config).to(device)
+    fill(stack.embedding, descriptor.embedding)
+    fill(stack.positions, descriptor.positions)
+    fill(stack.final_norm, descriptor.final_norm)
+    if config.tie_word_embeddings and stack.head is not None and stack.embedding is not None:
+        assert isinstance(stack.head, nn.Linear) and isinstance(stack.embedding, nn.Embedding)
+        stack.head.weight = stack.embedding.weight  # one matrix, once in memory
+    else:
+        fill(stack.head, descriptor.embedding if config.tie_word_embeddings else descriptor.head)
+    stack.eval().requires_grad_(False)
 
 
 def load_stack(
@@ -219,21 +252,32 @@ def load_stack(
     checkpoint = Checkpoint(folder)
     config = as_stored(config, checkpoint) if ends and last == config.num_hidden_layers else config
     stack, model = stack_without_weights(descriptor, config, first, last, dtype, ends=ends)
+    _fill(stack, model, range(first, last), checkpoint, device)
+    return stack
 
-    def fill(module: nn.Module | None, prefix: str) -> None:
-        if module is not None:
-            _materialise(module, prefix, checkpoint, dtype, device, model)
 
-    for index in range(first, last):
-        fill(stack.layer(index), f"{descriptor.layers}.{index}")
-    if stack.rotary is not None:
-        stack.rotary = type(stack.rotary)(config=stack.config).to(device)
-    fill(stack.embedding, descriptor.embedding)
-    fill(stack.positions, descriptor.positions)
-    fill(stack.final_norm, descriptor.final_norm)
-    if config.tie_word_embeddings and stack.head is not None and stack.embedding is not None:
-        assert isinstance(stack.head, nn.Linear) and isinstance(stack.embedding, nn.Embedding)
-        stack.head.weight = stack.embedding.weight  # one matrix, once in memory
-    else:
-        fill(stack.head, descriptor.embedding if config.tie_word_embeddings else descriptor.head)
-    return stack.eval().requires_grad_(False)
+@torch.inference_mode()
+def logits_layer_by_layer(
+    folder: Path,
+    descriptor: Descriptor,
+    config: Any,
+    dtype: torch.dtype,
+    input_ids: Tensor,
+    *,
+    model_class: Any = None,
+    exchange: Callable[[nn.Module, int], nn.Module] = lambda layer, index: layer,
+) -> Tensor:
+    """The logits of a whole model for ids `[batch, tokens]`, with one layer in memory at a time besides embedding and head.
+
+    `exchange(layer, index)` gives the layer to run in a layer's place.
+    """
+    checkpoint, depth = Checkpoint(folder), config.num_hidden_layers
+    stack, model = stack_without_weights(descriptor, as_stored(config, checkpoint), 0, depth, dtype, model_class=model_class)
+    _fill(stack, model, range(0), checkpoint, CPU)
+    hidden = stack.embed(input_ids)
+    for index in range(depth):
+        layer = stack.layer(index)
+        _materialise(layer, f"{descriptor.layers}.{index}", checkpoint, dtype, CPU, model)
+        hidden = stack.run_layer(exchange(layer, index), index, hidden)
+        layer.to_empty(device=torch.device("meta"))
+    return stack.logits(hidden)
