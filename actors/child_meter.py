@@ -1,70 +1,52 @@
-"""Whole children measured on Ray: every worker holds the parent once and exchanges its blocks for the library's."""
+"""Whole children measured on Ray: pipelines of shards hold the parent, and exchange its blocks for the library's."""
 
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import ray
+from ray import ObjectRef
 from ray.actor import ActorHandle
 
-from actors.memory import weight_bytes, with_memory
-from actors.placement import require
-from actors.pool import Pool, Terms
+from actors.parent_pipelines import ParentPipelines
+from actors.pool import Pool
 from actors.transport import Container
 from puzzle_ray.artifacts import Choices, Measured
 from puzzle_ray.cluster import ClusterConfig
+from puzzle_ray.evaluation.child_meter import KEPT_BYTES
 from puzzle_ray.models.checkpoint import locate
+from puzzle_ray.models.child import read_config
+from puzzle_ray.models.describe import describe
 from puzzle_ray.progress import Progress
+from puzzle_ray.scoring.plan import shard_bytes
+from puzzle_ray.scoring.settings import ScoringConfig
 from puzzle_ray.store import Artifact
 
-FLOAT32_BYTES = 4
 
+@dataclass
+class _Pipeline:
+    """One whole parent, cut into shards."""
 
-class Meter:
-    """A whole parent, and the library's blocks as they are asked for."""
+    shards: list[ActorHandle[Any]]
+    library: Artifact
+    batches: ObjectRef[list[Container]]
+    entering: list[Any] = field(default_factory=list)  # per shard: the parent's hidden states at its border
 
-    def __init__(self, parent: str, library: Artifact, num_threads: int, num_gpus: float = 0) -> None:
-        import torch
-
-        from puzzle_ray.models.blocks import load_stack
-        from puzzle_ray.models.child import read_config
-        from puzzle_ray.models.describe import describe
-        from puzzle_ray.process import compute_with, device_for
-
-        compute_with(num_threads)
-        device = device_for(num_gpus)
-        folder = locate(parent)
-        config = read_config(folder)
-        self.library = library
-        depth = config.num_hidden_layers
-        self.stack = load_stack(folder, describe(config), config, 0, depth, torch.float32, device=device)
-        self.meter: Any = None
-
-    def node(self) -> str:
-        """The id of the node this runs on."""
-        return ray.get_runtime_context().get_node_id()
-
-    def measure(self, choices: Choices, batches: Sequence[Container]) -> Measured:
-        """`batches` are the same in every call; a process that was restarted runs the parent on them again."""
-        import torch
-
-        from puzzle_ray.distill.library import Library
-        from puzzle_ray.evaluation.child_meter import ChildMeter
-
-        if self.meter is None:
-            self.meter = ChildMeter(self.stack, Library(self.library), [torch.from_numpy(batch.copy()) for batch in batches])
-        measured: Measured = self.meter.measure(choices)
+    def measure(self, choices: Choices) -> ObjectRef[Measured]:
+        """Sends a child through; the reference is what was measured."""
+        if not self.entering:
+            self.entering = [[]]
+            for shard in self.shards:
+                self.entering.append(shard.remember_parent.remote(self.library, self.batches, self.entering[-1]))
+        out: Any = []
+        for shard, parent_entering in zip(self.shards, self.entering, strict=False):
+            out = shard.run_child.remote(choices, out, self.library, self.batches, parent_entering)
+        measured: ObjectRef[Measured] = out
         return measured
-
-
-@ray.remote(max_restarts=0)  # the pool starts another, and measuring again gives the same
-class MeterActor(Meter):
-    """A meter as an actor."""
 
 
 def file_name(choices: Choices) -> str:
@@ -74,7 +56,7 @@ def file_name(choices: Choices) -> str:
 
 
 class ChildMeters:
-    """Measures children that the step has no file of yet; workers start when the first is met."""
+    """Measures children that the step has no file of yet; shards start when the first is met."""
 
     def __init__(
         self,
@@ -84,44 +66,47 @@ class ChildMeters:
         cluster: ClusterConfig,
         artifact: Artifact,
         progress: Progress,
+        dtype: str = "float32",
+        tf32: bool = False,
     ) -> None:
         self.parent, self.library, self.batches = parent, library, list(batches)
         self.cluster, self.artifact, self.progress = cluster, artifact, progress
-        self.pool: Pool[ActorHandle[Any], Choices] | None = None
-        self.room = 0
+        self.dtype, self.tf32 = dtype, tf32
+        self.pipelines: ParentPipelines[_Pipeline] | None = None
 
     def __call__(self, children: Sequence[Choices]) -> list[Measured]:
-        """In the order asked for. Raises ClusterError when workers cannot be placed or stop answering."""
+        """In the order asked for. Raises ClusterError when shards cannot be placed or stop answering."""
         todo = [c for c in dict.fromkeys(children) if not self.artifact.exists(file_name(c))]
         if todo:
-            self._measure(self._started(len(todo)), todo)
+            self._measure(self._started(len(todo)).pool(), todo)
         return [Measured(**self.artifact.read_json(file_name(c))["measured"]) for c in children]
 
-    def _started(self, limit: int) -> Pool[ActorHandle[Any], Choices]:
-        """As many workers as there is room for, up to `limit`. Each holds the whole parent: the GPU shares of all its shards, or a CPU."""
-        if self.pool is None:
-            gpus = self.cluster.num_shards * self.cluster.gpus_per_shard
-            if gpus > 1:
-                gpus = 0
-                words = "  measure: a whole parent takes more than one GPU; children are measured on CPUs"
-                print(words, file=sys.stderr, flush=True)
-            options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus}
-            if not gpus:
-                options = with_memory(options, weight_bytes(locate(self.parent), FLOAT32_BYTES), "a children's meter", "measure")
-            self.room = require(options, "a children's meter", "search", self.cluster.autoscaling) or 1
-            terms = Terms("search", "children's meters", self.cluster.placement_timeout_s, self.cluster.step_timeout_s)
-            start = MeterActor.options(**options)  # type: ignore[attr-defined]
+    def _started(self, limit: int) -> ParentPipelines[_Pipeline]:
+        """Pipelines for as many children at a time as there is room for, up to `limit`, which the first call decides."""
+        if self.pipelines is None:
+            config = read_config(locate(self.parent))
+            descriptor, tokens = describe(config), max((batch.size for batch in self.batches), default=1)
+            how = ScoringConfig.model_validate({"dtype": self.dtype})
+            ids = ray.put(self.batches)
 
-            def start_one() -> tuple[ActorHandle[Any], list[ActorHandle[Any]]]:
-                meter = start.remote(self.parent, self.library, 1, gpus)
-                return meter, [meter]
+            def held_bytes(layers: range) -> int:
+                held = shard_bytes(config, descriptor, layers, how, tokens, None)
+                return held.total + KEPT_BYTES
 
-            self.pool = Pool(start_one, terms)
-        self.pool.start(max(0, min(self.room, limit) - len(self.pool.workers)))
-        return self.pool
+            self.pipelines = ParentPipelines(
+                self.parent,
+                config.num_hidden_layers,
+                self.cluster,
+                "search",
+                limit,
+                held_bytes,
+                lambda shards, _: _Pipeline(shards, self.library, ids),
+                dtype=self.dtype,
+                tf32=self.tf32,
+            )
+        return self.pipelines
 
-    def _measure(self, pool: Pool[ActorHandle[Any], Choices], todo: Sequence[Choices]) -> None:
-        batches = ray.put(self.batches)
+    def _measure(self, pool: Pool[_Pipeline, Choices], todo: Sequence[Choices]) -> None:
         with self.progress.stage("measure", len(todo), "child") as bar:
 
             def receive(choices: Choices, measured: Measured) -> bool:
@@ -130,20 +115,27 @@ class ChildMeters:
                 bar.advance()
                 return False
 
-            pool.run(todo, lambda meter, choices: meter.measure.remote(choices, batches), receive, name_of=file_name)
+            pool.run(todo, lambda pipeline, choices: pipeline.measure(choices), receive, name_of=file_name)
 
     def close(self) -> None:
-        if self.pool is not None:
-            self.pool.close()
-            self.pool = None
+        if self.pipelines is not None:
+            self.pipelines.close()
+            self.pipelines = None
 
 
 @contextmanager
 def measuring(
-    parent: str, library: Artifact, batches: Sequence[Container], cluster: ClusterConfig, artifact: Artifact, progress: Progress
+    parent: str,
+    library: Artifact,
+    batches: Sequence[Container],
+    cluster: ClusterConfig,
+    artifact: Artifact,
+    progress: Progress,
+    dtype: str = "float32",
+    tf32: bool = False,
 ) -> Iterator[ChildMeters]:
-    """Meters for as long as they are needed."""
-    meters = ChildMeters(parent, library, batches, cluster, artifact, progress)
+    """Meters for as long as they are needed. They compute as blocks are scored: see `scoring.dtype` and `scoring.tf32`."""
+    meters = ChildMeters(parent, library, batches, cluster, artifact, progress, dtype, tf32)
     try:
         yield meters
     finally:

@@ -51,16 +51,17 @@ def evaluate(
     return library.evaluate(folders, tensors, architecture, scenario, config, dtype, Quiet(), use_gpu, questions)
 
 
-def predict(num_threads: int, folders: Mapping[str, str], batches: Sequence[Container]) -> dict[str, dict[str, float]]:
+def predict(
+    num_threads: int, folders: Mapping[str, str], batches: Sequence[Container], use_gpu: bool
+) -> dict[str, dict[str, float]]:
     """Held-out predictions of the parent and its children, nothing timed."""
     import torch
 
-    from puzzle_ray.evaluation.evaluate import predictions
-    from puzzle_ray.models.child import load_model
+    from puzzle_ray.evaluation.evaluate import Models, predictions
     from puzzle_ray.process import compute_with
 
     compute_with(num_threads)
-    models = {name: load_model(folder, torch.float32) for name, folder in folders.items()}
+    models = Models(folders, torch.device("cuda" if use_gpu else "cpu"))
     return predictions(models, [torch.from_numpy(batch.copy()) for batch in batches])
 
 

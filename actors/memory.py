@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from actors.placement import matching_nodes, places, resources_of
+from actors.placement import matching_nodes, nodes, places, resources_of
 
 GIB = 2**30
 ALLOWANCE_BYTES = (
@@ -40,6 +40,12 @@ def weight_bytes(folder: Path, bytes_per_value: int, layers: range | None = None
                     count *= length
                 values += count
     return values * bytes_per_value
+
+
+def largest_node_bytes() -> int:
+    """What the largest node has for one worker, beside the allowance; 0 where no node says."""
+    most = max((node["Resources"].get("memory", 0.0) for node in nodes()), default=0.0)
+    return max(0, int(most) - ALLOWANCE_BYTES) if most else 0
 
 
 def with_memory(options: Mapping[str, Any], held_bytes: int, what: str, where: str, count: int = 1) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A run of the parent's layers in a process of its own: streams activations for BLD, exchanges blocks for scoring."""
+"""A run of the parent's layers in a process of its own: streams activations for BLD, exchanges blocks for scoring and the pick."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import ray
 
 from actors.transport import Container
-from puzzle_ray.artifacts import SearchSpace
+from puzzle_ray.artifacts import Choices, Measured, SearchSpace
 from puzzle_ray.scoring.downstream import QuestionBatch
 from puzzle_ray.scoring.fisher import Estimates
 from puzzle_ray.scoring.replacements import Damage, ScoringTask
@@ -52,6 +52,7 @@ class Shard:
         num_threads: int,
         transport: str,
         num_gpus: float = 0,
+        tf32: bool = False,
     ) -> None:
         import torch
 
@@ -60,9 +61,10 @@ class Shard:
         from puzzle_ray.models.checkpoint import locate
         from puzzle_ray.models.child import read_config
         from puzzle_ray.models.describe import describe
-        from puzzle_ray.process import compute_with, device_for
+        from puzzle_ray.process import allow_tf32, compute_with, device_for
 
         compute_with(num_threads)
+        allow_tf32(tf32)
         device = device_for(num_gpus)
         folder = locate(parent)
         config = read_config(folder)
@@ -71,6 +73,7 @@ class Shard:
         self.transport = find_transport(transport)
         self.sent_bytes = self.sent_tokens = 0
         self.scorer: Any = None
+        self.meter: Any = None
 
     def pid(self) -> int:
         return os.getpid()
@@ -113,64 +116,118 @@ class Shard:
         """A tensor that was sent here, where this shard computes."""
         return self.transport.unpack(packed, dtype).to(self.stack.device)
 
-    def run_parent(self, data: EvaluationData, entering: Sequence[Container]) -> list[Container]:
-        """Prepares scoring: remembers the parent's activations; returns what the next shard is entered with."""
+    def room(self, least: int | None = None) -> int | None:
+        """Bytes that are free on this shard's GPU, or `least` where that is fewer; None on a CPU."""
+        from puzzle_ray.process import free_bytes
+
+        free = free_bytes(self.stack.device)
+        return free if least is None or free is None else min(free, least)
+
+    def run_parent(self, batches: Sequence[int], data: EvaluationData, entering: Sequence[Container]) -> list[Container]:
+        """Remembers the parent's activations on a chunk of batches; returns what the next shard is entered with."""
         import torch
 
         from puzzle_ray.scoring.shard import ShardScorer
 
-        self.scorer = ShardScorer(self.stack, [torch.from_numpy(batch.copy()) for batch in data.texts], data.questions)
-        first = self.stack.embedding is not None
-        batches = self.scorer.input_ids if first else [self._arrived(batch, torch.float32) for batch in entering]
-        return [self.transport.pack(batch, torch.float32) for batch in self.scorer.run_parent(batches)]
+        if self.scorer is None:
+            self.scorer = ShardScorer(self.stack, [torch.from_numpy(batch.copy()) for batch in data.texts], data.questions)
+        arrived = [self._arrived(batch, self.stack.dtype) for batch in entering]
+        return self._sent(self.scorer.run_parent(arrived, batches))
 
-    def exchange(self, task: ScoringTask, library: Artifact, data: EvaluationData, entering: Sequence[Container]) -> Any:
-        """Scores exchanges as far as this shard reaches: hidden states for the next shard, or at the end the damage."""
+    def _remember(self, batches: Sequence[int], data: EvaluationData, entering: Sequence[Container]) -> None:
+        """Runs the parent on a chunk unless this process has done it: it may have been restarted, or have worked on another one."""
+        if self.scorer is None or not self.scorer.remembers(batches):
+            self.run_parent(batches, data, entering)
+
+    def exchange(
+        self, task: ScoringTask, library: Artifact, batches: Sequence[int], data: EvaluationData, entering: Sequence[Container]
+    ) -> Any:
+        """Scores exchanges as far as this shard reaches: hidden states for the next shard, or at the end the damage.
+
+        `batches` are the chunk that the task's batches are part of, and `entering` is the parent's input of this shard for it.
+        """
         from puzzle_ray.distill.library import Library
 
-        if self.scorer is None:  # this process was restarted
-            self.run_parent(data, entering)
+        self._remember(batches, data, entering)
         return self._leave(task, self.scorer.run_replacements(task, Library(library).states))
 
-    def suffix(self, task: ScoringTask, damaged: Sequence[Container], data: EvaluationData, entering: Sequence[Container]) -> Any:
+    def suffix(
+        self,
+        task: ScoringTask,
+        damaged: Sequence[Container],
+        batches: Sequence[int],
+        data: EvaluationData,
+        entering: Sequence[Container],
+    ) -> Any:
         """The same for a shard behind the one that exchanged."""
-        import torch
+        self._remember(batches, data, entering)
+        return self._leave(task, self.scorer.run_suffix([self._arrived(batch, self.stack.dtype) for batch in damaged]))
 
-        if self.scorer is None:
-            self.run_parent(data, entering)
-        return self._leave(task, self.scorer.run_suffix([self._arrived(batch, torch.float32) for batch in damaged]))
-
-    def _leave(self, task: ScoringTask, leaving: Sequence[Any]) -> list[Container] | list[Damage]:
-        import torch
-
+    def _leave(self, task: ScoringTask, leaving: Sequence[Any]) -> list[Container] | list[list[Damage]]:
         if not self.scorer.ends:
-            return [self.transport.pack(batch, torch.float32) for batch in leaving]
-        damage: list[Damage] = self.scorer.measure(task, leaving)
+            return [self.transport.pack(batch, self.stack.dtype) for batch in leaving]
+        damage: list[list[Damage]] = self.scorer.measure(task, leaving)
         return damage
 
     def estimate(
         self,
-        batches: Sequence[int],
+        own: Sequence[int],
         gradients: Sequence[Sequence[Container]] | None,
         space: SearchSpace,
         config: ScoringConfig,
         library: Artifact,
+        batches: Sequence[int],
         data: EvaluationData,
         entering: Sequence[Container],
     ) -> tuple[Estimates, list[list[Container]]]:
-        """Fisher estimates of this shard's candidates, and the gradients that the shard before it needs. Two returns."""
-        import torch
+        """Fisher estimates of this shard's candidates on batches `own` of a chunk, and the gradients that the shard before it needs.
 
+        Two returns.
+        """
         from puzzle_ray.distill.library import Library
         from puzzle_ray.scoring.fisher import shard_estimates
 
-        if self.scorer is None:
-            self.run_parent(data, entering)
-        given = [[self._arrived(g, torch.float32) for g in samples] for samples in gradients] if gradients is not None else None
-        found, before = shard_estimates(self.scorer, batches, given, space, config, Library(library).states)
+        self._remember(batches, data, entering)
+        dtype = self.stack.dtype
+        given = [[self._arrived(g, dtype) for g in samples] for samples in gradients] if gradients is not None else None
+        found, before = shard_estimates(self.scorer, own, given, space, config, Library(library).states)
         if self.stack.embedding is not None:  # nobody asks for them
             return found, []
-        return found, [[self.transport.pack(g, torch.float32) for g in samples] for samples in before]
+        return found, [[self.transport.pack(g, dtype) for g in samples] for samples in before]
+
+    # measuring whole children
+
+    def remember_parent(self, library: Artifact, ids: Sequence[Container], entering: Sequence[Container]) -> list[Container]:
+        """Prepares measuring: remembers the parent's predictions on batches of token ids. Returns the next shard's input."""
+        import torch
+
+        from puzzle_ray.distill.library import Library
+        from puzzle_ray.evaluation.child_meter import ShardMeter
+
+        self.meter = ShardMeter(self.stack, Library(library), [torch.from_numpy(batch.copy()) for batch in ids])
+        leaving = self.meter.remember_parent([self._arrived(batch, self.stack.dtype) for batch in entering])
+        return self._sent(leaving)
+
+    def run_child(
+        self,
+        choices: Choices,
+        entering: Sequence[Container],
+        library: Artifact,
+        ids: Sequence[Container],
+        parent_entering: Sequence[Container],
+    ) -> list[Container] | Measured:
+        """Runs this shard's layers of a child. Returns the next shard's input, or at the end what was measured."""
+        if self.meter is None:  # this process was restarted
+            self.remember_parent(library, ids, parent_entering)
+        leaving = self.meter.run(choices, [self._arrived(batch, self.stack.dtype) for batch in entering])
+        measured: Measured | None = self.meter.compare(leaving) if self.stack.head is not None else None
+        return self._sent(leaving) if measured is None else measured
+
+    def _sent(self, leaving: Sequence[Any]) -> list[Container]:
+        """What travels of hidden states; nothing leaves the last shard."""
+        if self.stack.head is not None:
+            return []
+        return [self.transport.pack(batch, self.stack.dtype) for batch in leaving]
 
 
 @ray.remote(max_restarts=-1, max_task_retries=-1)  # every call brings what it needs, so any retry is safe

@@ -1,20 +1,24 @@
-"""The scoring stage on Ray: candidates enter a pipeline of shards at their layer's, so that all shards stay busy."""
+"""The scoring stage on Ray: candidates enter a pipeline of shards at their layer's, so that all shards stay busy.
+
+Text is read in chunks. All candidates run on one chunk before any runs on the next, so that a shard remembers the parent's activations
+on a single chunk.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
-from actors.memory import weight_bytes, with_memory
-from actors.parent_shard import EvaluationData, ParentShard
-from actors.placement import cluster_cpus, places, require, runs
-from actors.pool import Pool, Terms
+from actors.parent_pipelines import ParentPipelines
+from actors.parent_shard import EvaluationData
+from actors.placement import runs
+from actors.pool import Pool
 from puzzle_ray.artifacts import ScoreRow, Scores, SearchSpace
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.data.order import Tokens
@@ -24,12 +28,14 @@ from puzzle_ray.models.describe import describe
 from puzzle_ray.progress import Bar, Progress
 from puzzle_ray.scoring import fisher
 from puzzle_ray.scoring.downstream import load_questions
+from puzzle_ray.scoring.plan import Chunk, chunk_limit_bytes, chunks_of_rounds, kept_bytes_per_token, shard_bytes
 from puzzle_ray.scoring.replacements import (
     Damage,
     Replacement,
     ReplacementGroup,
     ScoringTask,
     all_replacements,
+    keep,
     merge_scores,
     replacement_groups,
     saved_score_rows,
@@ -39,90 +45,104 @@ from puzzle_ray.scoring.settings import ScoringConfig
 from puzzle_ray.scoring.shortlist import Shortlist, footprints
 from puzzle_ray.store import Artifact
 
-FLOAT32_BYTES = 4
-
 
 @dataclass
 class _Pipeline:
-    """One whole parent, cut into shards."""
+    """One whole parent, cut into shards. It works on one chunk of the text at a time."""
 
     shards: list[ActorHandle[Any]]
     shard_layers: list[range]
     data: ObjectRef[EvaluationData]
-    entering: list[Any]  # per shard: the parent's activations at its border
+    batches: tuple[int, ...] = ()  # of the chunk
+    entering: list[Any] = field(default_factory=list)  # per shard: the parent's activations at its border, on the chunk
 
-    @classmethod
-    def start(
-        cls, parent: str, layers: list[range], cluster: ClusterConfig, options: Mapping[str, Any], data: ObjectRef[EvaluationData]
-    ) -> tuple[_Pipeline, Sequence[ActorHandle[Any]]]:
-        """Asks Ray for the shards, and has each run the parent first."""
-        how = ("float32", "float32", 1, cluster.transport, cluster.gpus_per_shard)
-        actor = ParentShard.options(**options)  # type: ignore[attr-defined]
-        shards = [actor.remote(parent, own.start, own.stop, *how) for own in layers]
-        entering: list[Any] = [[]]
-        for shard in shards:
-            entering.append(shard.run_parent.remote(data, entering[-1]))
-        return cls(shards, layers, data, entering), shards
+    def room(self) -> ObjectRef[int | None]:
+        """The least memory that is free on a shard's GPU."""
+        least: Any = None
+        for shard in self.shards:
+            least = shard.room.remote(least)
+        return least
 
-    def score(self, task: ScoringTask, library: Artifact) -> ObjectRef[list[Damage]]:
+    def _turn_to(self, batches: tuple[int, ...]) -> None:
+        """Has every shard run the parent on a chunk, unless that is the one they work on."""
+        if batches != self.batches:
+            self.batches, self.entering = batches, [[]]
+            for shard in self.shards:
+                self.entering.append(shard.run_parent.remote(batches, self.data, self.entering[-1]))
+
+    def score(self, task: ScoringTask, chunk: Chunk, library: Artifact) -> ObjectRef[list[list[Damage]]]:
         """Sends exchanges through; the reference is their damage."""
+        self._turn_to(chunk.batches)
         first = next(n for n, layers in enumerate(self.shard_layers) if task.layer in layers)
-        out = self.shards[first].exchange.remote(task, library, self.data, self.entering[first])
+        out = self.shards[first].exchange.remote(task, library, self.batches, self.data, self.entering[first])
         for n in range(first + 1, len(self.shards)):
-            out = self.shards[n].suffix.remote(task, out, self.data, self.entering[n])
+            out = self.shards[n].suffix.remote(task, out, self.batches, self.data, self.entering[n])
         return out
 
     def estimate(
-        self, batches: Sequence[int], space: SearchSpace, config: ScoringConfig, library: Artifact
-    ) -> list[ObjectRef[fisher.Estimates]]:
-        """Sends gradients back, from the last shard to the first; the references are each shard's estimates, the first one's last."""
-        found, gradients = [], None
-        for n in reversed(range(len(self.shards))):
-            estimate = self.shards[n].estimate.options(num_returns=2)
-            own, gradients = estimate.remote(batches, gradients, space, config, library, self.data, self.entering[n])
-            found.append(own)
-        return found
+        self, chunk: Chunk, space: SearchSpace, config: ScoringConfig, library: Artifact
+    ) -> list[tuple[tuple[int, ...], list[ObjectRef[fisher.Estimates]]]]:
+        """Sends gradients back, from the last shard to the first, for a part of the chunk's batches after the other.
+
+        Returns each part's batches, and references to the estimates of every shard. The very last one is there when all are.
+        """
+        self._turn_to(chunk.batches)
+        parts = runs(len(chunk.batches), 2 * len(self.shards)) if len(self.shards) > 1 else [range(len(chunk.batches))]
+        sent = []
+        for part in parts:
+            own = chunk.batches[part.start : part.stop]
+            found, gradients = [], None
+            for n in reversed(range(len(self.shards))):
+                estimate = self.shards[n].estimate.options(num_returns=2)
+                of_shard, gradients = estimate.remote(
+                    own, gradients, space, config, library, self.batches, self.data, self.entering[n]
+                )
+                found.append(of_shard)
+            sent.append((own, found))
+        return sent
 
 
 class _Pipelines:
-    """As many whole parents as the cluster has room for, up to `limit`; started when the first work is met."""
+    """The pipelines of one scoring, and how much text they work on at a time."""
 
-    def __init__(self, parent: str, num_layers: int, cluster: ClusterConfig, data: EvaluationData, limit: int) -> None:
-        self.parent, self.num_layers, self.cluster, self.data, self.limit = parent, num_layers, cluster, data, limit
-        self.started: Pool[_Pipeline, Any] | None = None
+    def __init__(self, parent: str, cluster: ClusterConfig, config: ScoringConfig, data: EvaluationData, limit: int) -> None:
+        self.cluster, self.config, self.data = cluster, config, data
+        self.sent: ObjectRef[EvaluationData] | None = None
+        self.model_config = read_config(locate(parent))
+        self.batch_tokens = [batch.size for batch in (*data.texts, *(q.input_ids for q in data.questions))]
+        depth, descriptor = self.model_config.num_hidden_layers, describe(self.model_config)
+        largest = max(self.batch_tokens)
+
+        def held_bytes(layers: range) -> int:
+            return shard_bytes(self.model_config, descriptor, layers, config, largest, None).total
+
+        def handle_of(shards: list[ActorHandle[Any]], layers: list[range]) -> _Pipeline:
+            self.sent = self.sent or ray.put(data)
+            return _Pipeline(shards, layers, self.sent)
+
+        self.pipelines = ParentPipelines(
+            parent, depth, cluster, "score", limit, held_bytes, handle_of, dtype=config.dtype, tf32=config.tf32
+        )
 
     def pool(self) -> Pool[_Pipeline, Any]:
-        """The pipelines, started by the first who asks. Each has enough work on its way that no shard waits for some."""
-        if self.started is None:
-            room, cluster = cluster_cpus(), self.cluster
-            if cluster.gpus_per_shard:
-                wanted = {"num_gpus": cluster.gpus_per_shard}
-                gpus = require(wanted, "a parent shard", "scoring", cluster.autoscaling) or cluster.num_shards
-                cluster = cluster.model_copy(update={"num_shards": min(cluster.num_shards, gpus)})
-                room = min(room, gpus)
-            layers = runs(self.num_layers, cluster.num_shards)
-            folder = locate(self.parent)
-            held = max(weight_bytes(folder, FLOAT32_BYTES, own) for own in layers)
-            share = 1 / -(-len(layers) // cluster_cpus())  # more shards than cores share them; whole shares of every core
-            options = {"num_cpus": share, "num_gpus": cluster.gpus_per_shard}
-            if not cluster.gpus_per_shard:  # else the weights are in a GPU's memory
-                options = with_memory(options, held, "a parent shard", "score", len(layers))
-                room = min(room, places({"memory": options["memory"]})) if "memory" in options else room
-            data = ray.put(self.data)
-            terms = Terms("score", "parent shards", cluster.placement_timeout_s, cluster.step_timeout_s)
-            self.started = Pool(
-                lambda: _Pipeline.start(self.parent, layers, cluster, options, data),
-                terms,
-                depth=2 * len(layers),
-                restarts=True,
-            )
-            self.started.start(min(self.limit, max(1, room // cluster.num_shards)))
-        return self.started
+        return self.pipelines.pool()
+
+    def chunks(self, rounds: Sequence[tuple[int, ...]]) -> list[Chunk]:
+        """The batches of all rounds in chunks that every shard has room for."""
+        free: list[int | None] = [None]
+        if self.cluster.gpus_per_shard and self.config.chunk_mib == "auto":
+
+            def receive(_: str, found: int | None) -> bool:
+                free.append(found)
+                return False
+
+            self.pool().run(["room"], lambda pipeline, _: pipeline.room(), receive, name_of=str)
+        self.pool()
+        each = max(kept_bytes_per_token(self.model_config, own, self.config.dtype) for own in self.pipelines.layers)
+        return chunks_of_rounds(rounds, self.batch_tokens, each, chunk_limit_bytes(self.config, free[-1]))
 
     def close(self) -> None:
-        if self.started is not None:
-            self.started.close()
-            self.started = None
+        self.pipelines.close()
 
 
 def _evaluation_data(parent: str, model_config: Any, config: ScoringConfig, tokens: Tokens) -> EvaluationData:
@@ -145,15 +165,14 @@ def score_blocks(
     model_config = read_config(locate(parent))
     data = _evaluation_data(parent, model_config, config, tokens)
     items = all_replacements(space, config.granularity)
-    num_texts = len(data.texts)
-    estimates = fisher.unfinished_estimate_tasks(num_texts, artifact) if config.shortlist == "fisher" else []
     wanted, shortlist = items, None
-    pipelines = _Pipelines(parent, len(space.layers), cluster, data, len(items))
+    pipelines = _Pipelines(parent, cluster, config, data, len(items))
     try:
-        if estimates:
-            _estimate_all(pipelines.pool(), estimates, space, config, library, artifact)
         if config.shortlist == "fisher":
-            found = fisher.load_estimates(num_texts, artifact)
+            missing = fisher.unestimated_batches(len(data.texts), artifact)
+            if missing:
+                _estimate_all(pipelines, missing, space, config, library, artifact)
+            found = fisher.load_estimates([len(batch) for batch in data.texts], artifact)
             weights = footprints(space, describe(model_config), model_config)
             shortlist = Shortlist.of(items, found, sum(batch.size for batch in data.texts), weights, space, config)
             wanted = list(shortlist.exact)
@@ -176,7 +195,7 @@ def scoring(
 ) -> Iterator[Callable[[Sequence[Replacement]], list[ScoreRow]]]:
     """A function that scores items exactly, one at a time, as they are asked for; what it found is kept in the step."""
     data = _evaluation_data(parent, read_config(locate(parent)), config, tokens)
-    pipelines = _Pipelines(parent, len(space.layers), cluster, data, len(all_replacements(space, config.granularity)))
+    pipelines = _Pipelines(parent, cluster, config, data, len(all_replacements(space, config.granularity)))
     try:
         yield lambda items: _score(pipelines, items, config.alone, library, artifact, progress)
     finally:
@@ -197,53 +216,52 @@ def _score(
     )
     with progress.stage("score", len(wanted), "block") as bar:
         bar.advance(len(wanted) - sum(len(group.replacements) for group in todo))
-        if todo:
-            _score_all(pipelines.pool(), todo, library, artifact, bar)
+        for chunk in pipelines.chunks(todo[0].rounds) if todo else ():
+            _score_chunk(pipelines.pool(), chunk, todo, library, artifact, bar)
     return saved_score_rows(wanted, artifact)
 
 
-def _score_all(
-    pool: Pool[_Pipeline, ReplacementGroup], todo: Sequence[ReplacementGroup], library: Artifact, artifact: Artifact, bar: Bar
+def _score_chunk(
+    pool: Pool[_Pipeline, ReplacementGroup],
+    chunk: Chunk,
+    todo: Sequence[ReplacementGroup],
+    library: Artifact,
+    artifact: Artifact,
+    bar: Bar,
 ) -> None:
-    tasks: dict[tuple[Replacement, ...], ScoringTask] = {}
+    tasks = {group.replacements: task for group in todo if (task := group.task(chunk)) is not None}
 
-    def send(pipeline: _Pipeline, group: ReplacementGroup) -> ObjectRef[list[Damage]]:
-        return pipeline.score(tasks[group.replacements], library)
+    def send(pipeline: _Pipeline, group: ReplacementGroup) -> ObjectRef[list[list[Damage]]]:
+        return pipeline.score(tasks[group.replacements], chunk, library)
 
-    def receive(group: ReplacementGroup, found: list[Damage]) -> bool:
-        group.add(tasks[group.replacements], found)
-        task = group.next_task()
-        if task is not None:
-            tasks[group.replacements] = task
-            return True
-        group.save(artifact)
-        bar.advance(len(group.replacements))
+    def receive(group: ReplacementGroup, found: list[list[Damage]]) -> bool:
+        task = tasks[group.replacements]
+        group.add(task, found)
+        bar.advance(keep(group, task, artifact))
         return False
 
-    for group in todo:
-        task = group.next_task()
-        assert task is not None, "a group that is not in the step yet has something to score"
-        tasks[group.replacements] = task
-    pool.run(todo, send, receive, name_of=lambda group: group.replacements[0].file_name)
+    groups = [group for group in todo if group.replacements in tasks]
+    pool.run(groups, send, receive, name_of=lambda group: group.replacements[0].file_name)
 
 
 def _estimate_all(
-    pool: Pool[_Pipeline, tuple[str, tuple[int, ...]]],
-    todo: Sequence[tuple[str, tuple[int, ...]]],
+    pipelines: _Pipelines,
+    missing: Sequence[int],
     space: SearchSpace,
     config: ScoringConfig,
     library: Artifact,
     artifact: Artifact,
 ) -> None:
-    sent: dict[str, list[ObjectRef[fisher.Estimates]]] = {}
+    pool: Pool[_Pipeline, Chunk] = pipelines.pool()
+    sent: dict[Chunk, list[tuple[tuple[int, ...], list[ObjectRef[fisher.Estimates]]]]] = {}
 
-    def send(pipeline: _Pipeline, work: tuple[str, tuple[int, ...]]) -> ObjectRef[fisher.Estimates]:
-        name, batches = work
-        sent[name] = pipeline.estimate(batches, space, config, library)
-        return sent[name][-1]  # the first shard's: the others are there when it is
+    def send(pipeline: _Pipeline, chunk: Chunk) -> ObjectRef[fisher.Estimates]:
+        sent[chunk] = pipeline.estimate(chunk, space, config, library)
+        return sent[chunk][-1][1][-1]
 
-    def receive(work: tuple[str, tuple[int, ...]], _: fisher.Estimates) -> bool:
-        fisher.save_estimates(artifact, work[0], ray.get(sent[work[0]], timeout=pool.terms.step_timeout_s))
+    def receive(chunk: Chunk, _: fisher.Estimates) -> bool:
+        for batches, of_shards in sent.pop(chunk):
+            fisher.save_estimates(artifact, batches, ray.get(of_shards, timeout=pool.terms.step_timeout_s))
         return False
 
-    pool.run(todo, send, receive, name_of=lambda work: work[0])
+    pool.run(pipelines.chunks([tuple(missing)]), send, receive, name_of=lambda chunk: f"text batch {chunk.batches[0]}")

@@ -92,8 +92,8 @@ def score_each(setting: Setting) -> tuple[list[dict[str, Any]], dict[Replacement
         whole, whole_layers_s, whole_head_s = whole_forward(setting, item)
         task = ScoringTask((item,), setting.batches)
         leaving, layers_s = timed(lambda task=task, states=states: setting.scorer.run_replacements(task, lambda *_: states))
-        (damage,), head_s = timed(lambda task=task, leaving=leaving: setting.scorer.measure(task, leaving))
-        exact[item] = damage
+        (parts,), head_s = timed(lambda task=task, leaving=leaving: setting.scorer.measure(task, leaving))
+        exact[item] = damage = Damage.joined(parts)
         rows.append(
             {
                 "layer": item.layer,
@@ -111,13 +111,13 @@ def score_each(setting: Setting) -> tuple[list[dict[str, Any]], dict[Replacement
 
 
 def fisher_estimates(setting: Setting, samples: int) -> tuple[dict[Replacement, float], float]:
-    """(estimates, seconds), as the product cuts the work."""
+    """(estimates, seconds), a text batch at a time."""
     config = ScoringConfig(granularity="subblock", shortlist="fisher", fisher_samples=samples)
     found: fisher.Estimates = {}
 
     def work() -> None:
-        for _, batches in fisher.estimate_tasks(len(setting.texts)):
-            part, _ = fisher.shard_estimates(setting.scorer, batches, None, setting.space, config, setting.library.states)
+        for batch in setting.batches:
+            part, _ = fisher.shard_estimates(setting.scorer, (batch,), None, setting.space, config, setting.library.states)
             for key, values in part.items():
                 found.setdefault(key, []).extend(values)
 
@@ -133,7 +133,7 @@ def candidate_batches(run: Run, setting: Setting, sequences: Sequence[int]) -> l
     for count in sequences:
         texts = tokens.read(run)[1].first(4096, count)
         scorer = ShardScorer(setting.stack, texts)
-        scorer.run_parent(texts)
+        scorer.run_parent()
         batches = tuple(range(len(texts)))
         row: dict[str, Any] = {"tokens_per_batch": int(texts[0].numel())}
         for size in (1, 4):
@@ -179,7 +179,7 @@ def measure(run: Run, out: Path) -> None:
     scoring = run.config.scoring
     length = run.config.data.sequence_length
     setting = Setting(run, tokens.read(run)[1].first(scoring.tokens, scoring.micro_batch_tokens // length))
-    _, parent_s = timed(lambda: setting.scorer.run_parent(setting.texts))
+    _, parent_s = timed(lambda: setting.scorer.run_parent())
     rows, exact = score_each(setting)
     kl = [mean(exact[item].values["kl"]) for item in setting.items]
     exact_s = parent_s + sum(row["prefix_layers_s"] + row["prefix_head_s"] for row in rows)

@@ -58,7 +58,7 @@ from puzzle_ray.variants.space import search_space, space_sources
 from puzzle_ray.version import torch_series
 
 EVALUATION = "evaluation.json"
-SEQUENCES = 8  # of a batch in the evaluation
+SEQUENCES = 8  # of a batch of held-out text that distillation is watched on
 
 
 @dataclass(frozen=True)
@@ -163,10 +163,10 @@ class Setting:
         return self.config.cluster.in_one_process()
 
     def stack(self) -> LayerStack:
-        """The whole parent in float32, cut into layers that can be exchanged."""
+        """The whole parent, cut into layers that can be exchanged, in the dtype that blocks are scored in."""
         compute_with(1)  # as every shard computes
-        layers = self.model_config.num_hidden_layers
-        return load_stack(self.parent, describe(self.model_config), self.model_config, 0, layers, torch.float32)
+        layers, dtype = self.model_config.num_hidden_layers, getattr(torch, self.config.scoring.dtype)
+        return load_stack(self.parent, describe(self.model_config), self.model_config, 0, layers, dtype)
 
 
 def once(artifact: Artifact, work: Callable[[Artifact], None]) -> Artifact:
@@ -322,7 +322,7 @@ def evaluation_of(
 
     def work(artifact: Artifact) -> None:
         compute_with(num_cores())
-        batches = parts.test.first(config.tokens, SEQUENCES)
+        batches = parts.test.first(config.tokens, config.sequences(s.config.data.sequence_length))
         questions = load_questions(str(s.parent), scoring, s.max_positions, "test")
         how = (profile.scenario, config, profile.dtype, s.progress, profile.num_gpus > 0, questions)
         found = evaluate(folders, batches, read_architecture(architecture), *how)

@@ -91,3 +91,31 @@ def device_for(num_gpus: float) -> torch.device:
         problem = f"torch {torch.__version__} sees no GPU in a process that was given {num_gpus:g}"
         raise ClusterError("cluster", problem, "install a CUDA build of torch on every node, or ask for no GPUs")
     return torch.device("cuda")
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What this process could still allocate on a GPU; None for a CPU. What torch keeps for reuse counts as free."""
+    import torch
+
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """What this process could still allocate on a device; None where nobody says. On Linux, a CPU has what the kernel calls available."""
+    if device.type == "cuda":
+        return free_bytes(device)
+    for line in (_read("/proc/meminfo") or "").splitlines():
+        name, _, rest = line.partition(":")
+        if name == "MemAvailable":
+            return int(rest.split()[0]) * 1024
+    return None
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether products of float32 matrices on a GPU may round their factors to TF32. On a CPU it changes nothing."""
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = allowed

@@ -38,11 +38,15 @@ def measuring(run: Run) -> Iterator[Measure]:
     batches = tokens.batches(parts.pick, count, sequences)
     library = run.content("library")
     inputs = {"library": library.key} | parts.sources(pick=count)
-    how = {"tokens": count, "sequences": sequences, "cluster": run.config.cluster.shards_identity()}
+    scoring = run.config.scoring
+    how = {"tokens": count, "sequences": sequences, "cluster": run.config.cluster.shards_identity(), "dtype": scoring.dtype}
+    how |= {"tf32": scoring.tf32}
     artifact = run.store.artifact("measured", how, inputs)
     with (
         adding_items(artifact),
-        pool(run.parent.address, library, batches, run.config.cluster, artifact, run.progress) as measure,
+        pool(
+            run.parent.address, library, batches, run.config.cluster, artifact, run.progress, scoring.dtype, scoring.tf32
+        ) as measure,
     ):
         yield measure
 

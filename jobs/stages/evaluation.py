@@ -10,7 +10,6 @@ from jobs.stages import architecture, scores, tokens
 from puzzle_ray.store import Artifact
 
 EVALUATION = "evaluation.json"
-SEQUENCES = 8  # of a batch
 
 
 def settings(run: Run) -> dict[str, Any]:
@@ -23,6 +22,12 @@ def sources(run: Run) -> dict[str, str]:
     return tokens.parts(run).sources(test=run.config.evaluate.tokens) | scores.downstream_source(run)
 
 
+def _batches(run: Run) -> list[Any]:
+    """Held-out token ids `[sequences, tokens]`, as many at a time as the settings say."""
+    config = run.config.evaluate
+    return tokens.batches(tokens.parts(run).test, config.tokens, config.sequences(run.config.data.sequence_length))
+
+
 def compare(run: Run, folders: Mapping[str, str]) -> dict[str, Any]:
     """Held-out predictions and measured speed of models by name, `parent` and `child` among them, side by side; their answers to
     the half of the downstream questions that no block was scored by."""
@@ -33,7 +38,7 @@ def compare(run: Run, folders: Mapping[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = run_alone(
         evaluate,
         folders,
-        tokens.batches(tokens.parts(run).test, config.evaluate.tokens, SEQUENCES),
+        _batches(run),
         architecture.read(run),
         profile.scenario,
         config.evaluate,
@@ -51,12 +56,12 @@ def heldout_of(run: Run, distilled: Artifact) -> Mapping[str, float]:
     """Held-out loss, KL and agreement of a distilled child, nothing timed."""
     from actors.lone_worker import predict, run_alone
 
-    count, parts = run.config.evaluate.tokens, tokens.parts(run)
+    count, parts, profile = run.config.evaluate.tokens, tokens.parts(run), run.profile_config
 
     def work(artifact: Artifact) -> None:
-        batches = tokens.batches(parts.test, count, SEQUENCES)
         folders = {"parent": run.parent.address, "child": distilled.path("child")}
-        found = run_alone(predict, folders, batches, cluster=run.config.cluster, what="evaluate")
+        how = (folders, _batches(run), profile.num_gpus > 0)
+        found = run_alone(predict, *how, cluster=run.config.cluster, what="evaluate", profile=profile)
         artifact.finish(found["child"])
 
     inputs = {"child": distilled.key} | parts.sources(test=count)

@@ -6,6 +6,7 @@ checkpoint holds everything that training carries from step to step. A resumed r
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -22,13 +23,14 @@ from puzzle_ray.artifacts import rows_to_parquet
 from puzzle_ray.data.order import Tokens
 from puzzle_ray.data.splits import load_tokens
 from puzzle_ray.distill.guard import HeldoutGuard, HeldoutRow
-from puzzle_ray.distill.losses import cosine_distance, token_losses
+from puzzle_ray.distill.head_losses import head_losses, layers_cosine_distance
 from puzzle_ray.distill.schedule import LearningRate
 from puzzle_ray.distill.settings import GkdConfig
 from puzzle_ray.errors import ConfigError, PuzzleError, StoreError
 from puzzle_ray.models.checkpoint import locate
 from puzzle_ray.models.child import load_model, quiet_transformers, read_config, save_child
 from puzzle_ray.models.describe import describe
+from puzzle_ray.models.head import Head, final_states
 from puzzle_ray.progress import Progress
 from puzzle_ray.store import Artifact
 
@@ -101,15 +103,15 @@ def layer_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
 
 def gkd_steps(config: GkdConfig) -> int:
     """Optimizer steps until `config.tokens` are used, rounded up; 0 for 0 tokens."""
-    tokens_per_step = config.micro_batch_tokens * config.num_workers
+    tokens_per_step = config.micro_batch_tokens * config.num_workers * config.gradient_accumulation
     return math.ceil(config.tokens / tokens_per_step)
 
 
 class GkdTrainer:
     """Trains `child` (float32 weights) towards `parent`, one optimizer step at a time.
 
-    A step takes one micro-batch per worker. This process computes the micro-batches of `ranks`. By default these are all ranks, so
-    that one process does the work of all workers. With fewer, `all_reduce` must sum a tensor over all processes, in place.
+    A step takes `gradient_accumulation` micro-batches per worker. This process computes those of `ranks`. By default these are all
+    ranks, so that one process does the work of all workers. With fewer, `all_reduce` must sum a tensor over all processes, in place.
     Raises ConfigError where a micro-batch is shorter than one sequence.
     """
 
@@ -161,14 +163,14 @@ class GkdTrainer:
         """Takes one optimizer step. Raises Diverged where loss or gradient is not finite, before any weight is changed."""
         number, config = self.next_step, self.config
         self.sums.zero_()
-        for rank in self.ranks:
-            ids = self.tokens.batch(self.seed, number * config.num_workers + rank, self.num_sequences).to(self.device)
-            losses = self.loss_terms(ids)
+        for round_, rank in itertools.product(range(config.gradient_accumulation), self.ranks):
+            place = (number * config.gradient_accumulation + round_) * config.num_workers + rank
+            losses = self.loss_terms(self.tokens.batch(self.seed, place, self.num_sequences).to(self.device))
             losses[0].backward()
             self.losses += torch.stack([term.detach() for term in losses])
         if self.all_reduce is not None:
             self.all_reduce(self.sums)
-        self.sums /= config.num_workers
+        self.sums /= config.num_workers * config.gradient_accumulation
         norm = float(torch.linalg.vector_norm(self.gradients))
         loss, kl, cosine, lm = self.losses.tolist()
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -208,12 +210,13 @@ class GkdTrainer:
         half = self.device.type != "cpu" and self.parent.dtype != torch.float32
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             with torch.no_grad(), layer_outputs(self.parent) as parent_hidden:
-                parent_logits = self.parent(input_ids, use_cache=False).logits
+                parent_final = final_states(self.parent, input_ids)
             with layer_outputs(self.child) as child_hidden:
-                child_logits = self.child(input_ids, use_cache=False).logits
-        total, kl, lm = token_losses(child_logits, parent_logits, input_ids, config.kl_weight, config.lm_weight)
+                child_final = final_states(self.child, input_ids)
+            heads = (Head.of(self.child), child_final, Head.of(self.parent), parent_final)
+            total, kl, lm = head_losses(*heads, input_ids, config.kl_weight, config.lm_weight)
         with torch.set_grad_enabled(config.cosine_weight > 0):
-            cosine = cosine_distance(child_hidden, parent_hidden)
+            cosine = layers_cosine_distance(child_hidden, parent_hidden)
         return total + config.cosine_weight * cosine, kl, cosine, lm
 
     def state_tensors(self) -> dict[str, Tensor]:
@@ -345,7 +348,8 @@ def publish_distilled(trainer: GkdTrainer, job: GkdJob) -> None:
         save_child(child, source, folder)
     job.artifact.write(CURVE, rows_to_parquet(trainer.curve, GkdRow, {}))
     last = {f"last_{name}": getattr(row, name) for row in trainer.curve[-1:] for name in ("loss", "kl", "cosine", "lm")}
-    tokens = trainer.total_steps * trainer.num_sequences * trainer.tokens.sequences.shape[1] * job.config.num_workers
+    micro_batches = trainer.total_steps * job.config.num_workers * job.config.gradient_accumulation
+    tokens = micro_batches * trainer.num_sequences * trainer.tokens.sequences.shape[1]
     facts = {"steps": trainer.total_steps, "tokens": tokens, **last}
     if trainer.guard is not None:
         job.artifact.write(LOOKS, rows_to_parquet(trainer.guard.rows, HeldoutRow, {}))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,58 +59,6 @@ def training_loss(weights: BlockLoss, replaced: Sequence[SubblockKind], child: L
 
 
 NO_LABEL = -100  # marks a token that has no next one
-_CHUNK_ELEMENTS = 1 << 22  # logits that are turned into float32 at a time
-
-
-class _TokenLosses(torch.autograd.Function):
-    """KL(parent || child) and next-token loss. The same pass writes their gradient, softmax(child) - target."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, child_logits: Tensor, parent_logits: Tensor, labels: Tensor, kl_weight: float, lm_weight: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        tokens, vocab_size = child_logits.shape
-        labelled = max(1, int((labels != NO_LABEL).sum()))
-        gradient = torch.empty_like(child_logits)
-        kl, lm = torch.zeros(2, dtype=torch.float32, device=child_logits.device)
-        size = max(1, _CHUNK_ELEMENTS // vocab_size)
-        for start in range(0, tokens, size):
-            chunk = slice(start, start + size)
-            child = child_logits[chunk].float().log_softmax(-1)
-            parent = parent_logits[chunk].float().log_softmax(-1)
-            known = (labels[chunk] != NO_LABEL).float().unsqueeze(1)
-            label = labels[chunk].clamp(min=0).unsqueeze(1)
-            lm -= (child.gather(1, label) * known).sum() / labelled
-            target = parent.exp()
-            kl += (target * parent.sub_(child)).sum() / tokens
-            child.exp_()
-            slope = (child - target).mul_(kl_weight / tokens)
-            if lm_weight:
-                known *= lm_weight / labelled
-                slope.addcmul_(child, known).scatter_add_(1, label, -known)
-            gradient[chunk] = slope
-        ctx.gradient = gradient
-        ctx.mark_non_differentiable(kl, lm)
-        return kl_weight * kl + lm_weight * lm, kl, lm
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.gradient.mul_(outer[0]), None, None, None, None
-
-
-def token_losses(
-    child_logits: Tensor, parent_logits: Tensor, input_ids: Tensor, kl_weight: float, lm_weight: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(weighted sum, KL, next-token loss), in nats and float32.
-
-    Logits are `[batch, tokens, vocab_size]` in any dtype, ids are `[batch, tokens]`. KL(parent || child) is a mean over all tokens.
-    The next-token loss is a mean over the tokens that have a next one. Only the weighted sum has a gradient, and only towards the
-    child. Besides the logits this needs memory for one tensor of their size and dtype, and for a chunk in float32.
-    """
-    labels = functional.pad(input_ids[:, 1:], (0, 1), value=NO_LABEL).flatten()
-    flat = child_logits.flatten(0, 1), parent_logits.detach().flatten(0, 1)
-    total, kl, lm = _TokenLosses.apply(*flat, labels, kl_weight, lm_weight)
-    return total, kl, lm
 
 
 def cosine_distance(child: Sequence[Tensor], parent: Sequence[Tensor]) -> Tensor:
@@ -124,9 +71,14 @@ def cosine_distance(child: Sequence[Tensor], parent: Sequence[Tensor]) -> Tensor
 # B sequences, T tokens, V vocabulary, D hidden size
 
 
+def kl_per_token(parent_log_probs: Tensor, child_log_probs: Tensor) -> Tensor:
+    """KL(parent || child) in nats, `[..., vocab_size]` -> `[...]`. Both inputs are float32 log-probabilities."""
+    return parent_log_probs.exp().mul_(parent_log_probs - child_log_probs).sum(-1)
+
+
 def kl_per_sequence(parent_log_probs_BTV: Tensor, child_log_probs_BTV: Tensor) -> Tensor:
-    """KL(parent || child) in nats, a mean over tokens: `[sequences]`. Both inputs are float32 log-probabilities."""
-    return (parent_log_probs_BTV.exp() * (parent_log_probs_BTV - child_log_probs_BTV)).sum(-1).mean(-1)
+    """The same as a mean over tokens: `[sequences]`."""
+    return kl_per_token(parent_log_probs_BTV, child_log_probs_BTV).mean(-1)
 
 
 def next_token_loss_per_sequence(log_probs_BTV: Tensor, input_ids_BT: Tensor) -> Tensor:

@@ -1,35 +1,61 @@
-"""Puts a child together from the parent's checkpoint and a block library, and publishes it."""
+"""Puts a child together from the parent's checkpoint and a block library, and publishes it. Weights go from file to file."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from puzzle_ray.artifacts import LayerChoice
 from puzzle_ray.errors import ParentError
+from puzzle_ray.models.blocks import logits_layer_by_layer, swapped
 from puzzle_ray.models.checkpoint import locate
-from puzzle_ray.models.child import assemble, load_model, save_child
+from puzzle_ray.models.child import child_classes, quiet_transformers, read_config
+from puzzle_ray.models.child_files import StatesOf, write_child
+from puzzle_ray.models.describe import describe
 from puzzle_ray.store import Artifact
+
+_PROBE_TOKENS = 32
 
 
 def realize(parent: str, choices: Sequence[LayerChoice], library: Artifact, artifact: Artifact) -> None:
-    """Assembles the child in the parent's dtype and publishes it as the folder `child` of `artifact`.
+    """Writes the child in the parent's dtype and publishes it as the folder `child` of `artifact`.
 
-    Raises ParentError where the saved child, loaded again, does not give the same logits bit for bit.
+    Raises ParentError where the saved child does not give the logits of the parent with these blocks in it, bit for bit.
     """
     from puzzle_ray.distill.library import Library
-    from puzzle_ray.models.child import quiet_transformers, read_config
 
-    folder = locate(parent)
+    folder, states_of = locate(parent), Library(library).states
     config = read_config(folder)
-    trained = {(i, kind): state for i, c in enumerate(choices) for kind, state in Library(library).states(i, c).items()}
     dtype = getattr(config, "dtype", None) or torch.float32
     with quiet_transformers(), artifact.folder_to_publish("child") as target:
-        child = assemble(folder, config, choices, trained, dtype)
-        save_child(child, folder, target)
-        ids = torch.arange(32).remainder(config.vocab_size).unsqueeze(0)
-        with torch.inference_mode():
-            if not torch.equal(child(ids).logits, load_model(target).eval()(ids).logits):
-                raise ParentError("child", "the saved child does not give the logits it was saved with", "report this as a bug")
-    artifact.finish({"num_params": child.num_parameters(), "dtype": str(dtype).removeprefix("torch.")})
+        num_params = write_child(folder, config, choices, states_of, dtype, target)
+        if not torch.equal(_exchanged(folder, config, choices, states_of, dtype), _saved(target, dtype)):
+            raise ParentError("child", "the saved child does not give the logits it was saved with", "report this as a bug")
+    artifact.finish({"num_params": num_params, "dtype": str(dtype).removeprefix("torch.")})
+
+
+def _probe(config: Any) -> Tensor:
+    return torch.arange(_PROBE_TOKENS).remainder(config.vocab_size).unsqueeze(0)
+
+
+def _exchanged(folder: Path, config: Any, choices: Sequence[LayerChoice], states_of: StatesOf, dtype: torch.dtype) -> Tensor:
+    """The logits of the parent with library blocks in place of its own. One layer is in memory at a time."""
+    descriptor = describe(config)
+
+    def exchange(layer: nn.Module, index: int) -> nn.Module:
+        choice = choices[index]
+        return swapped(layer, choice, descriptor, config, states_of(index, choice)) if choice.replaced else layer
+
+    return logits_layer_by_layer(folder, descriptor, config, dtype, _probe(config), exchange=exchange)
+
+
+def _saved(folder: Path, dtype: torch.dtype) -> Tensor:
+    """The logits of the child in a folder, in the same way."""
+    config = read_config(folder)
+    descriptor = describe(config)
+    _, model_class = child_classes(descriptor.model_type)
+    return logits_layer_by_layer(folder, descriptor, config, dtype, _probe(config), model_class=model_class)

@@ -85,7 +85,8 @@ class GkdConfig(Section):
     """Global knowledge distillation: the weights of the loss terms, and how to train."""
 
     tokens: Annotated[int, Field(ge=0)] = 1_000_000
-    micro_batch_tokens: Count = 2048  # per worker and step
+    micro_batch_tokens: Count = 2048  # per worker, in one forward
+    gradient_accumulation: Count = 1  # micro-batches of each worker in one optimizer step
     num_workers: Count = 1
     learning_rate: Positive = 3e-4
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1

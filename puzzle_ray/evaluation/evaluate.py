@@ -1,49 +1,96 @@
-"""Evaluation: held-out predictions and measured speed of the parent and its children, in one process."""
+"""Evaluation: held-out predictions and measured speed of the parent and its children, in one process, one model at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from puzzle_ray.artifacts import Architecture, Scenario
 from puzzle_ray.evaluation.settings import EvaluateConfig
-from puzzle_ray.models.checkpoint import locate
+from puzzle_ray.models.checkpoint import Checkpoint, locate
 from puzzle_ray.models.child import load_model, quiet_transformers
+from puzzle_ray.models.head import Head, final_states
 from puzzle_ray.models.tokenizer import read_tokenizer
+from puzzle_ray.process import available_bytes
 from puzzle_ray.profiling.engine import Timing, measure_side_by_side
 from puzzle_ray.profiling.engines.torch_engine import ENGINE
 from puzzle_ray.profiling.memory import model_memory_mib
 from puzzle_ray.progress import Progress
 from puzzle_ray.scoring.downstream import QuestionBatch, answer_questions
-from puzzle_ray.scoring.metrics import PredictionMetrics, compare_predictions, mean
+from puzzle_ray.scoring.metrics import PredictionMetrics, compare_heads, mean, parents_own
 
 PARENT = "parent"
+BEFORE = "child_before_gkd"  # has the shapes of `child`
+ROOM = 1.25  # times the weights of all models that are timed together: they have caches and activations, too
+
+
+class Models(Mapping[str, Any]):
+    """Models by name, each read from its folder whenever it is asked for, in its own dtype, to one device. Keeps none."""
+
+    def __init__(self, folders: Mapping[str, str], device: torch.device, dtype: torch.dtype | None = None) -> None:
+        self.folders, self.device, self.dtype = folders, device, dtype
+
+    def __getitem__(self, name: str) -> Any:
+        return load_model(self.folders[name], self.dtype).to(self.device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.folders)
+
+    def __len__(self) -> int:
+        return len(self.folders)
+
+
+class Reference:
+    """What is kept of the parent to compare children with: its final hidden states on the batches, and its head."""
+
+    def __init__(self, parent: Any, batches: Sequence[Tensor]) -> None:
+        self.head, self.batches = Head.of(parent), [ids.to(parent.device) for ids in batches]
+        self.finals = [final_states(parent, ids) for ids in self.batches]
+
+    def of_parent(self) -> dict[str, float]:
+        pairs = zip(self.batches, self.finals, strict=True)
+        return _figures([parents_own(self.head, ids, final) for ids, final in pairs])
+
+    def of_child(self, child: Any) -> dict[str, float]:
+        head, pairs = Head.of(child), zip(self.batches, self.finals, strict=True)
+        return _figures([compare_heads(self.head, head, ids, final, final_states(child, ids)) for ids, final in pairs])
+
+
+def _figures(parts: Sequence[PredictionMetrics]) -> dict[str, float]:
+    joined = PredictionMetrics.joined(parts)
+    return {
+        "heldout_loss": mean(joined.lm_loss),
+        "kl": mean(joined.kl),
+        "top1_agreement": mean(joined.top1_agreement),
+        "heldout_tokens": float(joined.tokens),
+    }
 
 
 @torch.inference_mode()
-def predictions(models: Mapping[str, Any], batches: Sequence[Tensor]) -> dict[str, dict[str, float]]:
-    """Held-out loss, KL(parent || model) and top-1 agreement of every model, in nats per token. `parent` must be among the models."""
-    parts: dict[str, list[PredictionMetrics]] = {name: [] for name in models}
-    for ids in batches:
-        reference = F.log_softmax(models[PARENT](ids, use_cache=False).logits.float(), dim=-1)
-        for name, model in models.items():
-            logits = reference if name == PARENT else model(ids, use_cache=False).logits
-            parts[name].append(compare_predictions(reference, logits, ids))
-    out = {}
-    for name, of_batches in parts.items():
-        joined = PredictionMetrics.joined(of_batches)
-        out[name] = {
-            "heldout_loss": mean(joined.lm_loss),
-            "kl": mean(joined.kl),
-            "top1_agreement": mean(joined.top1_agreement),
-            "heldout_tokens": float(joined.tokens),
-        }
-    return out
+def predictions(
+    models: Mapping[str, Any], batches: Sequence[Tensor], also: Callable[[str, Any], Mapping[str, float]] = lambda *_: {}
+) -> dict[str, dict[str, float]]:
+    """Held-out loss, KL(parent || model) and top-1 agreement of every model, in nats per token. `parent` must be among the models.
+
+    They are asked for one after the other, the parent first, and logits exist for a few tokens at a time. `also` is called with each
+    model's name and the model, and returns more figures.
+    """
+    out: dict[str, dict[str, float]] = {}
+    parent = models[PARENT]
+    reference = Reference(parent, batches)
+    out[PARENT] = reference.of_parent() | dict(also(PARENT, parent))
+    del parent
+    for name in models:
+        if name != PARENT:
+            child = models[name]
+            out[name] = reference.of_child(child) | dict(also(name, child))
+            del child
+    return {name: out[name] for name in models}
 
 
 def speeds(timings: Mapping[str, Timing], scenario: Scenario) -> dict[str, dict[str, float]]:
@@ -89,49 +136,43 @@ def evaluate(
     use_gpu: bool = False,
     questions: Sequence[QuestionBatch] = (),
 ) -> dict[str, Any]:
-    """Evaluates the named models (`parent`, `child_before_gkd`, `child`, ...), measured alternately in the same run.
+    """Evaluates the named models (`parent`, `child_before_gkd`, `child`, ...), read one at a time in their own dtype.
 
-    The parent is timed at the scenario's batch size, children at the batch size that their architecture was chosen for. The torch
-    engine times them, in bfloat16 where `dtype` is fp8. Returns JSON-able `models`, `samples` and `scenario`, and the predicted and the
-    measured speed-up, both ratios of throughputs. `estimated` says that the prediction was computed from a profile without
-    measurements. With `questions`, every model also has its accuracy and the other measures of its answers, as `downstream_*`.
+    The parent is timed at the scenario's batch size, children at the batch size that their architecture was chosen for, alternately
+    where all of them fit into memory together. The torch engine times them, in bfloat16 where `dtype` is fp8. Returns JSON-able
+    `models`, `samples` and `scenario`, and the predicted and the measured speed-up, both ratios of throughputs. `estimated` says that
+    the prediction was computed from a profile without measurements. With `questions`, every model also has its accuracy and the other
+    measures of its answers, as `downstream_*`.
     """
     dtype = "bfloat16" if dtype == "fp8" else dtype
     tokenizer = read_tokenizer(locate(folders[PARENT]))
     device = torch.device("cuda" if use_gpu else "cpu")
-    with quiet_transformers(), progress.stage("evaluate", 3, "step") as bar:
-        models = {name: load_model(folder, torch.float32).to(device) for name, folder in folders.items()}
-        results = predictions(models, [ids.to(device) for ids in batches])
-        if questions:
-            for name, model in models.items():
-                results[name] |= {
-                    f"downstream_{key}": value for key, value in answer_questions(model, questions).summary().items()
-                }
+    samples: dict[str, str] = {}
+
+    def also(name: str, model: Any) -> Mapping[str, float]:
+        samples[name] = greedy_sample(model, tokenizer, config.prompt, config.sample_tokens)
         bar.advance()
-        samples = {name: greedy_sample(m, tokenizer, config.prompt, config.sample_tokens) for name, m in models.items()}
-        bar.advance()
-        if dtype != "float32":
-            models = {name: model.to(getattr(torch, dtype)) for name, model in models.items()}
+        found = answer_questions(model, questions).summary() if questions else {}
+        return {f"downstream_{key}": value for key, value in found.items()}
+
+    with quiet_transformers(), progress.stage("evaluate", len(folders) + 1, "step") as bar:
+        results = predictions(Models(folders, device), batches, also)
         size = architecture.predicted.batch_size if architecture else scenario.batch_size
-        scenarios = {name: scenario if name == PARENT else replace(scenario, batch_size=size) for name in models}
-        timed = {name: model for name, model in models.items() if name != "child_before_gkd"}  # same shapes as the child
-        rates = _rates(timed, scenarios, config.repeats)
+        scenarios = {name: scenario if name == PARENT else replace(scenario, batch_size=size) for name in folders}
+        timed = Models({name: folder for name, folder in folders.items() if name != BEFORE}, device, getattr(torch, dtype))
+        together = _fit_together(list(timed.folders.values()), timed)
+        rates = _rates(timed, scenarios, config.repeats, together)
         bar.advance()
-    for name, model in models.items():
-        same_shape = "child" if name == "child_before_gkd" and "child" in rates else name
-        results[name] |= rates[same_shape]
-        results[name]["batch_size"] = float(scenarios[name].batch_size)
-        results[name]["memory_mib"] = model_memory_mib(model, scenarios[name])
-        results[name]["num_params"] = float(model.num_parameters())
-        results[name]["measured_speedup"] = (
-            rates[same_shape]["throughput_tokens_per_s"] / rates[PARENT]["throughput_tokens_per_s"]
-        )
+    for name in folders:
+        results[name] |= rates["child" if name == BEFORE and "child" in rates else name]
+        results[name]["measured_speedup"] = results[name]["throughput_tokens_per_s"] / results[PARENT]["throughput_tokens_per_s"]
     return {
         "models": results,
         "samples": samples,
         "prompt": config.prompt,
         "scenario": asdict(scenario),
         "measured_by": f"{ENGINE.name} on {ENGINE.device_name(use_gpu)}, {dtype}",
+        "timed": "alternately" if together else "one after the other: they do not fit into memory together",
         "estimated": bool(architecture and architecture.estimated),
         "predicted": asdict(architecture.predicted) if architecture else None,
         "parent_predicted": asdict(architecture.parent_predicted) if architecture else None,
@@ -140,10 +181,31 @@ def evaluate(
     }
 
 
-def _rates(models: Mapping[str, Any], scenarios: Mapping[str, Scenario], repeats: int) -> dict[str, dict[str, float]]:
-    """Measured rates. Models of the same scenario are timed alternately, so that both see the same state of the machine."""
+def _fit_together(folders: Sequence[str], models: Models) -> bool:
+    """Whether all models can be in memory at once, by the headers of their files. True where nobody says what is free."""
+    free = available_bytes(models.device)
+    num_values = sum(math.prod(shape) for folder in folders for _, shape in Checkpoint(locate(folder)).headers.values())
+    size = torch.finfo(models.dtype or torch.float32).bits // 8
+    return free is None or ROOM * num_values * size <= free
+
+
+def _rates(
+    models: Mapping[str, Any], scenarios: Mapping[str, Scenario], repeats: int, together: bool
+) -> dict[str, dict[str, float]]:
+    """Measured rates, and sizes.
+
+    Models of the same scenario are timed alternately, so that both see the same state of the machine, unless each is to be alone.
+    """
     rates: dict[str, dict[str, float]] = {}
-    for scenario in dict.fromkeys(scenarios[name] for name in models):
-        together = {name: model for name, model in models.items() if scenarios[name] == scenario}
-        rates |= speeds(measure_side_by_side(together, scenario, repeats), scenario)
+    groups: dict[Any, list[str]] = {}
+    for name in models:
+        groups.setdefault(scenarios[name] if together else name, []).append(name)
+    for names in groups.values():
+        loaded, scenario = {name: models[name] for name in names}, scenarios[names[0]]
+        rates |= speeds(measure_side_by_side(loaded, scenario, repeats), scenario)
+        for name, model in loaded.items():
+            rates[name]["batch_size"] = float(scenario.batch_size)
+            rates[name]["memory_mib"] = model_memory_mib(model, scenario)
+            rates[name]["num_params"] = float(model.num_parameters())
+        del loaded, model
     return rates

@@ -7,7 +7,7 @@ half is the layer with a no-op attention. So the same forward is trained, scored
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice, SubblockKind
 from puzzle_ray.families.descriptor import Descriptor
 from puzzle_ray.families.registry import layer_type
 from puzzle_ray.models.checkpoint import Checkpoint, as_stored
+from puzzle_ray.models.head import Head
 from puzzle_ray.variants.base import find_variant
 
 CPU = torch.device("cpu")
@@ -149,12 +150,20 @@ class LayerStack(nn.Module):
 
         Final norm, then head, then the family's divisor, then its soft cap: bit for bit the logits of the whole model.
         """
-        assert self.final_norm is not None and self.head is not None, "this stack does not hold the head"
-        final: Tensor = self.final_norm(hidden_states)
-        logits: Tensor = self.head(final)
-        if self.divisor is not None:
-            logits = logits / self.divisor
-        return final, logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+        final = self.final(hidden_states)
+        return final, self.output_head.logits(final)
+
+    def final(self, hidden_states: Tensor) -> Tensor:
+        """The first half of `predict`: the output of the final norm."""
+        assert self.final_norm is not None, "this stack does not hold the final norm"
+        out: Tensor = self.final_norm(hidden_states)
+        return out
+
+    @property
+    def output_head(self) -> Head:
+        """What makes logits of the final norm's output, whole or a few tokens at a time."""
+        assert self.head is not None, "this stack does not hold the head"
+        return Head(self.head, self.divisor, self.softcap)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """The second half of `predict`."""
@@ -184,6 +193,50 @@ def _materialise(
         own[names[full_name]].copy_(value.to(dtype))
 
 
+def stack_without_weights(
+    descriptor: Descriptor,
+    config: Any,
+    first: int,
+    last: int,
+    dtype: torch.dtype,
+    *,
+    ends: bool = True,
+    model_class: Any = None,
+) -> tuple[LayerStack, Any]:
+    """A stack whose weights have shapes and dtypes only (device meta), and the whole model that it is a part of.
+
+    `model_class` is by default the parent's own; children have another.
+    """
+    config = copy.deepcopy(config)
+    config._attn_implementation = descriptor.attn_implementation
+    with torch.device("meta"):
+        model = (model_class or getattr(transformers, descriptor.model_class))._from_config(config, dtype=dtype)
+    return LayerStack(model, descriptor, config, first, last, ends=ends), model
+
+
+def _fill(stack: LayerStack, model: Any, layers: range, checkpoint: Checkpoint, device: torch.device) -> None:
+    """Reads some layers of a stack without weights, and its embedding, norm and head, tensor by tensor, straight to `device`."""
+    descriptor, config, dtype = stack.descriptor, stack.config, model.dtype
+
+    def fill(module: nn.Module | None, prefix: str) -> None:
+        if module is not None:
+            _materialise(module, prefix, checkpoint, dtype, device, model)
+
+    for index in layers:
+        fill(stack.layer(index), f"{descriptor.layers}.{index}")
+    if stack.rotary is not None:
+        stack.rotary = type(stack.rotary)(config=config).to(device)
+    fill(stack.embedding, descriptor.embedding)
+    fill(stack.positions, descriptor.positions)
+    fill(stack.final_norm, descriptor.final_norm)
+    if config.tie_word_embeddings and stack.head is not None and stack.embedding is not None:
+        assert isinstance(stack.head, nn.Linear) and isinstance(stack.embedding, nn.Embedding)
+        stack.head.weight = stack.embedding.weight  # one matrix, once in memory
+    else:
+        fill(stack.head, descriptor.embedding if config.tie_word_embeddings else descriptor.head)
+    stack.eval().requires_grad_(False)
+
+
 def load_stack(
     folder: Path,
     descriptor: Descriptor,
@@ -197,22 +250,34 @@ def load_stack(
 ) -> LayerStack:
     """Reads only the layers asked for, tensor by tensor, straight to `device`. `dtype` is the one to compute in."""
     checkpoint = Checkpoint(folder)
-    config = copy.deepcopy(as_stored(config, checkpoint) if ends and last == config.num_hidden_layers else config)
-    config._attn_implementation = descriptor.attn_implementation
-    with torch.device("meta"):
-        model = getattr(transformers, descriptor.model_class)._from_config(config, dtype=dtype)
-    stack = LayerStack(model, descriptor, config, first, last, ends=ends)
+    config = as_stored(config, checkpoint) if ends and last == config.num_hidden_layers else config
+    stack, model = stack_without_weights(descriptor, config, first, last, dtype, ends=ends)
+    _fill(stack, model, range(first, last), checkpoint, device)
+    return stack
 
-    def fill(module: nn.Module | None, prefix: str) -> None:
-        if module is not None:
-            _materialise(module, prefix, checkpoint, dtype, device, model)
 
-    for index in range(first, last):
-        fill(stack.layer(index), f"{descriptor.layers}.{index}")
-    if stack.rotary is not None:
-        stack.rotary = type(stack.rotary)(config=config).to(device)
-    fill(stack.embedding, descriptor.embedding)
-    fill(stack.positions, descriptor.positions)
-    fill(stack.final_norm, descriptor.final_norm)
-    fill(stack.head, descriptor.embedding if config.tie_word_embeddings else descriptor.head)
-    return stack.eval().requires_grad_(False)
+@torch.inference_mode()
+def logits_layer_by_layer(
+    folder: Path,
+    descriptor: Descriptor,
+    config: Any,
+    dtype: torch.dtype,
+    input_ids: Tensor,
+    *,
+    model_class: Any = None,
+    exchange: Callable[[nn.Module, int], nn.Module] = lambda layer, index: layer,
+) -> Tensor:
+    """The logits of a whole model for ids `[batch, tokens]`, with one layer in memory at a time besides embedding and head.
+
+    `exchange(layer, index)` gives the layer to run in a layer's place.
+    """
+    checkpoint, depth = Checkpoint(folder), config.num_hidden_layers
+    stack, model = stack_without_weights(descriptor, as_stored(config, checkpoint), 0, depth, dtype, model_class=model_class)
+    _fill(stack, model, range(0), checkpoint, CPU)
+    hidden = stack.embed(input_ids)
+    for index in range(depth):
+        layer = stack.layer(index)
+        _materialise(layer, f"{descriptor.layers}.{index}", checkpoint, dtype, CPU, model)
+        hidden = stack.run_layer(exchange(layer, index), index, hidden)
+        layer.to_empty(device=torch.device("meta"))
+    return stack.logits(hidden)

@@ -120,6 +120,12 @@ def _skeleton(parent_config: Any, choices: Sequence[LayerChoice], dtype: torch.d
     return model_class._from_config(config, dtype=dtype)  # type: ignore[attr-defined]
 
 
+def child_without_weights(parent_config: Any, choices: Sequence[LayerChoice], dtype: torch.dtype) -> Any:
+    """A child of the right shapes on device meta: nothing is allocated."""
+    with torch.device("meta"):
+        return _skeleton(parent_config, choices, dtype)
+
+
 @torch.no_grad()
 def new_child(parent_config: Any, choices: Sequence[LayerChoice], dtype: torch.dtype) -> Any:
     """A child of the right shapes with random weights.
@@ -158,7 +164,7 @@ def assemble(
     parent_config = as_stored(parent_config, checkpoint)
     child = _skeleton(parent_config, choices, dtype).eval()
     state = child.state_dict()
-    wanted = {name: value for name, value in state.items() if not _replaced(name, choices, descriptor)}
+    wanted = {name: value for name, value in state.items() if not is_replaced(name, choices, descriptor)}
     head = {f"{descriptor.head}.weight"} if parent_config.tie_word_embeddings else set()  # the embedding, once more
     wanted = {name: value for name, value in wanted.items() if name not in head}
     with torch.no_grad():
@@ -176,7 +182,7 @@ def assemble(
     return child
 
 
-def _replaced(name: str, choices: Sequence[LayerChoice], descriptor: Descriptor) -> bool:
+def is_replaced(name: str, choices: Sequence[LayerChoice], descriptor: Descriptor) -> bool:
     """Whether a weight belongs to a subblock that is not the parent's own."""
     if not name.startswith(f"{descriptor.layers}."):
         return False

@@ -27,8 +27,9 @@ from puzzle_ray.data.foreign import reading
 from puzzle_ray.data.formats import rows
 from puzzle_ray.errors import DataError
 from puzzle_ray.models.checkpoint import locate
+from puzzle_ray.models.head import Head, final_states
 from puzzle_ray.models.tokenizer import read_tokenizer
-from puzzle_ray.scoring.metrics import mean, standard_error
+from puzzle_ray.scoring.metrics import mean, next_ids, standard_error
 from puzzle_ray.scoring.settings import ScoringConfig
 
 # R rows (a choice of a question each), T tokens, V vocabulary
@@ -173,6 +174,19 @@ def answers_from_logits(logits_RTV: Tensor, batch: QuestionBatch) -> Answers:
     """The answers that the logits of a batch of questions give."""
     ids = torch.from_numpy(batch.input_ids.copy()).to(logits_RTV.device)
     log_probs = F.log_softmax(logits_RTV[:, :-1].float(), dim=-1).gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+    return _answers(log_probs, batch)
+
+
+@torch.no_grad()
+def answers_from_head(head: Head, final_RTD: Tensor, batch: QuestionBatch) -> Answers:
+    """The same from outputs of the final norm. Logits exist for a few tokens at a time."""
+    ids_N = next_ids(torch.from_numpy(batch.input_ids.copy())).to(final_RTD.device).unsqueeze(-1)
+    parts = [F.log_softmax(logits.float(), dim=-1).gather(-1, ids_N[part]) for part, logits in head.chunks(final_RTD)]
+    return _answers(torch.cat(parts).view(final_RTD.shape[:2])[:, :-1], batch)
+
+
+def _answers(log_probs: Tensor, batch: QuestionBatch) -> Answers:
+    """From the log-probability of every next token, `[rows, tokens - 1]`."""
     means = torch.stack(
         [row[first - 1 : last - 1].mean() for row, first, last in zip(log_probs, batch.first, batch.last, strict=True)]
     )
@@ -185,9 +199,10 @@ def answers_from_logits(logits_RTV: Tensor, batch: QuestionBatch) -> Answers:
 
 @torch.inference_mode()
 def answer_questions(model: Any, batches: Sequence[QuestionBatch]) -> Answers:
-    """The answers of a causal language model (with `model(input_ids, use_cache=False).logits`) to all questions."""
+    """The answers of a causal language model of transformers to all questions."""
+    head = Head.of(model)
     parts = [
-        answers_from_logits(model(torch.from_numpy(batch.input_ids).to(model.device), use_cache=False).logits, batch)
+        answers_from_head(head, final_states(model, torch.from_numpy(batch.input_ids).to(model.device)), batch)
         for batch in batches
     ]
     return Answers(

@@ -19,8 +19,7 @@ whole one.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,8 +36,7 @@ from puzzle_ray.store import Artifact
 if TYPE_CHECKING:
     from puzzle_ray.scoring.shard import ShardScorer, StatesOf
 
-MAX_TASKS = 8  # the text batches are divided into at most this many tasks; the gradients of one task are in memory together
-_FOLDER = "fisher"  # one file per task
+_FOLDER = "fisher"  # one file per task: some text batches, whose gradients are in memory together
 
 Gradients = list[list[Tensor]]  # per batch, per sample: [batch, tokens, hidden_size]
 Estimates = dict[str, list[float]]  # key of a replacement -> one estimate per sequence, in nats per token
@@ -165,33 +163,34 @@ class _LayerHalves:
             for (kind, name), module in self.variants.items():
                 source, parent, gradients = ends[kind]
                 change = run(module, index, source, arguments) - parent
-                products[kind, name] = torch.stack([(gradient * change).sum(-1) for gradient in gradients])
+                products[kind, name] = torch.stack([(gradient.float() * change.float()).sum(-1) for gradient in gradients])
         return products, entering
 
 
-def estimate_tasks(num_texts: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(file name, batch numbers) of every task. They depend on the number of text batches alone."""
-    size = math.ceil(num_texts / MAX_TASKS)
-    for start in range(0, num_texts, size):
-        yield f"{_FOLDER}/batches_{start:05d}.json", tuple(range(start, min(start + size, num_texts)))
+def unestimated_batches(num_texts: int, artifact: Artifact) -> list[int]:
+    """The text batches that no file has estimates of."""
+    done = {batch for name in artifact.names(_FOLDER) for batch in artifact.read_json(f"{_FOLDER}/{name}")["batches"]}
+    return [batch for batch in range(num_texts) if batch not in done]
 
 
-def unfinished_estimate_tasks(num_texts: int, artifact: Artifact) -> list[tuple[str, tuple[int, ...]]]:
-    """The tasks that have no file yet."""
-    existing = set(artifact.names(_FOLDER))
-    tasks = estimate_tasks(num_texts)
-    return [(name, batches) for name, batches in tasks if name.removeprefix(f"{_FOLDER}/") not in existing]
+def save_estimates(artifact: Artifact, batches: Sequence[int], of_shards: Sequence[Estimates]) -> None:
+    """Writes the estimates on some batches, joined over the shards."""
+    joined = {key: values for estimates in of_shards for key, values in estimates.items()}
+    artifact.write_json(f"{_FOLDER}/batches_{batches[0]:05d}.json", {"batches": list(batches), "estimates": joined})
 
 
-def save_estimates(artifact: Artifact, name: str, of_shards: Sequence[Estimates]) -> None:
-    """Writes the estimates of one task, joined over its shards."""
-    artifact.write_json(name, {key: values for estimates in of_shards for key, values in estimates.items()})
-
-
-def load_estimates(num_texts: int, artifact: Artifact) -> Estimates:
-    """The estimates of all tasks, with sequences in order."""
+def load_estimates(sequences: Sequence[int], artifact: Artifact) -> Estimates:
+    """The estimates on all batches, in order. Batch n has `sequences[n]` sequences."""
+    by_batch: dict[int, Estimates] = {}
+    for name in artifact.names(_FOLDER):
+        found = artifact.read_json(f"{_FOLDER}/{name}")
+        start = 0
+        for batch in found["batches"]:
+            end = start + sequences[batch]
+            by_batch[batch] = {key: values[start:end] for key, values in found["estimates"].items()}
+            start = end
     joined: Estimates = {}
-    for name, _ in estimate_tasks(num_texts):
-        for key, values in artifact.read_json(name).items():
+    for _, estimates in sorted(by_batch.items()):
+        for key, values in estimates.items():
             joined.setdefault(key, []).extend(values)
     return joined

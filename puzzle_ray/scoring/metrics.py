@@ -9,14 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from puzzle_ray.distill.losses import (
-    cosine_distance_per_sequence,
-    kl_per_sequence,
-    next_token_loss_per_sequence,
-    normalised_mse_per_sequence,
-)
+from puzzle_ray.distill.losses import cosine_distance_per_sequence, kl_per_token, normalised_mse_per_sequence
+from puzzle_ray.models.head import Head
 
-# B sequences, T tokens, V vocabulary, D hidden
+# B sequences, T tokens, N tokens of all sequences, V vocabulary, D hidden
 
 
 @dataclass(frozen=True)
@@ -72,17 +68,70 @@ def compare_predictions(
     `parent_log_probs_BTV` is the parent's log-softmax in float32. `logits_BTV` may have any dtype; all measures are computed in
     float32. The hidden states are outputs of the final norm.
     """
-    logits = logits_BTV.float()
+    whole = parent_log_probs_BTV.flatten(0, 1), logits_BTV.flatten(0, 1)
+    return _metrics_of([_token_measures(*whole, next_ids(input_ids_BT))], input_ids_BT, parent_hidden_BTD, hidden_BTD)
+
+
+@torch.no_grad()
+def compare_with_parent(
+    parent_log_probs_BTV: Tensor, child: Head, input_ids_BT: Tensor, parent_hidden_BTD: Tensor, hidden_BTD: Tensor
+) -> PredictionMetrics:
+    """The same from the child's final hidden states and its head: its logits exist for a few tokens at a time."""
+    log_probs_NV, ids_N = parent_log_probs_BTV.flatten(0, 1), next_ids(input_ids_BT)
+    parts = [_token_measures(log_probs_NV[part], logits, ids_N[part]) for part, logits in child.chunks(hidden_BTD)]
+    return _metrics_of(parts, input_ids_BT, parent_hidden_BTD, hidden_BTD)
+
+
+@torch.no_grad()
+def compare_heads(
+    parent: Head, child: Head, input_ids_BT: Tensor, parent_hidden_BTD: Tensor, hidden_BTD: Tensor
+) -> PredictionMetrics:
+    """The same where the parent has final hidden states and a head, too: nobody's logits are ever whole."""
+    ids_N, flat = next_ids(input_ids_BT), parent_hidden_BTD.flatten(0, 1)
+    parts = []
+    for part, logits in child.chunks(hidden_BTD):
+        log_probs = parent.logits(flat[part]).float().log_softmax(-1)
+        parts.append(_token_measures(log_probs, logits, ids_N[part]))
+    return _metrics_of(parts, input_ids_BT, parent_hidden_BTD, hidden_BTD)
+
+
+@torch.no_grad()
+def parents_own(parent: Head, input_ids_BT: Tensor, parent_hidden_BTD: Tensor) -> PredictionMetrics:
+    """The parent compared with itself: its next-token loss, and no damage but rounding."""
+    ids_N, parts = next_ids(input_ids_BT), []
+    for part, logits in parent.chunks(parent_hidden_BTD):
+        log_probs = logits.float().log_softmax(-1)
+        parts.append(_token_measures(log_probs, log_probs, ids_N[part]))
+    return _metrics_of(parts, input_ids_BT, parent_hidden_BTD, parent_hidden_BTD)
+
+
+def next_ids(input_ids_BT: Tensor) -> Tensor:
+    """Which token follows each, flattened. Nothing follows a sequence's last one; 0 stands there."""
+    return F.pad(input_ids_BT[:, 1:], (0, 1)).flatten()
+
+
+def _token_measures(parent_log_probs_NV: Tensor, logits_NV: Tensor, next_ids_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(KL, log-probability of the next token, how many tokens the child ranks above the parent's best one), each `[tokens]`."""
+    logits = logits_NV.float()
     child_log_probs = F.log_softmax(logits, dim=-1)
-    kl = kl_per_sequence(parent_log_probs_BTV, child_log_probs)
-    loss = next_token_loss_per_sequence(child_log_probs, input_ids_BT)
-    parents_best = logits.gather(-1, parent_log_probs_BTV.argmax(-1, keepdim=True))
-    better = (logits > parents_best).sum(-1)  # tokens that the child ranks above the parent's best one
+    kl = kl_per_token(parent_log_probs_NV, child_log_probs)
+    next_one = child_log_probs.gather(-1, next_ids_N.unsqueeze(-1)).squeeze(-1)
+    parents_best = logits.gather(-1, parent_log_probs_NV.argmax(-1, keepdim=True))
+    return kl, next_one, (logits > parents_best).sum(-1)
+
+
+def _metrics_of(
+    parts: Sequence[tuple[Tensor, Tensor, Tensor]], input_ids_BT: Tensor, parent_BTD: Tensor | None, child_BTD: Tensor | None
+) -> PredictionMetrics:
+    """Means over the tokens of each sequence, from measures of runs of tokens."""
+    kl, next_one, better = (torch.cat(column).view(input_ids_BT.shape) for column in zip(*parts, strict=True))
+    loss = -next_one[:, :-1].contiguous().mean(-1)
     top1, top5, top10 = (tuple((better < k).float().mean(-1).tolist()) for k in (1, 5, 10))
     cosine: tuple[float, ...] = ()
     mse: tuple[float, ...] = ()
-    if parent_hidden_BTD is not None and hidden_BTD is not None:
-        parent, child = parent_hidden_BTD.float(), hidden_BTD.float()
+    if parent_BTD is not None and child_BTD is not None:
+        parent, child = parent_BTD.float(), child_BTD.float()
         cosine = tuple(cosine_distance_per_sequence(child, parent).tolist())
         mse = tuple(normalised_mse_per_sequence(child, parent).tolist())
-    return PredictionMetrics(tuple(kl.tolist()), tuple(loss.tolist()), top1, top5, top10, int(input_ids_BT.numel()), cosine, mse)
+    tokens = int(input_ids_BT.numel())
+    return PredictionMetrics(tuple(kl.mean(-1).tolist()), tuple(loss.tolist()), top1, top5, top10, tokens, cosine, mse)

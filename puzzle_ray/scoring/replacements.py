@@ -5,16 +5,22 @@ behind it together. Without racing, a group reads all batches at once. With raci
 whose standard error is small enough then leaves its group, and the others read on; the first replacement of a layer never leaves.
 What a group does depends on its own values only: not on other groups, not on timing, and not on which process does it. Scores of
 those that left are made comparable when rows are read: see `puzzle_ray.scoring.racing`.
+
+Rounds are read in chunks (see `puzzle_ray.scoring.plan`), and all groups read a chunk before anyone reads the next. What a group has
+found so far is kept in the artifact, batch by batch, so that an interrupted run reads nothing twice, in whatever chunks it goes on.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from puzzle_ray.artifacts import LayerChoice, ScoreRow, Scores, SearchSpace
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.scoring.metrics import PredictionMetrics, mean, standard_error
+from puzzle_ray.scoring.plan import Chunk
 from puzzle_ray.scoring.racing import batch_rounds, is_precise, on_all_text
 from puzzle_ray.scoring.settings import ScoringConfig
 from puzzle_ray.store import Artifact
@@ -22,6 +28,7 @@ from puzzle_ray.store import Artifact
 SCORES_TABLE = "scores.parquet"
 DOWNSTREAM = "downstream"
 _FOLDER = "items"  # one file per replacement
+_PARTS = "parts"  # one file per group and chunk, until the group is finished
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,10 @@ class Damage:
         return cls(values, dict.fromkeys(values, metrics.tokens))
 
     @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Damage:
+        return cls({name: tuple(values) for name, values in entry["values"].items()}, dict(entry["tokens"]))
+
+    @classmethod
     def joined(cls, parts: Sequence[Damage]) -> Damage:
         """Several batches as one. Metrics are in the order in which they first appear."""
         names = dict.fromkeys(name for part in parts for name in part.values)
@@ -102,52 +113,91 @@ class ScoringTask:
 
 @dataclass
 class ReplacementGroup:
-    """Replacements of one layer on their way to their scores. Ask for the next task and add its damage, until there is no task.
+    """Replacements of one layer on their way to their scores. Ask for the task of every chunk, in order, and add its damage.
 
-    Where it is the `first` group of its layer, its first replacement reads all text.
+    Where it is the `first` group of its layer, its first replacement reads all text. `measured` has the damage on every batch read.
     """
 
     replacements: tuple[Replacement, ...]
     rounds: Sequence[tuple[int, ...]]
     config: ScoringConfig
     first: bool = False
-    measured: dict[Replacement, list[Damage]] = field(default_factory=dict)
-    rounds_done: int = 0
+    measured: dict[Replacement, dict[int, Damage]] = field(default_factory=dict)
+    parts: list[str] = field(default_factory=list)  # names of the files that hold it
 
-    def next_task(self) -> ScoringTask | None:
-        if self.rounds_done == len(self.rounds):
-            return None
-        racing = tuple(r for r in self.replacements if self.rounds_done == 0 or not self._may_leave(r))
-        return ScoringTask(racing, self.rounds[self.rounds_done]) if racing else None
+    def task(self, chunk: Chunk) -> ScoringTask | None:
+        """What is to be done of a chunk; None where that is nothing."""
+        racing = self.racing(chunk.round)
+        missing = tuple(n for n in chunk.batches if any(n not in self.measured.get(r, {}) for r in racing))
+        return ScoringTask(racing, missing) if missing else None
 
-    def add(self, task: ScoringTask, damages: Sequence[Damage]) -> None:
-        """`damages` has one entry for every replacement of the task, in order."""
-        for replacement, damage in zip(task.replacements, damages, strict=True):
-            self.measured.setdefault(replacement, []).append(damage)
-        self.rounds_done += 1
+    def add(self, task: ScoringTask, damages: Sequence[Sequence[Damage]]) -> None:
+        """`damages` has, for every replacement of the task, one entry per batch, both in order."""
+        for replacement, of_batches in zip(task.replacements, damages, strict=True):
+            self.measured.setdefault(replacement, {}).update(zip(task.batches, of_batches, strict=True))
 
-    def _may_leave(self, replacement: Replacement) -> bool:
+    def racing(self, number: int) -> tuple[Replacement, ...]:
+        """Who reads a round. Every round before it must have been read."""
+        return tuple(r for r in self.replacements if not any(self._leaves_after(r, n) for n in range(number)))
+
+    @property
+    def finished(self) -> bool:
+        """Whether nobody has anything left to read."""
+        for number, batches in enumerate(self.rounds):
+            if any(batch not in self.measured.get(r, {}) for r in self.racing(number) for batch in batches):
+                return False
+        return True
+
+    def _read(self, replacement: Replacement, number: int) -> Damage:
+        """What a replacement has measured up to the end of a round."""
+        measured = self.measured[replacement]
+        return Damage.joined([measured[batch] for batches in self.rounds[: number + 1] for batch in batches])
+
+    def _leaves_after(self, replacement: Replacement, number: int) -> bool:
         if self.first and replacement == self.replacements[0]:
             return False
-        damage = Damage.joined(self.measured[replacement])
+        damage = self._read(replacement, number)
         metric = self.config.metric if self.config.metric in damage.values and self.config.metric != DOWNSTREAM else "kl"
         return is_precise(damage.values[metric], self.config.racing_stderr)
 
     def save(self, artifact: Artifact) -> None:
-        """Writes one file per replacement: its score rows after every round that it has read."""
+        """Writes one file per replacement: its score rows after every round that it has read. Parts are not needed any more."""
         for replacement in self.replacements:
-            parts = self.measured[replacement]
-            read = [Damage.joined(parts[: n + 1]) for n in range(len(parts))]
-            artifact.write_json(
-                replacement.file_name, [asdict(row) for damage in read for row in score_rows(replacement, damage)]
-            )
+            of_rounds = [n for n, batches in enumerate(self.rounds) if batches[0] in self.measured[replacement]]
+            rows = [row for n in of_rounds for row in score_rows(replacement, self._read(replacement, n))]
+            artifact.write_json(replacement.file_name, [asdict(row) for row in rows])
+        for name in self.parts:
+            artifact.remove(name)
+
+    @property
+    def _label(self) -> str:
+        """How the names of its parts begin. It is another one for every group and every way to make groups."""
+        words = [len(self.replacements), *(r.choice.label for r in self.replacements)]
+        return f"layer_{self.replacements[0].layer:03d}.{hashlib.sha256(repr(words).encode()).hexdigest()[:16]}."
+
+    def save_part(self, task: ScoringTask, artifact: Artifact) -> None:
+        """Writes what was measured in a task, so that it need not be measured again."""
+        rows = [[asdict(self.measured[r][batch]) for batch in task.batches] for r in task.replacements]
+        part = {"replacements": [self.replacements.index(r) for r in task.replacements], "batches": task.batches, "damage": rows}
+        self.parts.append(f"{_PARTS}/{self._label}{task.batches[0]:06d}.json")
+        artifact.write_json(self.parts[-1], part)
+
+    def load_parts(self, artifact: Artifact, names: Iterable[str]) -> None:
+        """Takes up what an interrupted run has measured; `names` are those of all parts."""
+        for name in sorted(names):
+            if name.startswith(self._label):
+                self.parts.append(f"{_PARTS}/{name}")
+                part = artifact.read_json(self.parts[-1])
+                replacements = tuple(self.replacements[n] for n in part["replacements"])
+                damages = [[Damage.from_json(entry) for entry in row] for row in part["damage"]]
+                self.add(ScoringTask(replacements, tuple(part["batches"])), damages)
 
 
 def replacement_groups(
     replacements: Sequence[Replacement], config: ScoringConfig, num_texts: int, num_questions: int
 ) -> list[ReplacementGroup]:
     """The replacements, in order, in groups of one layer and of at most `candidate_batch`. Layers come one after the other."""
-    rounds = batch_rounds(num_texts, num_questions, config.racing)
+    rounds = [batches for batches in batch_rounds(num_texts, num_questions, config.racing) if batches]
     groups: list[ReplacementGroup] = []
     for replacement in replacements:
         last = groups[-1] if groups else None
@@ -169,9 +219,21 @@ def score_rows(replacement: Replacement, damage: Damage) -> list[ScoreRow]:
 
 
 def unfinished_groups(groups: Iterable[ReplacementGroup], artifact: Artifact) -> list[ReplacementGroup]:
-    """Groups with a replacement that has no file yet. Such a group is done again as a whole, so that its scores keep their bits."""
-    existing = set(artifact.names(_FOLDER))
-    return [g for g in groups if any(r.file_name.removeprefix(f"{_FOLDER}/") not in existing for r in g.replacements)]
+    """Groups with a replacement that has no file yet, with what they have measured already."""
+    existing, parts = set(artifact.names(_FOLDER)), artifact.names(_PARTS)
+    found = [g for g in groups if any(r.file_name.removeprefix(f"{_FOLDER}/") not in existing for r in g.replacements)]
+    for group in found:
+        group.load_parts(artifact, parts)
+    return found
+
+
+def keep(group: ReplacementGroup, task: ScoringTask, artifact: Artifact) -> int:
+    """Writes what a group has measured in a task. Returns how many replacements are finished by that."""
+    if group.finished:
+        group.save(artifact)
+        return len(group.replacements)
+    group.save_part(task, artifact)
+    return 0
 
 
 def saved_score_rows(replacements: Sequence[Replacement], artifact: Artifact) -> list[ScoreRow]:
@@ -190,5 +252,6 @@ def merge_scores(rows: Sequence[ScoreRow], config: ScoringConfig, artifact: Arti
         "estimated": sum(row.tokens == 0 for row in of_metric),
         "tokens": sum(r.tokens for r in of_metric),
     }
-    artifact.finish(facts | {"worst": asdict(worst) if worst else None})
+    drop = [f"{_PARTS}/{name}" for name in artifact.names(_PARTS)]
+    artifact.finish(facts | {"worst": asdict(worst) if worst else None}, drop=drop)
     return scores

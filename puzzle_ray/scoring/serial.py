@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 
 from torch import Tensor
 
 from puzzle_ray.artifacts import ScoreRow, Scores, SearchSpace
 from puzzle_ray.models.blocks import LayerStack
+from puzzle_ray.process import free_bytes
 from puzzle_ray.progress import Progress
 from puzzle_ray.scoring import fisher
 from puzzle_ray.scoring.downstream import QuestionBatch
+from puzzle_ray.scoring.plan import Chunk, chunk_limit_bytes, chunks_of_rounds, kept_bytes_per_token
 from puzzle_ray.scoring.replacements import (
     Replacement,
     all_replacements,
+    keep,
     merge_scores,
     replacement_groups,
     saved_score_rows,
@@ -42,15 +44,20 @@ class SerialScorer:
         progress: Progress,
         questions: Sequence[QuestionBatch] = (),
     ) -> None:
-        self.stack, self.texts, self.questions = stack, texts, questions
         self.config, self.artifact, self.states_of, self.progress = config, artifact, states_of, progress
+        self.texts, self.questions = texts, questions
+        self.shard = ShardScorer(stack, texts, questions)
 
-    @cached_property
-    def shard(self) -> ShardScorer:
-        """A scorer that has run the parent on all texts and questions."""
-        scorer = ShardScorer(self.stack, self.texts, self.questions)
-        scorer.run_parent(scorer.input_ids)
-        return scorer
+    def chunks(self, rounds: Sequence[tuple[int, ...]]) -> list[Chunk]:
+        """The batches of all rounds in chunks that this process has room for."""
+        stack = self.shard.stack
+        dtype = str(stack.dtype).removeprefix("torch.")
+        each = kept_bytes_per_token(stack.config, range(stack.first, stack.last), dtype)
+        return chunks_of_rounds(rounds, self.shard.batch_tokens, each, chunk_limit_bytes(self.config, free_bytes(stack.device)))
+
+    def _remember(self, batches: Sequence[int]) -> None:
+        if not self.shard.remembers(batches):
+            self.shard.run_parent(batches=batches)
 
     def score(self, replacements: Sequence[Replacement], config: ScoringConfig | None = None) -> list[ScoreRow]:
         """The rows of these replacements. Those that are not in the artifact yet are scored first."""
@@ -58,11 +65,12 @@ class SerialScorer:
         unfinished = unfinished_groups(groups, self.artifact)
         with self.progress.stage("score", len(replacements), "block") as bar:
             bar.advance(len(replacements) - sum(len(group.replacements) for group in unfinished))
-            for group in unfinished:
-                while (task := group.next_task()) is not None:
+            for chunk in self.chunks(groups[0].rounds) if unfinished else ():
+                tasks = [(group, task) for group in unfinished if (task := group.task(chunk)) is not None]
+                for group, task in tasks:
+                    self._remember(chunk.batches)
                     group.add(task, self.shard.measure(task, self.shard.run_replacements(task, self.states_of)))
-                group.save(self.artifact)
-                bar.advance(len(group.replacements))
+                    bar.advance(keep(group, task, self.artifact))
         return saved_score_rows(replacements, self.artifact)
 
     def score_alone(self, replacements: Sequence[Replacement]) -> list[ScoreRow]:
@@ -71,10 +79,12 @@ class SerialScorer:
 
     def estimate(self, space: SearchSpace) -> fisher.Estimates:
         """The Fisher estimates of all replacements. Those that are not in the artifact yet are computed first."""
-        for name, batches in fisher.unfinished_estimate_tasks(len(self.texts), self.artifact):
-            estimates, _ = fisher.shard_estimates(self.shard, batches, None, space, self.config, self.states_of)
-            fisher.save_estimates(self.artifact, name, [estimates])
-        return fisher.load_estimates(len(self.texts), self.artifact)
+        missing = fisher.unestimated_batches(len(self.texts), self.artifact)
+        for chunk in self.chunks([tuple(missing)]):
+            self._remember(chunk.batches)
+            estimates, _ = fisher.shard_estimates(self.shard, chunk.batches, None, space, self.config, self.states_of)
+            fisher.save_estimates(self.artifact, chunk.batches, [estimates])
+        return fisher.load_estimates([len(ids) for ids in self.texts], self.artifact)
 
 
 def score_serially(

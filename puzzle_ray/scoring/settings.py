@@ -26,6 +26,9 @@ class ScoringConfig(Section):
     granularity: Literal["block", "subblock"] = "subblock"
     tokens: Count = 8_192
     micro_batch_tokens: Count = 2048
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and activations; what is summed is summed in float32
+    tf32: bool = False  # products of float32 on a GPU in TF32
+    chunk_mib: Count | Literal["auto"] = "auto"  # of the parent's activations, kept by a process at a time; changes no score
     candidate_batch: Count = 1  # replacements of one layer in one pass through the layers behind it; pays for tiny micro-batches
     shortlist: Literal["none", "fisher"] = "none"  # fisher: estimates all from gradients, scores only some exactly
     shortlist_keep: Annotated[float, Field(ge=0, le=1)] = 0.3  # share of a layer's replacements scored exactly at first
@@ -64,7 +67,7 @@ class ScoringConfig(Section):
         Questions stand among the inputs, by their content. All metrics are measured: the one that is searched by decides only where it
         says what is read or estimated.
         """
-        without_effect = {"shortlist_settle", "downstream"}
+        without_effect = {"shortlist_settle", "downstream", "chunk_mib"}
         without_effect |= set() if self.racing else {"racing_stderr"}
         without_effect |= set() if self.shortlist != "none" else {"shortlist_keep", "fisher_samples"}
         without_effect |= set() if self.racing or self.shortlist != "none" else {"metric"}

@@ -6,6 +6,8 @@ way as a model in one process.
 
 Several replacements of one layer may go through the layers behind it together, concatenated along the batch. Their values then equal
 those of one replacement at a time up to the rounding of larger matrix products (about 1e-6), and not bit for bit.
+
+The parent's activations and log-probabilities are remembered for one chunk of batches only. Logits of replacements are never whole.
 """
 
 from __future__ import annotations
@@ -15,13 +17,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from puzzle_ray.artifacts import LayerChoice, SubblockKind
 from puzzle_ray.distill.losses import next_token_loss_per_sequence
 from puzzle_ray.models.blocks import LayerStack, swapped
-from puzzle_ray.scoring.downstream import QuestionBatch, answers_from_logits
-from puzzle_ray.scoring.metrics import compare_predictions
+from puzzle_ray.scoring.downstream import QuestionBatch, answers_from_head
+from puzzle_ray.scoring.metrics import compare_with_parent
 from puzzle_ray.scoring.replacements import DOWNSTREAM, Damage, ScoringTask
 
 States = Mapping[SubblockKind, Mapping[str, Tensor]]
@@ -47,52 +48,65 @@ class ShardScorer:
     Hidden states go in and out as one tensor per evaluation batch, `[batch, tokens, hidden_size]`. Batches are numbered: text batches
     first, then question batches. `texts` are token ids, `[batch, tokens]`.
 
+    It remembers the parent's activations on one chunk of batches, the one that `run_parent` was called with last.
     `inputs[batch][layer]` is the parent's input to that layer, `[batch, tokens, hidden_size]` in the stack's dtype, for every layer of
-    the shard. `inputs[batch][stack.last]` is the output of the shard's last layer. `run_parent` fills it, and `parent` with it.
+    the shard. `inputs[batch][stack.last]` is the output of the shard's last layer. `parent` has the predictions, in the last shard.
     """
 
     def __init__(self, stack: LayerStack, texts: Sequence[Tensor], questions: Sequence[QuestionBatch] = ()) -> None:
         self.stack, self.questions, self.num_texts = stack, list(questions), len(texts)
-        ids = [*texts, *(torch.from_numpy(batch.input_ids.copy()) for batch in questions)]
-        self.input_ids = [batch.to(stack.device) for batch in ids]
-        self.inputs: list[dict[int, Tensor]] = []
-        self.parent: list[ParentPredictions] = []  # one per batch; of the last shard only
+        self.input_ids = [*texts, *(torch.from_numpy(batch.input_ids.copy()) for batch in questions)]
+        self.inputs: dict[int, dict[int, Tensor]] = {}
+        self.parent: dict[int, ParentPredictions] = {}
         self.ends = stack.head is not None  # whether this is the last shard, which has the final norm and the head
 
-    @torch.no_grad()
-    def run_parent(self, entering: Sequence[Tensor]) -> list[Tensor]:
-        """Runs the parent and remembers its activations. Returns the output of the shard's last layer, one tensor per batch.
+    @property
+    def batch_tokens(self) -> list[int]:
+        """How many tokens every batch has."""
+        return [ids.numel() for ids in self.input_ids]
 
-        `entering` has one tensor per batch: hidden states, or token ids for the first shard.
+    def remembers(self, batches: Sequence[int]) -> bool:
+        return all(number in self.inputs for number in batches)
+
+    def ids(self, number: int) -> Tensor:
+        """The token ids of a batch, where this shard computes."""
+        return self.input_ids[number].to(self.stack.device)
+
+    @torch.no_grad()
+    def run_parent(self, entering: Sequence[Tensor] = (), batches: Sequence[int] | None = None) -> list[Tensor]:
+        """Runs the parent on a chunk and remembers its activations, in place of those of the chunk before.
+
+        `batches` are the chunk's, by default all. `entering` has the hidden states that enter the shard, one tensor per batch of the
+        chunk; the first shard starts from its own token ids. Returns the output of the shard's last layer, one tensor per batch.
         """
-        self.inputs, self.parent = [], []
-        for number, hidden_states in enumerate(entering):
-            hidden = self.stack.embed(hidden_states) if self.stack.embedding is not None else hidden_states
+        self.inputs, self.parent = {}, {}
+        for place, number in enumerate(range(len(self.input_ids)) if batches is None else batches):
+            first = self.stack.embedding is not None
+            hidden = self.stack.embed(self.ids(number)) if first else entering[place]
             inputs = {}
             for index in range(self.stack.first, self.stack.last):
                 inputs[index] = hidden
                 hidden = self.stack.run_layer(self.stack.layer(index), index, hidden)
             inputs[self.stack.last] = hidden
-            self.inputs.append(inputs)
+            self.inputs[number] = inputs
             if self.ends:
-                self.parent.append(self._predictions(number, hidden))
-        return [inputs[self.stack.last] for inputs in self.inputs]
+                self.parent[number] = self._predictions(number, hidden)
+        return [inputs[self.stack.last] for inputs in self.inputs.values()]
 
     def _predictions(self, number: int, leaving: Tensor) -> ParentPredictions:
-        final, logits = self.stack.predict(leaving)
+        final, head, ids = self.stack.final(leaving), self.stack.output_head, self.ids(number)
         if number >= self.num_texts:
-            return ParentPredictions(
-                gold_log_prob=answers_from_logits(logits, self.questions[number - self.num_texts]).gold_log_prob
-            )
-        log_probs = F.log_softmax(logits.float(), dim=-1)
-        loss = next_token_loss_per_sequence(log_probs, self.input_ids[number])
-        return ParentPredictions(log_probs, final, tuple(loss.tolist()))
+            questions = self.questions[number - self.num_texts]
+            return ParentPredictions(gold_log_prob=answers_from_head(head, final, questions).gold_log_prob)
+        log_probs = head.log_probs(final)
+        return ParentPredictions(log_probs, final, tuple(next_token_loss_per_sequence(log_probs, ids).tolist()))
 
     @torch.no_grad()
     def run_replacements(self, task: ScoringTask, states_of: StatesOf) -> list[Tensor]:
         """Runs the replaced layers on the parent's input, and then the rest of this shard.
 
-        The outputs of several replacements are concatenated along the batch. `states_of(layer, choice)` gives their weights.
+        The outputs of several replacements are concatenated along the batch. `states_of(layer, choice)` gives their weights. The
+        task's batches must be of the chunk that is remembered.
         """
         stack, index = self.stack, task.layer
         layers = [
@@ -119,20 +133,20 @@ class ShardScorer:
         return leaving
 
     @torch.no_grad()
-    def measure(self, task: ScoringTask, leaving: Sequence[Tensor]) -> list[Damage]:
-        """The damage of every replacement of the task, from the outputs of the last layer. For the last shard only."""
+    def measure(self, task: ScoringTask, leaving: Sequence[Tensor]) -> list[list[Damage]]:
+        """The damage of every replacement of the task on every batch, from the outputs of the last layer. For the last shard only."""
         parts: list[list[Damage]] = [[] for _ in task.replacements]
         for number, hidden in zip(task.batches, leaving, strict=True):
             for damages, own in zip(parts, hidden.split(len(self.input_ids[number])), strict=True):
                 damages.append(self._damage(number, own))
-        return [Damage.joined(damages) for damages in parts]
+        return parts
 
     def _damage(self, number: int, leaving: Tensor) -> Damage:
-        final, logits = self.stack.predict(leaving)
-        parent, ids = self.parent[number], self.input_ids[number]
+        final, head = self.stack.final(leaving), self.stack.output_head
+        parent, ids = self.parent[number], self.ids(number)
         if number >= self.num_texts:
-            child = answers_from_logits(logits, self.questions[number - self.num_texts]).gold_log_prob
+            child = answers_from_head(head, final, self.questions[number - self.num_texts]).gold_log_prob
             loss = tuple(p - c for p, c in zip(parent.gold_log_prob, child, strict=True))
             return Damage({DOWNSTREAM: loss}, {DOWNSTREAM: int(ids.numel())})
-        assert parent.log_probs is not None
-        return Damage.of(compare_predictions(parent.log_probs, logits, ids, parent.hidden, final), parent.loss)
+        assert parent.log_probs is not None and parent.hidden is not None
+        return Damage.of(compare_with_parent(parent.log_probs, head, ids, parent.hidden, final), parent.loss)

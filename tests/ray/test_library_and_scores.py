@@ -14,6 +14,7 @@ from small_models import save_parent
 from waiting import until
 
 from actors import library_stream, scoring
+from actors.parent_pipelines import ParentPipelines
 from actors.placement import runs
 from actors.reservation import plan_shards
 from puzzle_ray.artifacts import SearchSpace
@@ -167,16 +168,16 @@ def test_killing_a_shard_while_scoring_changes_nothing(local_ray, setting, monke
     doubts = {"racing": True, "racing_stderr": 0.05, "shortlist": "fisher", "shortlist_keep": 0.5, "fisher_samples": 1}
     config = ScoringConfig(granularity="subblock", tokens=256, micro_batch_tokens=64, candidate_batch=2, **doubts)
     pipelines = []
-    start = scoring._Pipeline.start.__func__
+    start = ParentPipelines._start_one
 
-    def started(cls, *args):
-        pipelines.append(start(cls, *args)[0])
-        return pipelines[-1], pipelines[-1].shards
+    def started(self, options):
+        pipelines.append(start(self, options))
+        return pipelines[-1]
 
-    monkeypatch.setattr(scoring._Pipeline, "start", classmethod(started))
+    monkeypatch.setattr(ParentPipelines, "_start_one", started)
 
     def kill():
-        os.kill(ray.get(pipelines[0].shards[-1].pid.remote(), timeout=30), signal.SIGKILL)
+        os.kill(ray.get(pipelines[0][1][-1].pid.remote(), timeout=30), signal.SIGKILL)
 
     assert score(setting, "killed", config, At(3, kill)) == score_in_one_process(setting, config, "serial, in doubt")
     assert pipelines

@@ -178,4 +178,4 @@ def test_workers_measure_what_one_process_measures_and_nothing_twice(local_ray, 
     step.write(name, json.dumps(step.read_json(name) | {"measured": asdict(found[0])}).encode())
     with measuring(str(parent), library.artifact, [], ClusterConfig(), step, Quiet()) as measure:
         assert measure(children) == [found[0], found[0], found[0], found[3]], "files are read, no worker starts"
-        assert measure.pool is None
+        assert measure.pipelines is None

@@ -70,6 +70,7 @@ def test_scores_equal_the_whole_models_bit_for_bit(parent, borders):
         child = assemble(folder, config, choices, {(item.layer, k): v for k, v in own.items()}, torch.float32)
         with torch.no_grad():
             expected = [whole_model_damage(reference, child, ids) for ids in BATCHES]
+        found = Damage.joined(found)
         assert found == Damage.joined(expected) and found.tokens["kl"] == 64
 
 
@@ -123,7 +124,8 @@ def test_differences_from_the_parent_are_zero_for_the_parent(parent):
     scorer = ShardScorer(load_stack(folder, descriptor, config, 0, 3, torch.float32), BATCHES)
     leaving = scorer.run_parent(BATCHES)
     item = Replacement(0, LayerChoice())
-    rows = score_rows(item, *scorer.measure(ScoringTask((item,), (0, 1)), leaving))
+    (found,) = scorer.measure(ScoringTask((item,), (0, 1)), leaving)
+    rows = score_rows(item, Damage.joined(found))
     assert len(rows) == 7 and all(abs(row.value) < 1e-6 for row in rows)
 
 

@@ -16,7 +16,7 @@ from puzzle_ray.models.describe import describe
 from puzzle_ray.progress import Quiet
 from puzzle_ray.scoring import fisher
 from puzzle_ray.scoring.metrics import mean
-from puzzle_ray.scoring.replacements import Replacement, ScoringTask, all_replacements
+from puzzle_ray.scoring.replacements import Damage, Replacement, ScoringTask, all_replacements
 from puzzle_ray.scoring.serial import score_serially
 from puzzle_ray.scoring.settings import ScoringConfig
 from puzzle_ray.scoring.shard import ShardScorer
@@ -75,7 +75,7 @@ def test_the_estimate_nears_the_exact_kl_of_small_changes(parent):
     for item in all_replacements(space, "block"):
         task = ScoringTask((item,), (0, 1, 2))
         (damage,) = scorer.measure(task, scorer.run_replacements(task, states_of))
-        assert mean(found[fisher.estimate_key(item)]) == pytest.approx(mean(damage.values["kl"]), rel=0.3)
+        assert mean(found[fisher.estimate_key(item)]) == pytest.approx(mean(Damage.joined(damage).values["kl"]), rel=0.3)
 
 
 def test_one_layers_ffn_at_one_position_is_unbiased(parent):

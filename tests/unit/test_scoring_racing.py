@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from puzzle_ray.artifacts import LayerChoice, ScoreRow
+from puzzle_ray.scoring.plan import chunks_of_rounds
 from puzzle_ray.scoring.racing import on_all_text
 from puzzle_ray.scoring.replacements import Damage, Replacement, replacement_groups, saved_score_rows
 from puzzle_ray.scoring.settings import ScoringConfig
@@ -40,14 +41,14 @@ def raced(kl, loss, artifact, **settings):
     wanted = list(kl)
     config = ScoringConfig(racing=True, **settings)
     for group in replacement_groups(wanted, config, BATCHES, 0):
-        while (task := group.next_task()) is not None:
+        for chunk in chunks_of_rounds(group.rounds, [TOKENS] * BATCHES, 1, 3 * TOKENS):
+            task = group.task(chunk)
+            if task is None:
+                continue
             parts = []
             for r in task.replacements:
-                values = {
-                    "kl": tuple(kl[r][list(task.batches)].ravel()),
-                    "lm_loss": tuple(loss[r][list(task.batches)].ravel()),
-                }
-                parts.append(Damage(values, dict.fromkeys(values, TOKENS * len(task.batches))))
+                values = [{"kl": tuple(kl[r][batch]), "lm_loss": tuple(loss[r][batch])} for batch in task.batches]
+                parts.append([Damage(own, dict.fromkeys(own, TOKENS)) for own in values])
             group.add(task, parts)
         group.save(artifact)
     return {(r.layer, r.attention, r.metric): r for r in saved_score_rows(wanted, artifact)}
@@ -121,4 +122,5 @@ def test_growths_multiply_over_rounds_and_means_that_are_not_positive_say_nothin
 def test_replacements_asked_for_one_by_one_read_all_text():
     alone = ScoringConfig(racing=True, candidate_batch=4).alone
     (group,) = replacement_groups(replacements()[:1], alone, BATCHES, 2)
-    assert group.next_task().batches == tuple(range(BATCHES + 2))
+    (chunk,) = chunks_of_rounds(group.rounds, [TOKENS] * (BATCHES + 2), 1, 10**9)
+    assert group.task(chunk).batches == tuple(range(BATCHES + 2))

@@ -20,18 +20,20 @@ from small_models import save_parent
 from actors.block_trainer import Trainer
 from actors.parent_shard import EvaluationData, Shard
 from actors.placement import runs
-from puzzle_ray.artifacts import Scores, SearchSpace
+from puzzle_ray.artifacts import LayerChoice, Scores, SearchSpace
 from puzzle_ray.data.order import Tokens
 from puzzle_ray.distill.library import Library, build_serially, finish_library
 from puzzle_ray.distill.schedule import Schedule
 from puzzle_ray.distill.settings import BlockLoss, EarlyStop, LibraryConfig
+from puzzle_ray.evaluation.child_meter import ChildMeter
 from puzzle_ray.models.blocks import load_stack
 from puzzle_ray.models.child import read_config
 from puzzle_ray.models.describe import describe
 from puzzle_ray.progress import Quiet
 from puzzle_ray.scoring import fisher
 from puzzle_ray.scoring.downstream import load_questions
-from puzzle_ray.scoring.replacements import all_replacements, merge_scores, replacement_groups, saved_score_rows
+from puzzle_ray.scoring.plan import chunks_of_rounds
+from puzzle_ray.scoring.replacements import all_replacements, keep, merge_scores, replacement_groups, saved_score_rows
 from puzzle_ray.scoring.serial import score_serially
 from puzzle_ray.scoring.settings import ScoringConfig
 from puzzle_ray.scoring.shortlist import Shortlist, footprints
@@ -180,32 +182,42 @@ def test_what_travels_in_16_bits_is_rounded_alike_wherever_shards_end(setting, l
 class Pipeline:
     """A parent cut into shards. With `forgetful`, every shard is started again before it does anything."""
 
-    def __init__(self, setting: Setting, library: Library, data: EvaluationData, num_shards: int, forgetful: bool) -> None:
-        self.setting, self.library, self.data, self.forgetful = setting, library, data, forgetful
+    def __init__(
+        self, setting: Setting, library: Library, data: EvaluationData, num_shards: int, forgetful: bool, dtype: str
+    ) -> None:
+        self.setting, self.library, self.data, self.forgetful, self.dtype = setting, library, data, forgetful, dtype
         self.layers = runs(LAYERS, num_shards)
         self.shards = [self.started(layers) for layers in self.layers]
-        self.entering: list[list] = [[]]
-        for shard in self.shards:
-            self.entering.append(travelled(shard.run_parent(data, self.entering[-1])))
+        self.batches: tuple[int, ...] = ()
+        self.entering: list[list] = []
+
+    def turn_to(self, batches):
+        if batches != self.batches:
+            self.batches, self.entering = batches, [[]]
+            for shard in self.shards:
+                self.entering.append(travelled(shard.run_parent(batches, self.data, self.entering[-1])))
 
     def started(self, layers: range) -> Shard:
-        return Shard(str(self.setting.folder), layers.start, layers.stop, "float32", "float32", 1, TRANSPORT)
+        return Shard(str(self.setting.folder), layers.start, layers.stop, self.dtype, self.dtype, 1, TRANSPORT)
 
     def shard(self, n: int) -> Shard:
         return self.started(self.layers[n]) if self.forgetful else self.shards[n]
 
-    def score(self, task):
+    def score(self, task, chunk):
+        self.turn_to(chunk.batches)
         first = next(n for n, layers in enumerate(self.layers) if task.layer in layers)
-        out = travelled(self.shard(first).exchange(task, self.library.artifact, self.data, self.entering[first]))
+        given = (self.batches, self.data)
+        out = travelled(self.shard(first).exchange(task, self.library.artifact, *given, self.entering[first]))
         for n in range(first + 1, len(self.shards)):
-            out = travelled(self.shard(n).suffix(task, out, self.data, self.entering[n]))
+            out = travelled(self.shard(n).suffix(task, out, *given, self.entering[n]))
         return out
 
-    def estimate(self, batches, config: ScoringConfig):
+    def estimate(self, chunk, config: ScoringConfig):
+        self.turn_to(chunk.batches)
         found, gradients = [], None
         for n in reversed(range(len(self.shards))):
-            arguments = (self.setting.space, config, self.library.artifact, self.data, self.entering[n])
-            own, gradients = travelled(list(self.shard(n).estimate(batches, gradients, *arguments)))
+            arguments = (self.setting.space, config, self.library.artifact, self.batches, self.data, self.entering[n])
+            own, gradients = travelled(list(self.shard(n).estimate(self.batches, gradients, *arguments)))
             found.append(own)
         return found
 
@@ -215,31 +227,39 @@ def evaluation(setting: Setting, config: ScoringConfig):
     return setting.tokens.first(config.tokens, config.micro_batch_tokens // 16), load_questions(str(setting.folder), config, 128)
 
 
-def score_by_shards(setting: Setting, library: Library, config: ScoringConfig, num_shards: int, forgetful=False) -> Scores:
-    """The scoring stage, one piece of work after the other."""
+def score_by_shards(
+    setting: Setting, library: Library, config: ScoringConfig, num_shards: int, forgetful=False, limit_bytes=10**9
+) -> Scores:
+    """The scoring stage, one piece of work after the other, in chunks of at most `limit_bytes` at a byte per token."""
     texts, questions = evaluation(setting, config)
     data = EvaluationData([batch.numpy() for batch in texts], questions)
-    pipeline, artifact = Pipeline(setting, library, data, num_shards, forgetful), setting.artifact("scores")
+    pipeline, artifact = Pipeline(setting, library, data, num_shards, forgetful, config.dtype), setting.artifact("scores")
+    batch_tokens = [batch.size for batch in (*data.texts, *(q.input_ids for q in questions))]
     wanted, shortlist = all_replacements(setting.space, config.granularity), None
     if config.shortlist == "fisher":
-        for name, batches in fisher.estimate_tasks(len(texts)):
-            fisher.save_estimates(artifact, name, pipeline.estimate(batches, config))
+        for chunk in chunks_of_rounds([tuple(range(len(texts)))], batch_tokens, 1, limit_bytes):
+            fisher.save_estimates(artifact, chunk.batches, pipeline.estimate(chunk, config))
         model_config = read_config(setting.folder)
         weights = footprints(setting.space, describe(model_config), model_config)
         tokens = sum(batch.size for batch in data.texts)
-        shortlist = Shortlist.of(wanted, fisher.load_estimates(len(texts), artifact), tokens, weights, setting.space, config)
+        shortlist = Shortlist.of(
+            wanted, fisher.load_estimates([len(ids) for ids in texts], artifact), tokens, weights, setting.space, config
+        )
         wanted = list(shortlist.exact)
-    for group in replacement_groups(wanted, config, len(texts), len(questions)):
-        while (task := group.next_task()) is not None:
-            group.add(task, pipeline.score(task))
-        group.save(artifact)
+    groups = replacement_groups(wanted, config, len(texts), len(questions))
+    for chunk in chunks_of_rounds(groups[0].rounds, batch_tokens, 1, limit_bytes):
+        for group in groups:
+            if (task := group.task(chunk)) is not None:
+                group.add(task, pipeline.score(task, chunk))
+                keep(group, task, artifact)
+    assert all(group.finished for group in groups) and not artifact.names("parts")
     rows = saved_score_rows(wanted, artifact)
     return merge_scores(rows + shortlist.rows(rows) if shortlist else rows, config, artifact)
 
 
 def score_in_one_piece(setting: Setting, library: Library, config: ScoringConfig) -> Scores:
     model_config = read_config(setting.folder)
-    stack = load_stack(setting.folder, describe(model_config), model_config, 0, LAYERS, torch.float32)
+    stack = load_stack(setting.folder, describe(model_config), model_config, 0, LAYERS, getattr(torch, config.dtype))
     texts, questions = evaluation(setting, config)
     return score_serially(stack, texts, setting.space, config, setting.artifact("scores"), library.states, Quiet(), questions)
 
@@ -258,6 +278,7 @@ OPTIONS = {
     "racing": {"racing": True, "racing_stderr": 0.05, "candidate_batch": 2, "tokens": 768, "micro_batch_tokens": 128},
     "shortlist": {"granularity": "block", "shortlist": "fisher", "shortlist_keep": 0.3, "fisher_samples": 2},
     "downstream": {"downstream": True, "metric": "downstream"},
+    "half precision": {"granularity": "block", "dtype": "bfloat16", "shortlist": "fisher"},
 }
 
 
@@ -270,9 +291,11 @@ def test_scores_are_those_of_one_piece_wherever_shards_end(setting, library, que
     whole = score_in_one_piece(setting, library, config)
     for num_shards in (1, 2):
         assert score_by_shards(setting, library, config, num_shards) == whole
+    one_batch = config.micro_batch_tokens
+    assert score_by_shards(setting, library, config, 2, limit_bytes=one_batch) == whole, "chunks of one batch change nothing"
     if name == "racing":
         assert len({row.tokens for row in whole.rows}) > 1
-    if name == "shortlist":
+    if name in ("shortlist", "half precision"):
         assert {row.tokens for row in whole.rows if row.metric == "kl"} == {0, 64}, "some are exact, some estimated"
     if name == "downstream":
         assert {row.metric for row in whole.rows} >= {"downstream", "kl"}
@@ -289,6 +312,41 @@ def test_scores_of_pairs_are_those_of_one_piece(pairs, pairs_library):
     whole = score_in_one_piece(pairs, pairs_library, config)
     assert score_by_shards(pairs, pairs_library, config, 2) == whole
     assert len({(row.layer, row.attention, row.ffn) for row in whole.rows}) == 3 * LAYERS
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 4])
+def test_children_are_measured_alike_wherever_shards_end_and_whatever_is_remembered(setting, library, num_shards):
+    model_config = read_config(setting.folder)
+    stack = load_stack(setting.folder, describe(model_config), model_config, 0, LAYERS, torch.float32)
+    batches, parent = setting.tokens.first(64, 2), LayerChoice()
+    a, b, c = LayerChoice("gqa:1", "ffn:24"), LayerChoice(ffn="noop"), LayerChoice("linear")
+    children = [(a, b, parent, c), (a, b, parent, parent), (a, parent, parent, parent), (b, c, a, a), (b, c, a, parent)]
+    whole = ChildMeter(stack, library, batches)
+    expected = [whole.measure(child) for child in children]
+    assert len(set(expected)) == len(children)
+    assert [ChildMeter(stack, library, batches, kept_bytes=0).measure(child) for child in children] == expected
+    one_batch = batches[0].numel() * 32 * 4 * (LAYERS + 1)
+    partly = ChildMeter(stack, library, batches, kept_bytes=one_batch)
+    assert [partly.measure(child) for child in children] == expected and [bool(x) for x in partly.inputs] == [True, False]
+
+    shards = [Shard(str(setting.folder), x.start, x.stop, "float32", "float32", 1, TRANSPORT) for x in runs(LAYERS, num_shards)]
+    ids = [batch.numpy() for batch in batches]
+    entering: list = [[]]
+    for shard in shards:
+        entering.append(travelled(shard.remember_parent(library.artifact, ids, entering[-1])))
+    found = []
+    for number, child in enumerate(children):
+        if number == 3:  # one of them is lost
+            shards[-1] = Shard(str(setting.folder), *spans(shards[-1]), "float32", "float32", 1, TRANSPORT)
+        out: list = []
+        for shard, parents in zip(shards, entering, strict=False):
+            out = travelled(shard.run_child(child, out, library.artifact, ids, parents))
+        found.append(out)
+    assert found == expected
+
+
+def spans(shard: Shard) -> tuple[int, int]:
+    return shard.stack.first, shard.stack.last
 
 
 def test_runs_are_even_and_in_order():

@@ -1,0 +1,127 @@
+"""The losses of global distillation from hidden states and heads: whole logits exist neither of the child nor of the parent.
+
+Logits are the largest tensors of a step: 2,048 tokens of a vocabulary of 150,000 take 1.2 GiB in float32, for each model and once more
+for the gradient. Here they are computed for a few tokens at a time, and their gradient is carried to the hidden states and to the
+head's weights before the next tokens. Sums are in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from puzzle_ray.distill.losses import NO_LABEL
+from puzzle_ray.models.head import CHUNK_ELEMENTS, Head
+
+# N tokens of all sequences, V vocabulary, D hidden size
+
+
+def _logit_slopes(
+    child_NV: Tensor, parent_NV: Tensor, labels_N: Tensor, tokens: int, labelled: int, kl_weight: float, lm_weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(KL, next-token loss, slope of their weighted sum at the child's logits), all in float32.
+
+    KL(parent || child) is divided by `tokens`, the next-token loss by `labelled`: the shares of these tokens in means over all.
+    """
+    child, parent = child_NV.float().log_softmax(-1), parent_NV.float().log_softmax(-1)
+    known = (labels_N != NO_LABEL).float().unsqueeze(1)
+    label = labels_N.clamp(min=0).unsqueeze(1)
+    lm = -((child.gather(1, label) * known).sum() / labelled)
+    target = parent.exp()
+    kl = (target * parent.sub_(child)).sum() / tokens
+    child.exp_()
+    slope = (child - target).mul_(kl_weight / tokens)
+    if lm_weight:
+        known *= lm_weight / labelled
+        slope.addcmul_(child, known).scatter_add_(1, label, -known)
+    return kl, lm, slope
+
+
+class _HeadLosses(torch.autograd.Function):
+    """The weighted sum of both losses. The same pass computes its gradients: at the child's hidden states, and at its head's weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, final_ND: Tensor, child: Head, parent: Head, parent_ND: Tensor, labels_N: Tensor,
+        kl_weight: float, lm_weight: float, *weights: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        tokens = len(final_ND)
+        labelled = max(1, int((labels_N != NO_LABEL).sum()))
+        gradient = torch.empty_like(final_ND)
+        sums = [torch.zeros_like(weight) for weight in weights]
+        kl, lm = torch.zeros(2, dtype=torch.float32, device=final_ND.device)
+        for part, parent_NV in parent.chunks(parent_ND.unsqueeze(0)):
+            with torch.enable_grad():
+                hidden = final_ND[part].detach().requires_grad_()
+                logits = child.logits(hidden)
+            own_kl, own_lm, slope = _logit_slopes(
+                logits.detach(), parent_NV, labels_N[part], tokens, labelled, kl_weight, lm_weight
+            )
+            kl += own_kl
+            lm += own_lm
+            at_hidden, *at_weights = torch.autograd.grad(logits, (hidden, *weights), slope.to(logits.dtype))
+            gradient[part] = at_hidden
+            for total, own in zip(sums, at_weights, strict=True):
+                total += own
+        ctx.gradients = (gradient, *sums)
+        ctx.mark_non_differentiable(kl, lm)
+        return kl_weight * kl + lm_weight * lm, kl, lm
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, *sums = (each.mul_(outer[0]) for each in ctx.gradients)
+        return gradient, *[None] * 6, *sums
+
+
+def head_losses(
+    child: Head, final_BTD: Tensor, parent: Head, parent_BTD: Tensor, input_ids_BT: Tensor, kl_weight: float, lm_weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(weighted sum, KL, next-token loss), in nats and float32, from outputs of both models' final norms.
+
+    KL(parent || child) is a mean over all tokens. The next-token loss is a mean over the tokens that have a next one. Only the weighted
+    sum has a gradient, towards the child's hidden states and those weights of its head that require one.
+    """
+    labels = functional.pad(input_ids_BT[:, 1:], (0, 1), value=NO_LABEL).flatten()
+    weights = [weight for weight in child.linear.parameters() if weight.requires_grad]
+    total, kl, lm = _HeadLosses.apply(
+        final_BTD.flatten(0, 1), child, parent, parent_BTD.detach().flatten(0, 1), labels, kl_weight, lm_weight, *weights
+    )
+    return total, kl, lm
+
+
+class _MeanCosine(torch.autograd.Function):
+    """The mean over tokens of the cosine similarity, in float32. Float32 copies exist of a few tokens at a time, both ways."""
+
+    @staticmethod
+    def forward(ctx: Any, child_BTD: Tensor, parent_BTD: Tensor) -> Tensor:
+        ctx.save_for_backward(child_BTD, parent_BTD)
+        child, parent = child_BTD.flatten(0, 1), parent_BTD.flatten(0, 1)
+        parts = [functional.cosine_similarity(child[p].float(), parent[p].float(), dim=-1) for p in _runs(child)]
+        return torch.cat(parts).view(child_BTD.shape[:2]).mean()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None]:
+        child_BTD, parent_BTD = ctx.saved_tensors
+        child, parent = child_BTD.flatten(0, 1), parent_BTD.flatten(0, 1)
+        gradient = torch.empty_like(child)
+        for part in _runs(child):
+            with torch.enable_grad():
+                own = child[part].detach().requires_grad_()
+                similarity = functional.cosine_similarity(own.float(), parent[part].float(), dim=-1)
+            (gradient[part],) = torch.autograd.grad(similarity, own, (outer[0] / len(child)).expand_as(similarity))
+        return gradient.view_as(child_BTD), None
+
+
+def _runs(tokens_ND: Tensor) -> list[slice]:
+    size = max(1, CHUNK_ELEMENTS.get(tokens_ND.device.type, CHUNK_ELEMENTS["cuda"]) // tokens_ND.shape[1])
+    return [slice(start, start + size) for start in range(0, len(tokens_ND), size)]
+
+
+def layers_cosine_distance(child: Sequence[Tensor], parent: Sequence[Tensor]) -> Tensor:
+    """Mean over layers and tokens of 1 - cos(child, parent). Entries are layer outputs, `[batch, tokens, hidden_size]`."""
+    similarity = [_MeanCosine.apply(c, p.detach()) for c, p in zip(child, parent, strict=True)]
+    return 1 - torch.stack(similarity).mean()
