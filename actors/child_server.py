@@ -1,36 +1,62 @@
-"""A child behind HTTP: FastAPI routes under Ray Serve on one engine per replica. What they answer is `OpenAIService`'s matter."""
+"""Children behind HTTP: FastAPI routes under Ray Serve on one engine per model. What they answer is `OpenAIService`'s matter."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import ValidationError
 from ray import serve
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from puzzle_ray.errors import PuzzleError
-from puzzle_ray.serving.openai_api import (
-    ChatRequest,
-    CompletionRequest,
-    OpenAIService,
-    error_body,
-    error_response,
-    validation_body,
-)
+from puzzle_ray.serving.access import KeyCheck, read_body
+from puzzle_ray.serving.api_errors import error_body, error_headers, error_response, validation_body
+from puzzle_ray.serving.metrics import CONTENT_TYPE
+from puzzle_ray.serving.openai_api import OpenAIService, ServedModel
+from puzzle_ray.serving.requests import ChatRequest, CompletionRequest, parse
+from puzzle_ray.serving.settings import ServeSettings
+
+Body = TypeVar("Body", CompletionRequest, ChatRequest)
 
 app = FastAPI(title="puzzle_ray")
+
+
+class _Access:
+    """Keys and origins, as the settings of this process' replica have them. They are known when the first request comes."""
+
+    def __init__(self, inner: ASGIApp) -> None:
+        self._inner = inner
+        self._chain: ASGIApp | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._inner(scope, receive, send)
+            return
+        if self._chain is None:
+            settings = serve.get_replica_context().servable_object.settings
+            self._chain = KeyCheck(self._inner, settings.api_key_sha256)
+            if settings.allowed_origins:
+                allowed = {"allow_origins": settings.allowed_origins, "allow_methods": ["*"], "allow_headers": ["*"]}
+                self._chain = CORSMiddleware(self._chain, **allowed)
+        await self._chain(scope, receive, send)
+
+
+app.add_middleware(_Access)
 
 
 @app.exception_handler(PuzzleError)
 async def _puzzle_error(request: Request, error: PuzzleError) -> JSONResponse:
     status, body = error_response(error)
-    return JSONResponse(body, status, headers={"Retry-After": "1"} if status == 503 else None)
+    return JSONResponse(body, status, headers=error_headers(status))
 
 
-@app.exception_handler(RequestValidationError)
-async def _invalid_body(request: Request, error: RequestValidationError) -> JSONResponse:
-    return JSONResponse(validation_body(error.errors()), 400)
+@app.exception_handler(ValidationError)
+async def _invalid_body(request: Request, error: ValidationError) -> JSONResponse:
+    return JSONResponse(
+        validation_body([dict(each) for each in error.errors(include_url=False, include_input=False, include_context=False)]), 400
+    )
 
 
 @app.exception_handler(HTTPException)
@@ -45,64 +71,95 @@ class _EventStream(StreamingResponse):
         await self.stream_response(send)
 
 
-@serve.deployment(max_constructor_retry_count=1, graceful_shutdown_wait_loop_s=0.5, graceful_shutdown_timeout_s=10)
+@serve.deployment(name="ChildServer", max_constructor_retry_count=1, graceful_shutdown_wait_loop_s=0.5)
 @serve.ingress(app)
 class ChildServer:
-    """One replica: a model in memory, its engine, and the routes."""
+    """One replica: the models in memory, their engines, and the routes. `settings`: the fields of ServeSettings."""
 
-    def __init__(
-        self,
-        child: str,
-        model_name: str,
-        device: str,
-        dtype: str,
-        max_batch_size: int,
-        max_length: int | None,
-        max_waiting: int,
-    ) -> None:
-        import ray
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self._engines: list[Any] = []
+        self.settings = ServeSettings.model_validate(settings)
+        self.service = OpenAIService(
+            [self._load(name, folder) for name, folder in self.settings.models.items()],
+            self.settings.stream_interval_ms / 1000,
+        )
+
+    def _load(self, name: str, model: str) -> ServedModel:
         import torch
-        from transformers import AutoTokenizer
 
         from puzzle_ray.models.child import load_model
-        from puzzle_ray.process import compute_with
+        from puzzle_ray.models.tokenizer import read_tokenizer
+        from puzzle_ray.process import compute_with, device_for
         from puzzle_ray.serving.engine import Engine
         from puzzle_ray.serving.fetch import fetch_model
+        from puzzle_ray.serving.limits import free_memory_bytes
 
-        compute_with(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
-        folder = fetch_model(child)
-        model = load_model(folder, dtype=None if dtype == "auto" else getattr(torch, dtype)).to(device)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.engine = Engine(
-            model, tokenizer, max_batch_size=max_batch_size, max_length=max_length, max_waiting=max_waiting
+        asked = self.settings
+        compute_with(asked.num_cpus)
+        folder, device = fetch_model(model), device_for(asked.num_gpus)
+        loaded = load_model(folder, dtype=None if asked.dtype == "auto" else getattr(torch, asked.dtype)).to(device)
+        tokenizer = read_tokenizer(folder)  # type: ignore[arg-type]
+        left = len(asked.models) - len(
+            self._engines
+        )  # of the memory that is free now, each model yet to come gets an equal share
+        engine = Engine(
+            loaded,
+            tokenizer,
+            max_batch_size=asked.max_batch_size,
+            max_length=asked.max_length or None,
+            max_waiting=asked.max_waiting,
+            prefill_tokens=asked.prefill_tokens,
+            kv_cache_mib=asked.kv_cache_mib / len(asked.models) or free_memory_bytes(device) / left / 2**20,
+            prefix_cache=asked.prefix_cache,
+            stall_timeout_s=asked.stall_timeout_s,
         ).start()
-        self.service = OpenAIService(self.engine, tokenizer, model_name)
+        self._engines.append(engine)
+        return ServedModel(name, engine, tokenizer)
+
+    def __del__(self) -> None:
+        for engine in self._engines:
+            engine.close()
 
     def check_health(self) -> None:
-        """Serve replaces the replica when this raises."""
-        self.engine.check()
+        """Serve replaces the replica when this raises: an engine has stopped, or a forward pass does not end."""
+        self.service.check()
 
     @app.get("/health")
     async def health(self) -> dict[str, Any]:
-        """Whether requests are served, and the engine's counters."""
+        """Whether requests are served, and the engines' counters."""
         return self.service.health()
+
+    @app.get("/metrics")
+    async def metrics(self) -> Response:
+        """Counters and histograms of this replica, for Prometheus."""
+        replica = serve.get_replica_context().replica_tag
+        return Response(self.service.metrics({"replica": replica}), media_type=CONTENT_TYPE)
 
     @app.get("/v1/models")
     async def models(self) -> dict[str, Any]:
-        """The one model there is."""
+        """The models there are."""
         return self.service.models()
 
+    @app.get("/v1/models/{name:path}")
+    async def model(self, name: str) -> dict[str, Any]:
+        """One model."""
+        return self.service.model(name).card()
+
     @app.post("/v1/completions")
-    async def completions(self, request: CompletionRequest) -> Response:
+    async def completions(self, request: Request) -> Response:
         """Continue a text."""
-        return await self._reply(request)
+        return await self._reply(await self._read(CompletionRequest, request))
 
     @app.post("/v1/chat/completions")
-    async def chat_completions(self, request: ChatRequest) -> Response:
+    async def chat_completions(self, request: Request) -> Response:
         """Answer in a conversation, for models with a chat template."""
-        return await self._reply(request)
+        return await self._reply(await self._read(ChatRequest, request))
+
+    async def _read(self, kind: type[Body], request: Request) -> Body:
+        most_bytes = int(self.settings.max_body_mib * 2**20)
+        return parse(kind, await read_body(request.headers, request.receive, most_bytes, self.settings.body_timeout_s))
 
     async def _reply(self, request: CompletionRequest | ChatRequest) -> Response:
         if request.stream:
-            return _EventStream(self.service.answer_stream(request), media_type="text/event-stream")
+            return _EventStream(await self.service.answer_stream(request), media_type="text/event-stream")
         return JSONResponse(await self.service.answer(request))

@@ -12,61 +12,124 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from pydantic import ValidationError
 
 from jobs.command import RESULTS, Debug, Verb
 from jobs.session import connected
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.errors import ClusterError, ConfigError
 
-_APPLICATION = "puzzle-ray-child"
+if TYPE_CHECKING:
+    from puzzle_ray.serving.settings import ServeSettings
+
+APPLICATION = "puzzle-ray-child"
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
-# Requests a replica takes on top of what its engine holds, so that /health and refusals get through at full load.
-_SPARE_REQUESTS = 16
+_KEEP_ALIVE_S = 60  # a connection without a request ends after this
+
+Children = Annotated[
+    list[str],
+    typer.Option(
+        "--child", help="Hugging Face folder: a path, an fsspec URL or a hub id; NAME=FOLDER names it. May be repeated."
+    ),
+]
 
 
 def serve_child(
-    child: Annotated[str, typer.Option(help="Hugging Face folder: a path, an fsspec URL or a hub id.")],
+    child: Children,
     host: Annotated[str, typer.Option(help="Interface to listen on; 0.0.0.0 is all of them.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     address: Annotated[str, typer.Option(help="Ray: local (one of its own), auto, or host:port.")] = "local",
+    name: Annotated[str, typer.Option(help="Serve's application: several on one cluster need names of their own.")] = APPLICATION,
+    route_prefix: Annotated[str, typer.Option(help="Path before /v1; several applications need prefixes of their own.")] = "/",
     served_model_name: Annotated[str | None, typer.Option(help="Name in requests; the folder's name if not given.")] = None,
-    max_batch_size: Annotated[int, typer.Option(min=1, help="Requests decoded together, per replica.")] = 16,
+    api_key_file: Annotated[str | None, typer.Option(help="File of keys, one a line; requests need one of them.")] = None,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(help="Web page's origin that may ask (CORS); may be repeated.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="puzzle, vllm or tensorrt_llm.")] = "puzzle",
+    max_batch_size: Annotated[int, typer.Option(min=1, help="Requests decoded together, per model.")] = 16,
     max_length: Annotated[int, typer.Option(min=0, help="Tokens of prompt and answer; 0 is the model's own limit.")] = 0,
-    max_waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait, per replica; more get a 503.")] = 256,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait, per model; more get a 503.")] = 256,
+    kv_cache_mib: Annotated[float, typer.Option(min=0, help="Memory for keys and values; 0 is a share of what is free.")] = 0,
+    prefill_tokens: Annotated[int, typer.Option(min=1, help="Prompt tokens read between two decode steps.")] = 512,
     num_replicas: Annotated[int, typer.Option(min=1)] = 1,
+    max_replicas: Annotated[int, typer.Option(min=0, help="Scale from --num-replicas up to so many; 0 does not scale.")] = 0,
     num_cpus: Annotated[int, typer.Option(min=1, help="Cores (and threads) per replica.")] = 1,
     num_gpus: Annotated[float, typer.Option(min=0, help="GPUs per replica; 0 runs on the CPU.")] = 0,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(_DTYPES)}; auto is the model's own.")] = "auto",
     start_timeout_s: Annotated[float, typer.Option(help="Give up when the replicas are not ready by then.")] = 300.0,
+    grace_period_s: Annotated[float, typer.Option(help="At the end, requests in progress have so long to finish.")] = 30.0,
     debug: Debug = False,
 ) -> None:
-    """Serve a model until SIGINT (Ctrl-C) or SIGTERM."""
+    """Serve models until SIGINT (Ctrl-C) or SIGTERM; requests in progress are finished, a second signal cuts them."""
     own_cluster = address == "local" and not os.environ.get("RAY_ADDRESS")
     if dtype not in _DTYPES:
         raise ConfigError("dtype", f"is {dtype!r}", f"give one of {', '.join(_DTYPES)}")
+    if not route_prefix.startswith("/") or (route_prefix != "/" and route_prefix.endswith("/")):
+        raise ConfigError("route_prefix", f"is {route_prefix!r}", "write / or /some/path, without a slash at the end")
+    models = named_models(child, served_model_name)
     if own_cluster:
         check_port(host, port)
-    server = {
-        "child": check_child(child),
-        "model_name": served_model_name or child.rstrip("/").rsplit("/", 1)[-1],
-        "device": "cuda" if num_gpus else "cpu",
-        "dtype": dtype,
-        "max_batch_size": max_batch_size,
-        "max_length": max_length or None,
-        "max_waiting": max_waiting,
-    }
-    options = {"num_replicas": num_replicas, "ray_actor_options": {"num_cpus": num_cpus, "num_gpus": num_gpus}}
+    scaling = {"min_replicas": num_replicas, "max_replicas": max_replicas, "target_ongoing_requests": max_batch_size}
+    settings = server_settings(
+        models={each: check_child(folder, max_length) for each, folder in models.items()},
+        engine=engine, dtype=dtype, max_batch_size=max_batch_size, max_length=max_length, max_waiting=max_waiting,
+        kv_cache_mib=kv_cache_mib, prefill_tokens=prefill_tokens, allowed_origins=tuple(allow_origin or ()),
+        num_replicas=1 if max_replicas else num_replicas, autoscaling=scaling if max_replicas else None,
+        num_cpus=num_cpus, num_gpus=num_gpus, grace_period_s=grace_period_s, api_key_sha256=digests(api_key_file),
+    )  # fmt: skip
+    if host not in ("127.0.0.1", "localhost", "::1") and not settings.api_key_sha256:
+        typer.echo(
+            f"warning: whoever reaches {host}:{port} can use this server; --api-key-file lets in only those with a key", err=True
+        )
     with connected(ClusterConfig(address=address)), stop_signals() as stopped:
-        check_resources(num_replicas, num_cpus, num_gpus)
-        with deployed(server, options, host, port, own_cluster):
-            if wait_until_running(start_timeout_s, stopped):
-                announce(host, port, str(server["model_name"]))
-                watch(stopped)
+        check_resources(settings)
+        with deployed(settings, name, route_prefix, (host, port), own_cluster, stopped):
+            if wait_until_running(name, start_timeout_s, stopped.first):
+                announce(host, port, route_prefix, list(models))
+                watch(name, stopped.first)
+
+
+def named_models(children: Sequence[str], served_model_name: str | None) -> dict[str, str]:
+    """Name in requests -> folder. Raises ConfigError."""
+    from puzzle_ray.serving.settings import model_name
+
+    models: dict[str, str] = {}
+    for child in children:
+        before, equals, after = child.partition("=")
+        named = bool(equals) and "/" not in before
+        folder = after if named else child
+        name = before if named else served_model_name or model_name(folder)
+        if not name or not folder:
+            raise ConfigError("child", f"is {child!r}", "write FOLDER or NAME=FOLDER")
+        if name in models:
+            raise ConfigError("child", f"two models are called {name!r}", "name them: --child NAME=FOLDER")
+        models[name] = folder
+    return models
+
+
+def server_settings(**fields: Any) -> ServeSettings:
+    """The settings of the server. Raises ConfigError that names the option."""
+    from puzzle_ray.serving.settings import ServeSettings
+
+    try:
+        return ServeSettings.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "serve-child"
+        raise ConfigError(where, f"{first['msg']} (it is {first['input']!r})") from None
+
+
+def digests(api_key_file: str | None) -> tuple[str, ...]:
+    """SHA-256 of the keys in a file; none where there is no file."""
+    from puzzle_ray.serving.access import key_digests
+
+    return key_digests(api_key_file) if api_key_file else ()
 
 
 def check_port(host: str, port: int) -> None:
@@ -79,18 +142,31 @@ def check_port(host: str, port: int) -> None:
         raise ConfigError("port", f"{host}:{port} cannot be had ({error.strerror})", "give another --port or --host") from None
 
 
-def check_child(child: str) -> str:
-    """What the replicas load: an absolute path, a hub id or a URL. Raises ParentError when nothing is there."""
-    from puzzle_ray.serving.fetch import check_model
+def check_child(child: str, max_length: int) -> str:
+    """What the replicas load: an absolute path, a hub id or a URL. A model on this machine is looked at whole. Raises PuzzleError."""
+    from puzzle_ray.serving.fetch import check_model, check_servable
 
-    return check_model(child)
+    found = check_model(child)
+    if "://" not in found:
+        check_servable(found, max_length)
+    return found
+
+
+class Stops:
+    """Which signals to stop have come: `first` asks to finish, `second` to cut what is not finished."""
+
+    def __init__(self) -> None:
+        self.first, self.second = threading.Event(), threading.Event()
+
+    def tell(self) -> None:
+        (self.second if self.first.is_set() else self.first).set()
 
 
 @contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set, in place of what they did before."""
-    stopped = threading.Event()
-    before = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+def stop_signals() -> Iterator[Stops]:
+    """Told of SIGINT and SIGTERM, in place of what they did before."""
+    stopped = Stops()
+    before = {number: signal.signal(number, lambda *_: stopped.tell()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stopped
     finally:
@@ -98,60 +174,74 @@ def stop_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def check_resources(num_replicas: int, num_cpus: int, num_gpus: float) -> None:
+def check_resources(settings: ServeSettings) -> None:
     """Raises ClusterError when the cluster can never hold the replicas: Ray itself would wait for ever."""
     import ray
 
-    have = ray.cluster_resources()
-    for kind, each in (("CPU", num_cpus), ("GPU", num_gpus)):
-        if num_replicas * each > have.get(kind, 0):
-            problem = f"{num_replicas} x {each:g} {kind} is more than the cluster's {have.get(kind, 0):g}"
+    have, replicas = ray.cluster_resources(), settings.most_replicas
+    for kind, each in (("CPU", settings.num_cpus), ("GPU", settings.num_gpus)):
+        if replicas * each > have.get(kind, 0):
+            problem = f"{replicas} x {each:g} {kind} is more than the cluster's {have.get(kind, 0):g}"
             raise ClusterError("num_replicas", problem, f"ask for fewer replicas, or for less {kind} each")
 
 
 @contextmanager
-def deployed(server: dict[str, Any], options: dict[str, Any], host: str, port: int, own_cluster: bool) -> Iterator[None]:
-    """The replicas, started but not waited for; gone after the block, together with Serve if it was not there before."""
+def deployed(
+    settings: ServeSettings, name: str, route_prefix: str, where: tuple[str, int], own_cluster: bool, stopped: Stops
+) -> Iterator[None]:
+    """The application, started but not waited for. After the block it is gone, and Serve with it where nobody else uses it."""
     from ray import serve
 
-    from actors.child_server import ChildServer
+    from actors.serve import build
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    quiet = {"log_level": "WARNING"}
-    was_there = bool(serve.status().proxies)
-    if was_there:
+    quiet, (host, port) = {"log_level": "WARNING"}, where
+    status = serve.status()
+    if status.proxies:
         typer.echo("Serve runs on this cluster already: the host and port it was started with hold", err=True)
     elif not own_cluster:
         check_port(host, port)
+    if name in status.applications:
+        raise ConfigError("name", f"an application {name!r} runs on this cluster already", "give another --name, or end that one")
     ended_well = False
-    held = server["max_batch_size"] + server["max_waiting"]
     try:
-        serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
-        application = ChildServer.options(  # type: ignore[attr-defined]
-            max_ongoing_requests=held + _SPARE_REQUESTS, max_queued_requests=held, logging_config=quiet, **options
-        ).bind(**server)
-        serve.run_many(
-            [serve.RunTarget(target=application, name=_APPLICATION, route_prefix="/", logging_config=quiet)],
-            wait_for_ingress_deployment_creation=False,
-            wait_for_applications_running=False,
-        )
+        serve.start(http_options={"host": host, "port": port, "keep_alive_timeout_s": _KEEP_ALIVE_S}, logging_config=quiet)
+        target = serve.RunTarget(target=build(settings), name=name, route_prefix=route_prefix, logging_config=quiet)
+        serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
         yield
         ended_well = True
     finally:
-        if was_there:
-            serve.delete(_APPLICATION)
-        elif ended_well or not own_cluster:  # after a failure an own cluster just ends: nothing is in work
-            serve.shutdown()
+        if ended_well or not own_cluster:  # after a failure an own cluster just ends: nothing is in work
+            end_application(name, settings.grace_period_s, stopped.second)
+            if own_cluster or not (status.proxies or serve.status().applications):
+                serve.shutdown()
 
 
-def wait_until_running(timeout_s: float, stopped: threading.Event) -> bool:
+def end_application(name: str, grace_period_s: float, cut: threading.Event) -> None:
+    """Takes one application off the cluster. Its requests in progress are finished within the grace period."""
+    from ray import serve
+
+    if name not in serve.status().applications:
+        return
+    serve.delete(name, _blocking=False)
+    deadline = time.monotonic() + grace_period_s + 5.0
+    said = False
+    while name in serve.status().applications and time.monotonic() < deadline and not cut.wait(0.2):
+        if not said and time.monotonic() > deadline - grace_period_s - 4.0:
+            typer.echo(
+                f"requests in progress are finished, for at most {grace_period_s:g} s; a second Ctrl-C cuts them", err=True
+            )
+            said = True
+
+
+def wait_until_running(name: str, timeout_s: float, stopped: threading.Event) -> bool:
     """True once requests are answered, False if stopped before. Raises ClusterError."""
     from ray import serve
 
     deadline, message = time.monotonic() + timeout_s, ""
     while time.monotonic() < deadline:
         status = serve.status()
-        application = status.applications.get(_APPLICATION)
+        application = status.applications.get(name)
         if application is not None:
             parts = [application.message, *(each.message for each in application.deployments.values())]
             message = next((part for part in reversed(parts) if part), "")
@@ -172,20 +262,21 @@ def cause(text: str) -> str:
     return (named or lines or [""])[-1].removeprefix("puzzle_ray.errors.")
 
 
-def announce(host: str, port: int, name: str) -> None:
+def announce(host: str, port: int, route_prefix: str, names: Sequence[str]) -> None:
     """One line with the URL and a request to try."""
-    url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/v1"
-    body = f'{{"model": "{name}", "prompt": "Once upon a time", "max_tokens": 32, "temperature": 0}}'
-    typer.echo(f"serving {name} at {url}   try: curl {url}/completions -H 'Content-Type: application/json' -d '{body}'")
+    url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}{route_prefix.rstrip('/')}/v1"
+    body = f'{{"model": "{names[0]}", "prompt": "Once upon a time", "max_tokens": 32, "temperature": 0}}'
+    served = ", ".join(names)
+    typer.echo(f"serving {served} at {url}   try: curl {url}/completions -H 'Content-Type: application/json' -d '{body}'")
 
 
-def watch(stopped: threading.Event) -> None:
+def watch(name: str, stopped: threading.Event) -> None:
     """Wait for the stop, and say so whenever Serve's own view of the server changes."""
     from ray import serve
 
     known = "RUNNING"
     while not stopped.wait(5.0):
-        application = serve.status().applications.get(_APPLICATION)
+        application = serve.status().applications.get(name)
         state = str(application.status.value) if application is not None else "GONE"
         if state != known:
             typer.echo(f"the server is {state}" + (f": {cause(application.message)}" if application else ""), err=True)

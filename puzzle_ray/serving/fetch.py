@@ -1,7 +1,8 @@
-"""Where a server finds its model: a local folder, a hub id, or a local copy of a folder behind a URL."""
+"""Where a server finds its model, and whether the model is whole: known before a cluster is started."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -31,6 +32,26 @@ def fetch_model(model: str) -> str:
     if "://" in model:
         check_model(model)
     return str(locate(model))
+
+
+def check_servable(folder: str, max_length: int) -> None:
+    """What can be known without loading a model: config, length, kinds of layers, weights (whole, and those of the config), tokenizer.
+
+    max_length: 0 is the model's own limit. Raises ParentError, ConfigError.
+    """
+    import torch
+
+    from puzzle_ray.models.child import read_config
+    from puzzle_ray.models.manifest import check_weights
+    from puzzle_ray.models.tokenizer import check_tokenizer, read_tokenizer
+    from puzzle_ray.serving.limits import check_length
+    from puzzle_ray.serving.masks import AttentionMasks
+
+    config = read_config(Path(folder))
+    check_length(config, max_length or None)
+    AttentionMasks(config, torch.float32)
+    check_weights(Path(folder), config)
+    check_tokenizer(read_tokenizer(Path(folder)), config)
 
 
 def _open(url: str) -> tuple[Any, str]:

@@ -6,12 +6,15 @@ EngineBusy: too many requests wait already. EngineFailed: the engine stopped, or
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from puzzle_ray.errors import PuzzleError
+from puzzle_ray.serving.choosing import TokenLogprob
 from puzzle_ray.serving.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -39,18 +42,25 @@ class EngineFailed(PuzzleError):
 
 @dataclass(frozen=True)
 class Delta:
-    """One new token, and the text that can be shown with it (often "" or one word)."""
+    """One new token, and the text that can be shown with it (often "" or one word).
 
-    token_id: int
+    A request with max_tokens=0 ends with a delta without a token.
+    """
+
+    token_id: int | None
     text: str
     finish_reason: FinishReason | None = None
+    logprob: TokenLogprob | None = None
 
 
 class Generation:
     """A submitted request.
 
     One reader iterates over its deltas (`for` or `async for`), or waits with `result()`. Leaving the iteration early cancels the request
-    and frees its slot. `token_ids`, `text` and `finish_reason` hold everything so far.
+    and frees its slot. `token_ids`, `text` and `finish_reason` hold everything so far. `logprobs` has an entry per token where they are
+    asked for, and `prompt_logprobs` one per token of the prompt, None for the first. `cached_tokens` of the prompt were not computed again.
+
+    Times are seconds of `time.monotonic()`.
     """
 
     def __init__(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
@@ -59,12 +69,18 @@ class Generation:
         self.token_ids: list[int] = []
         self.text = ""
         self.finish_reason: FinishReason | None = None
+        self.logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: list[TokenLogprob | None] | None = None
+        self.cached_tokens = 0
         self.cancelled = False
+        self.submitted_at = time.monotonic()
+        self.first_token_at: float | None = None
+        self.ended_at: float | None = None
         self._changed = threading.Condition()
         self._fresh: list[Delta] = []
         self._done = False
         self._failure: str | None = None
-        self._listener: Callable[[], None] | None = None
+        self._listener: Callable[[bool], None] | None = None
 
     # For the caller.
 
@@ -98,8 +114,9 @@ class Generation:
             self.cancel()
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
-        async for _, delta in stream_deltas([self]):
-            yield delta
+        async for _, deltas in stream_deltas([self]):
+            for delta in deltas:
+                yield delta
 
     def take(self) -> tuple[list[Delta], bool]:
         """The deltas that were not read yet, and whether they are the last."""
@@ -107,21 +124,37 @@ class Generation:
             fresh, self._fresh = self._fresh, []
             return fresh, self._done
 
-    def listen(self, listener: Callable[[], None] | None) -> None:
-        """Have the engine's thread call `listener` whenever something changes."""
+    def listen(self, listener: Callable[[bool], None] | None) -> None:
+        """Have another thread call `listener` whenever something changes, with whether it was the last change."""
         with self._changed:
             self._listener = listener
 
     # For the engine.
 
+    @property
+    def done(self) -> bool:
+        """Whether it gets nothing more."""
+        return self._done
+
+    @property
+    def unwanted(self) -> bool:
+        """Whether nobody needs another token of it."""
+        return self.cancelled or self._done
+
     def add(self, delta: Delta) -> None:
         """Append a token. A delta with a finish_reason is the last."""
         with self._changed:
-            self.token_ids.append(delta.token_id)
+            if self._done:
+                return
+            if delta.token_id is not None:
+                self.token_ids.append(delta.token_id)
+                self.first_token_at = self.first_token_at or time.monotonic()
+            if delta.logprob is not None:
+                self.logprobs.append(delta.logprob)
             self.text += delta.text
             self._fresh.append(delta)
             if delta.finish_reason is not None:
-                self.finish_reason, self._done = delta.finish_reason, True
+                self.finish_reason, self._done, self.ended_at = delta.finish_reason, True, time.monotonic()
             self._notify()
 
     def end(self, failure: str | None = None) -> None:
@@ -130,35 +163,68 @@ class Generation:
             if not self._done:
                 self._failure = failure
                 self.finish_reason = "cancelled" if failure is None else None
-                self._done = True
+                self._done, self.ended_at = True, time.monotonic()
             self._notify()
 
     def _notify(self) -> None:
         self._changed.notify_all()
         if self._listener is not None:
             try:
-                self._listener()
+                self._listener(self._done)
             except RuntimeError:  # the reader's event loop is closed, so nobody reads any more
                 self._listener = None
                 self.cancel()
 
 
-async def stream_deltas(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Delta], None]:
-    """(index, delta) of several requests, as they come. Leaving early cancels them all. Raises EngineFailed."""
-    loop, news = asyncio.get_running_loop(), asyncio.Event()
+class _News:
+    """Tells a reader on an event loop of changes: at once where one ends, else at most every `interval_s` seconds."""
+
+    def __init__(self, interval_s: float) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._interval_s = interval_s
+        self._quiet_until = 0.0 if interval_s != float("inf") else float("inf")
+        self._event = asyncio.Event()
+
+    def tell(self, done: bool) -> None:
+        """From any thread."""
+        if done or self._loop.time() >= self._quiet_until:
+            self._loop.call_soon_threadsafe(self._event.set)
+
+    async def wait(self) -> None:
+        await self._event.wait()
+        self._event.clear()
+
+    def handed_on(self) -> None:
+        """What was new has been read."""
+        if 0 < self._interval_s < float("inf"):
+            self._quiet_until = self._loop.time() + self._interval_s
+            self._loop.call_later(self._interval_s, self._event.set)
+
+
+async def stream_deltas(
+    generations: Sequence[Generation], interval_s: float = 0.0
+) -> AsyncGenerator[tuple[int, list[Delta]], None]:
+    """(index, new deltas) of several requests. The first come at once, the following at most every `interval_s` seconds.
+
+    Leaving early cancels all requests. Raises EngineFailed.
+    """
+    news = _News(interval_s)
     for generation in generations:
-        generation.listen(lambda: _wake(loop, news))
+        generation.listen(news.tell)
     try:
         unfinished = dict(enumerate(generations))
         while unfinished:
-            news.clear()
+            handed_on = False
             for index, generation in list(unfinished.items()):
                 fresh, done = generation.take()
-                for delta in fresh:
-                    yield index, delta
+                if fresh:
+                    handed_on = True
+                    yield index, fresh
                 if done:
                     generation.raise_failure()
                     del unfinished[index]
+            if handed_on:
+                news.handed_on()
             if unfinished:
                 await news.wait()
     finally:
@@ -167,5 +233,8 @@ async def stream_deltas(generations: Sequence[Generation]) -> AsyncGenerator[tup
             generation.cancel()
 
 
-def _wake(loop: asyncio.AbstractEventLoop, news: asyncio.Event) -> None:
-    loop.call_soon_threadsafe(news.set)
+async def wait_for_all(generations: Sequence[Generation]) -> None:
+    """Until all have ended. A call that is cancelled cancels them. Raises EngineFailed."""
+    async with contextlib.aclosing(stream_deltas(generations, float("inf"))) as stream:
+        async for _ in stream:
+            pass

@@ -1,5 +1,6 @@
 """A child behind Ray Serve, as OpenAI's own client sees it."""
 
+import hashlib
 import json
 import os
 import signal
@@ -19,9 +20,10 @@ from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
 from ray import serve
 from small_models import tiny_config
 
-from actors.child_server import ChildServer
+from actors.serve import build
 from puzzle_ray.artifacts import LayerChoice
 from puzzle_ray.models.child import load_model, new_child
+from puzzle_ray.serving.settings import ServeSettings
 from puzzle_ray.serving.text import TextStream
 
 ROOT = Path(__file__).parents[2]
@@ -50,17 +52,19 @@ def child_folder(tmp_path_factory) -> Path:
 def url(local_ray, child_folder):
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    server = ChildServer.options(max_ongoing_requests=32).bind(
-        str(child_folder), model_name="tiny", device="cpu", dtype="auto", max_batch_size=4, max_length=None, max_waiting=8
-    )
-    serve.run(server, name="under-test", route_prefix="/")
-    yield f"http://127.0.0.1:{port}"
+    key = hashlib.sha256(b"secret").hexdigest()
+    settings = ServeSettings(
+        models={"tiny": str(child_folder), "twin": str(child_folder)},
+        max_batch_size=4, max_waiting=8, kv_cache_mib=64, max_body_mib=0.5, api_key_sha256=(key,), allowed_origins=("http://page",),
+    )  # fmt: skip
+    serve.run(build(settings), name="under-test", route_prefix="/here")
+    yield f"http://127.0.0.1:{port}/here"
     serve.shutdown()
 
 
 @pytest.fixture
 def client(url):
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=WAIT_S) as client:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0, timeout=WAIT_S) as client:
         yield client
 
 
@@ -69,7 +73,7 @@ def health_when_idle(url: str, finished: int = 0) -> dict:
     deadline = time.monotonic() + WAIT_S
     while True:
         with urllib.request.urlopen(f"{url}/health", timeout=WAIT_S) as response:
-            now = json.load(response)
+            now = json.load(response)["models"]["tiny"]
         if now["running"] == now["waiting"] == 0 and now["finished"] >= finished:
             return now
         assert time.monotonic() < deadline, f"still at work: {now}"
@@ -97,7 +101,8 @@ def test_answers_are_those_of_generate_however_many_ask_at_once(client, child_fo
 
 
 def test_the_official_client_lists_streams_and_reads_usage(client):
-    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert [model.id for model in client.models.list()] == ["tiny", "twin"]
+    assert client.models.retrieve("twin").id == "twin"
     asked = {"model": "tiny", "prompt": ["one", "two"], "max_tokens": 12, "temperature": 0}
     whole = client.completions.create(**asked)
     *parts, last = client.completions.create(**asked, stream=True, stream_options={"include_usage": True})
@@ -105,12 +110,29 @@ def test_the_official_client_lists_streams_and_reads_usage(client):
     for choice in whole.choices:
         mine = [part.choices[0] for part in parts if part.choices[0].index == choice.index]
         assert ("".join(part.text for part in mine), mine[-1].finish_reason) == (choice.text, choice.finish_reason)
+    twin = client.completions.create(**asked | {"model": "twin", "logprobs": 2, "echo": True})
+    assert [choice.text for choice in twin.choices] == [
+        prompt + choice.text for prompt, choice in zip(asked["prompt"], whole.choices, strict=True)
+    ]
+    assert twin.choices[0].logprobs.tokens[:3] == list("one") and twin.choices[0].logprobs.token_logprobs[0] is None
+
+
+def asked_plainly(url, body=None, key="secret", **headers):
+    """Status, headers and body of a request without a client of OpenAI's."""
+    request = urllib.request.Request(url, data=body, headers={"Authorization": f"Bearer {key}"} | headers)
+    try:
+        with urllib.request.urlopen(request, timeout=WAIT_S) as response:
+            return response.status, response.headers, response.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers, error.read()
 
 
 def test_errors_arrive_as_openais(client, url):
     with pytest.raises(openai.NotFoundError, match="no model 'other'"):
         client.completions.create(model="other", prompt="x")
-    for field, value in [("n", 2), ("max_tokens", MAX_LENGTH), ("prompt", []), ("temperature", -1)]:
+    with pytest.raises(openai.NotFoundError, match="no model 'other'"):
+        client.models.retrieve("other")
+    for field, value in [("n", 10**6), ("max_tokens", MAX_LENGTH), ("prompt", []), ("temperature", -1), ("prompt", ["x"] * 40)]:
         with pytest.raises(openai.BadRequestError) as caught:
             client.completions.create(**{"model": "tiny", "prompt": "x", field: value})
         assert caught.value.param == field
@@ -118,13 +140,33 @@ def test_errors_arrive_as_openais(client, url):
         client.completions.create(model="tiny", prompt="x", stream=True, extra_body={"wizardry": 1})
     with pytest.raises(openai.BadRequestError, match="no chat template"):
         client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "x"}])
-    with pytest.raises(openai.APIStatusError) as caught:
-        client.completions.create(model="tiny", prompt=["x"] * 40)
-    assert (caught.value.status_code, caught.value.code) == (503, "engine_busy")
+    with pytest.raises(openai.AuthenticationError):
+        client.with_options(api_key="wrong").models.list()
     for path, status in [("/nowhere", 404), ("/v1/completions", 405)]:
-        with pytest.raises(urllib.error.HTTPError) as caught:
-            urllib.request.urlopen(url + path, timeout=WAIT_S)
-        assert caught.value.code == status and path in json.load(caught.value)["error"]["message"]
+        code, _, body = asked_plainly(url + path)
+        assert code == status and path in json.loads(body)["error"]["message"]
+    for body, status in [(b"[" * 10**5, 400), (b"{" + b" " * 2**19, 413), (b'{"prompt": "\\ud800"}', 400), (b"\xff", 400)]:
+        code, _, answer = asked_plainly(f"{url}/v1/completions", body, **{"Content-Type": "application/json"})
+        assert code == status and json.loads(answer)["error"]["message"]
+
+
+def test_a_full_server_says_when_to_come_back(client, url):
+    asked = {"model": "tiny", "prompt": "x", "max_tokens": MAX_LENGTH - 1, "stream": True, "extra_body": {"ignore_eos": True}}
+    streams = [client.completions.create(**asked | {"prompt": ["x"] * 4}) for _ in range(3)]
+    body = json.dumps({"model": "tiny", "prompt": ["x"] * 4}).encode()
+    code, headers, answer = asked_plainly(f"{url}/v1/completions", body)
+    for stream in streams:
+        stream.close()
+    assert (code, headers["Retry-After"], json.loads(answer)["error"]["code"]) == (503, "1", "engine_busy")
+    health_when_idle(url)
+
+
+def test_those_who_watch_need_no_key_and_pages_only_from_their_origin(url):
+    code, headers, text = asked_plainly(f"{url}/metrics", key="none")
+    assert code == 200 and b'model="tiny"' in text and headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    assert asked_plainly(f"{url}/health", key="none")[0] == 200
+    assert asked_plainly(f"{url}/v1/models", Origin="http://page")[1]["Access-Control-Allow-Origin"] == "http://page"
+    assert asked_plainly(f"{url}/v1/models", Origin="http://other")[1]["Access-Control-Allow-Origin"] is None
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -145,9 +187,9 @@ def command(*options: str) -> list[str]:
     return [sys.executable, "-m", "jobs.serve_child", *options]
 
 
-def test_the_job_serves_until_it_is_told_to_stop(child_folder):
+def test_the_job_serves_until_it_is_told_to_stop_and_finishes_what_is_in_progress(child_folder):
     port = free_port()
-    options = ["--child", str(child_folder), "--port", str(port), "--served-model-name", "mine", "--max-length", "64"]
+    options = ["--child", f"mine={child_folder}", "--port", str(port), "--max-length", "4096"]
     pipe, environment = subprocess.PIPE, os.environ | {"OMP_NUM_THREADS": "1"}
     job = subprocess.Popen(command(*options), cwd=ROOT, stdout=pipe, stderr=pipe, text=True, env=environment)
     try:
@@ -155,7 +197,12 @@ def test_the_job_serves_until_it_is_told_to_stop(child_folder):
         assert f"http://127.0.0.1:{port}/v1" in line and "curl" in line, job.stderr.read()
         with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
             assert client.completions.create(model="mine", prompt="some text", max_tokens=4).usage.completion_tokens <= 4
-        job.send_signal(signal.SIGTERM)
+            asked = {"model": "mine", "prompt": "x", "max_tokens": 1000, "stream": True, "extra_body": {"ignore_eos": True}}
+            stream = iter(client.completions.create(**asked, stream_options={"include_usage": True}))
+            next(stream)
+            job.send_signal(signal.SIGINT)
+            *_, last = stream
+            assert last.usage.completion_tokens == 1000
         assert job.wait(WAIT_S) == 0
     finally:
         job.kill()
@@ -173,6 +220,9 @@ def test_the_job_says_in_one_line_what_is_wrong(child_folder, tmp_path):
             (["--child", str(tmp_path / "none")], "there is no folder"),
             (["--child", str(child_folder), "--port", port], f"127.0.0.1:{port} cannot be had (Address already in use)"),
             (["--child", str(child_folder), "--dtype", "float3"], "dtype: is 'float3'"),
+            (["--child", str(child_folder), "--max-length", "9000"], "max_length: is 9000; give 2 to 8192"),
+            (["--child", str(child_folder), "--child", str(child_folder)], "two models are called 'child0'"),
+            (["--child", str(child_folder), "--route-prefix", "x"], "route_prefix: is 'x'"),
         ]:
             done = subprocess.run(command(*options), cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S)
             assert done.returncode == 2

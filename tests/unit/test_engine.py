@@ -2,53 +2,23 @@
 
 import asyncio
 import pickle
-import random
 import threading
 from dataclasses import replace
 
 import pytest
 import torch
-from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
+from byte_tokenizer import VOCAB_SIZE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import tiny_config
+from serving_models import ENDLESS, GREEDY, TOKENIZER, WAIT_S, gated, generated, some_prompts, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from puzzle_ray.artifacts import LayerChoice
 from puzzle_ray.errors import ConfigError
-from puzzle_ray.models.child import load_model, new_child
+from puzzle_ray.models.child import load_model
 from puzzle_ray.serving.engine import Engine
 from puzzle_ray.serving.generation import EngineBusy, EngineFailed
-from puzzle_ray.serving.sampling import SamplingParams, choose_tokens
+from puzzle_ray.serving.sampling import SamplingParams
 from puzzle_ray.serving.text import TextStream
-
-TOKENIZER = byte_tokenizer()
-CHILD = [LayerChoice("noop", "parent"), LayerChoice("gqa:1", "ffn:24"), LayerChoice("linear", "noop")]
-GREEDY = SamplingParams(max_tokens=20, temperature=0)
-ENDLESS = SamplingParams(max_tokens=None, temperature=0, ignore_eos=True)
-WAIT_S = 60.0
-
-
-def random_weights(model):
-    """Large enough that the next token depends on the whole text."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.25)
-    return model.eval()
-
-
-def tiny_model(kind: str):
-    common = {"vocab_size": VOCAB_SIZE, "eos_token_id": 0}
-    if kind == "child":
-        return random_weights(new_child(tiny_config(**common), CHILD, torch.float32))
-    if kind == "gpt2":
-        config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=0, **common)
-    else:
-        windows = {} if kind == "llama" else {"sliding_window": 8}
-        config = tiny_config(kind, **windows, **common)
-    return random_weights(AutoModelForCausalLM.from_config(config))
 
 
 @pytest.fixture(scope="module")
@@ -60,30 +30,6 @@ def model():
 def engine(model):
     with Engine(model, TOKENIZER, max_batch_size=3) as engine:
         yield engine
-
-
-def gated(model):
-    """A semaphore that every forward pass from now on takes one permit of."""
-    gate = threading.Semaphore(0)
-
-    def wait(*_):
-        if not gate.acquire(timeout=WAIT_S):
-            raise TimeoutError("the gate was never opened")
-
-    model.register_forward_pre_hook(wait)
-    return gate
-
-
-def generated(model, prompt, max_tokens):
-    """The reference: this prompt alone."""
-    ids = torch.tensor([prompt])
-    tokens = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_tokens, pad_token_id=0)
-    return tokens[0, len(prompt) :].tolist()
-
-
-def some_prompts(count, seed=0):
-    draw = random.Random(seed)
-    return [[draw.randrange(1, VOCAB_SIZE) for _ in range(draw.choice([1, 4, 13, 30, 31]))] for _ in range(count)]
 
 
 # `gemma3_text` mixes full and sliding-window layers, `mistral` has windows only; the child lacks attention in layer 0.
@@ -116,9 +62,11 @@ def test_a_trained_model_tells_its_story(shared_data):
 
 def test_layers_keep_only_the_heads_they_have():
     """Layers 0 and 2 have no attention: a stub of one number per token; layer 1 has one KV head of 8."""
-    engine = Engine(tiny_model("child"), TOKENIZER, max_batch_size=5, max_length=64)
-    assert engine.stats().kv_cache_mib == 2 * 4 * 5 * 64 * (1 + 8 + 1) / 2**20
-    engine.close()
+    with Engine(tiny_model("child"), TOKENIZER, max_batch_size=4, max_length=64, prefix_cache=False) as engine:
+        assert engine.stats().kv_cache_mib == 2 * 4 * 64 * (1 + 8 + 1) / 2**20  # one row; more when they are needed
+        for generation in [engine.submit([1, 2, 3], GREEDY) for _ in range(4)]:
+            generation.result(WAIT_S)
+        assert engine.stats().kv_cache_mib == 2 * 4 * 4 * 64 * (1 + 8 + 1) / 2**20
 
 
 def test_requests_waiting_together_are_prefilled_and_decoded_together(model):
@@ -193,7 +141,7 @@ def test_what_cannot_be_served_is_refused(engine):
     ]:
         with pytest.raises(ConfigError, match=said):
             engine.submit(prompt, params)
-    wrong = {"max_tokens": [0], "temperature": [-1, float("nan")], "top_p": [0, 1.1], "top_k": [-1], "stop": [("",)]}
+    wrong = {"max_tokens": [-1], "temperature": [-1, float("nan")], "top_p": [0, 1.1], "top_k": [-1], "stop": [("",)]}
     for name, value in [(name, value) for name, values in wrong.items() for value in values]:
         with pytest.raises(ConfigError, match=name):
             replace(GREEDY, **{name: value})
@@ -220,17 +168,37 @@ def test_a_full_queue_is_said_at_once(model):
         assert all(generation.result(WAIT_S).finish_reason for generation in waiting)
 
 
-def test_a_failing_forward_pass_reaches_every_request():
-    model = tiny_model("llama")
-    engine = Engine(model, TOKENIZER, max_batch_size=2)
-    passes = iter(range(5))
+def failing_passes(model, wanted):
+    """From now on the forward passes whose number `wanted` says yes to fail."""
+    passes = iter(range(10**6))
 
-    def fail_at_last(*_):
-        if next(passes) == 4:
+    def fail(*_):
+        if wanted(next(passes)):
             raise RuntimeError("the device fell off")
 
-    model.register_forward_pre_hook(fail_at_last)
-    generations = [engine.submit([1, 2], ENDLESS) for _ in range(4)]
+    model.register_forward_pre_hook(fail)
+
+
+def test_a_forward_pass_that_fails_ends_its_own_requests_only():
+    model = tiny_model("llama")
+    prompts = some_prompts(4)
+    expected = [generated(model, prompt, 20) for prompt in prompts]
+    engine = Engine(model, TOKENIZER, max_batch_size=2)
+    failing_passes(model, lambda number: number == 4)
+    generations = [engine.submit(prompt, GREEDY) for prompt in prompts]
+    with engine:
+        for generation in generations[:2]:
+            with pytest.raises(EngineFailed, match="the device fell off"):
+                generation.result(WAIT_S)
+        assert [generation.result(WAIT_S).token_ids for generation in generations[2:]] == expected[2:]
+        engine.check()
+
+
+def test_passes_that_do_nothing_but_fail_end_every_request_and_the_engine():
+    model = tiny_model("llama")
+    engine = Engine(model, TOKENIZER, max_batch_size=2)
+    failing_passes(model, lambda number: number >= 4)
+    generations = [engine.submit([1, 2], ENDLESS) for _ in range(12)]
     with engine:
         for generation in generations:
             with pytest.raises(EngineFailed, match="the device fell off"):
@@ -238,7 +206,22 @@ def test_a_failing_forward_pass_reaches_every_request():
         with pytest.raises(EngineFailed, match="the device fell off"):
             list(generations[0])
         with pytest.raises(EngineFailed, match="the device fell off"):
-            engine.submit([1], GREEDY)
+            while True:  # until the engine's thread has said so
+                engine.submit([1], GREEDY)
+
+
+def test_a_forward_pass_that_does_not_end_is_noticed():
+    model = tiny_model("llama")
+    with Engine(model, TOKENIZER, stall_timeout_s=0.05) as engine:
+        engine.submit([1, 2], GREEDY).result(WAIT_S)
+        gate = gated(model)
+        generation = engine.submit([1, 2], GREEDY)
+        with pytest.raises(EngineFailed, match="has not ended"):
+            while not generation.done:
+                engine.check()
+        gate.release(1000)
+        generation.result(WAIT_S)
+        engine.check()
 
 
 def test_a_request_whose_logits_are_nan_fails_alone():
@@ -248,9 +231,12 @@ def test_a_request_whose_logits_are_nan_fails_alone():
         model.lm_head.weight = torch.nn.Parameter(torch.randn(VOCAB_SIZE, 32))
     with Engine(model, TOKENIZER) as engine:
         broken, sound = engine.submit([3, 9], GREEDY), engine.submit([3, 4], SamplingParams(max_tokens=1, temperature=0))
-        with pytest.raises(EngineFailed, match="not a number"):
+        with pytest.raises(EngineFailed, match="not finite numbers"):
             broken.result(WAIT_S)
         assert len(sound.result(WAIT_S).token_ids) == 1
+        for _ in range(3):  # in the rows that the broken request has left, beside longer ones
+            others = [engine.submit(prompt, GREEDY) for prompt in ([5, 6], [3, 4, 5, 6, 7])]
+            assert all(len(other.result(WAIT_S).token_ids) >= 1 for other in others)
 
 
 def test_closing_ends_every_wait():
@@ -300,22 +286,6 @@ def test_async_readers_get_the_same_and_free_their_slot_when_cancelled():
 
     with Engine(model, TOKENIZER, max_batch_size=2) as engine:
         assert asyncio.run(asyncio.wait_for(run(engine, gated(model)), WAIT_S)) == ("cancelled", expected)
-
-
-def test_a_draw_is_the_inverse_of_the_distribution():
-    """Evenly spaced draws hit every token in proportion to its probability."""
-    logits = torch.tensor([0.1, 2.0, -1.0, 0.7, 1.1])
-    draws = [(i + 0.5) / 1000 for i in range(1000)]
-
-    def shares(**asked):
-        chosen = choose_tokens(logits.expand(1000, -1), [SamplingParams(**asked)] * 1000, draws)
-        return torch.tensor(chosen).bincount(minlength=5) / 1000
-
-    assert torch.allclose(shares(temperature=0.7), (logits / 0.7).softmax(0), atol=1e-3)
-    assert torch.allclose(shares(top_k=2), logits.masked_fill(logits < 1, float("-inf")).softmax(0), atol=1e-3)
-    assert shares(top_p=0.5).tolist() == shares(top_k=1).tolist() == shares(temperature=0).tolist() == [0, 1, 0, 0, 0]
-    both = shares(top_k=3, top_p=0.8)  # of the three likeliest: 0.55, 0.22, 0.15, that is 0.60, 0.24, 0.16 among themselves
-    assert torch.allclose(both, logits.masked_fill(logits < 1, float("-inf")).softmax(0), atol=1e-3)
 
 
 @given(

@@ -1,30 +1,31 @@
 """OpenAI's requests on an engine: what is asked is done or refused by name, and streams say what whole answers say."""
 
 import asyncio
+import hashlib
 import json
 import pickle
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
-from small_models import tiny_config
+from small_models import save_parent, tiny_config
 from transformers import AutoModelForCausalLM
 
 from puzzle_ray.errors import ConfigError, PuzzleError
+from puzzle_ray.serving.access import KeyCheck, key_digests, read_body
+from puzzle_ray.serving.api_errors import BodyRefused, KeyRefused, UnknownModel, error_response, validation_body
 from puzzle_ray.serving.engine import Engine
-from puzzle_ray.serving.fetch import check_model, fetch_model
+from puzzle_ray.serving.fetch import check_model, check_servable, fetch_model
 from puzzle_ray.serving.generation import EngineBusy, EngineFailed
-from puzzle_ray.serving.openai_api import (
-    ChatRequest,
-    CompletionRequest,
-    OpenAIService,
-    UnknownModel,
-    error_response,
-    validation_body,
-)
+from puzzle_ray.serving.openai_api import OpenAIService, ServedModel
+from puzzle_ray.serving.prompts import Prompts, TokenTexts
+from puzzle_ray.serving.requests import ChatRequest, CompletionRequest, parse
 
 ASK = {"model": "tiny", "prompt": "some text", "temperature": 0, "max_tokens": 9, "ignore_eos": True}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "temperature": 0, "ignore_eos": True}
@@ -35,30 +36,43 @@ def tiny_model():
     return AutoModelForCausalLM.from_config(tiny_config(vocab_size=VOCAB_SIZE, initializer_range=0.3))
 
 
+class Served:
+    """A service of one tiny model, and what it is made of."""
+
+    def __init__(self, engine: Engine, tokenizer) -> None:
+        self.engine, self.tokenizer, self.model = engine, tokenizer, ServedModel("tiny", engine, tokenizer)
+        self.api = OpenAIService([self.model], stream_interval_s=0.0)
+
+
 @pytest.fixture(scope="module")
 def service():
     tokenizer = byte_tokenizer()
-    with Engine(tiny_model(), tokenizer, max_batch_size=4, max_waiting=4) as engine:
-        yield OpenAIService(engine, tokenizer, "tiny")
+    with Engine(tiny_model(), tokenizer, max_batch_size=4, max_waiting=16) as engine:
+        yield Served(engine, tokenizer)
 
 
 @pytest.fixture
 def chat_template(service):
     service.tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'wizard' %}{{ raise_exception('no wizards') }}{% endif %}"
-        "[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+        "[{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}] {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
     )
     yield
     service.tokenizer.chat_template = None
 
 
 def answer(service, request):
-    return asyncio.run(service.answer(request))
+    return asyncio.run(service.api.answer(request))
+
+
+def submit(service, request):
+    return asyncio.run(service.api.submit(request))
 
 
 def events(service, request):
     async def read():
-        return [event async for event in service.answer_stream(request)]
+        return [event async for event in await service.api.answer_stream(request)]
 
     return asyncio.run(read())
 
@@ -74,7 +88,8 @@ def test_every_form_of_prompt_gives_the_same_answer(service):
     ids = service.tokenizer("some text").input_ids
     one = answer(service, CompletionRequest(**ASK))
     assert one["object"] == "text_completion" and one["model"] == "tiny" and one["id"].startswith("cmpl-")
-    assert one["usage"] == {"prompt_tokens": 9, "completion_tokens": 9, "total_tokens": 18}
+    counts = {"prompt_tokens": 9, "completion_tokens": 9, "total_tokens": 18}
+    assert one["usage"] == {**counts, "prompt_tokens_details": {"cached_tokens": 0}}
     assert one["choices"] == [{**one["choices"][0], "index": 0, "finish_reason": "length", "logprobs": None}]
     for prompt in [ids, ["some text"], [ids]]:
         assert answer(service, CompletionRequest(**ASK | {"prompt": prompt}))["choices"] == one["choices"]
@@ -111,33 +126,145 @@ def test_chat_follows_the_models_template(service, chat_template):
     unlimited = answer(service, ChatRequest(**CHAT))
     assert unlimited["usage"]["total_tokens"] == service.engine.max_length
     with pytest.raises(ConfigError, match="no wizards"):
-        service.submit(ChatRequest(**CHAT | {"messages": [{"role": "wizard", "content": "x"}]}))
+        submit(service, ChatRequest(**CHAT | {"messages": [{"role": "wizard", "content": "x"}]}))
 
 
 def test_without_a_template_there_is_no_chat(service):
     with pytest.raises(ConfigError, match="use /v1/completions"):
-        service.submit(ChatRequest(**CHAT))
+        submit(service, ChatRequest(**CHAT))
 
 
 def test_null_and_neutral_fields_change_nothing(service):
-    nulls = dict.fromkeys(["top_p", "top_k", "seed", "stop", "stream", "stream_options", "user", "logprobs", "n"])
-    neutral = {"n": 1, "best_of": 1, "echo": False, "presence_penalty": 0.0, "frequency_penalty": 0, "logit_bias": {}}
+    nulls = dict.fromkeys(
+        ["top_p", "top_k", "seed", "stop", "stream", "stream_options", "user", "logprobs", "n", "best_of", "echo"]
+    )
+    neutral = {"suffix": "", "service_tier": "auto", "metadata": {"a": "b"}, "prompt_cache_key": "k"}
     assert CompletionRequest(**ASK, **nulls) == CompletionRequest(**ASK, **neutral) == CompletionRequest(**ASK)
-    assert CompletionRequest(model="tiny", prompt="x").sampling_params().max_tokens == 16
+    (params,) = CompletionRequest(prompt="x").sampling_params()
+    assert params.max_tokens == 16
+    neutral = {
+        "response_format": {"type": "text"}, "tool_choice": "none", "tools": [], "parallel_tool_calls": True, "store": False,
+        "modalities": ["text"], "functions": [], "function_call": "none", "audio": None, "reasoning_effort": None,
+    }  # fmt: skip
+    assert ChatRequest(**CHAT, **neutral) == ChatRequest(**CHAT)
 
 
-UNSUPPORTED = {
-    "n": 2, "echo": True, "logprobs": 1, "presence_penalty": 0.5, "logit_bias": {"5": 1}, "suffix": "x", "best_of": 3,
-    "stream_options": {"include_usage": True},
-}  # fmt: skip
+UNSUPPORTED = [
+    (CompletionRequest, {"suffix": "x"}), (CompletionRequest, {"stream_options": {"include_usage": True}}),
+    (CompletionRequest, {"n": 0}), (CompletionRequest, {"n": 10**6}), (CompletionRequest, {"best_of": 3, "stream": True}),
+    (CompletionRequest, {"n": 3, "best_of": 2}), (CompletionRequest, {"max_tokens": 0}),
+    (CompletionRequest, {"logprobs": 21}), (CompletionRequest, {"logit_bias": {"5": 101}}), (CompletionRequest, {"logit_bias": {"x": 1}}),
+    (CompletionRequest, {"presence_penalty": float("nan")}), (CompletionRequest, {"stop": list("abcde")}),
+    (ChatRequest, {"response_format": {"type": "json_object"}}), (ChatRequest, {"tool_choice": "required"}),
+    (ChatRequest, {"tools": [{"type": "function"}]}), (ChatRequest, {"top_logprobs": 2}), (ChatRequest, {"max_tokens": 0}),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("field", "value"), UNSUPPORTED.items())
-def test_what_is_not_supported_is_refused_by_name(field, value):
+@pytest.mark.parametrize(("kind", "fields"), UNSUPPORTED, ids=str)
+def test_what_is_not_supported_is_refused_by_name(kind, fields):
     with pytest.raises(ConfigError) as caught:
-        CompletionRequest(**ASK | {field: value})
+        kind(**(ASK if kind is CompletionRequest else CHAT) | fields).sampling_params()
     status, body = error_response(caught.value)
-    assert (status, body["error"]["param"]) == (400, field)
+    named = "best_of" if "best_of" in fields else next(iter(fields))
+    assert (status, body["error"]["param"]) == (400, named)
+
+
+def test_content_in_parts_and_names_reach_the_template(service, chat_template):
+    parts = [{"type": "text", "text": "hello"}, {"type": "text", "text": "you"}]
+    turns = [
+        {"role": "user", "name": "ann", "content": parts},
+        {"role": "assistant", "content": "hi", "tool_calls": None, "refusal": None},
+    ]
+    request = ChatRequest(**CHAT | {"messages": turns})
+    text = "[user ann] hello\nyou\n[assistant] hi\n[assistant] "
+    assert service.model.prompts.read(request) == [service.tokenizer(text).input_ids]
+    for wrong in ({"type": "image_url", "image_url": {"url": "x"}}, {"type": "text"}):
+        with pytest.raises(ValidationError):
+            ChatRequest(**CHAT | {"messages": [{"role": "user", "content": [wrong]}]})
+    with pytest.raises(ConfigError, match="tool_calls"):
+        ChatRequest(**CHAT | {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]})
+
+
+def test_several_choices_have_seeds_of_their_own_and_the_first_has_the_requests(service):
+    asked = ASK | {"temperature": 1.0, "seed": 5, "prompt": ["some text", "other"]}
+    one, three = answer(service, CompletionRequest(**asked)), answer(service, CompletionRequest(**asked, n=3))
+    texts = [choice["text"] for choice in three["choices"]]
+    assert [choice["index"] for choice in three["choices"]] == list(range(6))
+    assert [texts[0], texts[3]] == [choice["text"] for choice in one["choices"]]
+    assert len(set(texts)) == 6
+    assert (three["usage"]["prompt_tokens"], three["usage"]["completion_tokens"]) == (14, 6 * 9)
+
+
+def test_the_best_of_several_are_the_likeliest(service):
+    asked = ASK | {"temperature": 1.0, "seed": 5, "logprobs": 0}
+    every = answer(service, CompletionRequest(**asked, n=5))["choices"]
+    ranked = sorted(every, key=lambda choice: -sum(choice["logprobs"]["token_logprobs"]))
+    two = answer(service, CompletionRequest(**asked, n=2, best_of=5))["choices"]
+    assert [choice["text"] for choice in two] == [choice["text"] for choice in ranked[:2]]
+    plain = answer(service, CompletionRequest(**asked | {"logprobs": None}, n=2, best_of=5))["choices"]
+    assert [choice["text"] for choice in plain] == [choice["text"] for choice in two] and plain[0]["logprobs"] is None
+
+
+def test_a_prompt_is_echoed_and_scored_as_the_model_scores_it(service):
+    ids = service.tokenizer("some text").input_ids
+    scored = answer(service, CompletionRequest(**ASK | {"max_tokens": 1, "echo": True, "logprobs": 2, "prompt": ids}))["choices"][
+        0
+    ]
+    with torch.no_grad():
+        truth = tiny_model()(torch.tensor([ids])).logits[0].log_softmax(-1)
+    found = scored["logprobs"]
+    assert scored["text"].startswith("some text") and found["tokens"][:9] == list("some text")
+    assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
+    expected = [float(truth[position - 1, ids[position]]) for position in range(1, 9)]
+    assert found["token_logprobs"][1:9] == pytest.approx(expected, abs=1e-4)
+    assert all(text in top for text, top in zip(found["tokens"][1:], found["top_logprobs"][1:], strict=True))
+    assert found["text_offset"][:9] == list(range(9)) and len(found["tokens"]) == 10
+    nothing_new = answer(service, CompletionRequest(**ASK | {"max_tokens": 0, "echo": True, "logprobs": 1}))
+    assert nothing_new["choices"][0]["text"] == "some text" and len(nothing_new["choices"][0]["logprobs"]["tokens"]) == 9
+    assert nothing_new["usage"]["completion_tokens"] == 0
+    assert answer(service, CompletionRequest(**ASK | {"max_tokens": 0, "echo": True}))["choices"][0]["logprobs"] is None
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_streamed_log_probabilities_are_those_of_the_whole_answer(service, echo):
+    asked = ASK | {"logprobs": 3, "echo": echo}
+    (whole,) = answer(service, CompletionRequest(**asked))["choices"]
+    parts = [part["choices"][0] for part in chunks(service, CompletionRequest(**asked, stream=True))]
+    assert "".join(part["text"] for part in parts) == whole["text"]
+    for name in ("tokens", "token_logprobs", "text_offset"):
+        assert [value for part in parts for value in part["logprobs"][name]] == whole["logprobs"][name]
+
+
+def test_chat_log_probabilities_have_texts_and_bytes(service, chat_template):
+    whole = answer(service, ChatRequest(**CHAT, max_tokens=4, logprobs=True, top_logprobs=2))["choices"][0]
+    entries = whole["logprobs"]["content"]
+    assert len(entries) == 4 and all(len(entry["top_logprobs"]) == 2 for entry in entries)
+    assert all(entry["logprob"] == entry["top_logprobs"][0]["logprob"] for entry in entries)
+    assert bytes(byte for entry in entries for byte in entry["bytes"]).decode("utf-8", "replace") == whole["message"]["content"]
+
+
+def test_tokens_that_are_no_character_are_written_in_bytes():
+    tokenizer = byte_tokenizer()
+    texts = TokenTexts(tokenizer)
+    ids = tokenizer("é a").input_ids
+    assert [texts.text(token_id) for token_id in ids] == ["bytes:\\xc3", "bytes:\\xa9", " ", "a"]
+    assert [texts.raw(token_id) for token_id in ids] == [[0xC3], [0xA9], [0x20], [0x61]]
+
+
+def test_settings_of_the_request_reach_the_sampler(service):
+    fields = {
+        "top_k": 3, "min_p": 0.1, "presence_penalty": 0.5, "frequency_penalty": -0.5, "repetition_penalty": 1.1,
+        "stop_token_ids": [7], "logit_bias": {"65": -100}, "stop": "x",
+    }  # fmt: skip
+    (params,) = CompletionRequest(**ASK | fields).sampling_params()
+    assert (params.top_k, params.min_p, params.presence_penalty, params.frequency_penalty) == (3, 0.1, 0.5, -0.5)
+    assert (params.repetition_penalty, params.stop_token_ids, params.logit_bias) == (1.1, (7,), ((65, -100.0),))
+    first = answer(service, CompletionRequest(**ASK))["choices"][0]["text"]
+    banned = service.tokenizer(first[0]).input_ids[0]
+    other = answer(service, CompletionRequest(**ASK, logit_bias={str(banned): -100}))["choices"][0]["text"]
+    assert first[0] not in other
+    stopped = answer(service, CompletionRequest(**ASK, stop_token_ids=[banned]))
+    assert stopped["choices"][0]["finish_reason"] == "stop" and stopped["usage"]["completion_tokens"] == 1
 
 
 @pytest.mark.parametrize(("field", "value"), [("tempreature", 1), ("prompt", 3.5), ("prompt", None), ("max_tokens", "many")])
@@ -152,31 +279,182 @@ def test_malformed_bodies_name_the_field(field, value):
     ("fields", "said"),
     [({"prompt": []}, "prompt: is empty"), ({"prompt": ""}, "prompt: is empty"), ({"prompt": [[]]}, "prompt: is empty"),
      ({"stop": list("abcde")}, "stop: holds 5"), ({"max_tokens": 0}, "max_tokens: is 0"), ({"max_tokens": 1000}, "give at most"),
-     ({"prompt": ["fine", [1]]}, "prompt"), ({"model": "other"}, "no model 'other'")],
+     ({"prompt": ["fine", [1]]}, "prompt"), ({"model": "other"}, "no model 'other'"), ({"prompt": "\ud800"}, "surrogate"),
+     ({"prompt": "a" * 10**6}, "prompt: has 1000000 characters"), ({"prompt": ["a"] * 5, "n": 4}, "at most 16 may wait"),
+     ({"prompt": [10**30]}, "out of range"), ({"logit_bias": {"300": 1}}, "logit_bias"), ({"stop_token_ids": [-1]}, "stop_token_ids")],
 )  # fmt: skip
 def test_requests_that_cannot_be_served_start_nothing(service, fields, said):
     finished = service.engine.stats().finished
     with pytest.raises((PuzzleError, ValidationError), match=said):
-        service.submit(CompletionRequest(**ASK | fields))
+        submit(service, CompletionRequest(**ASK | fields))
     assert service.engine.stats().running == service.engine.stats().waiting == 0
     assert service.engine.stats().finished == finished
 
 
 def test_several_prompts_are_taken_together_or_not_at_all(service):
-    engine = Engine(tiny_model(), service.tokenizer, max_waiting=2)
-    crowded = OpenAIService(engine, service.tokenizer, "tiny")
-    with pytest.raises(EngineBusy):
-        crowded.submit(CompletionRequest(**ASK | {"prompt": ["a", "b", "c"]}))
+    engine = Engine(tiny_model(), service.tokenizer, max_waiting=3)
+    crowded = Served(engine, service.tokenizer)
+    waiting = submit(crowded, CompletionRequest(**ASK | {"prompt": ["a", "b"]}))
+    with pytest.raises(EngineBusy, match="2 requests wait"):
+        submit(crowded, CompletionRequest(**ASK | {"prompt": ["a", "b"]}))
+    with pytest.raises(ConfigError, match="asks for 4 answers, and at most 3 may wait"):  # waiting would not help
+        submit(crowded, CompletionRequest(**ASK | {"prompt": ["a"], "n": 4}))
     with engine:
-        while engine.stats().waiting:  # the first two are dropped when the engine comes to them
-            time.sleep(0.001)
-        answer(crowded, CompletionRequest(**ASK))
-    assert (engine.stats().finished, engine.stats().generated_tokens) == (3, 9)
+        assert [generation.result(60).finish_reason for generation in waiting] == ["length"] * 2
+    assert (engine.stats().finished, engine.stats().generated_tokens) == (2, 18)
+
+
+def test_the_model_may_be_left_out_where_there_is_one(service):
+    nameless = {name: value for name, value in ASK.items() if name != "model"}
+    assert answer(service, CompletionRequest(**nameless))["model"] == "tiny"
+    both = OpenAIService([service.model, ServedModel("other", service.engine, service.tokenizer)])
+    assert [card["id"] for card in both.models()["data"]] == ["tiny", "other"]
+    assert asyncio.run(both.answer(CompletionRequest(**ASK | {"model": "other"})))["model"] == "other"
+    with pytest.raises(ConfigError, match="model: is missing; name one of 'tiny', 'other'"):
+        asyncio.run(both.submit(CompletionRequest(**nameless)))
+
+
+def test_tokenising_does_not_hold_up_the_event_loop(service):
+    """While a tokenizer takes its time, the loop goes on; so it does while more texts wait for one than may."""
+    prompts = Prompts(service.tokenizer, 128)
+
+    async def run():
+        def slow():
+            while not released:
+                time.sleep(0.001)
+
+        released, works = [], [asyncio.create_task(prompts._run(slow)) for _ in range(64)]
+        await asyncio.sleep(0)
+        with pytest.raises(EngineBusy):
+            await prompts.token_ids(CompletionRequest(prompt="x"))
+        released.append(True)
+        await asyncio.gather(*works)
+        return await prompts.token_ids(CompletionRequest(prompt="x"))
+
+    assert asyncio.run(asyncio.wait_for(run(), 60)) == [service.tokenizer("x").input_ids]
+
+
+def messages(*parts: bytes, pause_s: float = 0.0):
+    """An ASGI receive of these parts of a body."""
+    left = list(parts)
+
+    async def receive():
+        await asyncio.sleep(pause_s)
+        part = left.pop(0)
+        return {"type": "http.request", "body": part, "more_body": bool(left)}
+
+    return receive
+
+
+def test_bodies_are_read_up_to_a_limit_of_bytes_and_time():
+    def read(receive, headers=(), limit=10):
+        return asyncio.run(read_body(dict(headers), receive, limit, 0.05))
+
+    assert read(messages(b"12345", b"67890")) == b"1234567890"
+    for refused, status in [
+        (lambda: read(messages(b"12345", b"67890", b"1")), 413),
+        (lambda: read(messages(b""), {"content-length": "11"}), 413),
+        (lambda: read(messages(b"", pause_s=5)), 408),
+    ]:
+        with pytest.raises(BodyRefused) as caught:
+            refused()
+        assert error_response(caught.value)[0] == status
+
+
+@given(
+    body=st.binary(max_size=40)
+    | st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["model", "prompt", "n", "messages", "x"]), inner),
+    ).map(lambda value: json.dumps(value).encode())
+)
+@settings(max_examples=150, deadline=None)
+def test_whatever_the_body_is_the_error_can_be_sent(body):
+    for kind in (CompletionRequest, ChatRequest):
+        try:
+            parse(kind, body)
+        except PuzzleError as error:
+            said = error_response(error)
+            assert said[0] == 400
+        except ValidationError as error:
+            said = 400, validation_body(error.errors())
+        else:
+            continue
+        json.dumps(said[1], ensure_ascii=False, allow_nan=False).encode("utf-8")  # as JSONResponse does
+
+
+@pytest.mark.parametrize(
+    "body", [b"[" * 10**5, b'{"model": "\\ud800", "prompt": "x", "\\ud800": 1}', b"\xff", b"", b"[]", b"NaN"]
+)
+def test_odd_bodies_are_refused_with_a_message(body):
+    with pytest.raises((PuzzleError, ValidationError)) as caught:
+        parse(CompletionRequest, body)
+    error = caught.value
+    said = error_response(error)[1] if isinstance(error, PuzzleError) else validation_body(error.errors())
+    assert json.dumps(said, ensure_ascii=False).encode("utf-8")
+
+
+def test_only_requests_with_a_known_key_get_through(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("first\n\nsecond\n")
+    digests = key_digests(str(file))
+    assert digests == tuple(hashlib.sha256(key).hexdigest() for key in (b"first", b"second"))
+
+    def status(path, authorization=None, digests=digests, method="POST"):
+        async def app(scope, receive, send):
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        headers = [] if authorization is None else [(b"authorization", authorization)]
+        scope = {"type": "http", "path": path, "headers": headers, "method": method, "root_path": ""}
+        asyncio.run(KeyCheck(app, digests)(scope, None, send))
+        return sent[0]["status"]
+
+    assert status("/v1/models", b"Bearer first") == status("/v1/models", b"bearer second") == 200
+    assert status("/v1/models") == status("/v1/models", b"Bearer third") == status("/v1/completions", b"Basic first") == 401
+    assert status("/health") == status("/metrics") == status("/v1/models", digests=()) == status("/v1/x", method="OPTIONS") == 200
+    file.write_text("\n")
+    for nothing in (file, tmp_path / "none"):
+        with pytest.raises(ConfigError, match="api_key_file"):
+            key_digests(str(nothing))
+
+
+def test_metrics_are_what_prometheus_reads_and_what_was_done():
+    tokenizer = byte_tokenizer()
+    with Engine(tiny_model(), tokenizer) as engine:
+        served = Served(engine, tokenizer)
+        for _ in range(3):
+            answer(served, CompletionRequest(**ASK))
+        text = served.api.metrics({"replica": 'a"b'})
+    samples = {}
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            name, _, value = line.rpartition(" ")
+            samples[name] = float(value)
+    labels = 'replica="a\\"b",model="tiny"'
+    assert samples[f"puzzle_ray_generation_tokens_total{{{labels}}}"] == 27
+    assert samples[f'puzzle_ray_requests_total{{{labels},ending="length"}}'] == 3
+    assert samples[f"puzzle_ray_requests_waiting{{{labels}}}"] == samples[f"puzzle_ray_requests_running{{{labels}}}"] == 0
+    for name in ("time_to_first_token_seconds", "time_per_output_token_seconds", "request_seconds"):
+        assert samples[f"puzzle_ray_{name}_count{{{labels}}}"] == samples[f'puzzle_ray_{name}_bucket{{{labels},le="+Inf"}}'] == 3
+    helped = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
+    assert len(helped) == len(set(helped))
 
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(UnknownModel("a", "b"), 404), (ConfigError("stop", "x"), 400), (EngineBusy(3), 503), (EngineFailed("x"), 500)],
+    [
+        (UnknownModel("a", "b"), 404),
+        (ConfigError("stop", "x"), 400),
+        (EngineBusy(3), 503),
+        (EngineFailed("x"), 500),
+        (KeyRefused(), 401),
+        (BodyRefused(413, "x"), 413),
+    ],
 )
 def test_errors_have_a_status_and_openais_shape(error, status):
     got, body = error_response(pickle.loads(pickle.dumps(error)))
@@ -187,17 +465,49 @@ def test_errors_have_a_status_and_openais_shape(error, status):
 def test_a_failure_in_mid_stream_is_the_last_event(service):
     engine = Engine(tiny_model(), service.tokenizer)
     request = CompletionRequest(**ASK, stream=True)
-    failing = OpenAIService(engine, service.tokenizer, "tiny")
+    failing = Served(engine, service.tokenizer)
 
     async def read():
-        stream = failing.answer_stream(request)
+        stream = await failing.api.answer_stream(request)
         engine.close()
         return [event async for event in stream]
 
     error, done = asyncio.run(read())
     assert "the engine is closed" in json.loads(error.removeprefix("data: "))["error"]["message"] and done == "data: [DONE]\n\n"
     with pytest.raises(EngineFailed):
-        failing.health()
+        failing.api.health()
+
+
+def test_what_comes_faster_than_the_interval_is_one_event(service):
+    slow = OpenAIService([service.model], stream_interval_s=3600.0)
+    service_of = Served(service.engine, service.tokenizer)
+    service_of.api = slow
+    parts = chunks(service_of, CompletionRequest(**ASK, stream=True))
+    assert len(parts) <= 3  # the first token, at most some that came with it, and at the end all others at once
+    assert (
+        "".join(part["choices"][0]["text"] for part in parts) == answer(service, CompletionRequest(**ASK))["choices"][0]["text"]
+    )
+
+
+def test_a_model_that_cannot_be_served_is_known_before_it_is_loaded(tmp_path):
+    folder = save_parent(tmp_path / "model", vocab_size=VOCAB_SIZE)
+    with pytest.raises(PuzzleError, match="no tokenizer"):
+        check_servable(str(folder), 0)
+    byte_tokenizer().save_pretrained(folder)
+    check_servable(str(folder), 128)
+    with pytest.raises(ConfigError, match="max_length: is 129; give 2 to 128"):
+        check_servable(str(folder), 129)
+    cut = tmp_path / "cut"
+    shutil.copytree(folder, cut)
+    weights = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(weights[:-100])
+    with pytest.raises(PuzzleError, match="model.safetensors cannot be read"):
+        check_servable(str(cut), 0)
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    tiny_config(vocab_size=VOCAB_SIZE, intermediate_size=64).save_pretrained(other)
+    with pytest.raises(PuzzleError, match="other shapes than its config.json"):
+        check_servable(str(other), 0)
 
 
 def test_a_model_is_fetched_from_a_path_or_a_url(tmp_path, parent_folder):

@@ -1,0 +1,87 @@
+"""Who may ask, and how much a request may send: on ASGI's messages, without a web framework."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
+
+from puzzle_ray.errors import ConfigError
+from puzzle_ray.serving.api_errors import BodyRefused, KeyRefused, error_headers, error_response
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+OPEN_PATHS = ("/health", "/metrics")  # for those who watch the server
+
+
+async def read_body(headers: Mapping[str, str], receive: Receive, most_bytes: int, timeout_s: float) -> bytes:
+    """A request's whole body. Raises BodyRefused where it is longer, or where its next part does not come in time."""
+    declared = headers.get("content-length", "")
+    too_long = BodyRefused(413, f"the body is longer than {most_bytes} bytes, which is the limit here (max_body_mib)")
+    if declared.isdigit() and int(declared[:20]) > most_bytes:
+        raise too_long
+    parts: list[bytes] = []
+    length = 0
+    while True:
+        try:
+            message = await asyncio.wait_for(receive(), timeout_s)
+        except (TimeoutError, asyncio.TimeoutError):
+            raise BodyRefused(408, f"the body did not go on within {timeout_s:g} s") from None
+        if message["type"] != "http.request":
+            raise BodyRefused(400, "the client has left before its body was there")
+        parts.append(message.get("body", b""))
+        length += len(parts[-1])
+        if length > most_bytes:
+            raise too_long
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+class KeyCheck:
+    """Lets requests with a known key through to `app`, answers 401 to others. Without digests everybody may ask.
+
+    `digests` are SHA-256 of the keys, in hexadecimal: whoever reads a configuration has no key.
+    """
+
+    def __init__(self, app: Application, digests: Collection[str]) -> None:
+        self._app = app
+        self._digests = tuple(digest.lower() for digest in digests)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._digests and not self._may_pass(scope):
+            status, body = error_response(KeyRefused())
+            content = json.dumps(body).encode()
+            headers = {"content-type": "application/json", "content-length": str(len(content)), **(error_headers(status) or {})}
+            encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+            await send({"type": "http.response.start", "status": status, "headers": encoded})
+            await send({"type": "http.response.body", "body": content})
+            return
+        await self._app(scope, receive, send)
+
+    def _may_pass(self, scope: Scope) -> bool:
+        path = str(scope["path"]).removeprefix(str(scope.get("root_path", "")))
+        if path in OPEN_PATHS or scope.get("method") == "OPTIONS":  # a browser asks what it may send, and sends no key with that
+            return True
+        kind, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        digest = hashlib.sha256(key.strip()).hexdigest()
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]  # all of them, whichever is the one
+        return kind.lower() == b"bearer" and any(matches)
+
+
+def key_digests(file: str) -> tuple[str, ...]:
+    """The digests of the keys in a file, one key a line. Raises ConfigError."""
+    try:
+        lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise ConfigError("api_key_file", f"{file} cannot be read ({error})", "name a text file with one key a line") from None
+    keys = [line.strip() for line in lines if line.strip()]
+    if not keys:
+        raise ConfigError("api_key_file", f"{file} holds no key", "write one key a line")
+    return tuple(hashlib.sha256(key.encode()).hexdigest() for key in keys)
