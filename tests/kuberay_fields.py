@@ -13,7 +13,10 @@ COUNT = {"type": "integer", "minimum": 0}
 PORT = {"type": "integer", "minimum": 1, "maximum": 65535}
 QUANTITY = {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"}
 NAME = {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", "maxLength": 47}  # KubeRay adds to it, and 63 is the most
-LABELS = {"type": "object", "additionalProperties": {"type": "string", "pattern": "^[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?$"}}
+LABELS = {
+    "type": "object",
+    "additionalProperties": {"type": "string", "pattern": "^[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?$"},
+}
 
 
 def record(required: tuple[str, ...] = (), **fields: Any) -> dict[str, Any]:
@@ -84,7 +87,10 @@ CLUSTER_SPEC = record(
         resources=RESOURCES,
     ),
     gcsFaultToleranceOptions=record(
-        ("redisAddress",), redisAddress=TEXT, redisPassword=record(value=TEXT, valueFrom=FROM_SECRET), externalStorageNamespace=TEXT
+        ("redisAddress",),
+        redisAddress=TEXT,
+        redisPassword=record(value=TEXT, valueFrom=FROM_SECRET),
+        externalStorageNamespace=TEXT,
     ),
     headGroupSpec=record(("rayStartParams", "template"), rayStartParams=START, template=POD),
     workerGroupSpecs=some(WORKERS),
@@ -103,7 +109,9 @@ JOB_SPEC = record(
 )
 SERVICE_SPEC = record(("serveConfigV2", "rayClusterConfig"), serveConfigV2=TEXT, rayClusterConfig=CLUSTER_SPEC)
 CLAIM_SPEC = record(
-    ("accessModes", "resources"), accessModes=some({"enum": ["ReadWriteOnce"]}), resources=record(("requests",), requests=QUANTITIES)
+    ("accessModes", "resources"),
+    accessModes=some({"enum": ["ReadWriteOnce"]}),
+    resources=record(("requests",), requests=QUANTITIES),
 )
 PORTS_SPEC = record(
     ("selector", "ports"), selector=LABELS, ports=some(record(("port",), name=TEXT, port=PORT)), type={"enum": ["ClusterIP"]}
