@@ -14,6 +14,7 @@ from puzzle_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from jobs.run import Run
+    from puzzle_ray.config import RunConfig
 
 STAGES, SEARCHES, RESULTS = "Stages", "The whole", "Results"  # groups of `puzzle-ray --help`
 DEBUG_VARIABLE = "PUZZLE_RAY_DEBUG"
@@ -81,23 +82,31 @@ def stage_verb(name: str, about: str | None, group: str, work: Callable[[Run], N
     return Verb(name, group, call)
 
 
-def configured(
+def loaded(
     recipe: str | None, config: str | None, overrides: list[str] | None, parent: str | None, data: str | None, store: str | None
-) -> Run:
-    """The run that a command line asks for. Raises ConfigError."""
-    from jobs.run import Run
+) -> RunConfig:
+    """The settings that a command line asks for. Raises ConfigError."""
     from puzzle_ray.config import load
 
     words = list(overrides or [])
     for name, value in (("parent", parent), ("data.train", data), ("store", store)):
         if value is not None:
             words.append(f"{name}={json.dumps(value)}")  # JSON strings are YAML
-    loaded = load(recipe, config, tuple(words))
+    return load(recipe, config, tuple(words))
+
+
+def configured(
+    recipe: str | None, config: str | None, overrides: list[str] | None, parent: str | None, data: str | None, store: str | None
+) -> Run:
+    """The run that a command line asks for. Raises ConfigError."""
+    from jobs.run import Run
+
+    found = loaded(recipe, config, overrides, parent, data, store)
     submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    if submitted and "://" not in loaded.store and not os.path.isabs(os.path.expanduser(loaded.store)):
-        problem = f"{loaded.store!r} is relative, and a submitted job's working folder is thrown away"
+    if submitted and "://" not in found.store and not os.path.isabs(os.path.expanduser(found.store)):
+        problem = f"{found.store!r} is relative, and a submitted job's working folder is thrown away"
         raise ConfigError("store", problem, "give --store an absolute path that all nodes share, or a URL")
-    return Run(loaded)
+    return Run(found)
 
 
 def window_bytes(run: Run) -> int:
