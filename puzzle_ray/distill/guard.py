@@ -144,4 +144,8 @@ def gkd_summary(facts: Mapping[str, Any]) -> str:
         words += (
             f"; the KL rose above the start's {went_back} time{'s' * (went_back != 1)}, each with half the learning rate after it"
         )
-    return words + ("; lower gkd.learning_rate" if facts["kept"] == "start" and went_back else "")
+    if facts.get("range_test"):
+        words += f"; learning rate {facts['learning_rate']:g}, the best of {len(facts['range_test'])} in a range test"
+    elif facts["kept"] == "start" and went_back:
+        words += "; lower gkd.learning_rate, or set it to auto"
+    return words

@@ -68,7 +68,13 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, child_logits: Tensor, parent_logits: Tensor, labels: Tensor, kl_weight: float, lm_weight: float
+        ctx: Any,
+        child_logits: Tensor,
+        parent_logits: Tensor,
+        labels: Tensor,
+        kl_weight: float,
+        lm_weight: float,
+        temperature: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         tokens, vocab_size = child_logits.shape
         labelled = max(1, int((labels != NO_LABEL).sum()))
@@ -78,14 +84,18 @@ class _TokenLosses(torch.autograd.Function):
         for start in range(0, tokens, size):
             chunk = slice(start, start + size)
             child = child_logits[chunk].float().log_softmax(-1)
-            parent = parent_logits[chunk].float().log_softmax(-1)
             known = (labels[chunk] != NO_LABEL).float().unsqueeze(1)
             label = labels[chunk].clamp(min=0).unsqueeze(1)
             lm -= (child.gather(1, label) * known).sum() / labelled
+            if temperature == 1.0:
+                soft, parent = child, parent_logits[chunk].float().log_softmax(-1)
+            else:
+                soft, parent = ((x[chunk].float() / temperature).log_softmax(-1) for x in (child_logits, parent_logits))
+                child = child.exp_()
             target = parent.exp()
-            kl += (target * parent.sub_(child)).sum() / tokens
-            child.exp_()
-            slope = (child - target).mul_(kl_weight / tokens)
+            kl += (target * parent.sub_(soft)).sum() * temperature**2 / tokens
+            soft.exp_()
+            slope = (soft - target).mul_(kl_weight * temperature / tokens)
             if lm_weight:
                 known *= lm_weight / labelled
                 slope.addcmul_(child, known).scatter_add_(1, label, -known)
@@ -96,22 +106,48 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.gradient.mul_(outer[0]), None, None, None, None
+        return ctx.gradient.mul_(outer[0]), None, None, None, None, None
+
+
+def next_labels(input_ids: Tensor) -> Tensor:
+    """The next token of every position, `[batch, tokens]`; NO_LABEL where there is none."""
+    return functional.pad(input_ids[:, 1:], (0, 1), value=NO_LABEL)
 
 
 def token_losses(
-    child_logits: Tensor, parent_logits: Tensor, input_ids: Tensor, kl_weight: float, lm_weight: float
+    child_logits: Tensor,
+    parent_logits: Tensor,
+    labels: Tensor,
+    kl_weight: float,
+    lm_weight: float,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(weighted sum, KL, next-token loss), in nats and float32.
 
-    Logits are `[batch, tokens, vocab_size]` in any dtype, ids are `[batch, tokens]`. KL(parent || child) is a mean over all tokens.
-    The next-token loss is a mean over the tokens that have a next one. Only the weighted sum has a gradient, and only towards the
-    child. Besides the logits this needs memory for one tensor of their size and dtype, and for a chunk in float32.
+    Logits are `[batch, tokens, vocab_size]` in any dtype, labels are `[batch, tokens]` as of `next_labels`. KL(parent || child) is a mean
+    over all tokens. At a `temperature` both distributions are softened by it, and the KL is multiplied by its square (Hinton et al.
+    2015), so that its gradient keeps its size. The next-token loss is a mean over the tokens that have a label. Only the weighted sum
+    has a gradient, and only towards the child. Besides the logits this needs memory for one tensor of their size and dtype, and for a
+    chunk in float32.
     """
-    labels = functional.pad(input_ids[:, 1:], (0, 1), value=NO_LABEL).flatten()
     flat = child_logits.flatten(0, 1), parent_logits.detach().flatten(0, 1)
-    total, kl, lm = _TokenLosses.apply(*flat, labels, kl_weight, lm_weight)
+    total, kl, lm = _TokenLosses.apply(*flat, labels.flatten(), kl_weight, lm_weight, temperature)
     return total, kl, lm
+
+
+def label_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
+    """The log-probability of every label, `[batch, tokens]` in float32; of token 0 where there is no label."""
+    flat, wanted = logits.flatten(0, 1), labels.clamp(min=0).flatten().unsqueeze(1)
+    size = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
+    starts = range(0, len(flat), size)
+    found = [flat[i : i + size].float().log_softmax(-1).gather(1, wanted[i : i + size]) for i in starts]
+    return torch.cat(found).view(labels.shape)
+
+
+def cosine_distances(child: Sequence[Tensor], parent: Sequence[Tensor]) -> Tensor:
+    """1 - cos(child, parent) of every layer, a mean over tokens: `[layers]`. Entries are layer outputs, `[batch, tokens, hidden_size]`."""
+    pairs = zip(child, parent, strict=True)
+    return torch.stack([1 - functional.cosine_similarity(c.float(), p.detach().float(), dim=-1).mean() for c, p in pairs])
 
 
 def cosine_distance(child: Sequence[Tensor], parent: Sequence[Tensor]) -> Tensor:

@@ -12,6 +12,8 @@ from torch.nn import functional
 
 from puzzle_ray.artifacts import rows_from_parquet
 from puzzle_ray.data.splits import TOKENS
+from puzzle_ray.distill.child_loss import layer_outputs
+from puzzle_ray.distill.curriculum import gkd_steps
 from puzzle_ray.distill.gkd import (
     CHECKPOINT,
     CHILD,
@@ -21,11 +23,9 @@ from puzzle_ray.distill.gkd import (
     GkdRow,
     GkdTrainer,
     distill_child,
-    gkd_steps,
-    layer_outputs,
     train_to_end,
 )
-from puzzle_ray.distill.losses import cosine_distance, token_losses
+from puzzle_ray.distill.losses import cosine_distance, next_labels, token_losses
 from puzzle_ray.distill.schedule import LearningRate
 from puzzle_ray.errors import StoreError
 from puzzle_ray.models.child import load_model, save_child
@@ -62,7 +62,7 @@ def test_token_losses_and_their_gradient_are_those_of_the_formulas(kl_weight, lm
     kl, lm = reference_losses(child, parent, ids)
     (expected,) = torch.autograd.grad(2 * (kl_weight * kl + lm_weight * lm), child)
 
-    total, own_kl, own_lm = token_losses(child, parent, ids, kl_weight, lm_weight)
+    total, own_kl, own_lm = token_losses(child, parent, next_labels(ids), kl_weight, lm_weight)
     (gradient,) = torch.autograd.grad(2 * total, child)
     torch.testing.assert_close(torch.stack([own_kl, own_lm]), torch.stack([kl, lm]))
     torch.testing.assert_close(total, kl_weight * kl + lm_weight * lm)
