@@ -141,7 +141,7 @@ class Candidate:
     def go_back(self, reason: str) -> None:
         """To the weights from before training, with an optimizer that starts anew; after `MAX_RETURNS` times it fails instead."""
         if self.record.returns == MAX_RETURNS:
-            self.fail(f"{reason}, for the {MAX_RETURNS + 1}th time, each at half the learning rate of the time before")
+            self.fail(f"{reason} (for the {MAX_RETURNS + 1}th time, each at half the learning rate of the time before)")
             return
         self.record.returns += 1
         self.record.attempt_from = len(self.record.curve)

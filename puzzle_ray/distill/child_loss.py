@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from puzzle_ray.distill.chosen_tokens import Markers, in_answers
+from puzzle_ray.distill.layer_weights import layer_weights
 from puzzle_ray.distill.losses import (
     NO_LABEL,
     cosine_distance,
@@ -19,11 +20,9 @@ from puzzle_ray.distill.losses import (
     next_labels,
     token_losses,
 )
-from puzzle_ray.distill.settings import GkdConfig, LmTokens
-from puzzle_ray.errors import ConfigError
+from puzzle_ray.distill.settings import GkdConfig
 from puzzle_ray.models.describe import describe
 
-Markers = tuple[tuple[int, ...], tuple[int, ...]]  # the ids around an answer
 Terms = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -91,53 +90,3 @@ class ChildLoss:
         if rule.min_parent_probability:
             chosen &= label_log_probs(parent_logits, labels) >= math.log(rule.min_parent_probability)
         return labels.masked_fill(~chosen, NO_LABEL)
-
-
-def layer_weights(config: GkdConfig, child_config: Any) -> tuple[float, ...]:
-    """The weight of every layer in the cosine loss. Raises ConfigError where a list of weights is not as long as the model is deep."""
-    layers, wanted = int(child_config.num_hidden_layers), config.cosine_layers
-    if wanted == "all":
-        return (1.0,) * layers
-    if wanted == "kept":
-        names = getattr(child_config, "puzzle_layers", None) or [{}] * layers
-        kept = tuple(float({layer.get("attention"), layer.get("ffn")} != {"noop"}) for layer in names)
-        return kept if any(kept) else (1.0,) * layers
-    if len(wanted) != layers:
-        raise ConfigError("gkd.cosine_layers", f"{len(wanted)} weights for {layers} layers", "give one weight per layer")
-    return tuple(wanted)
-
-
-def answer_markers(rule: LmTokens | None, tokenizer: Any) -> Markers | None:
-    """The ids of the texts around an answer; None where answers are not asked for. Raises ConfigError where a text has no ids."""
-    if rule is None or not rule.after or not rule.until:
-        return None
-    ids = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (rule.after, rule.until)]
-    for name, text, own in (("after", rule.after, ids[0]), ("until", rule.until, ids[1])):
-        if not own:
-            raise ConfigError(f"gkd.lm_tokens.{name}", f"{text!r} has no tokens", "write the marker as it stands in the text")
-    return ids[0], ids[1]
-
-
-def read_markers(rule: LmTokens | None, folder: Path) -> Markers | None:
-    """`answer_markers` by the tokenizer of a model's folder, which is not read where no answers are asked for."""
-    from puzzle_ray.models.tokenizer import read_tokenizer
-
-    return answer_markers(rule, read_tokenizer(folder)) if rule is not None and rule.after else None
-
-
-def in_answers(input_ids: Tensor, after: Sequence[int], until: Sequence[int]) -> Tensor:
-    """Which tokens stand in an answer, `[batch, tokens]`: behind a marker `after`, up to and with the next marker `until`."""
-    begun, ended = _last_before(input_ids, after), _last_before(input_ids, until)
-    return (begun >= 0) & (begun > ended)
-
-
-def _last_before(input_ids: Tensor, marker: Sequence[int]) -> Tensor:
-    """For every token, where the last marker that is complete before it ends; -1 where there is none yet."""
-    batch, tokens = input_ids.shape
-    ends = torch.ones(batch, tokens, dtype=torch.bool, device=input_ids.device)
-    for back, wanted in enumerate(reversed(marker)):
-        ends[:, back:] &= input_ids[:, : tokens - back] == wanted
-        ends[:, :back] = False
-    positions = torch.arange(tokens, device=input_ids.device).expand(batch, tokens)
-    last = torch.where(ends, positions, -1).cummax(dim=1).values
-    return torch.nn.functional.pad(last[:, :-1], (1, 0), value=-1)

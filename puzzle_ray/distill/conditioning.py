@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,6 @@ from puzzle_ray.families.descriptor import Descriptor
 from puzzle_ray.surgery.projections import AttentionProjections, FFNProjections
 
 CHANGE = 1e-3  # of the input, relative to the norm of every token
-FAR_ABOVE = 5.0  # times the parent's singular value; squared, its sensitivity
 _ITERATIONS, _TOLERANCE = 64, 1e-4
 
 
@@ -93,14 +91,3 @@ def sensitivity(outputs: Sequence[Tensor], target: Tensor) -> float:
     still, *moved = (float((out.double() - target.double()).square().sum() / square) for out in outputs)
     rise = sum(moved) / len(moved) - still
     return rise if math.isfinite(rise) else math.inf
-
-
-def stands_out(row: Any) -> str:
-    """What is unusual about a row of a library, in words; empty where nothing is. The parent's own figures are the measure."""
-    words = []
-    if row.singular_value > FAR_ABOVE * row.parent_singular_value:
-        words.append(f"largest singular value {row.singular_value:.3g}, the parent's {row.parent_singular_value:.3g}")
-    if row.sensitivity > FAR_ABOVE**2 * row.parent_sensitivity:
-        words.append(f"sensitivity {row.sensitivity:.2g}, the parent's {row.parent_sensitivity:.2g}")
-    return "; ".join(words)
-

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from puzzle_ray.artifacts import rows_to_parquet
 from puzzle_ray.data.order import Tokens
 from puzzle_ray.data.splits import load_tokens
-from puzzle_ray.distill.child_loss import ChildLoss, Markers, Terms, read_markers
+from puzzle_ray.distill.child_loss import ChildLoss, Terms
+from puzzle_ray.distill.chosen_tokens import Markers, read_markers
 from puzzle_ray.distill.curriculum import Curriculum
 from puzzle_ray.distill.guard import HeldoutGuard, HeldoutRow
 from puzzle_ray.distill.range_test import Trial, best_rate, range_test, trial_facts, trial_steps
@@ -236,7 +237,11 @@ class GkdTrainer:
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state_tensors`. Raises StoreError where names or shapes belong to another model."""
         expected, given = (
-            {name: value.shape for name, value in tensors.items() if name not in ("curve", _TRIALS) and not name.startswith(_GUARD)}
+            {
+                name: value.shape
+                for name, value in tensors.items()
+                if name not in ("curve", _TRIALS) and not name.startswith(_GUARD)
+            }
             for tensors in (self.state_tensors(), state)
         )
         if expected != given:

@@ -22,7 +22,7 @@ from puzzle_ray.artifacts import BLOCK, LayerChoice, SearchSpace, SubblockKind, 
 from puzzle_ray.data.order import Tokens
 from puzzle_ray.distill.bld import LayerTrainer, LibraryRow, Schedule
 from puzzle_ray.distill.candidate import states_by_kind
-from puzzle_ray.distill.conditioning import stands_out
+from puzzle_ray.distill.outliers import stands_out
 from puzzle_ray.distill.settings import LibraryConfig
 from puzzle_ray.distill.text import LibraryText
 from puzzle_ray.errors import ConfigError
@@ -214,7 +214,9 @@ def finish_library(space: SearchSpace, artifact: Artifact) -> Library:
             "stopped_early": sum(row.tokens_saved > 0 for row in rows),
             "went_back": sum(row.returns > 0 for row in rows),
             "failures": [asdict(row) for row in rows if row.failure],
-            "standing_out": [f"layer {row.layer} {row.kind} {row.variant}: {words}" for row in rows if (words := stands_out(row))],
+            "standing_out": [
+                f"layer {row.layer} {row.kind} {row.variant}: {words}" for row in rows if (words := stands_out(row))
+            ],
         }
     )
     return Library(artifact)

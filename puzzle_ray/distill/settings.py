@@ -197,5 +197,7 @@ class GkdConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """The settings that a distilled child depends on. A preset counts by what it stands for."""
-        without_effect = {"checkpoint_every", "max_failures", "preset"} | ({"tokens", "micro_batch_tokens"} if self.stages else set())
+        without_effect = {"checkpoint_every", "max_failures", "preset"} | (
+            {"tokens", "micro_batch_tokens"} if self.stages else set()
+        )
         return self.model_dump(mode="json", exclude=without_effect)

@@ -8,8 +8,9 @@ from layer_trainers import assert_same, changed, restored, rows_of, run, trainer
 
 from puzzle_ray.artifacts import LayerSpace
 from puzzle_ray.distill.bld import LibraryRow
-from puzzle_ray.distill.conditioning import CHANGE, changed_inputs, largest_singular_value, own_product, sensitivity, stands_out
+from puzzle_ray.distill.conditioning import CHANGE, changed_inputs, largest_singular_value, own_product, sensitivity
 from puzzle_ray.distill.library import library_summary
+from puzzle_ray.distill.outliers import stands_out
 from puzzle_ray.distill.schedule import RISE, has_risen
 
 
