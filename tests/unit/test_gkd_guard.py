@@ -12,6 +12,7 @@ from puzzle_ray.distill.summary import gkd_summary
 from puzzle_ray.progress import Quiet
 from puzzle_ray.store import Store
 
+
 def train(trainer, tmp_path, name="gkd"):
     artifact = Store(str(tmp_path)).artifact("gkd", {"name": name}, {})
     train_to_end(trainer, artifact, Quiet())
