@@ -21,7 +21,8 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from puzzle_ray.cluster import ClusterConfig
-from puzzle_ray.distill.gkd import GkdJob, gkd_steps, load_gkd_trainer, publish_distilled, steps_saved, train_to_end
+from puzzle_ray.distill.curriculum import gkd_steps
+from puzzle_ray.distill.gkd import GkdJob, load_gkd_trainer, publish_distilled, steps_saved, train_to_end
 from puzzle_ray.errors import ClusterError, PuzzleError
 from puzzle_ray.models.checkpoint import first_line
 from puzzle_ray.progress import Bar, Progress, Quiet

@@ -14,6 +14,7 @@ from puzzle_ray.store import Store
 
 def check(config: RunConfig, store: Store) -> None:
     """Looks at settings, store, text, parent and search space. Raises a PuzzleError with one clear line."""
+    from puzzle_ray.distill.layer_weights import layer_weights
     from puzzle_ray.profiling.engine import engine_of
     from puzzle_ray.search.searcher import find_searcher
 
@@ -33,6 +34,7 @@ def check(config: RunConfig, store: Store) -> None:
         raise ConfigError("data.train", "no training text is named", "give --data, or use parent: tiny without data.heldout")
     model_config = _tiny_config() if config.parent == TINY else _checked_parent(config)
     _check_space(config, model_config)
+    layer_weights(config.gkd, model_config)
 
 
 def _check_questions(scoring: ScoringConfig) -> None:
@@ -61,11 +63,12 @@ def _check_space(config: RunConfig, model_config: Any) -> None:
     profile = with_batch_sizes(config.profile, model_config, space, config.search.limits.memory_mib)
     check_shapes(space, model_config, profile)
     check_sizes(narrowed, model_config, profile, config.search.limits)
-    needed = max(config.data.sequence_length, longest_context(config.search.grid, profile))
+    longest = max([config.data.sequence_length, *(stage.sequence_length for stage in config.gkd.stages)])
+    needed = max(longest, longest_context(config.search.grid, profile))
     positions = getattr(model_config, "max_position_embeddings", None)
     if positions is not None and needed > positions:
         problem = f"sequences of {needed} tokens do not fit its {positions} positions"
-        raise ConfigError("parent", problem, "shorten data.sequence_length or profile.scenario")
+        raise ConfigError("parent", problem, "shorten data.sequence_length, gkd.stages or profile.scenario")
 
 
 def _tiny_config() -> Any:
@@ -77,6 +80,7 @@ def _tiny_config() -> Any:
 def _checked_parent(config: RunConfig) -> Any:
     """The parent's config, after a look at its family, weights, tokenizer and the text that it is to read."""
     from puzzle_ray.data.documents import check_text
+    from puzzle_ray.distill.chosen_tokens import answer_markers
     from puzzle_ray.models.checkpoint import locate
     from puzzle_ray.models.child import read_config
     from puzzle_ray.models.describe import describe
@@ -95,4 +99,5 @@ def _checked_parent(config: RunConfig) -> Any:
     tokenizer = read_tokenizer(folder, config.trust_remote_code)
     check_tokenizer(tokenizer, model_config)
     check_text(config.data, tokenizer)
+    answer_markers(config.gkd.lm_tokens, tokenizer)
     return model_config

@@ -52,13 +52,17 @@ class RunConfig(Section):
             tokens = getattr(self, section).micro_batch_tokens
             if tokens % length:
                 raise ValueError(f"{section}.micro_batch_tokens={tokens} is no multiple of data.sequence_length={length}")
+        for number, stage in enumerate(self.gkd.stages):
+            if stage.sequence_length % length and length % stage.sequence_length:
+                problem = f"gkd.stages[{number}].sequence_length={stage.sequence_length} is neither a multiple nor a part of"
+                raise ValueError(f"{problem} data.sequence_length={length}")
         if self.library.mode == "coupled" and self.scoring.granularity == "subblock":
             problem = "scoring.granularity subblock adds up halves, and library.mode coupled has none that stand for themselves"
             raise ValueError(f"{problem}; set scoring.granularity to block")
         if self.library.mode == "coupled" and self.scoring.shortlist == "fisher":
             problem = "scoring.shortlist fisher estimates halves, and library.mode coupled has none that stand for themselves"
             raise ValueError(f"{problem}; set scoring.shortlist to none")
-        if self.search.sweep_gkd and self.gkd.tokens == 0:
+        if self.search.sweep_gkd and not self.gkd.trains:
             raise ValueError(
                 "search.sweep_gkd distils the frontier, but gkd.tokens is 0; set gkd.tokens, or search.sweep_gkd=false"
             )

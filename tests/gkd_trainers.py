@@ -13,6 +13,7 @@ from puzzle_ray.models.child import new_child
 VOCAB_SIZE, LENGTH = 64, 16
 CHOICES = [LayerChoice("gqa:1", "ffn:24"), LayerChoice("noop", "linear"), LayerChoice("linear", "noop")]
 CONFIG = GkdConfig(tokens=6 * 64, micro_batch_tokens=64, learning_rate=1e-2, checkpoint_every=3)
+LONG = CONFIG.model_copy(update={"tokens": 40 * 64, "heldout_looks": 8, "checkpoint_every": 3})
 
 
 def new_parent(seed=0, tied=True):
@@ -39,3 +40,29 @@ def random_tokens():
 def new_trainer(config=CONFIG, tied=True, **kwargs):
     parent = new_parent(tied=tied)
     return GkdTrainer(random_child(parent), parent, random_tokens(), config, seed=3, **kwargs)
+
+
+def heldout():
+    return random_tokens().first(96, 2)
+
+
+def watched(config=LONG, **kwargs):
+    """A trainer that is watched on held-out text."""
+    trainer = new_trainer(config, **kwargs)
+    trainer.watch(heldout())
+    return trainer
+
+
+def weights(trainer):
+    """A copy of the child's weights."""
+    return {name: p.detach().clone() for name, p in trainer.parameters.items()}
+
+
+def summing_over_two(rank, tensors, barrier):
+    def all_reduce(tensor):
+        tensors[rank] = tensor.clone()
+        barrier.wait(timeout=60)
+        tensor.copy_(tensors[0] + tensors[1])
+        barrier.wait(timeout=60)
+
+    return all_reduce

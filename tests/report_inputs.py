@@ -45,6 +45,10 @@ class Trained:
     tokens: int
     failure: str
     tokens_saved: int = 0
+    singular_value: float = 0.4
+    parent_singular_value: float = 0.39
+    sensitivity: float = 2e-6
+    parent_sensitivity: float = 1e-6
 
 
 def _profile() -> Profile:

@@ -18,7 +18,7 @@ def settings(run: Run) -> dict[str, Any]:
 
 
 def said(facts: Mapping[str, Any]) -> str:
-    from puzzle_ray.distill.guard import gkd_summary
+    from puzzle_ray.distill.summary import gkd_summary
 
     return gkd_summary(facts)
 

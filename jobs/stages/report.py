@@ -22,10 +22,13 @@ PACKAGES = ("ray", "torch", "transformers", "mip", "highspy")
 
 def data(run: Run) -> ReportData:
     """Everything the page shows, from the run's artifacts."""
-    from puzzle_ray.distill.gkd import CURVE, GkdRow
+    from puzzle_ray.distill.gkd import CURVE, LOOKS, GkdRow
+    from puzzle_ray.distill.guard import HeldoutRow
 
     blocks, costs, model_config = library.read(run), profile.read(run), run.parent.model_config
-    curve, _ = rows_from_parquet(run.content("gkd").read(CURVE), GkdRow)
+    distilled = run.content("gkd")
+    curve, _ = rows_from_parquet(distilled.read(CURVE), GkdRow)
+    looks = rows_from_parquet(distilled.read(LOOKS), HeldoutRow)[0] if distilled.exists(LOOKS) else ()
     return ReportData(
         parent=run.config.parent,
         scenario=run.profile_config.scenario,
@@ -39,6 +42,8 @@ def data(run: Run) -> ReportData:
         library=blocks.rows(),
         bld_curves=blocks.curves(),
         gkd_curve=[asdict(row) for row in curve],
+        gkd_facts=distilled.facts(),
+        gkd_looks=[asdict(row) for row in looks],
         evaluation=evaluation.read(run),
         stage_seconds=run.seconds,
         config_yaml=yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False),

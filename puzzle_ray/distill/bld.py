@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice, LayerSpace, SubblockKind
 from puzzle_ray.calibration import Statistics
 from puzzle_ray.distill.candidate import Candidate
+from puzzle_ray.distill.conditioning import ParentNorms, changed_inputs, norms, sensitivity
 from puzzle_ray.distill.losses import LayerPass, block_loss, training_loss
-from puzzle_ray.distill.schedule import LearningRate, Phase, Schedule, is_flat
+from puzzle_ray.distill.schedule import LearningRate, Phase, Schedule, has_risen, is_flat
 from puzzle_ray.distill.settings import LibraryConfig
 from puzzle_ray.errors import NotFinite, OutOfOrder
 from puzzle_ray.models.blocks import LayerStack, swapped
@@ -39,7 +40,12 @@ class LibraryRow:
 
     `start_loss` and `final_loss` are the normalised MSE on validation micro-batches, before and after training. `kept` says which
     weights are in the library: `start` or `trained`. `tokens` is the number of tokens it was trained on. `tokens_saved` is the
-    number that an early stop spared, 0 where training ran to the end. `failure` is empty where nothing failed.
+    number that an early stop spared, 0 where training ran to the end. `failure` is empty where nothing failed. `returns` counts how
+    often training went back to the start, since the loss had risen, and on with half the learning rate.
+
+    Of the weights that are kept: `singular_value` is the largest singular value of the matrix that is furthest above the parent's,
+    `parent_singular_value`; `sensitivity` is the rise of the block's loss under a random relative change of 1e-3 of its input, and
+    `parent_sensitivity` that of the parent's own block. See `puzzle_ray.distill.conditioning`.
     """
 
     layer: int
@@ -52,6 +58,11 @@ class LibraryRow:
     tokens: int
     failure: str
     tokens_saved: int = 0
+    returns: int = 0
+    singular_value: float = 0.0
+    parent_singular_value: float = 0.0
+    sensitivity: float = 0.0
+    parent_sensitivity: float = 0.0
 
 
 class LayerTrainer:
@@ -106,6 +117,8 @@ class LayerTrainer:
             loss = self._train(number, position, parent, arguments) if phase == "train" else None
             if phase != "train":
                 self._validate(phase, position, parent, arguments)
+        if position == self.schedule.positions - 1:
+            self._measure_sensitivity(x[:1], y[:1])
         self.position = position
         return loss
 
@@ -142,40 +155,66 @@ class LayerTrainer:
             if candidate.optimizer is None or not candidate.still_trains:
                 continue
             group, record = candidate.optimizer.param_groups[0], candidate.record
-            group["lr"] = rate
+            group["lr"] = rate * 0.5**record.returns
             child = self._run(candidate, parent, arguments)
             loss = training_loss(self.config.loss, candidate.choice.replaced, child, parent)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(group["params"], self.config.gradient_clip)
             if not (torch.isfinite(loss) and torch.isfinite(norm)):
-                candidate.fail(str(NotFinite("the loss", self.index, self._name(candidate), position)))
+                candidate.go_back(str(NotFinite("the loss", self.index, self._name(candidate), position)))
+                candidate.optimizer.zero_grad(set_to_none=True)
                 continue
             candidate.optimizer.step()
             candidate.optimizer.zero_grad(set_to_none=True)
             losses.append(float(loss.detach()))
             record.curve.append(losses[-1])
-            if self._is_flat(record.curve):
+            if has_risen(record.curve, record.attempt_from, self.schedule.rise_window, record.start_training_loss):
+                candidate.go_back(f"the loss rose above its start at micro-batch {position}; lower library.learning_rate")
+            elif self._is_flat(record.curve, record.attempt_from):
                 candidate.stop()
         return sum(losses) / len(losses) if losses else None
 
-    def _is_flat(self, curve: list[float]) -> bool:
+    def _is_flat(self, curve: list[float], attempt_from: int) -> bool:
         rule = self.config.early_stop
-        warmup = self.learning_rate.warmup_steps
-        if rule is None or len(curve) == self.schedule.train or (len(curve) - warmup) % rule.window:
+        begin = max(self.learning_rate.warmup_steps, attempt_from)
+        if rule is None or len(curve) == self.schedule.train or (len(curve) - begin) % rule.window:
             return False
-        return is_flat(curve[warmup:], rule)
+        return is_flat(curve[begin:], rule)
 
     @torch.no_grad()
     def _validate(self, phase: Phase, position: int, parent: LayerPass, arguments: dict[str, Any]) -> None:
         for candidate in self.candidates:
             record = candidate.record
-            loss = float(block_loss(self._run(candidate, parent, arguments), parent))
+            child = self._run(candidate, parent, arguments)
+            loss = float(block_loss(child, parent))
             if not math.isfinite(loss):
                 candidate.fail(str(NotFinite("the validation loss", self.index, self._name(candidate), position)))
             if phase == "validate_start":
                 record.start_loss += loss / self.schedule.validate
+                as_trained = float(training_loss(self.config.loss, candidate.choice.replaced, child, parent))
+                record.start_training_loss += as_trained / self.schedule.validate
             else:
                 record.final_loss += loss / self.schedule.validate
+
+    @torch.no_grad()
+    def _measure_sensitivity(self, x: Tensor, y: Tensor) -> None:
+        """Of the weights that will be kept, on one sequence, in float32. Candidates whose start is kept have it loaded from here on."""
+        arguments = self.stack.layer_arguments(x, self.index)
+
+        def half(layer: nn.Module, hidden: Tensor) -> Tensor:
+            return self.stack.run_layer(layer, self.index, hidden, arguments)
+
+        inputs = [x, *changed_inputs(x, self.index)]
+        middles = [half(self.parent["attention"], hidden) for hidden in inputs]
+        ends = [half(self.parent["ffn"], middle) for middle in middles]
+        own = sensitivity(ends, ends[0])
+        for candidate in self.candidates:
+            if not candidate.is_better:
+                candidate.load_start()
+            attention, ffn = candidate.halves.get("attention"), candidate.halves.get("ffn", self.parent["ffn"])
+            between = middles if attention is None else [half(attention, hidden) for hidden in inputs]
+            candidate.record.sensitivity = sensitivity([half(ffn, middle) for middle in between], y)
+            candidate.record.parent_sensitivity = own
 
     def _name(self, candidate: Candidate) -> str:
         return self.space.entry(candidate.choice)[1]
@@ -186,10 +225,10 @@ class LayerTrainer:
         The weights are the trained ones where their validation loss is below that of the start, and otherwise the start.
         """
         assert self.finished, "the last position is not done"
-        out = []
+        out, parent = [], ParentNorms(self.layer, self.stack.descriptor)
         for c in self.candidates:
             record = c.record
-            better = c.optimizer is not None and not record.failure and record.final_loss < record.start_loss
+            better = c.is_better
             spared = self.schedule.train - len(record.curve) if record.stopped else 0
             row = LibraryRow(
                 self.index,
@@ -201,6 +240,10 @@ class LayerTrainer:
                 len(record.curve) * self.config.micro_batch_tokens,
                 record.failure,
                 spared * self.config.micro_batch_tokens,
+                record.returns,
+                *norms(c.halves, parent),
+                record.sensitivity,
+                record.parent_sensitivity,
             )
             out.append((row, c.weights() if better else c.start, record.curve))
         return out

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from puzzle_ray.artifacts import LayerChoice, SubblockKind
 from puzzle_ray.calibration import Statistics
+from puzzle_ray.distill.guard import MAX_RETURNS
 from puzzle_ray.distill.settings import LibraryConfig
 from puzzle_ray.families.descriptor import Descriptor
 from puzzle_ray.models.blocks import LayerStack, load_subblock, subblock_state, swapped
@@ -21,16 +22,24 @@ from puzzle_ray.variants.base import find_variant
 class TrainingRecord:
     """What has happened to a candidate so far.
 
-    `curve` is the training loss of every micro-batch. `start_loss` and `final_loss` are means over the validation micro-batches.
+    `curve` is the training loss of every micro-batch. `start_loss` and `final_loss` are means over the validation micro-batches;
+    `start_training_loss` is the same as `start_loss`, of the loss that is trained on.
     `stopped` says that training ended early because the loss was flat. `failure` says what went wrong; it is empty otherwise.
+    `returns` counts how often training went back to the start, and `attempt_from` is the micro-batch after the last time. `sensitivity`
+    and `parent_sensitivity` are as of `puzzle_ray.distill.conditioning`, of the weights that are kept.
     """
 
     initialisation: str = ""
     start_loss: float = 0.0
     final_loss: float = 0.0
+    start_training_loss: float = 0.0
     curve: list[float] = field(default_factory=list)
     stopped: bool = False
     failure: str = ""
+    returns: int = 0
+    attempt_from: int = 0
+    sensitivity: float = 0.0
+    parent_sensitivity: float = 0.0
 
 
 def states_by_kind(weights: Mapping[str, Tensor]) -> dict[SubblockKind, dict[str, Tensor]]:
@@ -86,6 +95,12 @@ class Candidate:
         """Whether the next training micro-batch changes its weights."""
         return self.optimizer is not None and not self.record.failure and not self.record.stopped
 
+    @property
+    def is_better(self) -> bool:
+        """Whether training made it better on validation text, once that is known. If not, its start is kept."""
+        record = self.record
+        return self.optimizer is not None and not record.failure and record.final_loss < record.start_loss
+
     def initialise(self, parent: nn.Module, statistics: Statistics) -> None:
         """Fills the weights of every half from the parent layer, by the method of its variant."""
         methods = []
@@ -121,8 +136,21 @@ class Candidate:
         """Ends training and restores the weights from before training. A second failure changes nothing."""
         if not self.record.failure:
             self.record.failure = reason
-            self._load(self.start)
-            self._clear_optimizer()
+            self.load_start()
+
+    def go_back(self, reason: str) -> None:
+        """To the weights from before training, with an optimizer that starts anew; after `MAX_RETURNS` times it fails instead."""
+        if self.record.returns == MAX_RETURNS:
+            self.fail(f"{reason} (for the {MAX_RETURNS + 1}th time, each at half the learning rate of the time before)")
+            return
+        self.record.returns += 1
+        self.record.attempt_from = len(self.record.curve)
+        self.load_start()
+
+    def load_start(self) -> None:
+        """Restores the weights from before training. The optimizer's moments are dropped."""
+        self._load(self.start)
+        self._clear_optimizer()
 
     def _clear_optimizer(self) -> None:
         if self.optimizer is not None:

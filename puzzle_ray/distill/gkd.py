@@ -9,8 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, fields
 from typing import Any
 
@@ -22,16 +21,17 @@ from torch import Tensor, nn
 from puzzle_ray.artifacts import rows_to_parquet
 from puzzle_ray.data.order import Tokens
 from puzzle_ray.data.splits import load_tokens
+from puzzle_ray.distill.child_loss import ChildLoss, Terms
+from puzzle_ray.distill.chosen_tokens import Markers, read_markers
+from puzzle_ray.distill.curriculum import Curriculum
 from puzzle_ray.distill.guard import HeldoutGuard, HeldoutRow
-from puzzle_ray.distill.head_losses import head_losses, layers_cosine_distance
+from puzzle_ray.distill.range_test import Trial, best_rate, range_test, trial_facts, trial_steps
 from puzzle_ray.distill.schedule import LearningRate
-from puzzle_ray.distill.settings import GkdConfig
-from puzzle_ray.errors import ConfigError, PuzzleError, StoreError
+from puzzle_ray.distill.settings import AUTO, GkdConfig
+from puzzle_ray.errors import PuzzleError, StoreError
 from puzzle_ray.models.checkpoint import locate
 from puzzle_ray.models.child import load_model, quiet_transformers, read_config, save_child
-from puzzle_ray.models.describe import describe
-from puzzle_ray.models.head import Head, final_states
-from puzzle_ray.progress import Progress
+from puzzle_ray.progress import Bar, Progress
 from puzzle_ray.store import Artifact
 
 CHILD = "child"  # a folder of the artifact
@@ -40,6 +40,7 @@ CURVE = "losses.parquet"
 LOOKS = "heldout.parquet"  # what the guard saw
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _GUARD = "guard."  # before the names of the guard's tensors in a checkpoint
+_TRIALS = "trials"  # of the range test, in a checkpoint
 TokenIds = npt.NDArray[np.int64]
 
 
@@ -84,29 +85,6 @@ class GkdJob:
     heldout: tuple[TokenIds, ...] = ()
 
 
-@contextmanager
-def layer_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects the output of every layer while the context is open: `[batch, tokens, hidden_size]`, before the final norm."""
-    outputs: list[Tensor] = []
-
-    def collect(module: nn.Module, inputs: Any, output: Any) -> None:
-        outputs.append(output[0] if isinstance(output, tuple) else output)
-
-    layers = model.get_submodule(describe(model.config).layers)
-    hooks = [layer.register_forward_hook(collect) for layer in layers.children()]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def gkd_steps(config: GkdConfig) -> int:
-    """Optimizer steps until `config.tokens` are used, rounded up; 0 for 0 tokens."""
-    tokens_per_step = config.micro_batch_tokens * config.num_workers * config.gradient_accumulation
-    return math.ceil(config.tokens / tokens_per_step)
-
-
 class GkdTrainer:
     """Trains `child` (float32 weights) towards `parent`, one optimizer step at a time.
 
@@ -117,21 +95,18 @@ class GkdTrainer:
 
     def __init__(
         self, child: Any, parent: Any, tokens: Tokens, config: GkdConfig, *, seed: int,
-        ranks: Sequence[int] | None = None, all_reduce: Callable[[Tensor], None] | None = None,
+        ranks: Sequence[int] | None = None, all_reduce: Callable[[Tensor], None] | None = None, markers: Markers | None = None,
     ) -> None:  # fmt: skip
         self.child, self.parent = child.eval(), parent.eval().requires_grad_(False)
-        self.tokens, self.config, self.seed = tokens, config, seed
+        self.config, self.text = config, Curriculum.of(tokens, config, seed)
+        self.loss = ChildLoss(config, child.config, markers)
         self.ranks = range(config.num_workers) if ranks is None else ranks
         self.all_reduce = all_reduce
-        self.total_steps = gkd_steps(config)
-        self.learning_rate = LearningRate.of_gkd(config.learning_rate, self.total_steps, config.warmup_fraction)
+        self.total_steps = self.text.total_steps
+        self.learning_rate = self._schedule(0.0 if config.learning_rate == AUTO else config.learning_rate, self.total_steps)
         self.curve: list[GkdRow] = []
+        self.trials: list[Trial] = []
         self.guard: HeldoutGuard | None = None
-        length = tokens.sequences.shape[1]
-        self.num_sequences = config.micro_batch_tokens // length
-        if not self.num_sequences:
-            problem = f"{config.micro_batch_tokens} is less than one sequence of {length}"
-            raise ConfigError("gkd.micro_batch_tokens", problem)
         self.parameters: dict[str, nn.Parameter] = dict(child.named_parameters())
         self.device = next(child.parameters()).device
         # All gradients are views of one buffer. Its last four elements are the losses. So a step needs one all-reduce and one norm.
@@ -143,12 +118,15 @@ class GkdTrainer:
             start += parameter.numel()
         self.optimizer = self._new_optimizer()
 
+    def _schedule(self, peak: float, steps: int) -> LearningRate:
+        return LearningRate.of_gkd(peak, steps, self.config.warmup_fraction)
+
     def _new_optimizer(self) -> torch.optim.AdamW:
         matrices = [p for p in self.parameters.values() if p.ndim >= 2]
         others = [p for p in self.parameters.values() if p.ndim < 2]
         decay = self.config.weight_decay
         groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate, betas=(0.9, 0.95), fused=True)
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate.peak, betas=(0.9, 0.95), fused=True)
         for parameter in self.parameters.values():
             state = {name: torch.zeros_like(parameter) for name in _MOMENTS}
             optimizer.state[parameter] = {"step": torch.zeros((), device=self.device), **state}
@@ -164,8 +142,7 @@ class GkdTrainer:
         number, config = self.next_step, self.config
         self.sums.zero_()
         for round_, rank in itertools.product(range(config.gradient_accumulation), self.ranks):
-            place = (number * config.gradient_accumulation + round_) * config.num_workers + rank
-            losses = self.loss_terms(self.tokens.batch(self.seed, place, self.num_sequences).to(self.device))
+            losses = self.loss_terms(self.text.batch(number, rank, round_).to(self.device))
             losses[0].backward()
             self.losses += torch.stack([term.detach() for term in losses])
         if self.all_reduce is not None:
@@ -204,20 +181,40 @@ class GkdTrainer:
         self.guard.rate_factor *= 0.5
         self.optimizer = self._new_optimizer()
 
-    def loss_terms(self, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(weighted sum, KL, cosine distance, next-token loss) of ids `[batch, tokens]`. A term of weight 0 gives no gradient."""
-        config = self.config
-        half = self.device.type != "cpu" and self.parent.dtype != torch.float32
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            with torch.no_grad(), layer_outputs(self.parent) as parent_hidden:
-                parent_final = final_states(self.parent, input_ids)
-            with layer_outputs(self.child) as child_hidden:
-                child_final = final_states(self.child, input_ids)
-            heads = (Head.of(self.child), child_final, Head.of(self.parent), parent_final)
-            total, kl, lm = head_losses(*heads, input_ids, config.kl_weight, config.lm_weight)
-        with torch.set_grad_enabled(config.cosine_weight > 0):
-            cosine = layers_cosine_distance(child_hidden, parent_hidden)
-        return total + config.cosine_weight * cosine, kl, cosine, lm
+    def loss_terms(self, input_ids: Tensor) -> Terms:
+        """See `ChildLoss.terms`."""
+        return self.loss.terms(self.child, self.parent, input_ids)
+
+    @property
+    def needs_rate(self) -> bool:
+        """Whether the learning rate is still to be chosen."""
+        return self.config.learning_rate == AUTO and not self.trials and self.total_steps > 0
+
+    def choose_rate(self, bar: Bar) -> None:
+        """Tries learning rates (see `puzzle_ray.distill.range_test`), and takes the best one. The child is as before afterwards."""
+        guard = self.guard
+        assert guard is not None and guard.rows, "a range test needs held-out text, and a look at it"
+
+        def try_rate(rate: float) -> Trial:
+            steps = trial_steps(self.total_steps)
+            self.learning_rate = self._schedule(rate, steps)
+            try:
+                for _ in range(steps):
+                    row = self.step()
+                    bar.advance(0, loss=row.loss, kl=row.kl, cosine=row.cosine)
+                kl = guard.measure()[0]
+            except Diverged:
+                kl = math.inf
+            guard.restore_best()
+            self.curve, self.optimizer = [], self._new_optimizer()
+            return Trial(rate, kl if math.isfinite(kl) else math.inf, steps)
+
+        self._take_trials(range_test(try_rate))
+
+    def _take_trials(self, trials: list[Trial]) -> None:
+        self.trials = trials
+        if trials:
+            self.learning_rate = self._schedule(best_rate(trials), self.total_steps)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What training carries from step to step: weights, AdamW's moments, the loss curve.
@@ -231,6 +228,8 @@ class GkdTrainer:
         state["adam_steps"] = next(iter(self.optimizer.state.values()))["step"].cpu().reshape(1).float()
         curve = torch.tensor([astuple(row) for row in self.curve], dtype=torch.float64)
         state["curve"] = curve.view(-1, len(fields(GkdRow)))
+        if self.trials:
+            state[_TRIALS] = torch.tensor([astuple(trial) for trial in self.trials], dtype=torch.float64)
         if self.guard is not None:
             state |= {f"{_GUARD}{name}": value for name, value in self.guard.state_tensors().items()}
         return state
@@ -239,7 +238,11 @@ class GkdTrainer:
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state_tensors`. Raises StoreError where names or shapes belong to another model."""
         expected, given = (
-            {name: value.shape for name, value in tensors.items() if name != "curve" and not name.startswith(_GUARD)}
+            {
+                name: value.shape
+                for name, value in tensors.items()
+                if name not in ("curve", _TRIALS) and not name.startswith(_GUARD)
+            }
             for tensors in (self.state_tensors(), state)
         )
         if expected != given:
@@ -253,6 +256,8 @@ class GkdTrainer:
             for moment in _MOMENTS:
                 slots[moment].copy_(state[f"{moment}.{name}"])
         self.curve = [GkdRow(int(row[0]), *row[1:]) for row in state["curve"].tolist()]
+        if _TRIALS in state:
+            self._take_trials([Trial(rate, kl, int(steps)) for rate, kl, steps in state[_TRIALS].tolist()])
         if self.guard is not None:
             own = {name.removeprefix(_GUARD): value for name, value in state.items() if name.startswith(_GUARD)}
             self.guard.load_state_tensors(own)
@@ -287,6 +292,10 @@ def train_to_end(trainer: GkdTrainer, artifact: Artifact, progress: Progress, *,
         bar.advance(trainer.next_step)
         if guard is not None and not guard.rows:
             guard.look(0)
+        if trainer.needs_rate:
+            trainer.choose_rate(bar)
+            if writes:
+                artifact.write_tensors(CHECKPOINT, trainer.state_tensors())
         while trainer.next_step < total and not (guard and guard.gave_up):
             before = trainer.next_step
             row = _watched_step(trainer)
@@ -331,10 +340,12 @@ def load_gkd_trainer(
     it computes in bfloat16 where the parent is in half precision.
     """
     with quiet_transformers():
-        child = load_model(job.child.local_folder(CHILD), torch.float32).to(device)
+        source = job.child.local_folder(CHILD)
+        child = load_model(source, torch.float32).to(device)
         parent = load_model(locate(job.parent, job.revision), torch.float32 if device == "cpu" else None).to(device)
     tokens, _ = load_tokens(job.data)
-    trainer = GkdTrainer(child, parent, tokens, job.config, seed=job.seed, ranks=ranks, all_reduce=all_reduce)
+    markers = read_markers(job.config.lm_tokens, source)
+    trainer = GkdTrainer(child, parent, tokens, job.config, seed=job.seed, ranks=ranks, all_reduce=all_reduce, markers=markers)
     if job.heldout and trainer.total_steps:
         trainer.watch([torch.from_numpy(ids.copy()) for ids in job.heldout])
     return trainer
@@ -348,9 +359,9 @@ def publish_distilled(trainer: GkdTrainer, job: GkdJob) -> None:
         save_child(child, source, folder)
     job.artifact.write(CURVE, rows_to_parquet(trainer.curve, GkdRow, {}))
     last = {f"last_{name}": getattr(row, name) for row in trainer.curve[-1:] for name in ("loss", "kl", "cosine", "lm")}
-    micro_batches = trainer.total_steps * job.config.num_workers * job.config.gradient_accumulation
-    tokens = micro_batches * trainer.num_sequences * trainer.tokens.sequences.shape[1]
-    facts = {"steps": trainer.total_steps, "tokens": tokens, **last}
+    facts: dict[str, Any] = {"steps": trainer.total_steps, "tokens": trainer.text.tokens, **last}
+    if trainer.trials:
+        facts |= {"learning_rate": trainer.learning_rate.peak, "range_test": trial_facts(trainer.trials)}
     if trainer.guard is not None:
         job.artifact.write(LOOKS, rows_to_parquet(trainer.guard.rows, HeldoutRow, {}))
         facts |= trainer.guard.facts()

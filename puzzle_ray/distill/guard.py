@@ -128,20 +128,3 @@ class HeldoutGuard:
             "heldout_loss": best.loss,
             "returns": self.num_returns,
         }
-
-
-def gkd_summary(facts: Mapping[str, Any]) -> str:
-    """One line about a finished distillation, from the facts of its artifact; empty where it was not watched."""
-    if "kept" not in facts:
-        return ""
-    before, after = facts["heldout_kl_before"], facts["heldout_kl"]
-    if facts["kept"] == "start":
-        words = f"distillation did not improve the child (held-out KL {before:.4g}): it is published as it was"
-    else:
-        words = f"held-out KL {before:.4g} -> {after:.4g}, weights of {facts['kept']}"
-    went_back = facts["returns"]
-    if went_back:
-        words += (
-            f"; the KL rose above the start's {went_back} time{'s' * (went_back != 1)}, each with half the learning rate after it"
-        )
-    return words + ("; lower gkd.learning_rate" if facts["kept"] == "start" and went_back else "")

@@ -8,6 +8,7 @@ head's weights before the next tokens. Sums are in float32.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,23 +21,35 @@ from puzzle_ray.models.head import CHUNK_ELEMENTS, Head
 # N tokens of all sequences, V vocabulary, D hidden size
 
 
+@dataclass(frozen=True)
+class _Weights:
+    kl: float
+    lm: float
+    temperature: float
+
+
 def _logit_slopes(
-    child_NV: Tensor, parent_NV: Tensor, labels_N: Tensor, tokens: int, labelled: int, kl_weight: float, lm_weight: float
+    child_NV: Tensor, parent_NV: Tensor, labels_N: Tensor, tokens: int, labelled: int, weights: _Weights
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(KL, next-token loss, slope of their weighted sum at the child's logits), all in float32.
 
     KL(parent || child) is divided by `tokens`, the next-token loss by `labelled`: the shares of these tokens in means over all.
     """
-    child, parent = child_NV.float().log_softmax(-1), parent_NV.float().log_softmax(-1)
+    child, temperature = child_NV.float().log_softmax(-1), weights.temperature
     known = (labels_N != NO_LABEL).float().unsqueeze(1)
     label = labels_N.clamp(min=0).unsqueeze(1)
     lm = -((child.gather(1, label) * known).sum() / labelled)
+    if temperature == 1.0:
+        soft, parent = child, parent_NV.float().log_softmax(-1)
+    else:
+        soft, parent = ((logits.float() / temperature).log_softmax(-1) for logits in (child_NV, parent_NV))
+        child = child.exp_()
     target = parent.exp()
-    kl = (target * parent.sub_(child)).sum() / tokens
-    child.exp_()
-    slope = (child - target).mul_(kl_weight / tokens)
-    if lm_weight:
-        known *= lm_weight / labelled
+    kl = (target * parent.sub_(soft)).sum() * temperature**2 / tokens
+    soft.exp_()
+    slope = (soft - target).mul_(weights.kl * temperature / tokens)
+    if weights.lm:
+        known *= weights.lm / labelled
         slope.addcmul_(child, known).scatter_add_(1, label, -known)
     return kl, lm, slope
 
@@ -47,7 +60,7 @@ class _HeadLosses(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, final_ND: Tensor, child: Head, parent: Head, parent_ND: Tensor, labels_N: Tensor,
-        kl_weight: float, lm_weight: float, *weights: Tensor,
+        terms: _Weights, *weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         tokens = len(final_ND)
         labelled = max(1, int((labels_N != NO_LABEL).sum()))
@@ -58,9 +71,7 @@ class _HeadLosses(torch.autograd.Function):
             with torch.enable_grad():
                 hidden = final_ND[part].detach().requires_grad_()
                 logits = child.logits(hidden)
-            own_kl, own_lm, slope = _logit_slopes(
-                logits.detach(), parent_NV, labels_N[part], tokens, labelled, kl_weight, lm_weight
-            )
+            own_kl, own_lm, slope = _logit_slopes(logits.detach(), parent_NV, labels_N[part], tokens, labelled, terms)
             kl += own_kl
             lm += own_lm
             at_hidden, *at_weights = torch.autograd.grad(logits, (hidden, *weights), slope.to(logits.dtype))
@@ -69,28 +80,38 @@ class _HeadLosses(torch.autograd.Function):
                 total += own
         ctx.gradients = (gradient, *sums)
         ctx.mark_non_differentiable(kl, lm)
-        return kl_weight * kl + lm_weight * lm, kl, lm
+        return terms.kl * kl + terms.lm * lm, kl, lm
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         gradient, *sums = (each.mul_(outer[0]) for each in ctx.gradients)
-        return gradient, *[None] * 6, *sums
+        return gradient, *[None] * 5, *sums
 
 
 def head_losses(
-    child: Head, final_BTD: Tensor, parent: Head, parent_BTD: Tensor, input_ids_BT: Tensor, kl_weight: float, lm_weight: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    child: Head, final_BTD: Tensor, parent: Head, parent_BTD: Tensor, labels_BT: Tensor,
+    kl_weight: float, lm_weight: float, temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(weighted sum, KL, next-token loss), in nats and float32, from outputs of both models' final norms.
 
-    KL(parent || child) is a mean over all tokens. The next-token loss is a mean over the tokens that have a next one. Only the weighted
-    sum has a gradient, towards the child's hidden states and those weights of its head that require one.
+    Labels are as of `next_labels`. KL(parent || child) is a mean over all tokens. At a `temperature` both distributions are softened by
+    it, and the KL is multiplied by its square (Hinton et al. 2015), so that its gradient keeps its size. The next-token loss is a mean
+    over the tokens that have a label. Only the weighted sum has a gradient, towards the child's hidden states and those weights of its
+    head that require one.
     """
-    labels = functional.pad(input_ids_BT[:, 1:], (0, 1), value=NO_LABEL).flatten()
     weights = [weight for weight in child.linear.parameters() if weight.requires_grad]
-    total, kl, lm = _HeadLosses.apply(
-        final_BTD.flatten(0, 1), child, parent, parent_BTD.detach().flatten(0, 1), labels, kl_weight, lm_weight, *weights
-    )
+    terms = _Weights(kl_weight, lm_weight, temperature)
+    states = final_BTD.flatten(0, 1), child, parent, parent_BTD.detach().flatten(0, 1)
+    total, kl, lm = _HeadLosses.apply(*states, labels_BT.flatten(), terms, *weights)
     return total, kl, lm
+
+
+@torch.no_grad()
+def label_log_probs(head: Head, final_BTD: Tensor, labels_BT: Tensor) -> Tensor:
+    """The log-probability of every label, `[batch, tokens]` in float32; of token 0 where there is no label."""
+    wanted = labels_BT.clamp(min=0).flatten().unsqueeze(1)
+    found = [logits_NV.float().log_softmax(-1).gather(1, wanted[part]) for part, logits_NV in head.chunks(final_BTD)]
+    return torch.cat(found).view(labels_BT.shape)
 
 
 class _MeanCosine(torch.autograd.Function):
@@ -121,7 +142,12 @@ def _runs(tokens_ND: Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(tokens_ND), size)]
 
 
+def layers_cosine_distances(child: Sequence[Tensor], parent: Sequence[Tensor]) -> Tensor:
+    """1 - cos(child, parent) of every layer, a mean over tokens: `[layers]`. Entries are layer outputs, `[batch, tokens, hidden_size]`."""
+    return 1 - torch.stack([_MeanCosine.apply(c, p.detach()) for c, p in zip(child, parent, strict=True)])
+
+
 def layers_cosine_distance(child: Sequence[Tensor], parent: Sequence[Tensor]) -> Tensor:
-    """Mean over layers and tokens of 1 - cos(child, parent). Entries are layer outputs, `[batch, tokens, hidden_size]`."""
+    """Mean over layers and tokens of 1 - cos(child, parent)."""
     similarity = [_MeanCosine.apply(c, p.detach()) for c, p in zip(child, parent, strict=True)]
     return 1 - torch.stack(similarity).mean()

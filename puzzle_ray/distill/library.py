@@ -22,6 +22,7 @@ from puzzle_ray.artifacts import BLOCK, LayerChoice, SearchSpace, SubblockKind, 
 from puzzle_ray.data.order import Tokens
 from puzzle_ray.distill.bld import LayerTrainer, LibraryRow, Schedule
 from puzzle_ray.distill.candidate import states_by_kind
+from puzzle_ray.distill.outliers import stands_out
 from puzzle_ray.distill.settings import LibraryConfig
 from puzzle_ray.distill.text import LibraryText
 from puzzle_ray.errors import ConfigError
@@ -211,7 +212,11 @@ def finish_library(space: SearchSpace, artifact: Artifact) -> Library:
             "tokens": sum(row.tokens for row in rows),
             "tokens_saved": sum(row.tokens_saved for row in rows),
             "stopped_early": sum(row.tokens_saved > 0 for row in rows),
+            "went_back": sum(row.returns > 0 for row in rows),
             "failures": [asdict(row) for row in rows if row.failure],
+            "standing_out": [
+                f"layer {row.layer} {row.kind} {row.variant}: {words}" for row in rows if (words := stands_out(row))
+            ],
         }
     )
     return Library(artifact)
@@ -223,6 +228,11 @@ def library_summary(facts: Mapping[str, Any]) -> str:
     if facts["stopped_early"]:
         share = facts["tokens_saved"] / (facts["tokens"] + facts["tokens_saved"])
         words.append(f"{facts['stopped_early']} stopped early, which spared {share:.0%} of the training tokens")
+    if facts["went_back"]:
+        words.append(f"{facts['went_back']} went back to their start and on with half the learning rate, since their loss rose")
+    if facts["standing_out"]:
+        count, first = len(facts["standing_out"]), facts["standing_out"][0]
+        words.append(f"warning: {count} {'is' if count == 1 else 'are'} less well-conditioned than the parent ({first})")
     if facts["failures"]:
         words.append(f"{len(facts['failures'])} failed: {facts['failures'][0]['failure']}")
     return "; ".join(words)

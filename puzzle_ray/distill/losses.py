@@ -61,6 +61,11 @@ def training_loss(weights: BlockLoss, replaced: Sequence[SubblockKind], child: L
 NO_LABEL = -100  # marks a token that has no next one
 
 
+def next_labels(input_ids: Tensor) -> Tensor:
+    """The next token of every position, `[batch, tokens]`; NO_LABEL where there is none."""
+    return functional.pad(input_ids[:, 1:], (0, 1), value=NO_LABEL)
+
+
 def cosine_distance(child: Sequence[Tensor], parent: Sequence[Tensor]) -> Tensor:
     """Mean over layers and tokens of 1 - cos(child, parent). Entries are layer outputs, `[batch, tokens, hidden_size]`."""
     pairs = zip(child, parent, strict=True)

@@ -66,6 +66,21 @@ def is_flat(losses: Sequence[float], rule: EarlyStop) -> bool:
     return bool(before) and min(last) > (1 - rule.min_improvement) * min(before)
 
 
+RISE = 1.5  # of the mean training loss of a window, over that of the start
+RISE_WINDOW = 32  # micro-batches at most
+
+
+def has_risen(losses: Sequence[float], attempt_from: int, window: int, start: float) -> bool:
+    """Whether the loss of an attempt is above that of the start of training.
+
+    Call it after every micro-batch with all losses so far. `attempt_from` is the micro-batch that the attempt began with, and `start`
+    the same loss before training, on validation text. It looks at whole windows, and is true where the mean of the last one is above
+    `RISE` times `start`.
+    """
+    done = len(losses) - attempt_from
+    return done > 0 and done % window == 0 and math.fsum(losses[-window:]) > RISE * window * start
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How many micro-batches each phase of local distillation takes, and which micro-batch of the data each position reads.
@@ -86,6 +101,11 @@ class Schedule:
             return max(1, math.ceil(tokens / config.micro_batch_tokens))
 
         return cls(count(config.calibration_tokens), count(config.validation_tokens), count(config.tokens))
+
+    @property
+    def rise_window(self) -> int:
+        """Over how many micro-batches a rise of the training loss is looked for."""
+        return max(4, min(RISE_WINDOW, self.train // 8))
 
     @property
     def positions(self) -> int:

@@ -81,20 +81,84 @@ class LibraryConfig(Section):
         return self.model_dump(mode="json", exclude=without_effect | {"narrow_from", "start_from"})
 
 
-class GkdConfig(Section):
-    """Global knowledge distillation: the weights of the loss terms, and how to train."""
+Mix = tuple[float, float, float]  # weights of KL, cosine and next-token loss
+MIXES: dict[str, Mix] = {
+    "lm": (0.0, 0.0, 1.0),
+    "kld": (1.0, 0.0, 0.0),
+    "cosine": (0.0, 1.0, 0.0),
+    "lm+kld": (1.0, 0.0, 1.0),
+    "lm+cosine": (0.0, 1.0, 1.0),
+    "kld+cosine": (1.0, 1.0, 0.0),
+    "lm+kld+cosine": (1.0, 1.0, 1.0),
+}
+Preset = Literal["none", "lm", "kld", "cosine", "lm+kld", "lm+cosine", "kld+cosine", "lm+kld+cosine", "paper"]
+AUTO: Literal["auto"] = "auto"
 
+
+class LmTokens(Section):
+    """Which tokens the next-token loss counts. What is set must hold together.
+
+    `after` and `until` are texts around an answer, such as a chat template's `<|assistant|>` and `<|end|>`. Tokens behind the first
+    count, up to and with the second. A sequence that begins inside an answer counts from its next `after` on.
+    `min_parent_probability`: tokens count to which the parent gives at least this probability.
+    """
+
+    after: str | None = None
+    until: str | None = None
+    min_parent_probability: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _whole_rule(self) -> LmTokens:
+        if bool(self.after) != bool(self.until):
+            raise ValueError("an answer has two ends; set both gkd.lm_tokens.after and gkd.lm_tokens.until")
+        if not self.after and not self.min_parent_probability:
+            raise ValueError("nothing is chosen; set after and until, or min_parent_probability, or leave out gkd.lm_tokens")
+        return self
+
+
+class GkdStage(Section):
+    """One stage of a length curriculum. Longer sequences are consecutive ones of the tokenised text, joined."""
+
+    sequence_length: Count
+    tokens: Count
+    micro_batch_tokens: Count  # per worker and step
+
+    @model_validator(mode="after")
+    def _whole_sequences(self) -> GkdStage:
+        if self.micro_batch_tokens % self.sequence_length:
+            problem = f"micro_batch_tokens={self.micro_batch_tokens} is no multiple of sequence_length={self.sequence_length}"
+            raise ValueError(f"{problem}; a micro-batch holds whole sequences")
+        return self
+
+
+class GkdConfig(Section):
+    """Global knowledge distillation: the weights of the loss terms, and how to train.
+
+    `preset` names a mix of LM, KLD and cosine loss, each of weight 1 (the paper's eight, with `none` for no distillation); `paper` is
+    the one that the paper chose, KLD and cosine. Weights that are set beside a preset go on top of it. `cosine_reduction`: the cosine
+    distances of all layers are added up in the paper, and in `paper`; elsewhere their mean is taken, so that the weight means the same
+    for every depth. `cosine_layers`: the weights of the layers in it; `kept` leaves out layers that the child has removed whole. KL is
+    taken at `temperature`, times its square. `learning_rate: auto` chooses it by a range test, see `puzzle_ray.distill.range_test`.
+    With `stages`, lengths and tokens are theirs, and neither `tokens` nor `micro_batch_tokens` is read.
+    """
+
+    preset: Preset | None = None
     tokens: Annotated[int, Field(ge=0)] = 1_000_000
     micro_batch_tokens: Count = 2048  # per worker, in one forward
     gradient_accumulation: Count = 1  # micro-batches of each worker in one optimizer step
+    stages: tuple[GkdStage, ...] = ()
     num_workers: Count = 1
-    learning_rate: Positive = 3e-4
+    learning_rate: Positive | Literal["auto"] = 3e-4
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     weight_decay: NonNegative = 0.0
     gradient_clip: Positive = 1.0
     kl_weight: NonNegative = 1.0
     cosine_weight: NonNegative = 1.0
     lm_weight: NonNegative = 0.0
+    temperature: Positive = 1.0
+    cosine_reduction: Literal["mean", "sum"] = "mean"
+    cosine_layers: Literal["all", "kept"] | tuple[NonNegative, ...] = "all"
+    lm_tokens: LmTokens | None = None
     heldout_tokens: Annotated[int, Field(ge=0)] = (
         8_192  # that training is watched on, so that it never makes a child worse; 0: it is not
     )
@@ -103,12 +167,38 @@ class GkdConfig(Section):
     max_failures: Annotated[int, Field(ge=-1)] = 3  # of workers, between two checkpoints; -1: any number
     use_gpu: bool = False
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_preset(cls, given: Any) -> Any:
+        """The settings that a preset stands for, below those that are given."""
+        preset = given.get("preset") if isinstance(given, dict) else None
+        if preset == "none":
+            return given | {"tokens": 0, "stages": ()}
+        mix = MIXES.get("kld+cosine" if preset == "paper" else str(preset))
+        if mix is None:
+            return given
+        settings = dict(zip(("kl_weight", "cosine_weight", "lm_weight"), mix, strict=True))
+        return settings | ({"cosine_reduction": "sum"} if preset == "paper" else {}) | given
+
     @model_validator(mode="after")
     def _some_loss(self) -> GkdConfig:
         if self.kl_weight + self.cosine_weight + self.lm_weight == 0:
             raise ValueError("all loss weights are 0; set gkd.kl_weight, gkd.cosine_weight or gkd.lm_weight")
+        if self.learning_rate == AUTO and self.trains and not self.heldout_tokens:
+            raise ValueError("learning_rate auto is chosen by held-out KL, and heldout_tokens is 0; set gkd.heldout_tokens")
+        if self.lm_tokens is not None and not self.lm_weight:
+            raise ValueError("lm_tokens chooses tokens for a loss of weight 0; set gkd.lm_weight, or leave out gkd.lm_tokens")
+        if not isinstance(self.cosine_layers, str) and not sum(self.cosine_layers):
+            raise ValueError("all weights of gkd.cosine_layers are 0; set gkd.cosine_weight=0 instead")
         return self
 
+    @property
+    def trains(self) -> bool:
+        return bool(self.tokens or self.stages)
+
     def identity(self) -> dict[str, Any]:
-        """The settings that a distilled child depends on."""
-        return self.model_dump(mode="json", exclude={"checkpoint_every", "max_failures"})
+        """The settings that a distilled child depends on. A preset counts by what it stands for."""
+        without_effect = {"checkpoint_every", "max_failures", "preset"} | (
+            {"tokens", "micro_batch_tokens"} if self.stages else set()
+        )
+        return self.model_dump(mode="json", exclude=without_effect)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from puzzle_ray.artifacts import KINDS, MIB, PARENT, ProfileRow, SubblockKind
 from puzzle_ray.report.contents import KIND_NAMES, ReportData, TrainedVariant, shown
 from puzzle_ray.report.markup import Html, count, html_table, join, legend, note, number, percent, small, tag
-from puzzle_ray.report.training import distillation_details
+from puzzle_ray.report.training import conditioning, distillation_details
 
 Subblock = tuple[int, SubblockKind, str]
 
@@ -145,4 +145,5 @@ def _before_and_after(row: TrainedVariant) -> Heat:
         below = "failed" if row.failure else "start kept" if row.tokens else "untrained"
     tip = f"layer {row.layer}, {row.variant}: {number(row.start_loss)} ({row.initialisation})"
     tip += f", {number(row.final_loss)} after {row.tokens} tokens; kept: {row.kept}" if row.tokens else ", not trained"
-    return Heat(loss, join([number(loss, 2), small(below)]), tip + (f"; failed: {row.failure}" if row.failure else ""))
+    tip += f"; failed: {row.failure}" if row.failure else ""
+    return Heat(loss, join([number(loss, 2), small(below)]), f"{tip}; {conditioning(row)}")

@@ -28,7 +28,7 @@ class TrainedVariant(Protocol):
     """A row of the block library. Losses are normalised MSE.
 
     `kept` is `trained` or `start`. `tokens_saved` is above 0 after an early stop. `kind` is `block` for a coupled pair, whose `variant`
-    names both halves.
+    names both halves. The last four are as in `puzzle_ray.distill.conditioning`.
     """
 
     @property
@@ -51,6 +51,14 @@ class TrainedVariant(Protocol):
     def failure(self) -> str: ...
     @property
     def tokens_saved(self) -> int: ...
+    @property
+    def singular_value(self) -> float: ...
+    @property
+    def parent_singular_value(self) -> float: ...
+    @property
+    def sensitivity(self) -> float: ...
+    @property
+    def parent_sensitivity(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,7 @@ class ReportData:
 
     `num_key_value_heads` and `intermediate_size` are the parent's.
     `bld_curves`: (layer, kind, variant) -> loss per micro-batch. `gkd_curve`: rows with `step` and any of `loss`, `kl`, `cosine`, `lm`.
+    `gkd_facts` are those of its artifact, `gkd_looks` the looks at held-out text: rows with `step`, `kl` and `returned`.
     `evaluation` is what `puzzle_ray.evaluation.evaluate` returns: `models` (`parent`, `child_before_gkd`, `child` ... -> figures),
     `predicted_speedup`, `measured_speedup`, `prompt` and `samples` (model -> text).
     """
@@ -96,6 +105,8 @@ class ReportData:
     library: Sequence[TrainedVariant] = ()
     bld_curves: Mapping[tuple[int, str, str], Sequence[float]] = field(default_factory=dict)
     gkd_curve: Sequence[Mapping[str, float]] = ()
+    gkd_facts: Mapping[str, Any] = field(default_factory=dict)
+    gkd_looks: Sequence[Mapping[str, float]] = ()
     evaluation: Mapping[str, Any] | None = None
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
     config_yaml: str = ""

@@ -76,6 +76,7 @@ td small b { display: inline-block; width: 46px; font-weight: 400; }
 .line.term-kl { stroke: var(--good); }
 .line.term-cosine { stroke: var(--warm); }
 .line.term-lm { stroke: var(--muted); }
+.line.term-heldout { stroke: var(--good); stroke-dasharray: 5 4; }
 .point { fill: var(--accent); }
 .predicted { fill: var(--card); stroke: var(--accent); stroke-width: 1.5; }
 .distilled { fill: var(--warm); }
@@ -111,6 +112,7 @@ td small b { display: inline-block; width: 46px; font-weight: 400; }
 .swatch.term-kl { background: var(--good); }
 .swatch.term-cosine { background: var(--warm); }
 .swatch.term-lm { background: var(--muted); }
+.swatch.term-heldout { background: repeating-linear-gradient(90deg, var(--good) 0 4px, transparent 4px 7px); }
 .ramp {
   width: 120px; height: 10px; border-radius: 5px; border: 1px solid var(--line);
   background: linear-gradient(90deg in oklab, var(--card), var(--hot));

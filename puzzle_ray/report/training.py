@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 
 from puzzle_ray.artifacts import BLOCK
+from puzzle_ray.distill.outliers import FAR_ABOVE, stands_out
+from puzzle_ray.distill.summary import gkd_summary
 from puzzle_ray.report.charts import Axes, Point, binned
-from puzzle_ray.report.contents import KIND_NAMES, ReportData
+from puzzle_ray.report.contents import KIND_NAMES, ReportData, TrainedVariant
 from puzzle_ray.report.markup import Html, count, html_table, legend, note, number, percent, tag
 
 PANEL_POINTS = 40  # per line; this keeps the page of an 80-layer model small
@@ -15,8 +17,37 @@ GKD_TERMS = {"loss": "loss, the weighted sum", "kl": "KL", "cosine": "cosine dis
 
 
 def distillation_details(data: ReportData) -> list[Html]:
-    """Block distillation: a table of coupled pairs, what early stops saved, and the loss curves."""
-    return [*_pairs(data), *_early_stops(data), *_curves(data)]
+    """Block distillation: tables of coupled pairs and of what stands out, what early stops saved, and the loss curves."""
+    return [*_pairs(data), *_outliers(data), *_early_stops(data), *_curves(data)]
+
+
+def conditioning(row: TrainedVariant) -> str:
+    """The norms and the sensitivity of a variant, in words."""
+    values = f"largest singular value {number(row.singular_value)} (parent {number(row.parent_singular_value)})"
+    return f"{values}, sensitivity {row.sensitivity:.2g} (parent {row.parent_sensitivity:.2g})"
+
+
+def _outliers(data: ReportData) -> list[Html]:
+    """Variants that are less well-conditioned than the parent; where there are none, that there are none."""
+    if not any(row.parent_sensitivity for row in data.library):
+        return []
+    explained = (
+        "The largest singular value of the matrix that is furthest above the parent's, and the sensitivity: the rise of the "
+    )
+    explained += "block's loss under a random relative change of 1e-3 of its input. Beside them the parent's own."
+    lines = []
+    for row in data.library:
+        if stands_out(row):
+            values = [number(row.singular_value), number(row.parent_singular_value)]
+            changes = [f"{row.sensitivity:.2g}", f"{row.parent_sensitivity:.2g}"]
+            lines.append(
+                [f"layer {row.layer} · {KIND_NAMES.get(row.kind, 'Pair')} · {row.variant}", *values, *changes, row.initialisation]
+            )
+    if not lines:
+        none = f"No variant has a singular value above {FAR_ABOVE:g} times the parent's, or a sensitivity above {FAR_ABOVE**2:g} times."
+        return [note(f"{none} Each cell above says its own.")]
+    header = ["less well-conditioned than the parent", "singular value", "parent's", "sensitivity", "parent's", "start"]
+    return [note(explained), html_table(header, lines)]
 
 
 def _pairs(data: ReportData) -> list[Html]:
@@ -30,9 +61,13 @@ def _pairs(data: ReportData) -> list[Html]:
         kept = f"start: {row.failure}" if row.failure else row.kept
         mark = " (chosen)" if (row.layer, row.variant) in chosen else ""
         name = f"layer {row.layer} · {row.variant}{mark}"
-        lines.append([name, number(row.start_loss), number(row.final_loss), count(row.tokens), kept])
+        changes = [f"{number(row.singular_value)} ({number(row.parent_singular_value)})"]
+        changes += [f"{row.sensitivity:.2g} ({row.parent_sensitivity:.2g})"]
+        lines.append([name, number(row.start_loss), number(row.final_loss), *changes, count(row.tokens), kept])
     text = "Pairs whose halves were trained together (coupled). Normalised MSE of the block's output on validation text."
-    return [note(text), html_table(["pair", "before", "after", "tokens", "kept"], lines)]
+    text += " Singular value: the largest of the matrix furthest above the parent's. Sensitivity: the rise of the loss under a random "
+    text += "relative change of 1e-3 of the input. The parent's are in brackets."
+    return [note(text), html_table(["pair", "before", "after", "singular value", "sensitivity", "tokens", "kept"], lines)]
 
 
 def _early_stops(data: ReportData) -> list[Html]:
@@ -77,7 +112,26 @@ def _curves(data: ReportData) -> list[Html]:
 
 
 def global_distillation(data: ReportData) -> list[Html] | None:
-    """Global distillation (GKD): the loss and its terms."""
+    """Global distillation (GKD): what came of it in a line, the range test, and the loss and its terms."""
+    said = gkd_summary(data.gkd_facts)
+    parts = [*([note(f"{said[0].upper()}{said[1:]}.")] if said else []), *_range_test(data), *_gkd_curves(data)]
+    return parts or None
+
+
+def _range_test(data: ReportData) -> list[Html]:
+    """The learning rates that were tried, where the rate was chosen by a range test."""
+    trials = data.gkd_facts.get("range_test") or ()
+    if not trials:
+        return []
+    rows: list[list[object]] = []
+    for trial in sorted(trials, key=lambda trial: float(trial["rate"])):
+        chosen = " (chosen)" if trial["rate"] == data.gkd_facts["learning_rate"] else ""
+        kl = "not finite" if trial["kl"] is None else number(trial["kl"])
+        rows.append([f"{trial['rate']:g}{chosen}", count(trial["steps"]), kl])
+    return [html_table(["learning rate tried", "steps", "held-out KL"], rows)]
+
+
+def _gkd_curves(data: ReportData) -> list[Html]:
     lines: list[tuple[str, str, list[Point]]] = []
     for key, name in GKD_TERMS.items():
         rows = [(row["step"], row[key]) for row in data.gkd_curve if math.isfinite(row.get(key, math.nan))]
@@ -85,8 +139,11 @@ def global_distillation(data: ReportData) -> list[Html] | None:
             steps = binned([step for step, _ in rows], GKD_POINTS)
             losses = binned([loss for _, loss in rows], GKD_POINTS)
             lines.append((f"term-{key}", name, [(x, y) for (_, x), (_, y) in zip(steps, losses, strict=True)]))
+    looks = [(row["step"], row["kl"]) for row in data.gkd_looks if math.isfinite(row["kl"]) and not row["returned"]]
+    if len(looks) > 1 and lines:
+        lines.append(("term-heldout", "KL on held-out text", looks))
     if not lines:
-        return None
+        return []
     xs, ys = zip(*(point for _, _, points in lines for point in points), strict=True)
     low, high, log_y = min(ys), max(ys), min(ys) > 0  # the terms differ by orders of magnitude
     scale = (low / 1.1, high * 1.1) if log_y else (min(0.0, low), max(high, 1e-9))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-SCHEMA_VERSION = 5  # part of every key: it rises when records, or what a stage computes from the same settings and inputs, change
+SCHEMA_VERSION = 6  # part of every key: it rises when records, or what a stage computes from the same settings and inputs, change
 RECORD = "artifact.json"
 DAMAGE_SEEN = ".damaged"  # a reader found a file damaged; says which
 UNREADABLE, OTHER_VERSION = "cannot be read", "was written by"  # what may be wrong with a record

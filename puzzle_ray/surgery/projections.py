@@ -72,6 +72,17 @@ class AttentionProjections:
         return cls(query, key, value, output, head_dim)
 
     @property
+    def values_by_query_head(self) -> Projection:
+        """The value projection with the rows of every KV head once for each of its query heads."""
+        groups = self.num_heads // self.num_kv_heads
+
+        def repeated(rows: Tensor) -> Tensor:
+            return rows.unflatten(0, (-1, self.head_dim)).repeat_interleave(groups, dim=0).flatten(0, 1)
+
+        bias = self.value.bias_O
+        return Projection(repeated(self.value.weight_OI), None if bias is None else repeated(bias))
+
+    @property
     def num_heads(self) -> int:
         return self.query.weight_OI.shape[0] // self.head_dim
 

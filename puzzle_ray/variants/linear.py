@@ -35,13 +35,8 @@ def _product_start(parent: nn.Module, kind: SubblockKind, descriptor: Descriptor
         return _product(ffn.down, ffn.up.weight_OI, ffn.up.bias_O)
     # If every token attends to itself alone, attention computes O . V.
     attention = AttentionProjections.of(parent, descriptor)
-    groups = attention.num_heads // attention.num_kv_heads
-
-    def repeated(rows: Tensor) -> Tensor:
-        return rows.unflatten(0, (-1, attention.head_dim)).repeat_interleave(groups, dim=0).flatten(0, 1)
-
-    bias = attention.value.bias_O
-    return _product(attention.output, repeated(attention.value.weight_OI), None if bias is None else repeated(bias))
+    values = attention.values_by_query_head
+    return _product(attention.output, values.weight_OI, values.bias_O)
 
 
 class Linear:

@@ -114,12 +114,15 @@ def test_a_variant_that_diverges_is_reported_and_the_others_go_on(parent_folder)
     for item in items[:start]:
         t.step(*item)
     bad = next(c for c in t.candidates if c.choice == LayerChoice(ffn="ffn:24"))
-    with torch.no_grad():
-        next(bad.halves["ffn"].parameters()).fill_(float("nan"))
     for item in items[start:]:
+        if item[0] < start + 4:  # it goes back to its start three times
+            assert bad.record.returns == item[0] - start and not bad.record.failure
+            with torch.no_grad():
+                next(bad.halves["ffn"].parameters()).fill_(float("nan"))
         t.step(*item)
     rows = rows_of(t)
-    assert f"layer 1, variant ffn:24, micro-batch {start}" in rows["ffn/ffn:24"].failure and rows["ffn/ffn:24"].kept == "start"
+    assert f"layer 1, variant ffn:24, micro-batch {start + 3}" in rows["ffn/ffn:24"].failure
+    assert rows["ffn/ffn:24"].kept == "start" and rows["ffn/ffn:24"].returns == 3
     assert rows["attention/gqa:1"].failure == "" and rows["attention/gqa:1"].tokens == 256
     kept = {row.variant: state for row, state, _ in t.results() if row.kind == "ffn"}
     assert all(torch.isfinite(v).all() for v in kept["ffn:24"].values())

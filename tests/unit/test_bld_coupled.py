@@ -100,12 +100,14 @@ def test_a_pair_that_diverges_is_named_and_the_others_go_on(parent_folder):
     t = pair_trainer(parent_folder)
     start = t.schedule.calibrate + t.schedule.validate
     run(t, range(start))
-    with torch.no_grad():
-        next(of(t, PAIR).halves["ffn"].parameters()).fill_(float("nan"))
+    for position in range(start, start + 4):
+        with torch.no_grad():
+            next(of(t, PAIR).halves["ffn"].parameters()).fill_(float("nan"))
+        run(t, [position])
     run(t)
     rows = rows_of(t)
     failed = rows.pop(f"block/{PAIR.label}")
-    assert f"layer 1, variant gqa:1 + ffn:24, micro-batch {start}" in failed.failure and failed.kept == "start"
+    assert f"layer 1, variant gqa:1 + ffn:24, micro-batch {start + 3}" in failed.failure and failed.kept == "start"
     assert not any(row.failure for row in rows.values())
     kept = next(state for row, state, _ in t.results() if row.variant == PAIR.label)
     assert all(torch.isfinite(v).all() for v in kept.values())

@@ -7,10 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from gkd_trainers import CONFIG, new_parent, new_trainer, random_child, random_tokens
+from gkd_trainers import CONFIG, new_parent, new_trainer, random_child, random_tokens, summing_over_two
 
 from puzzle_ray.artifacts import rows_from_parquet
 from puzzle_ray.data.splits import TOKENS
+from puzzle_ray.distill.child_loss import layer_outputs
+from puzzle_ray.distill.curriculum import gkd_steps
 from puzzle_ray.distill.gkd import (
     CHECKPOINT,
     CHILD,
@@ -20,8 +22,6 @@ from puzzle_ray.distill.gkd import (
     GkdRow,
     GkdTrainer,
     distill_child,
-    gkd_steps,
-    layer_outputs,
     train_to_end,
 )
 from puzzle_ray.distill.losses import cosine_distance
@@ -117,16 +117,6 @@ def test_resuming_ends_in_the_same_bits(tmp_path, tied):
     train_to_end(second, step, Quiet())
     assert_same(snapshot(second), snapshot(whole))
     assert second.curve == whole.curve and [row.step for row in second.curve] == list(range(6))
-
-
-def summing_over_two(rank, tensors, barrier):
-    def all_reduce(tensor):
-        tensors[rank] = tensor.clone()
-        barrier.wait(timeout=60)
-        tensor.copy_(tensors[0] + tensors[1])
-        barrier.wait(timeout=60)
-
-    return all_reduce
 
 
 @pytest.mark.parametrize("tied", [True, False])

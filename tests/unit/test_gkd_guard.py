@@ -4,28 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from gkd_trainers import CONFIG, new_trainer, random_tokens
+from gkd_trainers import LONG, heldout, new_trainer, watched, weights
 
 from puzzle_ray.distill.gkd import train_to_end
-from puzzle_ray.distill.guard import MAX_RETURNS, gkd_summary
+from puzzle_ray.distill.guard import MAX_RETURNS
+from puzzle_ray.distill.summary import gkd_summary
 from puzzle_ray.progress import Quiet
 from puzzle_ray.store import Store
-
-LONG = CONFIG.model_copy(update={"tokens": 40 * 64, "heldout_looks": 8, "checkpoint_every": 3})
-
-
-def heldout():
-    return random_tokens().first(96, 2)
-
-
-def watched(config=LONG, **kwargs):
-    trainer = new_trainer(config, **kwargs)
-    trainer.watch(heldout())
-    return trainer
-
-
-def weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.parameters.items()}
 
 
 def train(trainer, tmp_path, name="gkd"):

@@ -8,9 +8,9 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from puzzle_ray.distill.gkd import gkd_steps
+from puzzle_ray.distill.curriculum import gkd_steps
 from puzzle_ray.distill.head_losses import head_losses, layers_cosine_distance
-from puzzle_ray.distill.losses import cosine_distance
+from puzzle_ray.distill.losses import cosine_distance, next_labels
 from puzzle_ray.models.head import CHUNK_ELEMENTS, Head
 
 VOCAB, HIDDEN = 11, 8
@@ -54,7 +54,7 @@ def test_losses_and_gradients_are_those_of_the_formulas(kl_weight, lm_weight, to
     wanted = [final, *child.linear.parameters()]
     expected = whole(child, final, parent, parent_final, ids, kl_weight, lm_weight)
     gradients = torch.autograd.grad(2 * expected[0], wanted)
-    found = head_losses(child, final, parent, parent_final, ids, kl_weight, lm_weight)
+    found = head_losses(child, final, parent, parent_final, next_labels(ids), kl_weight, lm_weight)
     own = torch.autograd.grad(2 * found[0], wanted)
     for a, b in zip((*found, *own), (*expected, *gradients), strict=True):
         torch.testing.assert_close(a, b)
@@ -64,7 +64,7 @@ def test_a_head_that_is_not_trained_gets_no_gradient():
     child, parent = heads()
     child.linear.requires_grad_(False)
     final, parent_final, ids = inputs()
-    total, _, _ = head_losses(child, final, parent, parent_final, ids, 1.0, 0.5)
+    total, _, _ = head_losses(child, final, parent, parent_final, next_labels(ids), 1.0, 0.5)
     total.backward()
     assert child.linear.weight.grad is None and float(final.grad.abs().max()) > 0
 
@@ -77,7 +77,7 @@ def test_under_autocast_gradients_are_those_of_autocast(tokens, monkeypatch):
     wanted = [final, *child.linear.parameters()]
     with torch.autocast("cpu", torch.bfloat16):
         expected = whole(child, final, parent, parent_final, ids, 1.0, 0.5)
-        found = head_losses(child, final, parent, parent_final, ids, 1.0, 0.5)
+        found = head_losses(child, final, parent, parent_final, next_labels(ids), 1.0, 0.5)
     gradients, own = (torch.autograd.grad(losses[0], wanted) for losses in (expected, found))
     for a, b in zip((*found, *own), (*expected, *gradients), strict=True):
         assert a.dtype == b.dtype
@@ -102,7 +102,7 @@ def test_no_tensor_of_a_steps_losses_is_as_large_as_its_logits(monkeypatch):
     final = torch.randn(1, tokens, HIDDEN, requires_grad=True)
     ids = torch.randint(0, vocab, (1, tokens))
     with Largest() as seen:
-        total, _, _ = head_losses(child, final, parent, torch.randn(1, tokens, HIDDEN), ids, 1.0, 1.0)
+        total, _, _ = head_losses(child, final, parent, torch.randn(1, tokens, HIDDEN), next_labels(ids), 1.0, 1.0)
         total.backward()
     assert seen.elements == 8 * vocab < tokens * vocab
 
