@@ -167,8 +167,8 @@ def test_the_next_token_loss_may_count_answers_alone():
     text = "one?<a>yes</a> two?<a>n"
     ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
     config = settings(preset="lm", lm_tokens=rule)
-    loss = ChildLoss(config, new_parent().config, markers)
-    labels = loss._labels(ids, torch.zeros(1, ids.shape[1], 300))
+    parent = new_parent()
+    labels = ChildLoss(config, parent.config, markers)._labels(ids, Head.of(parent), torch.zeros(1, ids.shape[1], 1))
     assert tokenizer.decode(labels[labels != NO_LABEL]) == "yes</a>n"
     with pytest.raises(ConfigError, match=r"gkd.lm_tokens.until: ' *' has no tokens"):
         answer_markers(LmTokens(after="a", until=" "), lambda text, **_: {"input_ids": [5] * len(text.strip())})
