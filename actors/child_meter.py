@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -12,7 +11,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from actors.memory import weight_bytes, with_memory
+from actors.memory import whole_model
 from actors.placement import require
 from actors.pool import Pool, Terms
 from actors.transport import Container
@@ -21,8 +20,6 @@ from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.models.checkpoint import locate
 from puzzle_ray.progress import Progress
 from puzzle_ray.store import Artifact
-
-FLOAT32_BYTES = 4
 
 
 class Meter:
@@ -100,14 +97,7 @@ class ChildMeters:
     def _started(self, limit: int) -> Pool[ActorHandle[Any], Choices]:
         """As many workers as there is room for, up to `limit`. Each holds the whole parent: the GPU shares of all its shards, or a CPU."""
         if self.pool is None:
-            gpus = self.cluster.num_shards * self.cluster.gpus_per_shard
-            if gpus > 1:
-                gpus = 0
-                words = "  measure: a whole parent takes more than one GPU; children are measured on CPUs"
-                print(words, file=sys.stderr, flush=True)
-            options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus}
-            if not gpus:
-                options = with_memory(options, weight_bytes(locate(self.parent), FLOAT32_BYTES), "a children's meter", "measure")
+            options, gpus = whole_model([self.parent], self.cluster, "a children's meter", "measure")
             self.room = require(options, "a children's meter", "search", self.cluster.autoscaling) or 1
             terms = Terms("search", "children's meters", self.cluster.placement_timeout_s, self.cluster.step_timeout_s)
             start = MeterActor.options(**options)  # type: ignore[attr-defined]

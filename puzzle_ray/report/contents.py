@@ -21,6 +21,7 @@ from puzzle_ray.artifacts import (
 )
 
 KIND_NAMES: Mapping[str, str] = {"attention": "Attention", "ffn": "FFN", "fixed": "Embedding, head, overhead"}
+MODEL_NAMES: Mapping[str, str] = {"parent": "Parent", "child_before_gkd": "Child before GKD", "child": "Child"}
 UNITS = {"kl": "KL to the parent, nats per token", "lm_loss": "rise of the loss, nats per token"}
 
 
@@ -81,7 +82,8 @@ class ReportData:
     `num_key_value_heads` and `intermediate_size` are the parent's.
     `bld_curves`: (layer, kind, variant) -> loss per micro-batch. `gkd_curve`: rows with `step` and any of `loss`, `kl`, `cosine`, `lm`.
     `evaluation` is what `puzzle_ray.evaluation.evaluate` returns: `models` (`parent`, `child_before_gkd`, `child` ... -> figures),
-    `predicted_speedup`, `measured_speedup`, `prompt` and `samples` (model -> text).
+    `predicted_speedup`, `measured_speedup`, `prompt` and `samples` (model -> text). `quality` is what `puzzle_ray.evaluation.quality`
+    finds out.
     """
 
     parent: str
@@ -97,6 +99,7 @@ class ReportData:
     bld_curves: Mapping[tuple[int, str, str], Sequence[float]] = field(default_factory=dict)
     gkd_curve: Sequence[Mapping[str, float]] = ()
     evaluation: Mapping[str, Any] | None = None
+    quality: Mapping[str, Any] | None = None
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
     config_yaml: str = ""
     versions: Mapping[str, object] = field(default_factory=dict)
