@@ -14,6 +14,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lm_eval import simple_evaluate, utils
@@ -147,12 +148,17 @@ def _asked_here(reader: Reader) -> AskChunks:
 
 def check_tasks(names: Sequence[str]) -> None:
     """Raises ConfigError, or DataError, for what can be known to be wrong without the data of lm_eval's own tasks."""
-    known = [] if all(map(is_questions, names)) else TaskManager().all_tasks
+    known = _manager(names).all_tasks
     for name in names:
         if is_questions(name):
             _questions_task(name)
         elif name not in known:
             raise _unknown(name, known)
+
+
+def _manager(names: Sequence[str]) -> Any:
+    """lm_eval's index of its own tasks, which takes seconds to make; an empty one where only files are named."""
+    return TaskManager(include_defaults=not all(map(is_questions, names)))
 
 
 def _unknown(name: str, known: Sequence[str]) -> ConfigError:
@@ -165,7 +171,7 @@ class Tasks:
 
     def __init__(self, names: Sequence[str], half: Half | None, limit: int | None) -> None:
         with _quiet():
-            self.manager = TaskManager()
+            self.manager = _manager(names)
             self.entries: dict[str, list[str]] = {}  # what the user named -> the names of its tasks
             self.tasks: dict[str, Any] = {}
             for name in names:
@@ -269,8 +275,12 @@ def write_questions(names: Sequence[str], file: str) -> int:
             gold, choices = task.doc_to_target(document), task.doc_to_choice(document)
             row = {"query": task.doc_to_text(document), "choices": choices, "task": name}
             lines.append(json.dumps(row | {"gold": gold if isinstance(gold, int) else choices.index(gold)}) + "\n")
-    with open(file, "w", encoding="utf-8") as stream:
-        stream.writelines(lines)
+    try:
+        Path(file).expanduser().write_text("".join(lines), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            "--out", f"{file!r} cannot be written ({error.strerror})", "name a file in a folder that is there"
+        ) from None
     return len(lines)
 
 

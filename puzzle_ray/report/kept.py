@@ -45,23 +45,23 @@ def _retained(found: Mapping[str, Any]) -> list[Html]:
     mean = [found["mean"] | {"entry": "mean over tasks"}] if len(found["entries"]) > 1 else []
     children = [name for name in found["entries"][0]["models"] if name != PARENT]
     for row in [*found["entries"], *mean]:
+        name = join([row["entry"], small(f" {row['metric']}, {count(row['questions'])} questions")])
         parent = row["models"][PARENT]["parent"]
-        cells: list[object] = [row["entry"], row["metric"], count(row["questions"]), _with_bounds(parent)]
-        for name in children:
-            own = row["models"][name]
-            cells += [_with_bounds(own["child"]), _with_bounds(own["retained"], _remark(own))]
-        rows.append(cells)
-    header = ["task", "metric", "questions", "Parent", *(head for name in children for head in (_name(name), "kept"))]
+        cells = [tag("td", percent(parent["value"]), small(_bounds(parent)))]
+        for child in children:
+            own = row["models"][child]
+            cells.append(tag("td", percent(own["child"]["value"]), small(_bounds(own["child"]))))
+            kept = own["retained"]
+            cells.append(tag("td", percent(kept["value"]) if kept else "–", small(_bounds(kept)), small(_remark(own))))
+        rows.append([name, *cells])
+    header = ["task", "Parent", *(head for child in children for head in (_name(child), "kept"))]
     return [html_table(header, rows)]
 
 
-def _with_bounds(interval: Mapping[str, Any] | None, remark: str = "") -> Html:
-    if interval is None:
-        return tag("td", "–", small(remark) if remark else None)
-    bounds = ""
-    if interval["low"] is not None and interval["high"] is not None:
-        bounds = f" {percent(interval['low'])} to {percent(interval['high'])}"
-    return tag("td", percent(interval["value"]), small(bounds) if bounds else None, small(f" {remark}") if remark else None)
+def _bounds(interval: Mapping[str, Any] | None) -> str:
+    if interval is None or interval["low"] is None or interval["high"] is None:
+        return ""
+    return f" {percent(interval['low'])} to {percent(interval['high'])}"
 
 
 def _remark(own: Mapping[str, Any]) -> str:
@@ -69,8 +69,8 @@ def _remark(own: Mapping[str, Any]) -> str:
     if own["chance"] is None:
         return ""
     if own["above_chance"] is None:
-        return "parent not above guessing"
-    return f"{percent(own['above_chance']['value'])} of what is above guessing"
+        return " parent not above guessing"
+    return f" {percent(own['above_chance']['value'])} of what is above guessing"
 
 
 def _figures(found: Mapping[str, Any]) -> list[Html]:
@@ -92,19 +92,21 @@ def differences(data: ReportData) -> list[Html] | None:
         table = quality.get(key) or []
         if table:
             names = list(table[0]["models"])
-            children = [name for name in names if name != PARENT]
-            header = [bucket, "tokens", *(f"{_name(name)}, perplexity" for name in names)]
-            header += [f"{_name(name)}, top-1 agreement" for name in children]
-            rows = []
-            for row in table:
-                of = row["models"]
-                cells = [number(of[name]["perplexity"]) for name in names]
-                rows.append([row["bucket"], count(row["tokens"]), *cells, *(percent(of[name]["agreement"]) for name in children)])
+            rows = [
+                [join([row["bucket"], small(f" {count(row['tokens'])} tokens")]), *(_difference(row, name) for name in names)]
+                for row in table
+            ]
+            header = [bucket, *(f"{_name(name)}, perplexity" for name in names)]
             parts.append(tag("div", note(text), html_table(header, rows)))
     if not parts:
         return None
     about = "Held-out text that scored no block and picked no child. Agreement: the child's most probable token is the parent's."
     return [note(about), tag("div", *parts, class_="columns")]
+
+
+def _difference(row: Mapping[str, Any], name: str) -> Html:
+    own = row["models"][name]
+    return tag("td", number(own["perplexity"]), small(f" {percent(own['agreement'])} agree") if name != PARENT else None)
 
 
 def retrieval(data: ReportData) -> list[Html] | None:
@@ -113,11 +115,14 @@ def retrieval(data: ReportData) -> list[Html] | None:
     if not table:
         return None
     names = list(table[0]["models"])
-    header = ["kind", "tokens", "questions", *(f"{_name(name)}, {what}" for name in names for what in ("found", "right of 4"))]
+    header = ["kind", *(f"{_name(name)}, found" for name in names)]
 
     def row(own: Mapping[str, Any], title: str) -> list[object]:
-        shares = [percent(own["models"][name][key]) for name in names for key in ("recall", "choice")]
-        return [title, count(own["tokens"]), count(own["questions"]), *shares]
+        name = join([title, small(f" {count(own['tokens'])} tokens, {count(own['questions'])} questions")])
+        return [
+            name,
+            *(tag("td", percent(of["recall"]), small(f" right of 4: {percent(of['choice'])}")) for of in own["models"].values()),
+        ]
 
     whole = [row(own, own["kind"]) for own in table if own["depth"] is None]
     by_depth = [row(own, f"{own['kind']} at {percent(own['depth'], 0)}") for own in table if own["depth"] is not None]

@@ -40,7 +40,7 @@ FIGURES = {
 
 def headline(data: ReportData) -> Html | None:
     """The run in a few main figures."""
-    cards = [*_speed(data), *_quality(data), *_size(data)]
+    cards = [*_speed(data), *_quality(data), *_kept(data), *_size(data)]
     shown = (tag("div", tag("h2", what), tag("p", big), small(more), class_="card") for what, big, more in cards)
     return tag("div", *shown, class_="cards") if cards else None
 
@@ -68,6 +68,16 @@ def _quality(data: ReportData) -> list[tuple[str, str, str]]:
         more = f"KL {nats(child['kl'])} nats per token" if "kl" in child else ""
         cards.append(("Top-1 agreement", percent(child["top1_agreement"]), more))
     return cards
+
+
+def _kept(data: ReportData) -> list[tuple[str, str, str]]:
+    """What the last child kept of the parent's answers to tasks, on the mean."""
+    mean = ((data.quality or {}).get("tasks") or {}).get("mean")
+    kept = list(mean["models"].values())[-1]["retained"] if mean else None
+    if kept is None:
+        return []
+    bounds = "" if kept["low"] is None else f"{percent(kept['low'])} to {percent(kept['high'])}"
+    return [("Kept of the parent's accuracy", percent(kept["value"]), bounds)]
 
 
 def _size(data: ReportData) -> list[tuple[str, str, str]]:
