@@ -11,14 +11,18 @@ from puzzle_ray.report.markup import Html, count, html_table, join, note, number
 
 PARENT = "parent"
 TABLES = (
-    ("by_position", "tokens before it", "By position: how many tokens stand before the predicted one."),
+    ("by_position", "tokens read", "By position: how many tokens the model has read before it says the next one."),
     ("by_document_length", "document, tokens", "By the length of the document, as far as it lies in this text."),
-    ("by_frequency", "share of the training text", "By how frequent the predicted token is in the training text."),
+    ("by_frequency", "share of the training text", "By how frequent the next token is in the training text."),
 )
 
 
 def _name(model: str) -> str:
     return MODEL_NAMES.get(model, model)
+
+
+def _whole(number_of: int) -> str:
+    return str(number_of) if number_of < 10_000 else count(number_of)
 
 
 def tasks(data: ReportData) -> list[Html] | None:
@@ -45,7 +49,7 @@ def _retained(found: Mapping[str, Any]) -> list[Html]:
     mean = [found["mean"] | {"entry": "mean over tasks"}] if len(found["entries"]) > 1 else []
     children = [name for name in found["entries"][0]["models"] if name != PARENT]
     for row in [*found["entries"], *mean]:
-        name = join([row["entry"], small(f" {row['metric']}, {count(row['questions'])} questions")])
+        name = join([row["entry"], small(f" {row['metric']}, {_whole(row['questions'])} questions")])
         parent = row["models"][PARENT]["parent"]
         cells = [tag("td", percent(parent["value"]), small(_bounds(parent)))]
         for child in children:
@@ -75,12 +79,11 @@ def _remark(own: Mapping[str, Any]) -> str:
 
 def _figures(found: Mapping[str, Any]) -> list[Html]:
     """All metrics as lm_eval gives them."""
-    names = list(next(iter(next(iter(found["figures"].values())).values())))
-    rows = [
-        [f"{task} · {metric.removesuffix(',none')}", *(number(values[name], 4) for name in names)]
-        for task, of_metrics in found["figures"].items() for metric, values in of_metrics.items()
-    ]  # fmt: skip
-    table = html_table(["task · metric", *map(_name, names)], rows)
+    flat = [(f"{task} · {metric}", values) for task, own in found["figures"].items() for metric, values in own.items()]
+    if not flat:
+        return []
+    rows = [[name.removesuffix(",none"), *(number(value, 4) for value in values.values())] for name, values in flat]
+    table = html_table(["task · metric", *map(_name, flat[0][1])], rows)
     return [tag("details", tag("summary", "All metrics of all tasks"), table)]
 
 
@@ -93,7 +96,7 @@ def differences(data: ReportData) -> list[Html] | None:
         if table:
             names = list(table[0]["models"])
             rows = [
-                [join([row["bucket"], small(f" {count(row['tokens'])} tokens")]), *(_difference(row, name) for name in names)]
+                [join([row["bucket"], small(f" {_whole(row['tokens'])} tokens")]), *(_difference(row, name) for name in names)]
                 for row in table
             ]
             header = [bucket, *(f"{_name(name)}, perplexity" for name in names)]
@@ -118,7 +121,7 @@ def retrieval(data: ReportData) -> list[Html] | None:
     header = ["kind", *(f"{_name(name)}, found" for name in names)]
 
     def row(own: Mapping[str, Any], title: str) -> list[object]:
-        name = join([title, small(f" {count(own['tokens'])} tokens, {count(own['questions'])} questions")])
+        name = join([title, small(f" {_whole(own['tokens'])} tokens, {_whole(own['questions'])} questions")])
         return [
             name,
             *(tag("td", percent(of["recall"]), small(f" right of 4: {percent(of['choice'])}")) for of in own["models"].values()),
