@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from actors.placement import matching_nodes, nodes, places, resources_of
+from puzzle_ray.cluster import ClusterConfig
 
 GIB = 2**30
+FLOAT32_BYTES = 4
 ALLOWANCE_BYTES = (
     512 << 20
 )  # of a worker beside its weights: Python, torch and its libraries, and the activations of a small batch
@@ -67,3 +69,21 @@ def with_memory(options: Mapping[str, Any], held_bytes: int, what: str, where: s
         problem = f"{each} may need {needed / GIB:.2f} GiB each, and the largest node has {largest / GIB:.2f} GiB"
         print(f"  {where}: {problem}; Ray is not asked for memory", file=sys.stderr, flush=True)
     return dict(options)
+
+
+def whole_model(folders: Iterable[str], cluster: ClusterConfig, what: str, where: str) -> tuple[dict[str, Any], float]:
+    """Ray options of a worker that holds one whole model at a time, in float32, and its share of a GPU.
+
+    It has the GPU shares of all the parent's shards together, or one CPU and the memory of the largest model.
+    """
+    from puzzle_ray.models.checkpoint import locate
+
+    gpus = cluster.num_shards * cluster.gpus_per_shard
+    if gpus > 1:
+        gpus = 0
+        print(f"  {where}: a whole model takes more than one GPU; {what} computes on a CPU", file=sys.stderr, flush=True)
+    options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus}
+    if not gpus:
+        largest = max(weight_bytes(locate(folder), FLOAT32_BYTES) for folder in folders)
+        options = with_memory(options, largest, what, where)
+    return options, gpus

@@ -47,11 +47,40 @@ def comparison(found: Mapping[str, Any], profile: Profile) -> list[str]:
     return lines
 
 
+def agreement_lines(kept: Mapping[str, Any]) -> list[str]:
+    """The child's top-1 agreement and the perplexities by position, and by how frequent the token is."""
+    lines = []
+    for title, key in (
+        ("position", "by_position"),
+        ("document length", "by_document_length"),
+        ("share of the text", "by_frequency"),
+    ):
+        if kept[key]:
+            lines.append(f"{title:<24}{'tokens':>9}{'parent ppl':>12}{'child ppl':>12}{'agree':>8}")
+        for row in kept[key]:
+            parent, child = row["models"]["parent"], list(row["models"].values())[-1]
+            figures = f"{parent['perplexity']:>12.2f}{child['perplexity']:>12.2f}{child['agreement']:>8.3f}"
+            lines.append(f"{row['bucket']:<24}{row['tokens']:>9}{figures}")
+    return lines
+
+
+def retrieval_lines(kept: Mapping[str, Any]) -> list[str]:
+    """Retrieval of all depths together: the share of numbers that were found, and of choices that were right."""
+    rows = [row for row in kept["retrieval"] if row["depth"] is None]
+    lines = [f"{'retrieval':<24}{'tokens':>9}{'parent':>16}{'child':>16}   (found, right of 4)"] if rows else []
+    for row in rows:
+        shown = [row["models"]["parent"], list(row["models"].values())[-1]]
+        figures = "".join(f"{own['recall']:>8.0%}{own['choice']:>8.0%}" for own in shown)
+        lines.append(f"{row['kind']:<24}{row['tokens']:>9}{figures}")
+    return lines
+
+
 def show(run: Run) -> None:
     """Prints the comparison as a table, then predicted beside measured, then greedy samples."""
-    from jobs.stages import evaluation, profile
+    from jobs.stages import evaluation, profile, quality
+    from puzzle_ray.evaluation.tasks import task_lines
 
-    found = evaluation.read(run)
+    found, kept = evaluation.read(run), quality.read(run)
     print(f"{'':<17}" + "".join(f"{title:>15}" for title, _, _ in COLUMNS))
     for name, values in found["models"].items():
         cells = [fmt.format(values[key] / (1e6 if key == "num_params" else 1)) for _, key, fmt in COLUMNS]
@@ -62,12 +91,13 @@ def show(run: Run) -> None:
             print(f"{name.replace('_', ' ')}: {words.format(**values)}")
     print(f"held-out figures: sequences {found['heldout']['test']}, by which no block was scored and no child picked")
     print("\n".join(comparison(found, profile.read(run))))
+    print("\n".join([*agreement_lines(kept), *(task_lines(kept["tasks"]) if kept["tasks"] else []), *retrieval_lines(kept)]))
     for name, text in found["samples"].items():
         print(f"{name.replace('_', ' ')}: {text!r}")
 
 
 def work(run: Run) -> None:
-    run.done("evaluation")
+    run.done("quality", "evaluation")
     show(run)
 
 

@@ -35,6 +35,26 @@ def check(config: RunConfig, store: Store) -> None:
     model_config = _tiny_config() if config.parent == TINY else _checked_parent(config)
     _check_space(config, model_config)
     layer_weights(config.gkd, model_config)
+    _check_evaluation(config, model_config)
+
+
+def _check_evaluation(config: RunConfig, model_config: Any) -> None:
+    """Tasks that are there, and texts that the parent has positions for."""
+    evaluate, positions = config.evaluate, getattr(model_config, "max_position_embeddings", None)
+    asked = {
+        "evaluate.window_tokens": evaluate.window_tokens,
+        "evaluate.retrieval_tokens": max(evaluate.retrieval_tokens, default=0),
+    }
+    for where, tokens in asked.items():
+        if tokens and positions is not None and tokens > positions:
+            raise ConfigError(where, f"{tokens} tokens do not fit the parent's {positions} positions", "ask for fewer")
+    if evaluate.tasks:
+        from puzzle_ray.evaluation.task_names import harness_version
+
+        harness_version()
+        from puzzle_ray.evaluation.harness import check_tasks
+
+        check_tasks(evaluate.tasks)
 
 
 def _check_questions(scoring: ScoringConfig) -> None:

@@ -17,6 +17,7 @@ from puzzle_ray.errors import ConfigError
 from puzzle_ray.evaluation.settings import EvaluateConfig
 from puzzle_ray.plugins import did_you_mean
 from puzzle_ray.profiling.settings import ProfileConfig
+from puzzle_ray.scoring.halves import Half
 from puzzle_ray.scoring.settings import ScoringConfig
 from puzzle_ray.search.settings import SearchConfig
 from puzzle_ray.settings import Section
@@ -44,6 +45,18 @@ class RunConfig(Section):
     gkd: GkdConfig = GkdConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def asked_half(self) -> Half | None:
+        """The half of the questions of `evaluate.tasks` that is asked; None is all of them."""
+        apart = self.evaluate.half == "test" or (self.evaluate.half == "auto" and self.scoring.downstream is not None)
+        return "test" if apart else None
+
+    def quality_identity(self) -> dict[str, Any]:
+        """The settings that the stage `quality` depends on."""
+        half = {"half": self.asked_half} if self.evaluate.tasks else {}
+        drawn = {"seed": self.seed} if self.evaluate.tasks or self.evaluate.retrieval_tokens else {}
+        return self.evaluate.quality_identity() | half | drawn
 
     @model_validator(mode="after")
     def _whole_sequences(self) -> RunConfig:

@@ -32,6 +32,10 @@ from puzzle_ray.distill.library import Library, build_serially, starting_library
 from puzzle_ray.distill.realize import realize
 from puzzle_ray.evaluation.child_meter import ChildMeter
 from puzzle_ray.evaluation.evaluate import evaluate
+from puzzle_ray.evaluation.quality import Quality, quality_facts
+from puzzle_ray.evaluation.reader import AskHere
+from puzzle_ray.evaluation.requests import ANSWERS
+from puzzle_ray.evaluation.task_names import task_sources
 from puzzle_ray.models.blocks import LayerStack, load_stack
 from puzzle_ray.models.checkpoint import fingerprint, locate
 from puzzle_ray.models.child import read_config
@@ -57,17 +61,19 @@ from puzzle_ray.store import Artifact, Store, adding_items, do_once
 from puzzle_ray.variants.space import search_space, space_sources
 from puzzle_ray.version import torch_series
 
-EVALUATION = "evaluation.json"
+EVALUATION, QUALITY = "evaluation.json", "quality.json"
 SEQUENCES = 8  # of a batch of held-out text that distillation is watched on
 
 
 @dataclass(frozen=True)
 class Compressed:
-    """`child`: a Hugging Face folder, distilled. `evaluation`: what was kept and gained, see `puzzle_ray.evaluation.evaluate`."""
+    """`child`: a Hugging Face folder, distilled. `evaluation`: what was kept and gained, see `puzzle_ray.evaluation.evaluate`. `quality`:
+    tasks, retrieval, where predictions differ and samples, see `puzzle_ray.evaluation.quality`."""
 
     child: str
     architecture: Architecture
     evaluation: Mapping[str, Any]
+    quality: Mapping[str, Any]
 
 
 def compress(
@@ -102,9 +108,9 @@ def run(s: Setting) -> Compressed:
     architecture = architecture_of(s, tokens, library, profile, scores)  # one variant per layer within the budget (MIP)
     child = child_of(s, library, architecture)  # put together from parent and library
     distilled = distilled_of(s, tokens, child)  # trained as a whole towards the parent (GKD)
-    return Compressed(
-        distilled.path("child"), read_architecture(architecture), evaluation_of(s, tokens, architecture, child, distilled)
-    )
+    quality = quality_of(s, tokens, child, distilled)  # what it kept of the parent's answers
+    evaluation = evaluation_of(s, tokens, architecture, child, distilled)  # what was lost and gained, measured
+    return Compressed(distilled.path("child"), read_architecture(architecture), evaluation, quality)
 
 
 @dataclass(frozen=True)
@@ -225,7 +231,7 @@ def read_profile(profile: Artifact) -> Profile:
 
 def questions_source(s: Setting) -> dict[str, str]:
     questions = s.config.scoring.downstream
-    return {} if questions is None else {"downstream": source_fingerprint(questions)}
+    return {} if questions is None else {"questions": source_fingerprint(questions)}
 
 
 def scoring_texts(s: Setting, tokens: Artifact) -> list[torch.Tensor]:
@@ -329,8 +335,26 @@ def evaluation_of(
         artifact.write_json(EVALUATION, found | {"heldout": parts.ranges})
         artifact.finish({name: found[name] for name in ("measured_speedup", "predicted_speedup")})
 
-    settings: dict[str, Any] = {"evaluate": config.model_dump(mode="json"), "profile": profile.identity()}
+    settings: dict[str, Any] = {"evaluate": config.identity(), "profile": profile.identity()}
     settings |= {} if scoring.downstream is None else {"downstream_questions": scoring.downstream_questions}
     inputs = {"gkd": distilled.key, "child": child.key, "architecture": architecture.key} | parts.sources(test=config.tokens)
     artifact = once(s.store.artifact("evaluation", settings, inputs | questions_source(s)), work)
     return dict(artifact.read_json(EVALUATION))
+
+
+def quality_of(s: Setting, tokens: Artifact, child: Artifact, distilled: Artifact) -> Mapping[str, Any]:
+    config, parts = s.config.evaluate, parts_of(s, tokens)
+    folders = {"parent": str(s.parent), "child_before_gkd": child.path("child"), "child": distilled.path("child")}
+
+    def work(artifact: Artifact) -> None:
+        compute_with(1)  # as every reader computes
+        counts = load_tokens(tokens)[0].counts(s.model_config.vocab_size)
+        quality = Quality(folders, parts.test, counts, config, s.config.asked_half, s.config.seed)
+        found = quality.run(AskHere(folders, config.batch_tokens, artifact, s.progress))
+        artifact.write_json(QUALITY, found)
+        artifact.finish(quality_facts(found), drop=[f"{ANSWERS}/{name}" for name in artifact.names(ANSWERS)])
+
+    inputs = {"gkd": distilled.key, "child": child.key} | parts.sources(test=config.tokens) | train_tokens_source(tokens)
+    settings = {"quality": s.config.quality_identity(), "cluster": s.cluster.shards_identity()}
+    artifact = once(s.store.artifact("quality", settings, inputs | task_sources(config.tasks)), work)
+    return dict(artifact.read_json(QUALITY))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from puzzle_ray.artifacts import (
     FIXED,
     KINDS,
@@ -20,6 +22,7 @@ from puzzle_ray.artifacts import (
     Scores,
     SearchSpace,
 )
+from puzzle_ray.evaluation.tasks import TaskAnswers, compare_tasks
 from puzzle_ray.report.page import ReportData, SweepPoint
 
 LAYERS = 8
@@ -123,6 +126,35 @@ def _figures(costs: Costs, slower: float) -> dict[str, float]:
     }  # fmt: skip
 
 
+def _quality() -> dict:
+    """What models answered: made-up values, compared as real ones are."""
+    rng = np.random.default_rng(0)
+    parent = {"a": (rng.random(200) < 0.6).astype(float).tolist(), "b": (rng.random(90) < 0.3).astype(float).tolist()}
+    models = {}
+    for name, share in (("parent", 0.0), ("child_before_gkd", 0.3), ("child", 0.1)):
+        own = {task: [v if rng.random() > share else float(rng.random() < 0.25) for v in of] for task, of in parent.items()}
+        values = {task: {"acc_norm,none": of} for task, of in own.items()}
+        models[name] = TaskAnswers(values, {task: {"acc_norm,none": sum(of) / len(of)} for task, of in own.items()})
+    tasks = compare_tasks({"next_sentence_mc": ["a"], "arc_easy": ["b"]}, models, {"a": 0.25, "b": 0.25}, 0, 500, 0.95)
+    figures = {name: {"loss": 2.4, "perplexity": 11.0, "agreement": 0.87} for name in models}
+    found = {name: {"recall": 0.6, "choice": 0.75} for name in models}
+    sample = {
+        "prompt": "Once upon a time",
+        "text": "",
+        "models": {name: SAMPLE.removeprefix("Once upon a time") for name in models},
+    }
+    sample["models"]["child"] = sample["models"]["child"].replace("Lily", "Anna")
+    sample["same_tokens"] = {"parent": 48, "child_before_gkd": 48, "child": 9}
+    return {
+        "tasks": tasks | {"half": "test", "limit": None, "num_fewshot": 5, "lm_eval": "0.4.13"},
+        "by_position": [{"bucket": "1 to 15", "tokens": 4096, "models": figures}],
+        "by_document_length": [{"bucket": "65 to 128", "tokens": 4096, "models": figures}],
+        "by_frequency": [{"bucket": "at least 1 %", "tokens": 4096, "models": figures}],
+        "retrieval": [{"kind": "single", "tokens": 4096, "depth": d, "questions": 5, "models": found} for d in (None, 0.5)],
+        "samples": [sample, sample | {"text": " and a text"}],
+    }
+
+
 def whole_run() -> ReportData:
     """Everything a run of all stages has."""
     library, curves = [], {}
@@ -151,6 +183,7 @@ def whole_run() -> ReportData:
     return ReportData(
         "tiny-llama-8x192", scenario=SCENARIO, num_key_value_heads=4, intermediate_size=512, space=SPACE, profile=PROFILE,
         scores=SCORES, architecture=CHOSEN, sweep=SWEEP, library=library, bld_curves=curves, evaluation=evaluation, gkd_curve=gkd,
+        quality=_quality(),
         stage_seconds={"library": 142.0, "profile": 18.4, "score": 25.1, "search": 0.3, "gkd": 96.0, "evaluate": 12.7},
         config_yaml="parent: tiny\nsearch:\n  limits: {speedup: 1.5}  # <b>not bold</b>\n",
         versions={"puzzle_ray": "0.1.0", "torch": "2.13.0"}, machine={"cores": 2, "memory": "8 GiB"},

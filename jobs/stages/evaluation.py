@@ -13,7 +13,7 @@ EVALUATION = "evaluation.json"
 
 
 def settings(run: Run) -> dict[str, Any]:
-    found = {"evaluate": run.config.evaluate.model_dump(mode="json"), "profile": run.profile_config.identity()}
+    found = {"evaluate": run.config.evaluate.identity(), "profile": run.profile_config.identity()}
     scoring = run.config.scoring
     return found | ({} if scoring.downstream is None else {"downstream_questions": scoring.downstream_questions})
 

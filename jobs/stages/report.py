@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import yaml
 
 from jobs.run import Run, Stage
-from jobs.stages import architecture, evaluation, library, profile, sweep
+from jobs.stages import architecture, evaluation, library, profile, quality, sweep
 from puzzle_ray.artifacts import rows_from_parquet
 from puzzle_ray.report.contents import ReportData, SweepPoint
 from puzzle_ray.search.sweep import SweepPoint as SearchedPoint
@@ -45,6 +45,7 @@ def data(run: Run) -> ReportData:
         gkd_facts=distilled.facts(),
         gkd_looks=[asdict(row) for row in looks],
         evaluation=evaluation.read(run),
+        quality=quality.read(run),
         stage_seconds=run.seconds,
         config_yaml=yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False),
         versions={"python": platform.python_version(), "puzzle_ray": __version__} | _versions(),
@@ -74,4 +75,4 @@ def work(run: Run, artifact: Artifact) -> None:
     artifact.finish({})
 
 
-STAGE = Stage("report", work, inputs=("evaluation", "sweep", "architecture"), reads=("gkd", "profile", "library"))
+STAGE = Stage("report", work, inputs=("evaluation", "quality", "sweep", "architecture"), reads=("gkd", "profile", "library"))

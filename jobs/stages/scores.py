@@ -25,7 +25,7 @@ def downstream_source(run: Run) -> dict[str, str]:
     from puzzle_ray.data.sources import source_fingerprint
 
     questions = run.config.scoring.downstream
-    return {} if questions is None else {"downstream": source_fingerprint(questions)}
+    return {} if questions is None else {"questions": source_fingerprint(questions)}
 
 
 def _arguments(run: Run, artifact: Artifact) -> tuple[Any, ...]:

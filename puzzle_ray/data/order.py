@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_COUNTED_SEQUENCES = 4096  # at once, so that no copy of all of them is made
+
 TokenArray = npt.NDArray[np.int32]
 RowArray = npt.NDArray[np.int64]
 
@@ -60,6 +62,15 @@ class Tokens:
         digest = hashlib.sha256(f"{read.shape}".encode())
         digest.update(np.ascontiguousarray(read, dtype="<i4").data)
         return digest.hexdigest()
+
+    def counts(self, vocab_size: int) -> npt.NDArray[np.int64]:
+        """How often every token is there, `[vocab_size]`."""
+        found = np.zeros(vocab_size, dtype=np.int64)
+        for start in range(0, self.num_sequences, _COUNTED_SEQUENCES):
+            rows = slice(start, start + _COUNTED_SEQUENCES)
+            part = self.sequences[rows] if self.rows is None else self.sequences[self.rows[rows]]
+            found += np.bincount(part.reshape(-1), minlength=vocab_size)
+        return found
 
     def _first_count(self, max_tokens: int) -> int:
         return max(1, min(self.num_sequences, max_tokens // self.sequences.shape[1]))

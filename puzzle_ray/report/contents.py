@@ -21,6 +21,7 @@ from puzzle_ray.artifacts import (
 )
 
 KIND_NAMES: Mapping[str, str] = {"attention": "Attention", "ffn": "FFN", "fixed": "Embedding, head, overhead"}
+MODEL_NAMES: Mapping[str, str] = {"parent": "Parent", "child_before_gkd": "Child before GKD", "child": "Child"}
 UNITS = {"kl": "KL to the parent, nats per token", "lm_loss": "rise of the loss, nats per token"}
 
 
@@ -90,7 +91,8 @@ class ReportData:
     `bld_curves`: (layer, kind, variant) -> loss per micro-batch. `gkd_curve`: rows with `step` and any of `loss`, `kl`, `cosine`, `lm`.
     `gkd_facts` are those of its artifact, `gkd_looks` the looks at held-out text: rows with `step`, `kl` and `returned`.
     `evaluation` is what `puzzle_ray.evaluation.evaluate` returns: `models` (`parent`, `child_before_gkd`, `child` ... -> figures),
-    `predicted_speedup`, `measured_speedup`, `prompt` and `samples` (model -> text).
+    `predicted_speedup`, `measured_speedup`, `prompt` and `samples` (model -> text). `quality` is what `puzzle_ray.evaluation.quality`
+    finds out.
     """
 
     parent: str
@@ -108,6 +110,7 @@ class ReportData:
     gkd_facts: Mapping[str, Any] = field(default_factory=dict)
     gkd_looks: Sequence[Mapping[str, float]] = ()
     evaluation: Mapping[str, Any] | None = None
+    quality: Mapping[str, Any] | None = None
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
     config_yaml: str = ""
     versions: Mapping[str, object] = field(default_factory=dict)

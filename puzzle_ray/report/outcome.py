@@ -1,11 +1,11 @@
-"""Results: the main figures, the evaluation, samples, the time by stage, and how to run it again."""
+"""Results: the main figures, the evaluation, the time by stage, and how to run it again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
 from puzzle_ray.artifacts import Costs
-from puzzle_ray.report.contents import ReportData
+from puzzle_ray.report.contents import MODEL_NAMES, ReportData
 from puzzle_ray.report.markup import (
     Html,
     count,
@@ -23,7 +23,6 @@ from puzzle_ray.report.markup import (
     times,
 )
 
-MODEL_NAMES = {"parent": "Parent", "child_before_gkd": "Child before GKD", "child": "Child"}
 FIGURES = {
     "heldout_loss": "Held-out loss, nats per token",
     "kl": "KL to the parent, nats per token",
@@ -41,7 +40,7 @@ FIGURES = {
 
 def headline(data: ReportData) -> Html | None:
     """The run in a few main figures."""
-    cards = [*_speed(data), *_quality(data), *_size(data)]
+    cards = [*_speed(data), *_quality(data), *_kept(data), *_size(data)]
     shown = (tag("div", tag("h2", what), tag("p", big), small(more), class_="card") for what, big, more in cards)
     return tag("div", *shown, class_="cards") if cards else None
 
@@ -69,6 +68,16 @@ def _quality(data: ReportData) -> list[tuple[str, str, str]]:
         more = f"KL {nats(child['kl'])} nats per token" if "kl" in child else ""
         cards.append(("Top-1 agreement", percent(child["top1_agreement"]), more))
     return cards
+
+
+def _kept(data: ReportData) -> list[tuple[str, str, str]]:
+    """What the last child kept of the parent's answers to tasks, on the mean."""
+    mean = ((data.quality or {}).get("tasks") or {}).get("mean")
+    kept = list(mean["models"].values())[-1]["retained"] if mean else None
+    if kept is None:
+        return []
+    bounds = "" if kept["low"] is None else f"{percent(kept['low'])} to {percent(kept['high'])}"
+    return [("Kept of the parent's accuracy", percent(kept["value"]), bounds)]
 
 
 def _size(data: ReportData) -> list[tuple[str, str, str]]:
@@ -148,18 +157,6 @@ def _comparison(data: ReportData) -> Html:
         add(f"{name}: runtime, ms", costs.runtime_ms, measured.get("runtime_ms"))
         add(f"{name}: throughput, tokens/s", costs.throughput_tokens_per_s, measured.get("throughput_tokens_per_s"))
     return html_table(["", data.costs_are, "measured", "difference"], rows)
-
-
-def samples(data: ReportData) -> list[Html] | None:
-    """Greedy continuations side by side, with the prompt in bold."""
-    evaluation = data.evaluation or {}
-    prompt, cards = str(evaluation.get("prompt") or ""), []
-    for name, sample in (evaluation.get("samples") or {}).items():
-        begins = bool(prompt) and sample.startswith(prompt)
-        written = [tag("b", prompt), sample[len(prompt) :]] if begins else [sample]
-        title = tag("h3", MODEL_NAMES.get(name, name))
-        cards.append(tag("div", title, tag("p", *written, class_="sample"), class_="card"))
-    return [note("Greedy continuation of the same prompt."), tag("div", *cards, class_="samples")] if cards else None
 
 
 def stage_times(data: ReportData) -> list[Html] | None:

@@ -6,7 +6,7 @@ import base64
 import hashlib
 from collections.abc import Callable, Sequence
 
-from puzzle_ray.report import blocks, chosen, outcome, training
+from puzzle_ray.report import blocks, chosen, kept, outcome, training
 from puzzle_ray.report.contents import ReportData, SweepPoint, TrainedVariant
 from puzzle_ray.report.markup import Html, tag
 from puzzle_ray.report.style import SCRIPT, STYLE
@@ -22,9 +22,12 @@ SECTIONS: tuple[tuple[str, str, Section, str], ...] = (
     ("scores", "Replace-one damage", blocks.replace_one_damage, "scoring"),
     ("costs", "Costs", blocks.subblock_costs, "a profile"),
     ("outcome", "Evaluation", outcome.evaluation, "an evaluation of parent and child"),
+    ("tasks", "Kept of the parent's answers", kept.tasks, "an evaluation with evaluate.tasks"),
+    ("differences", "Where predictions differ", kept.differences, "an evaluation of parent and child"),
+    ("retrieval", "Retrieval from long context", kept.retrieval, "an evaluation with evaluate.retrieval_tokens"),
     ("library", "Block distillation", blocks.block_distillation, "a block library"),
     ("gkd", "Global distillation", training.global_distillation, "GKD"),
-    ("samples", "Samples", outcome.samples, "an evaluation with a prompt"),
+    ("samples", "Samples", kept.samples, "an evaluation with a prompt"),
     ("stages", "Time by stage", outcome.stage_times, ""),
     ("settings", "Configuration and versions", outcome.configuration, ""),
 )

@@ -4,17 +4,15 @@ The choices of a question are ranked by the mean log-probability of their tokens
 the share of questions where the gold choice ranks first. The gold log-probability is that of the gold choice under a softmax over the
 mean log-probabilities of all choices; it is smooth, so it changes where the accuracy of a few questions does not.
 
-A hash of a question's text puts it into one of two halves. One half scores blocks. The other half is kept to test children on. The
-paper (v5) does so with MMLU and calls it half-MMLU.
+Questions are in two halves, see `puzzle_ray.scoring.halves`. One half scores blocks. The other half is kept to test children on. A line
+may have a `task`; each task is then split by itself.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,26 +27,32 @@ from puzzle_ray.errors import DataError
 from puzzle_ray.models.checkpoint import locate
 from puzzle_ray.models.head import Head, final_states
 from puzzle_ray.models.tokenizer import read_tokenizer
+from puzzle_ray.scoring.halves import HALVES, Half, halves, question_digest
 from puzzle_ray.scoring.metrics import mean, next_ids, standard_error
 from puzzle_ray.scoring.settings import ScoringConfig
 
+__all__ = [
+    "HALVES",
+    "Half",
+    "Question",
+    "QuestionBatch",
+    "answer_questions",
+    "load_questions",
+    "question_batches",
+    "read_questions",
+]
+
 # R rows (a choice of a question each), T tokens, V vocabulary
-Half = Literal["score", "test"]
-HALVES: tuple[Half, ...] = ("score", "test")
 
 
 @dataclass(frozen=True)
 class Question:
-    """`choices[gold]` is the right continuation of `query`; `gold` counts from 0."""
+    """`choices[gold]` is the right continuation of `query`; `gold` counts from 0. `task` names what it is a question of."""
 
     query: str
     choices: tuple[str, ...]
     gold: int
-
-    @property
-    def half(self) -> Half:
-        text = json.dumps([self.query, self.choices])
-        return "score" if hashlib.sha256(text.encode()).digest()[0] % 2 == 0 else "test"
+    task: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,15 +101,14 @@ def read_questions(path: str, half: Half | None = None, limit: int | None = None
                 f"{path!r} names {len(files)} files" if len(files) > 1 else f"{path!r} cannot be read (no .jsonl file is there)"
             )
             raise DataError(where, problem, "name one .jsonl file")
-        questions: list[Question] = []
-        for number, raw in rows(files[0], "query", where):
-            if limit is not None and len(questions) == limit:
-                break
-            question = _parse_question(raw, f"{path}:{number}")
-            if half is None or question.half == half:
-                questions.append(question)
+        questions = [_parse_question(raw, f"{path}:{number}") for number, raw in rows(files[0], "query", where)]
+    if half is not None:
+        digests = [question_digest(question.query, question.choices) for question in questions]
+        of = halves(digests, [question.task for question in questions])
+        questions = [question for question, own in zip(questions, of, strict=True) if own == half]
+    questions = questions[:limit]
     if not questions:
-        words = "" if half is None else f" in the half to {half}, to which a hash of their text puts about every other one"
+        words = "" if half is None else f" in the half to {half}, and each task is split by itself"
         raise DataError("scoring.downstream", f"{path!r} holds no question{words}", "write lines of query, choices and gold")
     return questions
 
@@ -113,8 +116,8 @@ def read_questions(path: str, half: Half | None = None, limit: int | None = None
 def _parse_question(raw: Any, where: str) -> Question:
     remedy = 'write {"query": "...", "choices": ["...", "..."], "gold": 0}'
     try:
-        question = Question(str(raw["query"]), tuple(map(str, raw["choices"])), int(raw["gold"]))
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        question = Question(str(raw["query"]), tuple(map(str, raw["choices"])), int(raw["gold"]), str(raw.get("task", "")))
+    except (ValueError, KeyError, TypeError, OverflowError, AttributeError) as error:
         raise DataError("scoring.downstream", f"{where} is no question ({type(error).__name__}: {error})", remedy) from None
     if not 0 <= question.gold < len(question.choices) or len(question.choices) < 2:
         raise DataError(

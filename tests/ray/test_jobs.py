@@ -100,7 +100,7 @@ def whole(settings, away, tmp_path_factory):
 
 STAGES = (
     *("tiny_parent", "tokens", "library", "profile", "scores", "architecture"),
-    *("child", "gkd", "evaluation", "sweep", "report"),
+    *("child", "gkd", "quality", "evaluation", "sweep", "report"),
 )
 
 

@@ -21,7 +21,7 @@ from puzzle_ray.artifacts import (
     Scores,
     SearchSpace,
 )
-from puzzle_ray.report.markup import number
+from puzzle_ray.report.markup import number, percent
 from puzzle_ray.report.page import SECTIONS, ReportData, SweepPoint, render
 
 VOID = {"meta", "link"}
@@ -192,6 +192,17 @@ def test_noise_around_a_kl_of_zero_is_zero_and_an_engine_is_named_once():
 HOSTILE = """'"><script>alert(1)</script><img src=http://a.b/c onerror=alert(2)>&amp;"""
 
 
+def _quality_with(text: str) -> dict:
+    quality = dict(whole_run().quality)
+    quality["tasks"] = quality["tasks"] | {"lm_eval": text, "figures": {text: {text: {"parent": 1.0, text: 2.0}}}}
+    quality["tasks"]["entries"] = [row | {"entry": text, "metric": text} for row in quality["tasks"]["entries"]]
+    quality["by_position"] = [row | {"bucket": text} for row in quality["by_position"]]
+    quality["retrieval"] = [row | {"kind": text} for row in quality["retrieval"]]
+    models = {"parent": text, text: f"{text[:5]}{text}"}
+    quality["samples"] = [{"prompt": text, "text": text, "models": models, "same_tokens": {"parent": 1, text: 1}}]
+    return quality
+
+
 def _with_texts(text: str) -> ReportData:
     """A run in which every text that comes from outside is `text`."""
     run = whole_run()
@@ -209,6 +220,7 @@ def _with_texts(text: str) -> ReportData:
         library=[Trained(0, "attention", text, text, 1.0, 0.5, text, 8, text)],
         bld_curves={(0, "attention", text): [1.0, 0.5]},
         evaluation={"models": {"parent": {}, text: {"kl": 1.0}}, "prompt": text, "samples": {text: text}},
+        quality=_quality_with(text),
         stage_seconds={text: 1.0}, config_yaml=text, versions={text: text}, machine={text: text},
     )  # fmt: skip
 
@@ -223,7 +235,20 @@ def test_text_never_becomes_markup():
 
 def test_samples_are_shown_as_written():
     assert html.escape(SAMPLE.removeprefix("Once upon a time")) in WHOLE
-    assert "<b>Once upon a time</b>" in WHOLE
+    child = SAMPLE.removeprefix("Once upon a time").replace("Lily", "Anna")
+    same, other = child.split("Anna")
+    assert f"{html.escape(same)}<b>Anna{html.escape(other)}</b>" in WHOLE, "what a child says otherwise is bold"
+    assert "<b>Once upon a time</b>" in render(replace(whole_run(), quality=None)), "the evaluation's sample alone"
+
+
+def test_what_was_kept_has_its_interval_and_says_where_guessing_would_do():
+    table = whole_run().quality["tasks"]
+    kept = {row["entry"]: row["models"]["child"] for row in table["entries"]}
+    for row in kept.values():
+        low, high = (percent(row["retained"][bound]) for bound in ("low", "high"))
+        assert f"{percent(row['retained']['value'])}<small> {low} to {high}</small>" in WHOLE
+    assert kept["arc_easy"]["above_chance"] is None and "parent not above guessing" in PAGE.text
+    assert f"{percent(kept['next_sentence_mc']['above_chance']['value'])} of what is above guessing" in PAGE.text
 
 
 def test_page_asks_for_nothing_from_elsewhere():

@@ -15,6 +15,7 @@ from puzzle_ray.models.child import assemble, load_model, read_config
 from puzzle_ray.models.describe import describe
 from puzzle_ray.progress import Quiet
 from puzzle_ray.scoring.downstream import Question, answer_questions, load_questions, question_batches, read_questions
+from puzzle_ray.scoring.halves import halves, question_digest
 from puzzle_ray.scoring.metrics import mean
 from puzzle_ray.scoring.serial import score_serially
 from puzzle_ray.scoring.settings import ScoringConfig
@@ -100,8 +101,9 @@ def test_a_half_without_questions_is_named(tmp_path):
     path = tmp_path / "q.jsonl"
     path.write_text('{"query": "a", "choices": ["b", "c"], "gold": 0}\n')
     (question,) = read_questions(str(path))
-    assert read_questions(str(path), question.half) == [question]
-    other = "test" if question.half == "score" else "score"
+    (half,) = halves([question_digest(question.query, question.choices)], [question.task])
+    assert read_questions(str(path), half) == [question]
+    other = "test" if half == "score" else "score"
     with pytest.raises(DataError, match=f"holds no question in the half to {other}"):
         read_questions(str(path), other)
 

@@ -23,7 +23,7 @@ def parent_with_text(tmp_path_factory):
 
 def test_every_stage_comes_behind_what_it_needs():
     order = [stage.name for stage in in_order(stages(), load("tiny"))]
-    assert set(order) == stages().keys() and len(order) == 11
+    assert set(order) == stages().keys() and len(order) == 12
     for stage in stages().values():
         assert all(order.index(needed) < order.index(stage.name) for needed in (*stage.inputs, *stage.reads))
     for name in ("report", "evaluation", "architecture"):

@@ -21,7 +21,7 @@ from puzzle_ray.store.upkeep import artifacts, verify
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).parents[1] / "recorded_run.py"
-STAGES = {"tokens", "profile", "library", "scores", "architecture", "child", "gkd", "evaluation"}
+STAGES = {"tokens", "profile", "library", "scores", "architecture", "child", "gkd", "evaluation", "quality"}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,113 @@
+"""Models that answer an evaluation's requests on Ray: a pool of processes, each with one model at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from actors.memory import whole_model
+from actors.placement import require
+from actors.pool import Pool, Terms
+from puzzle_ray.cluster import ClusterConfig
+from puzzle_ray.evaluation.reader import Reader, save_answer, saved_answer
+from puzzle_ray.evaluation.requests import Answer, Asked, file_name
+from puzzle_ray.progress import Progress
+from puzzle_ray.store import Artifact
+
+STAGE = "quality"
+
+
+class ReaderProcess:
+    """Answers for whichever model it is asked about; the one it was asked about last is in memory."""
+
+    def __init__(self, folders: Mapping[str, str], batch_tokens: int, num_threads: int, num_gpus: float = 0) -> None:
+        from puzzle_ray.process import compute_with, device_for
+
+        compute_with(num_threads)
+        self.folders, self.batch_tokens, self.device = dict(folders), batch_tokens, device_for(num_gpus)
+        self.name = ""
+        self.reader: Reader | None = None
+
+    def node(self) -> str:
+        """The id of the node this runs on."""
+        return ray.get_runtime_context().get_node_id()
+
+    def answer(self, asked: Asked) -> Answer:
+        name, chunk = asked
+        if name != self.name or self.reader is None:
+            self.reader = None  # its memory goes before the next one comes
+            self.name, self.reader = name, Reader(self.folders[name], self.batch_tokens, self.device)
+        return self.reader.answer(chunk)
+
+
+@ray.remote(max_restarts=0)  # the pool starts another, and answering again gives the same
+class ReaderActor(ReaderProcess):
+    """A reader as an actor."""
+
+
+class AskOnRay:
+    """Hands chunks to a pool; what is answered is kept in the stage's folder, and not asked again by the next run."""
+
+    def __init__(
+        self, folders: Mapping[str, str], batch_tokens: int, cluster: ClusterConfig, artifact: Artifact, progress: Progress
+    ) -> None:
+        self.folders, self.batch_tokens, self.cluster = folders, batch_tokens, cluster
+        self.artifact, self.progress = artifact, progress
+        self.pool: Pool[ActorHandle[Any], Asked] | None = None
+        self.room = 0
+
+    def __call__(self, asked: Sequence[Asked]) -> list[Answer]:
+        """In the order asked for. Raises ClusterError when processes cannot be placed or stop answering."""
+        found = {file_name(item): saved_answer(self.artifact, item) for item in asked}
+        todo = {file_name(item): item for item in asked if found[file_name(item)] is None}
+        with self.progress.stage(STAGE, len(found), "chunk") as bar:
+            bar.advance(len(found) - len(todo))
+
+            def receive(item: Asked, answer: Answer) -> bool:
+                found[file_name(item)] = answer
+                save_answer(self.artifact, item, answer)
+                bar.advance()
+                return False
+
+            if todo:
+                pool = self._started(len(todo))
+                pool.run(todo.values(), lambda reader, item: reader.answer.remote(item), receive, name_of=file_name)
+        answers = [found[file_name(item)] for item in asked]
+        return [answer for answer in answers if answer is not None]
+
+    def _started(self, limit: int) -> Pool[ActorHandle[Any], Asked]:
+        """As many processes as there is room for, up to `limit`."""
+        if self.pool is None:
+            options, gpus = whole_model(self.folders.values(), self.cluster, "a reader", STAGE)
+            self.room = require(options, "a reader", STAGE, self.cluster.autoscaling) or 1
+            terms = Terms(STAGE, "readers", self.cluster.placement_timeout_s, self.cluster.step_timeout_s)
+            start = ReaderActor.options(**options)  # type: ignore[attr-defined]
+
+            def start_one() -> tuple[ActorHandle[Any], list[ActorHandle[Any]]]:
+                reader = start.remote(self.folders, self.batch_tokens, 1, gpus)
+                return reader, [reader]
+
+            self.pool = Pool(start_one, terms)
+        self.pool.start(max(0, min(self.room, limit) - len(self.pool.workers)))
+        return self.pool
+
+    def close(self) -> None:
+        if self.pool is not None:
+            self.pool.close()
+            self.pool = None
+
+
+@contextmanager
+def asking(
+    folders: Mapping[str, str], batch_tokens: int, cluster: ClusterConfig, artifact: Artifact, progress: Progress
+) -> Iterator[AskOnRay]:
+    """Readers for as long as they are needed."""
+    ask = AskOnRay(folders, batch_tokens, cluster, artifact, progress)
+    try:
+        yield ask
+    finally:
+        ask.close()

@@ -1,0 +1,56 @@
+"""What children kept of their parent's quality: tasks, retrieval, where predictions differ, samples side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jobs.run import Run, Stage
+from jobs.stages import tokens
+from puzzle_ray.store import Artifact
+
+QUALITY = "quality.json"
+
+
+def settings(run: Run) -> dict[str, Any]:
+    return {"quality": run.config.quality_identity(), "cluster": run.config.cluster.shards_identity()}
+
+
+def sources(run: Run) -> dict[str, str]:
+    from puzzle_ray.evaluation.task_names import task_sources
+
+    config = run.config.evaluate
+    return tokens.parts(run).sources(test=config.tokens) | tokens.train_source(run) | task_sources(config.tasks)
+
+
+def work(run: Run, artifact: Artifact) -> None:
+    from actors.readers import asking
+    from puzzle_ray.evaluation.quality import Quality, quality_facts
+    from puzzle_ray.evaluation.requests import ANSWERS
+
+    config = run.config
+    folders = {
+        "parent": run.parent.address,
+        "child_before_gkd": run.content("child").path("child"),
+        "child": run.content("gkd").path("child"),
+    }
+    train, _ = tokens.read(run)
+    quality = Quality(
+        folders,
+        tokens.parts(run).test,
+        train.counts(run.parent.model_config.vocab_size),
+        config.evaluate,
+        config.asked_half,
+        config.seed,
+    )
+    with asking(folders, config.evaluate.batch_tokens, config.cluster, artifact, run.progress) as ask:
+        found = quality.run(ask)
+    artifact.write_json(QUALITY, found)
+    artifact.finish(quality_facts(found), drop=[f"{ANSWERS}/{name}" for name in artifact.names(ANSWERS)])
+
+
+def read(run: Run) -> Mapping[str, Any]:
+    return dict(run.content("quality").read_json(QUALITY))
+
+
+STAGE = Stage("quality", work, inputs=("gkd", "child"), reads=("tokens",), settings=settings, sources=sources)

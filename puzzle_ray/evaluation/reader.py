@@ -1,0 +1,168 @@
+"""One model in memory that answers chunks of requests, and the answers of several models in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from puzzle_ray.errors import DataError
+from puzzle_ray.evaluation.requests import (
+    Answer,
+    Asked,
+    Chunk,
+    Continuations,
+    Ids,
+    Likelihoods,
+    Predictions,
+    file_name,
+)
+from puzzle_ray.models.checkpoint import locate
+from puzzle_ray.models.child import load_model, quiet_transformers
+from puzzle_ray.models.tokenizer import read_tokenizer
+from puzzle_ray.progress import Progress
+from puzzle_ray.store import Artifact
+
+GENERATED_TOGETHER = 16  # requests that are continued in one batch
+
+
+class Reader:
+    """Answers chunks for one model, a child or any causal LM, in float32. `batch_tokens`: of a forward pass, padding included."""
+
+    def __init__(self, folder: str, batch_tokens: int, device: torch.device | None = None) -> None:
+        with quiet_transformers():
+            model = load_model(folder, torch.float32)
+        self.model = model.to(device) if device else model
+        self.tokenizer = read_tokenizer(locate(folder))
+        self.batch_tokens = batch_tokens
+        self.max_tokens: int | None = getattr(model.config, "max_position_embeddings", None)
+
+    @torch.inference_mode()
+    def answer(self, chunk: Chunk) -> Answer:
+        """Raises DataError for a continuation that is longer than the model's positions."""
+        if isinstance(chunk, Likelihoods):
+            return self._likelihoods(chunk)
+        if isinstance(chunk, Predictions):
+            return self._predictions(chunk)
+        return self._continuations(chunk)
+
+    def _logits(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.model(ids.to(self.model.device), use_cache=False).logits
+        return logits
+
+    def _likelihoods(self, chunk: Likelihoods) -> Answer:
+        """Pairs that differ in their last token alone are read once: choices of one letter cost one row together."""
+        rows: dict[Ids, list[int]] = {}
+        for number, (context, continuation) in enumerate(chunk.pairs):
+            rows.setdefault(self._input(context, continuation), []).append(number)
+        log_prob, is_greedy = np.zeros(len(chunk.pairs)), np.zeros(len(chunk.pairs), dtype=bool)
+        for batch in _batches(list(rows), self.batch_tokens):
+            ids = torch.zeros((len(batch), len(batch[0])), dtype=torch.long)
+            for row, tokens in zip(ids, batch, strict=True):
+                row[: len(tokens)] = torch.tensor(tokens)
+            for logits_TV, tokens in zip(self._logits(ids), batch, strict=True):
+                for number in rows[tokens]:
+                    wanted = torch.tensor(chunk.pairs[number][1], device=logits_TV.device)
+                    own = F.log_softmax(logits_TV[len(tokens) - len(wanted) : len(tokens)].float(), dim=-1)
+                    log_prob[number] = float(own.gather(-1, wanted[:, None]).sum())
+                    is_greedy[number] = bool((own.argmax(-1) == wanted).all())
+        return {"log_prob": log_prob, "is_greedy": is_greedy}
+
+    def _input(self, context: Ids, continuation: Ids) -> Ids:
+        """What the model reads: all but the last token, as many from the end as it has positions for."""
+        whole = context + continuation
+        if self.max_tokens is not None:
+            if len(continuation) > self.max_tokens:
+                problem = f"a continuation has {len(continuation)} tokens, and the model {self.max_tokens} positions"
+                raise DataError("evaluate.tasks", problem, "leave the task out")
+            whole = whole[-(self.max_tokens + 1) :]
+        return whole[:-1]
+
+    def _predictions(self, chunk: Predictions) -> Answer:
+        loss, best = [], []
+        sequences = max(1, self.batch_tokens // chunk.input_ids.shape[1])
+        for ids in torch.from_numpy(chunk.input_ids.copy()).split(sequences):
+            log_probs = F.log_softmax(self._logits(ids)[:, :-1].float(), dim=-1)
+            next_ids = ids[:, 1:].to(log_probs.device)
+            loss.append(-log_probs.gather(-1, next_ids.unsqueeze(-1)).squeeze(-1).cpu())
+            best.append(log_probs.argmax(-1).to(torch.int32).cpu())
+        return {"loss": torch.cat(loss).numpy(), "best": torch.cat(best).numpy()}
+
+    def _continuations(self, chunk: Continuations) -> Answer:
+        from puzzle_ray.serving.engine import Engine
+        from puzzle_ray.serving.sampling import SamplingParams
+
+        limit = self.max_tokens or 2**20
+        room = min(chunk.max_tokens, limit - 1)
+        prompts = [prompt[-(limit - room) :] for prompt in chunk.prompts]
+        size = min(limit, max(len(prompt) for prompt in prompts) + room)
+        how: dict[str, Any] = {"max_tokens": room, "stop": chunk.stop, "temperature": chunk.temperature, "top_p": chunk.top_p}
+        engine = Engine(
+            self.model,
+            self.tokenizer,
+            max_batch_size=min(GENERATED_TOGETHER, len(prompts)),
+            max_length=size,
+            max_waiting=len(prompts),
+            max_prefill_tokens=self.batch_tokens,
+        )
+        # all are there before the engine begins: which of them share a batch does not depend on time
+        asked = [engine.submit(prompt, SamplingParams(seed=number, **how)) for number, prompt in enumerate(prompts)]
+        with engine:
+            found = [generation.result().token_ids for generation in asked]
+        ids = np.full((len(found), chunk.max_tokens), -1, dtype=np.int32)
+        for row, tokens in zip(ids, found, strict=True):
+            row[: len(tokens)] = tokens
+        return {"ids": ids, "length": np.asarray([len(tokens) for tokens in found], dtype=np.int32)}
+
+
+def _batches(rows: Sequence[Ids], batch_tokens: int) -> list[list[Ids]]:
+    """Rows of like length together, the longest first; a batch has one row at least."""
+    batches: list[list[Ids]] = []
+    for row in sorted(rows, key=lambda row: (-len(row), row)):
+        if not batches or len(batches[-1][0]) * (len(batches[-1]) + 1) > batch_tokens:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+
+def saved_answer(artifact: Artifact, asked: Asked) -> Answer | None:
+    """The answer that an earlier run left in an unfinished stage."""
+    name = file_name(asked)
+    if not artifact.exists(name):
+        return None
+    return {key: tensor.numpy() for key, tensor in artifact.read_tensors(name)[0].items()}
+
+
+def save_answer(artifact: Artifact, asked: Asked, answer: Answer) -> None:
+    artifact.write_tensors(file_name(asked), {key: torch.from_numpy(np.ascontiguousarray(v)) for key, v in answer.items()})
+
+
+class AskHere:
+    """Answers in this process: one model at a time is in memory, and every answer is kept in the stage's folder."""
+
+    def __init__(self, folders: Mapping[str, str], batch_tokens: int, artifact: Artifact, progress: Progress) -> None:
+        self.folders, self.batch_tokens, self.artifact, self.progress = folders, batch_tokens, artifact, progress
+        self.name = ""
+        self.reader: Reader | None = None
+
+    def __call__(self, asked: Sequence[Asked]) -> list[Answer]:
+        answers: list[Answer] = []
+        with self.progress.stage("quality", len(asked), "chunk") as bar:
+            for item in asked:
+                found = saved_answer(self.artifact, item)
+                if found is None:
+                    found = self._reader(item[0]).answer(item[1])
+                    save_answer(self.artifact, item, found)
+                answers.append(found)
+                bar.advance()
+        return answers
+
+    def _reader(self, name: str) -> Reader:
+        if self.name != name or self.reader is None:
+            self.reader = None  # one model at a time
+            self.name, self.reader = name, Reader(self.folders[name], self.batch_tokens)
+        return self.reader

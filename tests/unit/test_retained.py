@@ -1,0 +1,93 @@
+"""What was kept of the parent's answers: exact values, intervals that cover the truth, and pairs that stay together."""
+
+import numpy as np
+import pytest
+
+from puzzle_ray.evaluation.retained import Paired, retained
+from puzzle_ray.evaluation.tasks import TaskAnswers, compare_tasks, task_lines
+
+HOW = {"seed": 0, "resamples": 4000, "confidence": 0.95}
+
+
+def answers(count, right, seed=0):
+    values = np.zeros(count)
+    values[np.random.default_rng(seed).permutation(count)[:right]] = 1.0
+    return values.tolist()
+
+
+def test_the_same_answers_are_kept_whole_and_without_doubt():
+    own = answers(100, 60)
+    kept = retained({"a": [Paired(own, own, 0.25)]}, **HOW)["a"]
+    assert (kept.retained.value, kept.retained.low, kept.retained.high) == (1.0, 1.0, 1.0)
+    assert (kept.difference.value, kept.difference.low, kept.difference.high) == (0.0, 0.0, 0.0)
+    assert kept.parent.value == 0.6 and kept.parent.low < 0.6 < kept.parent.high and kept.above_chance.value == 1.0
+
+
+def test_pairs_stay_together():
+    """A child that only loses 5 of 100 questions: were the pairs torn apart, the interval would be about three times as wide."""
+    parent = answers(100, 60)
+    child = list(parent)
+    for number in [i for i, value in enumerate(parent) if value][:5]:
+        child[number] = 0.0
+    paired = retained({"a": [Paired(parent, child)]}, **HOW)["a"].difference
+    torn = retained({"a": [Paired(parent, answers(100, 55, seed=1))]}, **HOW)["a"].difference
+    assert paired.value == torn.value == pytest.approx(-0.05)
+    exact = 1.96 * (0.05 * 0.95 / 100) ** 0.5  # of a loss in 5 % of the questions
+    assert paired.high - paired.low == pytest.approx(2 * exact, rel=0.25) and torn.high - torn.low > 2 * (
+        paired.high - paired.low
+    )
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    generator, covered = np.random.default_rng(0), 0
+    for number in range(200):
+        parent = generator.random(150) < 0.7
+        child = np.where(generator.random(150) < 0.8, parent, generator.random(150) < 0.3)
+        kept = retained({"a": [Paired(parent.astype(float).tolist(), child.astype(float).tolist())]}, number, 500, 0.9)["a"]
+        covered += kept.retained.low <= (0.8 * 0.7 + 0.2 * 0.3) / 0.7 <= kept.retained.high
+    assert 0.83 <= covered / 200 <= 0.97
+
+
+def test_entries_count_once_and_their_tasks_by_questions():
+    big, small = Paired([1.0] * 30, [0.0] * 15 + [1.0] * 15), Paired([1.0] * 10, [1.0] * 10)
+    found = retained({"both": [big, small], "one": [small]}, **HOW)
+    assert found["both"].child.value == 25 / 40 and found["both"].questions == 40
+    assert found[""].child.value == pytest.approx((25 / 40 + 1) / 2) and found[""].questions == 50
+    drawn = found["both"].child  # `small` adds no doubt: only draws of `big` differ
+    assert drawn.high - drawn.low < 0.75 * 2 * 1.96 * (0.25 / 30) ** 0.5 * 1.2
+
+
+def test_what_cannot_be_said_is_not_said():
+    none = retained({"a": [Paired([0.0] * 20, [1.0] * 20)]}, **HOW)["a"]
+    assert none.retained is None and none.difference.value == 1.0
+    rare = retained({"a": [Paired([1.0] + [0.0] * 19, [1.0] + [0.0] * 19)]}, **HOW)["a"]
+    assert rare.retained.value == 1.0 and rare.retained.low is None, "draws without the one question have no ratio"
+    guessing = retained({"a": [Paired(answers(100, 27), answers(100, 25), 0.25)]}, **HOW)["a"]
+    assert guessing.above_chance is None and guessing.retained.value == pytest.approx(25 / 27)
+    with pytest.raises(ValueError, match="3 values of the parent and 2"):
+        Paired([1.0, 0.0, 1.0], [1.0, 0.0])
+
+
+def test_draws_are_a_function_of_the_seed():
+    pair = {"a": [Paired(answers(80, 50), answers(80, 45, seed=3))]}
+    assert retained(pair, **HOW) == retained(pair, **HOW) != retained(pair, **HOW | {"seed": 1})
+    continuous = np.random.default_rng(0).normal(1, 0.1, (2, 50)).tolist()
+    kept = retained({"a": [Paired(*continuous)]}, **HOW)["a"].retained
+    assert kept.value == pytest.approx(np.mean(continuous[1]) / np.mean(continuous[0])) and kept.low < kept.value < kept.high
+
+
+def test_the_metric_that_stands_for_an_entry_is_one_that_all_its_tasks_have():
+    values = {"acc,none": [1.0, 0.0], "acc_norm,none": [1.0, 1.0]}
+    model = TaskAnswers({"a": values, "b": {"acc,none": [1.0]}, "c": {}}, {"c": {"perplexity,none": 3.0}, "a": {}, "b": {}})
+    worse = TaskAnswers(
+        {"a": values | {"acc_norm,none": [1.0, 0.0]}, "b": {"acc,none": [0.0]}, "c": {}},
+        model.figures | {"c": {"perplexity,none": 4.0}},
+    )
+    entries = {"both": ["a", "b"], "a": ["a"], "c": ["c"]}
+    found = compare_tasks(entries, {"parent": model, "child": worse}, {"a": 0.5, "b": 0.5}, 0, 200, 0.9)
+    both, alone = found["entries"]
+    assert (both["metric"], alone["metric"]) == ("acc", "acc_norm")
+    assert both["models"]["child"]["retained"]["value"] == 0.5 and alone["models"]["child"]["retained"]["value"] == 0.5
+    assert found["figures"]["c"] == {"perplexity,none": {"parent": 3.0, "child": 4.0}}
+    assert len(task_lines(found)) == 4 and task_lines(found)[-1].startswith("mean")
+    assert compare_tasks({"c": ["c"]}, {"parent": model, "child": worse}, {}, 0, 200, 0.9)["mean"] is None
