@@ -27,7 +27,7 @@ def realize(parent: str, choices: Sequence[LayerChoice], library: Artifact, arti
     dtype = getattr(config, "dtype", None) or torch.float32
     with quiet_transformers(), artifact.folder_to_publish("child") as target:
         child = assemble(folder, config, choices, trained, dtype)
-        save_child(child, folder, target)
+        save_child(child, folder, target, {"assembled": "the parent's weights, and blocks of a library", "library": library.key})
         ids = torch.arange(32).remainder(config.vocab_size).unsqueeze(0)
         with torch.inference_mode():
             if not torch.equal(child(ids).logits, load_model(target).eval()(ids).logits):
