@@ -32,7 +32,8 @@ def realize(parent: str, choices: Sequence[LayerChoice], library: Artifact, arti
     config = read_config(folder)
     dtype = getattr(config, "dtype", None) or torch.float32
     with quiet_transformers(), artifact.folder_to_publish("child") as target:
-        num_params = write_child(folder, config, choices, states_of, dtype, target)
+        made = {"assembled": "the parent's weights, and blocks of a library", "library": library.key}
+        num_params = write_child(folder, config, choices, states_of, dtype, target, made)
         if not torch.equal(_exchanged(folder, config, choices, states_of, dtype), _saved(target, dtype)):
             raise ParentError("child", "the saved child does not give the logits it was saved with", "report this as a bug")
     artifact.finish({"num_params": num_params, "dtype": str(dtype).removeprefix("torch.")})

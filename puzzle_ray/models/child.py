@@ -1,8 +1,6 @@
-"""A child as a Hugging Face folder: `config.json`, safetensors, tokenizer.
+"""A child as a Hugging Face folder: `config.json`, safetensors, tokenizer, the code to load it, and a model card.
 
-A child of family F has model type `puzzle_F`. Its config is the parent's config plus `puzzle_layers`, one
-`{"attention": name, "ffn": name}` per layer. Its class builds the parent's layers, gives each the modules of its choice, and then
-transformers loads the weights by name.
+`child_classes.py` has its classes, `folder_code.py` the code, and `card.py` the card.
 """
 
 from __future__ import annotations
@@ -11,7 +9,6 @@ import copy
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +18,8 @@ from torch import Tensor
 from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice, SubblockKind
 from puzzle_ray.errors import ParentError
 from puzzle_ray.families.descriptor import Descriptor
-from puzzle_ray.families.registry import complete_config, descriptor_of, families, llama_like, unsupported_family
-from puzzle_ray.models.blocks import reshape_layer
+from puzzle_ray.families.registry import complete_config, descriptor_of, families, unsupported_family
+from puzzle_ray.models.card import add_card
 from puzzle_ray.models.checkpoint import (
     Checkpoint,
     as_stored,
@@ -33,6 +30,7 @@ from puzzle_ray.models.checkpoint import (
     locate,
     read_json,
 )
+from puzzle_ray.models.child_classes import FILE_MODE, child_classes, register_children
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -45,60 +43,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-
-
-@cache
-def child_classes(model_type: str) -> tuple[type, type]:
-    """The config class and the model class of children of one family."""
-    import transformers
-
-    descriptor = families().get(model_type) or llama_like(model_type)
-    config_base = getattr(transformers, descriptor.config_class)
-    model_base = getattr(transformers, descriptor.model_class)
-
-    def init_config(self: Any, puzzle_layers: Sequence[Mapping[str, str]] | None = None, **kwargs: Any) -> None:
-        config_base.__init__(self, **kwargs)
-        self.puzzle_layers = [dict(layer) for layer in puzzle_layers or []]
-
-    def init_model(self: Any, config: Any) -> None:
-        model_base.__init__(self, config)
-        choices = [LayerChoice(**layer) for layer in config.puzzle_layers]
-        for choice, layer in zip(choices, self.get_submodule(descriptor.layers), strict=True):
-            reshape_layer(layer, choice, descriptor, config)
-
-    name = descriptor.model_class
-    config_class = type(
-        f"Puzzle{descriptor.config_class}",
-        (config_base,),
-        {"model_type": f"puzzle_{model_type}", "__init__": init_config, "__module__": __name__},
-    )
-    model_class = type(
-        f"Puzzle{name}", (model_base,), {"config_class": config_class, "__init__": init_model, "__module__": __name__}
-    )
-    return config_class, model_class
-
-
-@cache
-def _register(model_type: str) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config_class, model_class = child_classes(model_type)
-    AutoConfig.register(config_class.model_type, config_class)  # type: ignore[attr-defined]
-    AutoModelForCausalLM.register(config_class, model_class)
-
-
-def register_children(folder: Path | None = None) -> None:
-    """Registers the `puzzle_*` type of every family with transformers' Auto classes.
-
-    Where `folder` has a child of a family without a table, its type is registered too.
-    """
-    for model_type in families():
-        _register(model_type)
-    file = folder / "config.json" if folder else None
-    if file is not None and file.is_file():
-        model_type = str(read_json(file).get("model_type", ""))
-        if model_type.startswith("puzzle_"):
-            _register(model_type.removeprefix("puzzle_"))
 
 
 def child_config(parent_config: Any, choices: Sequence[LayerChoice]) -> Any:
@@ -190,10 +134,21 @@ def is_replaced(name: str, choices: Sequence[LayerChoice], descriptor: Descripto
     return any(choices[int(index)].variant(kind) != PARENT and rest.startswith(descriptor.prefixes(kind)) for kind in KINDS)
 
 
-def save_child(child: Any, parent: Path, folder: Path) -> None:
-    """Writes the child and the parent's tokenizer into `folder`."""
+def save_child(child: Any, source: Path, folder: Path, made: Mapping[str, object] | None = None) -> None:
+    """Writes the child into `folder`, with the tokenizer and the history in `source`, its parent's folder or an earlier child's.
+
+    `made` is the step of this history that the child comes from: it stands in the model card.
+    """
     child.save_pretrained(folder)
-    copy_tokenizer(parent, folder)
+    add_what_goes_with(child, source, folder, made)
+
+
+def add_what_goes_with(child: Any, source: Path, folder: Path, made: Mapping[str, object] | None) -> None:
+    """Tokenizer, history and model card, and the mode of all files, see `save_child`."""
+    copy_tokenizer(source, folder)
+    add_card(child, source, folder, made)
+    for file in folder.iterdir():
+        file.chmod(FILE_MODE)
 
 
 def copy_tokenizer(source: Path, target: Path, names: Iterable[str] = TOKENIZER_FILES) -> None:

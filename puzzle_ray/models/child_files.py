@@ -16,7 +16,8 @@ from puzzle_ray.artifacts import LayerChoice, SubblockKind
 from puzzle_ray.errors import ParentError
 from puzzle_ray.families.registry import descriptor_of
 from puzzle_ray.models.checkpoint import Checkpoint, as_stored
-from puzzle_ray.models.child import child_without_weights, copy_tokenizer, is_replaced
+from puzzle_ray.models.child import add_what_goes_with, child_without_weights, is_replaced
+from puzzle_ray.models.folder_code import write_code
 
 StatesOf = Callable[[int, LayerChoice], Mapping[SubblockKind, Mapping[str, Tensor]]]
 MAX_FILE_BYTES = 4 << 30  # of one safetensors file
@@ -32,9 +33,10 @@ class _Place:
 
 
 def write_child(
-    parent: Path, parent_config: Any, choices: Sequence[LayerChoice], states_of: StatesOf, dtype: torch.dtype, folder: Path
-) -> int:
-    """Writes the child and the parent's tokenizer into `folder`. Returns its number of parameters.
+    parent: Path, parent_config: Any, choices: Sequence[LayerChoice], states_of: StatesOf, dtype: torch.dtype, folder: Path,
+    made: Mapping[str, object] | None = None,
+) -> int:  # fmt: skip
+    """Writes the child into `folder` as `save_child` would. Returns its number of parameters.
 
     Subblocks that a choice replaces come from `states_of(layer, choice)`, asked for one layer at a time; all other weights are the
     parent's. Raises ParentError where a weight of the child would stay undefined.
@@ -58,7 +60,7 @@ def write_child(
     if missing := shapes.keys() - written:
         raise ParentError("parent", f"no weights for {sorted(missing)[:3]} of the child")
     _write_settings(model, dtype, folder)
-    copy_tokenizer(parent, folder)
+    add_what_goes_with(model, parent, folder, made)
     return int(model.num_parameters())
 
 
@@ -119,10 +121,12 @@ def _write(file: BinaryIO, offset: int, value: Tensor) -> None:
 
 
 def _write_settings(model: nn.Module, dtype: torch.dtype, folder: Path) -> None:
-    """`config.json` and `generation_config.json`, as transformers writes them beside the weights."""
+    """`config.json`, `generation_config.json` and the code that loads them, as `save_pretrained` writes them beside the weights."""
     untyped: Any = model
     untyped.config.dtype = dtype
     untyped.config.architectures = [type(untyped).__name__]
     untyped.config.save_pretrained(folder)
     if untyped.can_generate():
         untyped.generation_config.save_pretrained(folder)
+    if getattr(untyped.config, "auto_map", None):
+        write_code(folder, descriptor_of(untyped.config))

@@ -2,6 +2,9 @@
 
 A layer without attention still writes to the KV cache: a stub of zeros, `[batch, 1, tokens, 1]`. Transformers reads the length of a
 sequence from the cache of the first layer. If that layer never wrote there, positions would be wrong without any error.
+
+vLLM runs children by their own forward. It finds the attention of every layer by the one call of an attention function in a module's
+source, and gives it a KV cache. So a layer without attention has such a call, which never runs, and its smallest cache stays empty.
 """
 
 from __future__ import annotations
@@ -9,41 +12,62 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as _INTERFACE
 
 from puzzle_ray.families.descriptor import Descriptor
-from puzzle_ray.surgery.kv_cache import cache_among
+from puzzle_ray.surgery.kv_cache import add_to_cache, cache_among
 from puzzle_ray.surgery.window import windowed_mask
 
 
-def _count_tokens(cache: Any, layer_idx: int, hidden_states: Tensor) -> None:
+class _ByName:
+    """Transformers 4's table of attention functions, with the method that it has in transformers 5."""
+
+    def get_interface(self, name: str, default: Any) -> Any:
+        return default if name == "eager" else _INTERFACE[name]
+
+
+ALL_ATTENTION_FUNCTIONS: Any = _INTERFACE if hasattr(_INTERFACE, "get_interface") else _ByName()
+
+
+def _count_tokens(arguments: dict[str, Any], layer_idx: int, hidden_states: Tensor) -> None:
+    cache = cache_among(arguments)
     if cache is not None:
         stub = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
-        cache.update(stub, stub, layer_idx)
+        add_to_cache(cache, stub, stub, layer_idx, arguments)
 
 
 class NoopAttention(nn.Module):
     """Adds nothing to the residual stream."""
 
-    def __init__(self, layer_idx: int) -> None:
+    is_causal = True
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__()
-        self.layer_idx = layer_idx
+        self.config, self.layer_idx = config, layer_idx
 
     def forward(self, hidden_states: Tensor, **arguments: Any) -> tuple[Tensor, None]:
-        _count_tokens(cache_among(arguments), self.layer_idx, hidden_states)
+        if self.layer_idx < 0:  # never: see above
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+            return attend(self, hidden_states, hidden_states, hidden_states, None)
+        _count_tokens(arguments, self.layer_idx, hidden_states)
         return hidden_states.new_zeros(()), None
 
 
 class LinearAttention(nn.Module):
     """One `[hidden_size, hidden_size]` matrix on each token, with no attention to other tokens."""
 
-    def __init__(self, hidden_size: int, layer_idx: int, bias: bool = False) -> None:
+    is_causal = True
+
+    def __init__(self, config: Any, layer_idx: int, bias: bool = False) -> None:
         super().__init__()
-        self.layer_idx = layer_idx
-        self.linear_attn = nn.Linear(hidden_size, hidden_size, bias=bias)
+        self.config, self.layer_idx = config, layer_idx
+        self.linear_attn = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
 
     def forward(self, hidden_states: Tensor, **arguments: Any) -> tuple[Tensor, None]:
-        _count_tokens(cache_among(arguments), self.layer_idx, hidden_states)
+        if self.layer_idx < 0:  # never: see above
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+            return attend(self, hidden_states, hidden_states, hidden_states, None)
+        _count_tokens(arguments, self.layer_idx, hidden_states)
         return self.linear_attn(hidden_states), None
 
 
@@ -66,7 +90,7 @@ class LinearFFN(nn.Module):
         return out
 
 
-def _eager_attention(
+def eager_attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float, **_: Any
 ) -> tuple[Tensor, Tensor]:
     """Eager attention with an additive mask; scores are in float32.
@@ -117,12 +141,14 @@ class GroupedAttention(nn.Module):
         query, key, value = heads(self.descriptor.query), heads(self.descriptor.key), heads(self.descriptor.value)
         cache = cache_among(arguments)
         if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
+            key, value = add_to_cache(cache, key, value, self.layer_idx, arguments)
+        if attention_mask is not None:
+            attention_mask = attention_mask[..., : key.shape[2]]  # GPT-Neo's in transformers 4 has a column too many
         eager = self.config._attn_implementation == "eager"
         if self.window is not None:
             keys = key.shape[2]
             attention_mask = windowed_mask(attention_mask, self.window, tokens, keys, keys - tokens, hidden_states, eager)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager_attention)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
         out, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout)
         return self.resid_dropout(getattr(self, self.descriptor.output)(out.reshape(batch, tokens, -1))), weights

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from puzzle_ray.errors import ConfigError
-from puzzle_ray.surgery.kv_cache import cache_among
+from puzzle_ray.surgery.kv_cache import cache_among, length_with
 
 
 def windowed_mask(
@@ -60,11 +60,14 @@ class WindowLayer(DynamicSlidingWindowLayer):
 
     is_sliding = False
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cumulative_length + query_length, 0
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        tokens = query_length if isinstance(query_length, int) else len(query_length)  # transformers 4: their positions
+        return self.cumulative_length + tokens, 0
 
     def get_max_length(self) -> int:
         return -1
+
+    get_max_cache_shape = get_max_length  # its name in transformers 4
 
 
 def _cache_layer(cache: Any, index: int, window: int) -> Any:
@@ -80,6 +83,9 @@ def _cache_layer(cache: Any, index: int, window: int) -> Any:
 def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
     window: int = module.window  # type: ignore[assignment]
+    implementation = module.window_config._attn_implementation  # type: ignore[union-attr]
+    if implementation not in ("sdpa", "eager"):
+        raise ConfigError("attn_implementation", f"{implementation!r} has no windows of a layer's own", "use sdpa or eager")
     tokens = hidden_states.shape[1]
     keys, first = tokens, 0
     cache = cache_among(kwargs)
@@ -87,7 +93,8 @@ def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     if cache is not None:
         layer = _cache_layer(cache, module.window_layer_index, window)  # type: ignore[arg-type]
         first = int(layer.get_seq_length())
-        keys = layer.get_mask_sizes(tokens)[0]
+        keys = length_with(layer, tokens, hidden_states.device)
+        mask = None if mask is None else mask[..., :keys]  # GPT-Neo's mask in transformers 4 has a column too many
         if isinstance(layer, WindowLayer):
             first = min(first, window - 1)
             keys = first + tokens
@@ -97,8 +104,12 @@ def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     return args, {**kwargs, "attention_mask": narrowed}
 
 
-def limit_window(attention: nn.Module, window: int, layer_index: int, attn_implementation: str) -> None:
-    """Limits an attention of any family to a window of `window` tokens, in place. Its weights do not change."""
+def limit_window(attention: nn.Module, window: int, layer_index: int, attn_implementation: str, config: Any) -> None:
+    """Limits an attention of any family to a window of `window` tokens, in place. Its weights do not change.
+
+    `config` is the one that the model reads its attention implementation from.
+    """
+    attention.window_config = config
     attention.window = window  # type: ignore[assignment]
     attention.window_layer_index = layer_index  # type: ignore[assignment]
     attention.window_mask_is_additive = attn_implementation == "eager"  # type: ignore[assignment]

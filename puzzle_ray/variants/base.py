@@ -14,7 +14,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Protocol
 
-from puzzle_ray.artifacts import SubblockKind
+from puzzle_ray.artifacts import KINDS, LayerChoice, SubblockKind
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.plugins import declared, did_you_mean, load_plugin, plugin_source
 
@@ -35,6 +35,10 @@ class Variant(Protocol):
 
     A variant may have an attribute `needs`: the names of the statistics it is initialised from, as `Statistics` lists them. Without it
     all statistics are gathered.
+
+    It may also have a method `words(argument, kind, descriptor)`: its shape in the words of `puzzle_ray.surgery.shapes`, as a dict. A
+    child whose variants all have words loads without this package, by the code in its folder. Without words it needs the packages of
+    its variants.
     """
 
     name: str
@@ -130,6 +134,18 @@ def variant_source(name: str, kind: SubblockKind) -> dict[str, str]:
     head, _ = split_variant_name(name)
     point = None if "." in head or head in _variants() else _plugins().get(head)
     return plugin_source(head, variant, where=f"space.{kind}", module_name=point.module if point else "")
+
+
+def layer_words(choice: LayerChoice, descriptor: Descriptor) -> dict[str, Any] | None:
+    """The shape of a layer in the words of `puzzle_ray.surgery.shapes`; None where a variant has no words for it."""
+    found: dict[str, Any] = {}
+    for kind in KINDS:
+        variant, argument = find_variant(choice.variant(kind), kind)
+        if not hasattr(variant, "words"):
+            return None
+        for word, value in variant.words(argument, kind, descriptor).items():
+            found[word] = [*found.get(word, ()), *value] if isinstance(value, list) else value
+    return found
 
 
 def needed_statistics(names: Iterable[str], kind: SubblockKind) -> frozenset[str]:

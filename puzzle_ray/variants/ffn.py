@@ -41,6 +41,9 @@ class NarrowFFN:
     def reshape(self, layer: nn.Module, argument: str, kind: SubblockKind, descriptor: Descriptor, config: Any) -> None:
         resize_ffn(layer, int(argument), descriptor)
 
+    def words(self, argument: str, kind: SubblockKind, descriptor: Descriptor) -> dict[str, Any]:
+        return {descriptor.ffn_width: int(argument)}
+
     @torch.no_grad()
     def initialise(
         self,

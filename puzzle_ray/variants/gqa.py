@@ -13,6 +13,7 @@ from puzzle_ray.errors import ConfigError
 from puzzle_ray.families.descriptor import Descriptor
 from puzzle_ray.families.registry import num_kv_heads
 from puzzle_ray.surgery.projections import AttentionProjections, copy_checked, resize_attention
+from puzzle_ray.surgery.shapes import HEADS
 from puzzle_ray.variants.base import fraction_or_count
 
 
@@ -36,6 +37,9 @@ class GroupedQueryAttention:
 
     def reshape(self, layer: nn.Module, argument: str, kind: SubblockKind, descriptor: Descriptor, config: Any) -> None:
         resize_attention(layer, int(argument), descriptor)
+
+    def words(self, argument: str, kind: SubblockKind, descriptor: Descriptor) -> dict[str, Any]:
+        return {HEADS: int(argument)}
 
     @torch.no_grad()
     def initialise(

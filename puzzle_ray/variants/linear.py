@@ -16,7 +16,7 @@ from puzzle_ray.artifacts import KINDS, SubblockKind
 from puzzle_ray.calibration import INPUTS, Statistics, largest_damping
 from puzzle_ray.families.descriptor import Descriptor
 from puzzle_ray.surgery.projections import AttentionProjections, FFNProjections, Projection, copy_checked
-from puzzle_ray.surgery.subblocks import LinearAttention, LinearFFN
+from puzzle_ray.surgery.shapes import ATTENTION, FFN, HEADS, LINEAR, linear_attention, linear_ffn
 
 
 def _product(last: Projection, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -49,17 +49,13 @@ class Linear:
         return ""
 
     def reshape(self, layer: nn.Module, argument: str, kind: SubblockKind, descriptor: Descriptor, config: Any) -> None:
-        old = layer.get_submodule(descriptor.module(kind))
-        last = getattr(descriptor.core(layer, kind), descriptor.output if kind == "attention" else descriptor.ffn_down)
-        bias = last.bias is not None
-        with torch.device("meta"):
-            if kind == "attention":
-                new: nn.Module = LinearAttention(config.hidden_size, getattr(old, descriptor.layer_index), bias)
-            else:
-                new = LinearFFN(config.hidden_size, bias)
-        setattr(layer, descriptor.module(kind), new.to(last.weight.dtype).to_empty(device=last.weight.device))
-        for name in descriptor.ffn_rest if kind == "ffn" else ():
-            setattr(layer, name, nn.Identity())
+        if kind == "attention":
+            linear_attention(layer, descriptor)
+        else:
+            linear_ffn(layer, descriptor, config.hidden_size)
+
+    def words(self, argument: str, kind: SubblockKind, descriptor: Descriptor) -> dict[str, Any]:
+        return {LINEAR: [ATTENTION], HEADS: 1} if kind == "attention" else {LINEAR: [FFN]}
 
     @torch.no_grad()
     def initialise(

@@ -9,7 +9,7 @@ from torch import nn
 from puzzle_ray.artifacts import KINDS, SubblockKind
 from puzzle_ray.calibration import Statistics
 from puzzle_ray.families.descriptor import Descriptor
-from puzzle_ray.surgery.subblocks import NoopAttention, NoopFFN
+from puzzle_ray.surgery.shapes import ATTENTION, FFN, HEADS, SKIP, remove_attention, remove_ffn
 
 
 class Noop:
@@ -23,12 +23,13 @@ class Noop:
 
     def reshape(self, layer: nn.Module, argument: str, kind: SubblockKind, descriptor: Descriptor, config: Any) -> None:
         if kind == "attention":
-            index = getattr(layer.get_submodule(descriptor.attention), descriptor.layer_index)
-            setattr(layer, descriptor.attention, NoopAttention(index))
+            remove_attention(layer, descriptor)
         else:
-            setattr(layer, descriptor.ffn, NoopFFN())
-        for norm in descriptor.norms(kind):
-            setattr(layer, norm, nn.Identity())
+            remove_ffn(layer, descriptor)
+
+    def words(self, argument: str, kind: SubblockKind, descriptor: Descriptor) -> dict[str, Any]:
+        # one KV head, of a cache that stays empty: vLLM sizes one for every layer
+        return {SKIP: [ATTENTION], HEADS: 1} if kind == "attention" else {SKIP: [FFN]}
 
     def initialise(
         self,

@@ -23,6 +23,9 @@ class Parent:
     def reshape(self, layer: nn.Module, argument: str, kind: SubblockKind, descriptor: Descriptor, config: Any) -> None:
         return None
 
+    def words(self, argument: str, kind: SubblockKind, descriptor: Descriptor) -> dict[str, Any]:
+        return {}
+
     def initialise(
         self,
         layer: nn.Module,

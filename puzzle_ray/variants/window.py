@@ -14,7 +14,7 @@ from puzzle_ray.artifacts import SubblockKind
 from puzzle_ray.calibration import Statistics
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.families.descriptor import Descriptor
-from puzzle_ray.surgery.window import limit_window
+from puzzle_ray.surgery.shapes import WINDOW, narrow_window
 from puzzle_ray.variants.base import fraction_or_count
 
 
@@ -39,8 +39,10 @@ class SlidingWindow:
         return None if window >= whole else str(window)
 
     def reshape(self, layer: nn.Module, argument: str, kind: SubblockKind, descriptor: Descriptor, config: Any) -> None:
-        attention = layer.get_submodule(descriptor.attention)
-        limit_window(attention, int(argument), getattr(attention, descriptor.layer_index), descriptor.attn_implementation)
+        narrow_window(layer, int(argument), descriptor)
+
+    def words(self, argument: str, kind: SubblockKind, descriptor: Descriptor) -> dict[str, Any]:
+        return {WINDOW: int(argument)}
 
     def initialise(
         self,

@@ -1,0 +1,34 @@
+"""What the model of a child has besides its parent's class: layers of its own shapes.
+
+It is part of the code in a child's folder, see `puzzle_ray.models.folder_code`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from puzzle_ray.families.descriptor import Descriptor
+from puzzle_ray.models.child_settings import words_of_layers
+from puzzle_ray.surgery.shapes import reshape_by_words
+
+
+class ChildLayers:
+    """Gives the layers of a model the shapes that its config says. It stands before the parent's class among a class's bases.
+
+    The model is built from the settings of the whole first. So the weights of layers that differ are undefined until they are loaded.
+    """
+
+    descriptor: Descriptor
+    _keys_to_ignore_on_load_unexpected = None  # a child's files hold nothing else; vLLM would drop GPT-2's `c_attn.bias` by it
+
+    def __init__(self, config: Any, *args: Any, **settings: Any) -> None:
+        super().__init__(config, *args, **settings)
+        model: Any = self
+        prefix = f"{model.base_model_prefix}." if model.base_model is model else ""  # without a head, names are shorter
+        self.reshape(model.get_submodule(self.descriptor.layers.removeprefix(prefix)), config)
+
+    def reshape(self, layers: nn.ModuleList, config: Any) -> None:
+        for layer, words in zip(layers, words_of_layers(config), strict=True):
+            reshape_by_words(layer, words, self.descriptor, config)
