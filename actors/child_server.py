@@ -54,9 +54,8 @@ async def _puzzle_error(request: Request, error: PuzzleError) -> JSONResponse:
 
 @app.exception_handler(ValidationError)
 async def _invalid_body(request: Request, error: ValidationError) -> JSONResponse:
-    return JSONResponse(
-        validation_body([dict(each) for each in error.errors(include_url=False, include_input=False, include_context=False)]), 400
-    )
+    errors = error.errors(include_url=False, include_input=False, include_context=False)
+    return JSONResponse(validation_body([dict(each) for each in errors]), 400)
 
 
 @app.exception_handler(HTTPException)

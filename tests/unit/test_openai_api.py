@@ -1,31 +1,22 @@
 """OpenAI's requests on an engine: what is asked is done or refused by name, and streams say what whole answers say."""
 
 import asyncio
-import hashlib
 import json
-import pickle
-import shutil
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pydantic import ValidationError
-from small_models import save_parent, tiny_config
+from small_models import tiny_config
 from transformers import AutoModelForCausalLM
 
 from puzzle_ray.errors import ConfigError, PuzzleError
-from puzzle_ray.serving.access import KeyCheck, key_digests, read_body
-from puzzle_ray.serving.api_errors import BodyRefused, KeyRefused, UnknownModel, error_response, validation_body
 from puzzle_ray.serving.engine import Engine
-from puzzle_ray.serving.fetch import check_model, check_servable, fetch_model
 from puzzle_ray.serving.generation import EngineBusy, EngineFailed
 from puzzle_ray.serving.openai_api import OpenAIService, ServedModel
 from puzzle_ray.serving.prompts import Prompts, TokenTexts
-from puzzle_ray.serving.requests import ChatRequest, CompletionRequest, parse
+from puzzle_ray.serving.requests import ChatRequest, CompletionRequest
 
 ASK = {"model": "tiny", "prompt": "some text", "temperature": 0, "max_tokens": 9, "ignore_eos": True}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "temperature": 0, "ignore_eos": True}
@@ -134,41 +125,6 @@ def test_without_a_template_there_is_no_chat(service):
         submit(service, ChatRequest(**CHAT))
 
 
-def test_null_and_neutral_fields_change_nothing(service):
-    nulls = dict.fromkeys(
-        ["top_p", "top_k", "seed", "stop", "stream", "stream_options", "user", "logprobs", "n", "best_of", "echo"]
-    )
-    neutral = {"suffix": "", "service_tier": "auto", "metadata": {"a": "b"}, "prompt_cache_key": "k"}
-    assert CompletionRequest(**ASK, **nulls) == CompletionRequest(**ASK, **neutral) == CompletionRequest(**ASK)
-    (params,) = CompletionRequest(prompt="x").sampling_params()
-    assert params.max_tokens == 16
-    neutral = {
-        "response_format": {"type": "text"}, "tool_choice": "none", "tools": [], "parallel_tool_calls": True, "store": False,
-        "modalities": ["text"], "functions": [], "function_call": "none", "audio": None, "reasoning_effort": None,
-    }  # fmt: skip
-    assert ChatRequest(**CHAT, **neutral) == ChatRequest(**CHAT)
-
-
-UNSUPPORTED = [
-    (CompletionRequest, {"suffix": "x"}), (CompletionRequest, {"stream_options": {"include_usage": True}}),
-    (CompletionRequest, {"n": 0}), (CompletionRequest, {"n": 10**6}), (CompletionRequest, {"best_of": 3, "stream": True}),
-    (CompletionRequest, {"n": 3, "best_of": 2}), (CompletionRequest, {"max_tokens": 0}),
-    (CompletionRequest, {"logprobs": 21}), (CompletionRequest, {"logit_bias": {"5": 101}}), (CompletionRequest, {"logit_bias": {"x": 1}}),
-    (CompletionRequest, {"presence_penalty": float("nan")}), (CompletionRequest, {"stop": list("abcde")}),
-    (ChatRequest, {"response_format": {"type": "json_object"}}), (ChatRequest, {"tool_choice": "required"}),
-    (ChatRequest, {"tools": [{"type": "function"}]}), (ChatRequest, {"top_logprobs": 2}), (ChatRequest, {"max_tokens": 0}),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("kind", "fields"), UNSUPPORTED, ids=str)
-def test_what_is_not_supported_is_refused_by_name(kind, fields):
-    with pytest.raises(ConfigError) as caught:
-        kind(**(ASK if kind is CompletionRequest else CHAT) | fields).sampling_params()
-    status, body = error_response(caught.value)
-    named = "best_of" if "best_of" in fields else next(iter(fields))
-    assert (status, body["error"]["param"]) == (400, named)
-
-
 def test_content_in_parts_and_names_reach_the_template(service, chat_template):
     parts = [{"type": "text", "text": "hello"}, {"type": "text", "text": "you"}]
     turns = [
@@ -267,14 +223,6 @@ def test_settings_of_the_request_reach_the_sampler(service):
     assert stopped["choices"][0]["finish_reason"] == "stop" and stopped["usage"]["completion_tokens"] == 1
 
 
-@pytest.mark.parametrize(("field", "value"), [("tempreature", 1), ("prompt", 3.5), ("prompt", None), ("max_tokens", "many")])
-def test_malformed_bodies_name_the_field(field, value):
-    with pytest.raises(ValidationError) as caught:
-        CompletionRequest(**ASK | {field: value})
-    error = validation_body(caught.value.errors())["error"]
-    assert error["param"] == field and error["message"].startswith(field) and error["type"] == "invalid_request_error"
-
-
 @pytest.mark.parametrize(
     ("fields", "said"),
     [({"prompt": []}, "prompt: is empty"), ({"prompt": ""}, "prompt: is empty"), ({"prompt": [[]]}, "prompt: is empty"),
@@ -334,95 +282,6 @@ def test_tokenising_does_not_hold_up_the_event_loop(service):
     assert asyncio.run(asyncio.wait_for(run(), 60)) == [service.tokenizer("x").input_ids]
 
 
-def messages(*parts: bytes, pause_s: float = 0.0):
-    """An ASGI receive of these parts of a body."""
-    left = list(parts)
-
-    async def receive():
-        await asyncio.sleep(pause_s)
-        part = left.pop(0)
-        return {"type": "http.request", "body": part, "more_body": bool(left)}
-
-    return receive
-
-
-def test_bodies_are_read_up_to_a_limit_of_bytes_and_time():
-    def read(receive, headers=(), limit=10):
-        return asyncio.run(read_body(dict(headers), receive, limit, 0.05))
-
-    assert read(messages(b"12345", b"67890")) == b"1234567890"
-    for refused, status in [
-        (lambda: read(messages(b"12345", b"67890", b"1")), 413),
-        (lambda: read(messages(b""), {"content-length": "11"}), 413),
-        (lambda: read(messages(b"", pause_s=5)), 408),
-    ]:
-        with pytest.raises(BodyRefused) as caught:
-            refused()
-        assert error_response(caught.value)[0] == status
-
-
-@given(
-    body=st.binary(max_size=40)
-    | st.recursive(
-        st.none() | st.booleans() | st.floats() | st.text(),
-        lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["model", "prompt", "n", "messages", "x"]), inner),
-    ).map(lambda value: json.dumps(value).encode())
-)
-@settings(max_examples=150, deadline=None)
-def test_whatever_the_body_is_the_error_can_be_sent(body):
-    for kind in (CompletionRequest, ChatRequest):
-        try:
-            parse(kind, body)
-        except PuzzleError as error:
-            said = error_response(error)
-            assert said[0] == 400
-        except ValidationError as error:
-            said = 400, validation_body(error.errors())
-        else:
-            continue
-        json.dumps(said[1], ensure_ascii=False, allow_nan=False).encode("utf-8")  # as JSONResponse does
-
-
-@pytest.mark.parametrize(
-    "body", [b"[" * 10**5, b'{"model": "\\ud800", "prompt": "x", "\\ud800": 1}', b"\xff", b"", b"[]", b"NaN"]
-)
-def test_odd_bodies_are_refused_with_a_message(body):
-    with pytest.raises((PuzzleError, ValidationError)) as caught:
-        parse(CompletionRequest, body)
-    error = caught.value
-    said = error_response(error)[1] if isinstance(error, PuzzleError) else validation_body(error.errors())
-    assert json.dumps(said, ensure_ascii=False).encode("utf-8")
-
-
-def test_only_requests_with_a_known_key_get_through(tmp_path):
-    file = tmp_path / "keys"
-    file.write_text("first\n\nsecond\n")
-    digests = key_digests(str(file))
-    assert digests == tuple(hashlib.sha256(key).hexdigest() for key in (b"first", b"second"))
-
-    def status(path, authorization=None, digests=digests, method="POST"):
-        async def app(scope, receive, send):
-            await send({"type": "http.response.start", "status": 200, "headers": []})
-
-        sent = []
-
-        async def send(message):
-            sent.append(message)
-
-        headers = [] if authorization is None else [(b"authorization", authorization)]
-        scope = {"type": "http", "path": path, "headers": headers, "method": method, "root_path": ""}
-        asyncio.run(KeyCheck(app, digests)(scope, None, send))
-        return sent[0]["status"]
-
-    assert status("/v1/models", b"Bearer first") == status("/v1/models", b"bearer second") == 200
-    assert status("/v1/models") == status("/v1/models", b"Bearer third") == status("/v1/completions", b"Basic first") == 401
-    assert status("/health") == status("/metrics") == status("/v1/models", digests=()) == status("/v1/x", method="OPTIONS") == 200
-    file.write_text("\n")
-    for nothing in (file, tmp_path / "none"):
-        with pytest.raises(ConfigError, match="api_key_file"):
-            key_digests(str(nothing))
-
-
 def test_metrics_are_what_prometheus_reads_and_what_was_done():
     tokenizer = byte_tokenizer()
     with Engine(tiny_model(), tokenizer) as engine:
@@ -443,23 +302,6 @@ def test_metrics_are_what_prometheus_reads_and_what_was_done():
         assert samples[f"puzzle_ray_{name}_count{{{labels}}}"] == samples[f'puzzle_ray_{name}_bucket{{{labels},le="+Inf"}}'] == 3
     helped = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
     assert len(helped) == len(set(helped))
-
-
-@pytest.mark.parametrize(
-    ("error", "status"),
-    [
-        (UnknownModel("a", "b"), 404),
-        (ConfigError("stop", "x"), 400),
-        (EngineBusy(3), 503),
-        (EngineFailed("x"), 500),
-        (KeyRefused(), 401),
-        (BodyRefused(413, "x"), 413),
-    ],
-)
-def test_errors_have_a_status_and_openais_shape(error, status):
-    got, body = error_response(pickle.loads(pickle.dumps(error)))
-    assert got == status and body["error"].keys() == {"message", "type", "param", "code"}
-    assert body["error"]["message"] == str(error)
 
 
 def test_a_failure_in_mid_stream_is_the_last_event(service):
@@ -487,36 +329,3 @@ def test_what_comes_faster_than_the_interval_is_one_event(service):
     assert (
         "".join(part["choices"][0]["text"] for part in parts) == answer(service, CompletionRequest(**ASK))["choices"][0]["text"]
     )
-
-
-def test_a_model_that_cannot_be_served_is_known_before_it_is_loaded(tmp_path):
-    folder = save_parent(tmp_path / "model", vocab_size=VOCAB_SIZE)
-    with pytest.raises(PuzzleError, match="no tokenizer"):
-        check_servable(str(folder), 0)
-    byte_tokenizer().save_pretrained(folder)
-    check_servable(str(folder), 128)
-    with pytest.raises(ConfigError, match="max_length: is 129; give 2 to 128"):
-        check_servable(str(folder), 129)
-    cut = tmp_path / "cut"
-    shutil.copytree(folder, cut)
-    weights = (cut / "model.safetensors").read_bytes()
-    (cut / "model.safetensors").write_bytes(weights[:-100])
-    with pytest.raises(PuzzleError, match="model.safetensors cannot be read"):
-        check_servable(str(cut), 0)
-    other = tmp_path / "other"
-    shutil.copytree(folder, other)
-    tiny_config(vocab_size=VOCAB_SIZE, intermediate_size=64).save_pretrained(other)
-    with pytest.raises(PuzzleError, match="other shapes than its config.json"):
-        check_servable(str(other), 0)
-
-
-def test_a_model_is_fetched_from_a_path_or_a_url(tmp_path, parent_folder):
-    assert fetch_model(check_model(str(parent_folder))) == str(parent_folder)
-    url = f"file://{parent_folder}"
-    fetched = fetch_model(check_model(url))
-    assert fetched != str(parent_folder)
-    names = {path.name: path.read_bytes() for path in parent_folder.iterdir()}
-    assert {path.name: path.read_bytes() for path in Path(fetched).iterdir()} == names
-    for nowhere in [str(tmp_path / "none"), str(tmp_path), f"file://{tmp_path}", "nosuch://x/y"]:
-        with pytest.raises(PuzzleError, match="name a|name an"):
-            check_model(nowhere)
