@@ -13,7 +13,8 @@ from puzzle_ray.artifacts import LayerChoice
 from puzzle_ray.errors import ParentError
 from puzzle_ray.models.blocks import logits_layer_by_layer, swapped
 from puzzle_ray.models.checkpoint import locate
-from puzzle_ray.models.child import child_classes, quiet_transformers, read_config
+from puzzle_ray.models.child import quiet_transformers, read_config
+from puzzle_ray.models.child_classes import child_classes
 from puzzle_ray.models.child_files import StatesOf, write_child
 from puzzle_ray.models.describe import describe
 from puzzle_ray.store import Artifact

@@ -107,7 +107,8 @@ class Reader:
             max_batch_size=min(GENERATED_TOGETHER, len(prompts)),
             max_length=size,
             max_waiting=len(prompts),
-            max_prefill_tokens=self.batch_tokens,
+            prefill_tokens=self.batch_tokens,
+            prefix_cache=False,
         )
         # all are there before the engine begins: which of them share a batch does not depend on time
         asked = [engine.submit(prompt, SamplingParams(seed=number, **how)) for number, prompt in enumerate(prompts)]

@@ -24,7 +24,7 @@ class ChildLayers:
     _keys_to_ignore_on_load_unexpected = None  # a child's files hold nothing else; vLLM would drop GPT-2's `c_attn.bias` by it
 
     def __init__(self, config: Any, *args: Any, **settings: Any) -> None:
-        super().__init__(config, *args, **settings)
+        super().__init__(config, *args, **settings)  # type: ignore[call-arg]
         model: Any = self
         prefix = f"{model.base_model_prefix}." if model.base_model is model else ""  # without a head, names are shorter
         self.reshape(model.get_submodule(self.descriptor.layers.removeprefix(prefix)), config)
