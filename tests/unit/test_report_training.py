@@ -74,7 +74,14 @@ def test_global_distillation_says_what_came_of_it_and_which_rates_were_tried():
     page = render(replace(ReportData("p"), gkd_curve=curve, gkd_facts=facts))
     assert "Distillation did not improve the child (held-out KL 0.25): it is published as it was" in page
     trials = [{"rate": 3e-4, "kl": None, "steps": 20}, {"rate": 1e-4, "kl": 0.2, "steps": 20}]
-    facts = {"kept": "step 3", "heldout_kl_before": 0.25, "heldout_kl": 0.2, "returns": 0, "learning_rate": 1e-4, "range_test": trials}
+    facts = {
+        "kept": "step 3",
+        "heldout_kl_before": 0.25,
+        "heldout_kl": 0.2,
+        "returns": 0,
+        "learning_rate": 1e-4,
+        "range_test": trials,
+    }
     looks = [{"step": 0, "kl": 0.25, "returned": 0}, {"step": 2, "kl": 9.0, "returned": 1}, {"step": 3, "kl": 0.2, "returned": 0}]
     page = render(replace(ReportData("p"), gkd_curve=curve, gkd_facts=facts, gkd_looks=looks))
     assert "Held-out KL 0.25 -&gt; 0.2, weights of step 3; learning rate 0.0001, the best of 2 in a range test." in page
