@@ -25,6 +25,7 @@ from puzzle_ray.distill.child_loss import ChildLoss, Terms
 from puzzle_ray.distill.chosen_tokens import Markers, read_markers
 from puzzle_ray.distill.curriculum import Curriculum
 from puzzle_ray.distill.guard import HeldoutGuard, HeldoutRow
+from puzzle_ray.distill.range_test import WARMUP as TRIAL_WARMUP
 from puzzle_ray.distill.range_test import Trial, best_rate, range_test, trial_facts, trial_steps
 from puzzle_ray.distill.schedule import LearningRate
 from puzzle_ray.distill.settings import AUTO, GkdConfig
@@ -197,7 +198,7 @@ class GkdTrainer:
 
         def try_rate(rate: float) -> Trial:
             steps = trial_steps(self.total_steps)
-            self.learning_rate = self._schedule(rate, steps)
+            self.learning_rate = LearningRate.of_gkd(rate, steps, TRIAL_WARMUP)
             try:
                 for _ in range(steps):
                     row = self.step()
@@ -209,7 +210,7 @@ class GkdTrainer:
             self.curve, self.optimizer = [], self._new_optimizer()
             return Trial(rate, kl if math.isfinite(kl) else math.inf, steps)
 
-        self._take_trials(range_test(try_rate))
+        self._take_trials(range_test(try_rate, guard.rows[0].kl))
 
     def _take_trials(self, trials: list[Trial]) -> None:
         self.trials = trials

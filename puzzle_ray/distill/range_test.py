@@ -1,10 +1,10 @@
 """`gkd.learning_rate: auto`: the rate is chosen by a short range test on the child itself.
 
-Every trial trains the child from its start for a few steps, with a whole schedule in small (warm-up, then down to 0), on the first
-micro-batches of the training text. Then it measures the KL on the held-out text that training is watched on. The test begins at the
-rate `RATES[FIRST]` and goes up for as long as the KL falls. Where the first step up is no better, it goes down instead. The rate with the
-lowest KL is taken; of equal ones the lower. So a test takes three trials at least and never one more than it has rates. It is a
-function of what training is a function of, and a resumed run does not repeat it.
+Every trial trains the child from its start for a few steps, with a whole schedule in small (a quarter of warm-up, then down to 0), on the
+first micro-batches of the training text. Then it measures the KL on the held-out text that training is watched on. The test begins at
+the rate `RATES[FIRST]` and goes up for as long as the KL falls, unless that rate made the child worse than it was. Where going up does
+not help, it goes down as long as the KL falls. The largest rate is taken whose KL is within `WITHIN` of the best: a longer training bears
+a higher rate than a trial does. The test is a function of what training is a function of, and a resumed run does not repeat it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from dataclasses import dataclass
 RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 FIRST = RATES.index(3e-4)
 SHARE = 20  # a trial takes this part of the steps of the whole training,
-LEAST, MOST = 5, 100  # within these bounds
+LEAST, MOST = 20, 100  # within these bounds
+WARMUP = 0.25  # of a trial: Adam's first steps are as large as the rate whatever the gradient, and a trial has few others
+WITHIN = 0.05
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,17 @@ def trial_facts(trials: Sequence[Trial]) -> list[dict[str, float | None]]:
 
 
 def best_rate(trials: Sequence[Trial]) -> float:
-    """The rate with the lowest KL; the lowest rate of all where no trial stayed finite."""
-    return min(trials, key=lambda trial: (trial.kl, trial.rate)).rate
+    """The largest rate whose KL is within `WITHIN` of the lowest; the lowest rate of all where no trial stayed finite."""
+    lowest = min(trial.kl for trial in trials)
+    if not math.isfinite(lowest):
+        return min(trial.rate for trial in trials)
+    return max(trial.rate for trial in trials if trial.kl <= (1 + WITHIN) * lowest)
 
 
-def range_test(try_rate: Callable[[float], Trial]) -> list[Trial]:
-    """The trials in the order in which they were made."""
+def range_test(try_rate: Callable[[float], Trial], start_kl: float) -> list[Trial]:
+    """The trials in the order in which they were made. `start_kl` is the held-out KL before any training."""
     trials = [try_rate(RATES[FIRST])]
-    for direction in (1, -1):
+    for direction in (1, -1) if trials[0].kl < start_kl else (-1,):
         last, index = trials[0], FIRST + direction
         while 0 <= index < len(RATES):
             trials.append(try_rate(RATES[index]))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from puzzle_ray.settings import Count, DType, Fraction, NonNegative, Positive, Section
 
@@ -95,6 +97,10 @@ Preset = Literal["none", "lm", "kld", "cosine", "lm+kld", "lm+cosine", "kld+cosi
 AUTO: Literal["auto"] = "auto"
 
 
+def _number(given: Any, above: float) -> bool:
+    return isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given) and given > above
+
+
 class LmTokens(Section):
     """Which tokens the next-token loss counts. What is set must hold together.
 
@@ -148,7 +154,7 @@ class GkdConfig(Section):
     gradient_accumulation: Count = 1  # micro-batches of each worker in one optimizer step
     stages: tuple[GkdStage, ...] = ()
     num_workers: Count = 1
-    learning_rate: Positive | Literal["auto"] = 3e-4
+    learning_rate: float | Literal["auto"] = 3e-4
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     weight_decay: NonNegative = 0.0
     gradient_clip: Positive = 1.0
@@ -157,7 +163,7 @@ class GkdConfig(Section):
     lm_weight: NonNegative = 0.0
     temperature: Positive = 1.0
     cosine_reduction: Literal["mean", "sum"] = "mean"
-    cosine_layers: Literal["all", "kept"] | tuple[NonNegative, ...] = "all"
+    cosine_layers: Literal["all", "kept"] | tuple[float, ...] = "all"
     lm_tokens: LmTokens | None = None
     heldout_tokens: Annotated[int, Field(ge=0)] = (
         8_192  # that training is watched on, so that it never makes a child worse; 0: it is not
@@ -179,6 +185,24 @@ class GkdConfig(Section):
             return given
         settings = dict(zip(("kl_weight", "cosine_weight", "lm_weight"), mix, strict=True))
         return settings | ({"cosine_reduction": "sum"} if preset == "paper" else {}) | given
+
+    @field_validator("learning_rate", mode="before")
+    @classmethod
+    def _rate(cls, given: Any) -> Any:
+        if given == AUTO:
+            return given
+        with suppress(ValueError):  # YAML reads 1e-4 as a text
+            given = float(given) if isinstance(given, str) else given
+        if _number(given, above=0):
+            return given
+        raise ValueError("write a number above 0, or auto")
+
+    @field_validator("cosine_layers", mode="before")
+    @classmethod
+    def _weights(cls, given: Any) -> Any:
+        if given in ("all", "kept") or (isinstance(given, list | tuple) and all(w == 0 or _number(w, above=0) for w in given)):
+            return given
+        raise ValueError("write all, kept, or a list of weights, one per layer, each at least 0")
 
     @model_validator(mode="after")
     def _some_loss(self) -> GkdConfig:

@@ -1,4 +1,7 @@
-"""Global distillation on Ray Train: whatever is killed, the child ends in the bits of an undisturbed serial run."""
+"""Global distillation on Ray Train: whatever is killed, the child ends in the bits of an undisturbed serial run.
+
+Its learning rate is chosen by a range test, and it is watched on held-out text.
+"""
 
 import dataclasses
 from contextlib import contextmanager
@@ -14,7 +17,7 @@ from actors.gkd import Failures, run_gkd
 from puzzle_ray.artifacts import LayerChoice
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.data.splits import TOKENS
-from puzzle_ray.distill.gkd import CHILD, CURVE, Diverged, GkdJob, distill_child, steps_saved
+from puzzle_ray.distill.gkd import CHILD, CURVE, LOOKS, Diverged, GkdJob, distill_child, steps_saved
 from puzzle_ray.distill.settings import GkdConfig
 from puzzle_ray.errors import ClusterError
 from puzzle_ray.models.child import load_model, new_child, save_child
@@ -23,7 +26,7 @@ from puzzle_ray.store import Store
 
 VOCAB_SIZE, LENGTH, STEPS = 64, 16, 140
 CONFIG = GkdConfig(
-    tokens=STEPS * 64, micro_batch_tokens=32, num_workers=2, learning_rate=1e-2, checkpoint_every=20, max_failures=1
+    tokens=STEPS * 64, micro_batch_tokens=32, num_workers=2, learning_rate="auto", checkpoint_every=20, max_failures=1
 )
 CLUSTER = ClusterConfig()
 
@@ -47,7 +50,8 @@ def job(tmp_path_factory):
         save_child(child, folder / "parent", target)
     sequences = torch.from_numpy(np.random.default_rng(0).integers(0, VOCAB_SIZE, (100, LENGTH)).astype(np.int32))
     data.write_tensors(TOKENS, {"train": sequences, "heldout": sequences[:4].clone()})
-    return GkdJob(str(folder / "parent"), realized, data, store.artifact("gkd", {}, {}), CONFIG, seed=3)
+    heldout = (sequences[:4].long().numpy(), sequences[4:8].long().numpy())
+    return GkdJob(str(folder / "parent"), realized, data, store.artifact("gkd", {}, {}), CONFIG, seed=3, heldout=heldout)
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +65,8 @@ def serial(job):
 
 
 def published(step):
-    assert step.finished and step.names() == ["artifact.json", CHILD, CURVE]
-    return load_model(step.local_folder(CHILD)).state_dict(), step.read(CURVE), step.facts()
+    assert step.finished and step.names() == ["artifact.json", CHILD, LOOKS, CURVE] and step.facts()["range_test"]
+    return load_model(step.local_folder(CHILD)).state_dict(), step.read(CURVE) + step.read(LOOKS), step.facts()
 
 
 def assert_same(run, expected):
@@ -126,7 +130,7 @@ def test_an_interrupted_driver_and_a_killed_worker_change_nothing(local_ray, job
 
 
 def test_a_diverging_run_is_not_tried_again(local_ray, job):
-    mine = another(job, "diverged", learning_rate=1e30, max_failures=-1)
+    mine = dataclasses.replace(another(job, "diverged", learning_rate=1e30, max_failures=-1), heldout=())
     with pytest.raises(Diverged, match="lower gkd.learning_rate"):
         run_gkd(mine, cluster=CLUSTER, progress=Quiet(), cpus_per_worker=1)
     assert not mine.artifact.finished

@@ -58,6 +58,11 @@ def test_what_is_set_beside_a_preset_goes_on_top_of_it():
     assert load("tiny", None, ("gkd.preset=lm+kld",)).gkd.lm_weight == 1
 
 
+def test_a_learning_rate_may_be_written_as_yaml_does_not_read_numbers():
+    assert load("tiny", None, ("gkd.learning_rate=1e-4",)).gkd.learning_rate == 1e-4
+    assert load("tiny", None, ("gkd.learning_rate=auto",)).gkd.learning_rate == "auto"
+
+
 def test_preset_none_trains_nothing():
     assert not settings(preset="none").trains and gkd_steps(settings(preset="none")) == 0
     assert new_trainer(settings(preset="none")).total_steps == 0
@@ -72,7 +77,10 @@ def test_preset_none_trains_nothing():
         ({"lm_tokens": {"min_parent_probability": 0.5}}, "set gkd.lm_weight"),
         ({"cosine_layers": [0.0, 0.0]}, "gkd.cosine_weight=0"),
         ({"learning_rate": "auto", "heldout_tokens": 0}, "set gkd.heldout_tokens"),
-        ({"learning_rate": "best"}, "auto"),
+        ({"learning_rate": "best"}, "write a number above 0, or auto"),
+        ({"learning_rate": 0}, "write a number above 0, or auto"),
+        ({"cosine_layers": "none"}, "write all, kept, or a list"),
+        ({"cosine_layers": [1, -1]}, "each at least 0"),
         ({"stages": [{"sequence_length": 7, "tokens": 9, "micro_batch_tokens": 16}]}, "no multiple of sequence_length=7"),
     ],
 )

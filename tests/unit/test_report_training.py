@@ -1,5 +1,6 @@
 """What the report says of local distillation beyond the tables of variants: early stops and coupled pairs."""
 
+import html
 import re
 from dataclasses import replace
 
@@ -20,7 +21,7 @@ def trained(space, **changes) -> ReportData:
 
 
 def text(data) -> str:
-    return re.sub(r"<[^>]*>", " ", "".join(distillation_details(data)))
+    return html.unescape(re.sub(r"<[^>]*>", " ", "".join(distillation_details(data))))
 
 
 def test_early_stops_are_counted_with_what_they_spared():
@@ -50,3 +51,39 @@ def test_a_pair_that_failed_says_so():
     data = trained(COUPLED)
     rows = [replace(row, failure="the loss is not finite", kept="start") for row in data.library[:1]]
     assert "start: the loss is not finite" in text(replace(data, library=rows))
+
+
+def test_variants_that_are_less_well_conditioned_than_the_parent_have_a_table():
+    usual = {"singular_value": 0.4, "parent_singular_value": 0.39, "sensitivity": 2e-6, "parent_sensitivity": 1e-6}
+    data = trained(SPACE)
+    rows = [replace(row, **usual) for row in data.library]
+    said = text(replace(data, library=rows))
+    assert "No variant has a singular value above 5 times the parent's, or a sensitivity above 25 times." in said
+    page = render(replace(data, library=rows))
+    assert "largest singular value 0.400 (parent 0.390), sensitivity 2e-06 (parent 1e-06)" in page, "every cell says its own"
+    rows[1] = replace(rows[1], singular_value=46.7)
+    said = " ".join(text(replace(data, library=rows)).split())
+    assert "less well-conditioned than the parent" in said and "46.7 0.390 2e-06 1e-06 how" in said
+    pairs = trained(COUPLED)
+    assert "0.400 (0.390)" in text(replace(pairs, library=[replace(row, **usual) for row in pairs.library]))
+
+
+def test_global_distillation_says_what_came_of_it_and_which_rates_were_tried():
+    curve = [{"step": step, "loss": 0.3, "kl": 0.2, "cosine": 0.1} for step in range(3)]
+    facts = {"kept": "start", "heldout_kl_before": 0.25, "heldout_kl": 0.25, "returns": 4}
+    page = render(replace(ReportData("p"), gkd_curve=curve, gkd_facts=facts))
+    assert "Distillation did not improve the child (held-out KL 0.25): it is published as it was" in page
+    trials = [{"rate": 3e-4, "kl": None, "steps": 20}, {"rate": 1e-4, "kl": 0.2, "steps": 20}]
+    facts = {
+        "kept": "step 3",
+        "heldout_kl_before": 0.25,
+        "heldout_kl": 0.2,
+        "returns": 0,
+        "learning_rate": 1e-4,
+        "range_test": trials,
+    }
+    looks = [{"step": 0, "kl": 0.25, "returned": 0}, {"step": 2, "kl": 9.0, "returned": 1}, {"step": 3, "kl": 0.2, "returned": 0}]
+    page = render(replace(ReportData("p"), gkd_curve=curve, gkd_facts=facts, gkd_looks=looks))
+    assert "Held-out KL 0.25 -&gt; 0.2, weights of step 3; learning rate 0.0001, the best of 2 in a range test." in page
+    assert "0.0001 (chosen)" in page and "not finite" in page and "KL on held-out text: 0.250 → 0.200" in page
+    assert "Global distillation: needs GKD" in render(ReportData("p"))
