@@ -139,7 +139,7 @@ def saved_answer(artifact: Artifact, asked: Asked) -> Answer | None:
 
 
 def save_answer(artifact: Artifact, asked: Asked, answer: Answer) -> None:
-    artifact.write_tensors(file_name(asked), {key: torch.from_numpy(np.ascontiguousarray(v)) for key, v in answer.items()})
+    artifact.write_tensors(file_name(asked), {key: torch.from_numpy(np.array(v)) for key, v in answer.items()})
 
 
 class AskHere:

@@ -54,12 +54,17 @@ def _retained(found: Mapping[str, Any]) -> list[Html]:
         cells = [tag("td", percent(parent["value"]), small(_bounds(parent)))]
         for child in children:
             own = row["models"][child]
-            cells.append(tag("td", percent(own["child"]["value"]), small(_bounds(own["child"]))))
-            kept = own["retained"]
-            cells.append(tag("td", percent(kept["value"]) if kept else "–", small(_bounds(kept)), small(_remark(own))))
+            cells.append(tag("td", percent(own["child"]["value"]), small(_bounds(own["child"])), *_kept(own)))
         rows.append([name, *cells])
-    header = ["task", "Parent", *(head for child in children for head in (_name(child), "kept"))]
-    return [html_table(header, rows)]
+    return [html_table(["task", "Parent", *map(_name, children)], rows, class_="kept")]
+
+
+def _kept(own: Mapping[str, Any]) -> list[Html]:
+    kept = own["retained"]
+    if kept is None:
+        return []
+    bounds = _bounds(kept)
+    return [small(f" kept {percent(kept['value'])}", f" ({bounds.strip()})" if bounds else None), small(_remark(own))]
 
 
 def _bounds(interval: Mapping[str, Any] | None) -> str:
@@ -83,7 +88,7 @@ def _figures(found: Mapping[str, Any]) -> list[Html]:
     if not flat:
         return []
     rows = [[name.removesuffix(",none"), *(number(value, 4) for value in values.values())] for name, values in flat]
-    table = html_table(["task · metric", *map(_name, flat[0][1])], rows)
+    table = html_table(["task · metric", *map(_name, flat[0][1])], rows, class_="kept")
     return [tag("details", tag("summary", "All metrics of all tasks"), table)]
 
 
@@ -100,7 +105,7 @@ def differences(data: ReportData) -> list[Html] | None:
                 for row in table
             ]
             header = [bucket, *(f"{_name(name)}, perplexity" for name in names)]
-            parts.append(tag("div", note(text), html_table(header, rows)))
+            parts.append(tag("div", note(text), html_table(header, rows, class_="kept")))
     if not parts:
         return None
     about = "Held-out text that scored no block and picked no child. Agreement: the child's most probable token is the parent's."
@@ -131,8 +136,10 @@ def retrieval(data: ReportData) -> list[Html] | None:
     by_depth = [row(own, f"{own['kind']} at {percent(own['depth'], 0)}") for own in table if own["depth"] is not None]
     text = "Numbers hidden in repeated sentences (in the style of RULER, arXiv 2404.06654). Found: the share of the numbers asked for in "
     text += "the greedy answer. Right of 4: the right number is the most likely of four, where guessing gives 25 %."
-    details = tag("details", tag("summary", "By depth: 0 % is the beginning of the text"), html_table(header, by_depth))
-    return [note(text), html_table(header, whole), details]
+    details = tag(
+        "details", tag("summary", "By depth: 0 % is the beginning of the text"), html_table(header, by_depth, class_="kept")
+    )
+    return [note(text), html_table(header, whole, class_="kept"), details]
 
 
 def samples(data: ReportData) -> list[Html] | None:

@@ -157,6 +157,8 @@ td small b { display: inline-block; width: 46px; font-weight: 400; }
 .heat tbody th, .heat th[rowspan] { width: 1%; text-align: left; padding-left: 0; }
 .heat thead tr + tr th { padding-left: 6px; }
 
+.kept small { display: block; white-space: normal; line-height: 1.3; margin: 0; }
+.kept td, .kept th { vertical-align: top; }
 .stages { max-width: 640px; }
 .stages .bar { display: block; width: 100%; }
 .stages td:nth-child(2) { width: 70%; }

@@ -246,7 +246,7 @@ def test_what_was_kept_has_its_interval_and_says_where_guessing_would_do():
     kept = {row["entry"]: row["models"]["child"] for row in table["entries"]}
     for row in kept.values():
         low, high = (percent(row["retained"][bound]) for bound in ("low", "high"))
-        assert f"{percent(row['retained']['value'])}<small> {low} to {high}</small>" in WHOLE
+        assert f"kept {percent(row['retained']['value'])} ({low} to {high})" in WHOLE
     assert kept["arc_easy"]["above_chance"] is None and "parent not above guessing" in PAGE.text
     assert f"{percent(kept['next_sentence_mc']['above_chance']['value'])} of what is above guessing" in PAGE.text
 

@@ -58,7 +58,7 @@ def test_a_browser_draws_the_page_without_a_complaint(tmp_path):
 
 
 # Opens the page in a frame of a given width, and lists the elements whose content is wider than they are. Heat maps may scroll.
-FRAME = """<!DOCTYPE html><body><iframe srcdoc="{page}" style="border:0;width:{width}px;height:9000px"></iframe><script>
+FRAME = """<!DOCTYPE html><body><iframe srcdoc="{page}" style="border:0;width:{width}px;height:14000px"></iframe><script>
 addEventListener("load", () => {{
   const frame = document.querySelector("iframe").contentDocument;
   const wide = [...frame.querySelectorAll("body *")].filter((e) =>
