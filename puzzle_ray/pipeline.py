@@ -32,6 +32,7 @@ from puzzle_ray.distill.library import Library, build_serially, starting_library
 from puzzle_ray.distill.realize import realize
 from puzzle_ray.evaluation.child_meter import ChildMeter
 from puzzle_ray.evaluation.evaluate import evaluate
+from puzzle_ray.export.target import configured_space
 from puzzle_ray.models.blocks import LayerStack, load_stack
 from puzzle_ray.models.checkpoint import fingerprint, locate
 from puzzle_ray.models.child import read_config
@@ -54,7 +55,7 @@ from puzzle_ray.search.narrow import library_space
 from puzzle_ray.search.searcher import searcher_sources
 from puzzle_ray.search.setup import SearchSetup
 from puzzle_ray.store import Artifact, Store, adding_items, do_once
-from puzzle_ray.variants.space import search_space, space_sources
+from puzzle_ray.variants.space import space_sources
 from puzzle_ray.version import torch_series
 
 EVALUATION = "evaluation.json"
@@ -144,7 +145,7 @@ class Setting:
     @cached_property
     def whole_space(self) -> SearchSpace:
         space = self.config.space
-        return search_space(self.model_config, space.attention, space.ffn, space.ffn_multiple_of)
+        return configured_space(self.model_config, space, self.config.search.target_format)
 
     @cached_property
     def space(self) -> SearchSpace:

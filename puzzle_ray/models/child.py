@@ -19,7 +19,7 @@ from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice, SubblockKind
 from puzzle_ray.errors import ParentError
 from puzzle_ray.families.descriptor import Descriptor
 from puzzle_ray.families.registry import complete_config, descriptor_of, families, unsupported_family
-from puzzle_ray.models.card import add_card
+from puzzle_ray.models.card import CARD, HISTORY, add_card
 from puzzle_ray.models.checkpoint import (
     Checkpoint,
     as_stored,
@@ -144,6 +144,11 @@ def copy_tokenizer(source: Path, target: Path, names: Iterable[str] = TOKENIZER_
     for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+
+
+def copy_history(source: Path, target: Path) -> None:
+    """The model card and what it is made from."""
+    copy_tokenizer(source, target, (CARD, HISTORY))
 
 
 def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> Any:

@@ -1,0 +1,74 @@
+"""`import puzzle_ray` makes children known to transformers, so that they load without `trust_remote_code`.
+
+Nothing is imported for it: a finder waits until transformers' own classes are imported, and registers those of children then.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+_AUTO, _MODELS = "transformers.models.auto.modeling_auto", "transformers.modeling_utils"
+_AWAITED = (_AUTO, _MODELS)
+
+
+def register_when_transformers_is_imported() -> None:
+    """Registers children now if transformers' Auto classes are there already, otherwise as soon as they are."""
+    if not _register() and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+def _complete(name: str) -> bool:
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    return spec is not None and not getattr(spec, "_initializing", False)
+
+
+def _register(ended: str = "") -> bool:
+    """Registers children if both modules are imported. `ended` is the one whose import has just come to its end."""
+    if not all(name == ended or _complete(name) for name in _AWAITED):
+        return False
+    from puzzle_ray.models.child_classes import register_children
+
+    register_children()
+    return True
+
+
+class _Finder(MetaPathFinder):
+    """Finds the awaited modules as everyone else does, and watches their import."""
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name not in _AWAITED:
+            return None
+        place = sys.meta_path.index(self)
+        sys.meta_path.remove(self)
+        try:
+            spec = find_spec(name)
+        finally:
+            sys.meta_path.insert(place, self)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Watched(spec.loader, self)
+        return spec
+
+
+class _Watched(Loader):
+    """A module's own loader, and what follows its import."""
+
+    def __init__(self, loader: Loader, finder: _Finder) -> None:
+        self._loader, self._finder = loader, finder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        if module.__spec__ is not None:
+            module.__spec__.loader = module.__loader__ = self._loader
+        if _register(module.__name__) and self._finder in sys.meta_path:
+            sys.meta_path.remove(self._finder)
