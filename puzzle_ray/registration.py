@@ -1,6 +1,7 @@
 """`import puzzle_ray` makes children known to transformers, so that they load without `trust_remote_code`.
 
-Nothing is imported for it: a finder waits until transformers' own classes are imported, and registers those of children then.
+Nothing is imported for it: a finder waits until transformers' own classes are imported, and registers those of children then. Modules of
+transformers import each other, so it waits until none of them is still on its way.
 """
 
 from __future__ import annotations
@@ -12,24 +13,29 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-_AUTO, _MODELS = "transformers.models.auto.modeling_auto", "transformers.modeling_utils"
-_AWAITED = (_AUTO, _MODELS)
+_LIBRARY = "transformers"
+_AWAITED = (f"{_LIBRARY}.models.auto.modeling_auto", f"{_LIBRARY}.modeling_utils")
 
 
 def register_when_transformers_is_imported() -> None:
-    """Registers children now if transformers' Auto classes are there already, otherwise as soon as they are."""
+    """Registers children now if transformers' classes are there already, otherwise as soon as they are."""
     if not _register() and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
-def _complete(name: str) -> bool:
-    spec = getattr(sys.modules.get(name), "__spec__", None)
-    return spec is not None and not getattr(spec, "_initializing", False)
+def _of_library(name: str) -> bool:
+    return name == _LIBRARY or name.startswith(f"{_LIBRARY}.")
+
+
+def _on_its_way(module: ModuleType) -> bool:
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
 
 
 def _register(ended: str = "") -> bool:
-    """Registers children if both modules are imported. `ended` is the one whose import has just come to its end."""
-    if not all(name == ended or _complete(name) for name in _AWAITED):
+    """Registers children if everything is imported. `ended` is the module whose import has just come to its end."""
+    if not all(name in sys.modules for name in _AWAITED):
+        return False
+    if any(_of_library(name) and name != ended and _on_its_way(module) for name, module in list(sys.modules.items())):
         return False
     from puzzle_ray.models.child_classes import register_children
 
@@ -38,10 +44,10 @@ def _register(ended: str = "") -> bool:
 
 
 class _Finder(MetaPathFinder):
-    """Finds the awaited modules as everyone else does, and watches their import."""
+    """Finds the modules of transformers as everyone else does, and watches their import."""
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name not in _AWAITED:
+        if not _of_library(name) or self not in sys.meta_path:
             return None
         place = sys.meta_path.index(self)
         sys.meta_path.remove(self)
@@ -67,8 +73,9 @@ class _Watched(Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        self._loader.exec_module(module)
         if module.__spec__ is not None:
             module.__spec__.loader = module.__loader__ = self._loader
-        if _register(module.__name__) and self._finder in sys.meta_path:
-            sys.meta_path.remove(self._finder)
+        self._loader.exec_module(module)
+        finder = self._finder
+        if finder in sys.meta_path and _register(module.__name__):
+            sys.meta_path.remove(finder)
