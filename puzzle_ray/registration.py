@@ -1,7 +1,7 @@
 """`import puzzle_ray` makes children known to transformers, so that they load without `trust_remote_code`.
 
-Nothing is imported for it: a finder waits until transformers' own classes are imported, and registers those of children then. Modules of
-transformers import each other, so it waits until none of them is still on its way.
+Nothing is imported for it: a finder waits until transformers' own Auto classes are imported, and registers the configs, then the models
+of children. Modules import each other, so it waits until none of transformers' and of this package's is still on its way.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-_LIBRARY = "transformers"
-_AWAITED = (f"{_LIBRARY}.models.auto.modeling_auto", f"{_LIBRARY}.modeling_utils")
+_LIBRARY, _OWN = "transformers", "puzzle_ray"
+_CONFIGS = f"{_LIBRARY}.models.auto.configuration_auto"
+_MODELS = f"{_LIBRARY}.models.auto.modeling_auto"
 
 
 def register_when_transformers_is_imported() -> None:
     """Registers children now if transformers' classes are there already, otherwise as soon as they are."""
-    if not _register() and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    if not _register(_OWN) and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
-def _of_library(name: str) -> bool:
-    return name == _LIBRARY or name.startswith(f"{_LIBRARY}.")
+def _watched(name: str) -> bool:
+    return name.partition(".")[0] in (_LIBRARY, _OWN)
 
 
 def _on_its_way(module: ModuleType) -> bool:
@@ -32,10 +33,15 @@ def _on_its_way(module: ModuleType) -> bool:
 
 
 def _register(ended: str = "") -> bool:
-    """Registers children if everything is imported. `ended` is the module whose import has just come to its end."""
-    if not all(name in sys.modules for name in _AWAITED):
+    """Registers what can be, and says whether that is all. `ended` is the module whose import has just come to its end."""
+    if _CONFIGS not in sys.modules:
         return False
-    if any(_of_library(name) and name != ended and _on_its_way(module) for name, module in list(sys.modules.items())):
+    if any(_watched(name) and name != ended and _on_its_way(module) for name, module in list(sys.modules.items())):
+        return False
+    from puzzle_ray.models.child_configs import register_configs
+
+    register_configs()
+    if _MODELS not in sys.modules:
         return False
     from puzzle_ray.models.child_classes import register_children
 
@@ -44,10 +50,10 @@ def _register(ended: str = "") -> bool:
 
 
 class _Finder(MetaPathFinder):
-    """Finds the modules of transformers as everyone else does, and watches their import."""
+    """Finds the modules as everyone else does, and watches their import."""
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if not _of_library(name) or self not in sys.meta_path:
+        if not _watched(name) or self not in sys.meta_path:
             return None
         place = sys.meta_path.index(self)
         sys.meta_path.remove(self)

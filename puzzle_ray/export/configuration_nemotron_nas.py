@@ -8,7 +8,6 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-
 DEFAULTS = {  # of what Llama's model reads
     "pad_token_id": None,
     "attention_bias": False,
