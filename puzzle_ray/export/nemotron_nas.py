@@ -63,7 +63,8 @@ def check_parent(config: Any, biases: bool = True) -> None:
         refuse(f"is not one of {', '.join(FAMILIES)}{_LACKS.get(family, '')}")
     if config.hidden_act != "silu":
         refuse(f"with hidden_act={config.hidden_act!r}")
-    sliding = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    sliding = window is not None and window < config.max_position_embeddings  # a longer one limits nothing
     if sliding:
         refuse(f"with sliding_window={config.sliding_window}")
     rope = dict(config.rope_parameters)
