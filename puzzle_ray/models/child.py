@@ -137,7 +137,8 @@ def save_child(child: Any, source: Path, folder: Path, made: Mapping[str, object
     copy_tokenizer(source, folder)
     add_card(child, source, folder, made)
     for file in folder.iterdir():
-        file.chmod(FILE_MODE)
+        if file.is_file():
+            file.chmod(FILE_MODE)
 
 
 def copy_tokenizer(source: Path, target: Path, names: Iterable[str] = TOKENIZER_FILES) -> None:

