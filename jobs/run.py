@@ -162,10 +162,10 @@ class Run:
     @cached_property
     def whole_space(self) -> SearchSpace:
         """Every variant that the config offers."""
-        from puzzle_ray.variants.space import search_space
+        from puzzle_ray.export.target import configured_space
 
         space = self.config.space
-        return search_space(self.parent.model_config, space.attention, space.ffn, space.ffn_multiple_of)
+        return configured_space(self.parent.model_config, space, self.config.search.target_format)
 
     @cached_property
     def space(self) -> SearchSpace:

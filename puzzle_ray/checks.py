@@ -68,15 +68,15 @@ def _check_questions(scoring: ScoringConfig) -> None:
 
 def _check_space(config: RunConfig, model_config: Any) -> None:
     from puzzle_ray.distill.library import starting_library
+    from puzzle_ray.export.target import configured_space
     from puzzle_ray.profiling.batch_sizes import with_batch_sizes
     from puzzle_ray.profiling.measure import check_shapes
     from puzzle_ray.search.budget import check_sizes
     from puzzle_ray.search.narrow import library_space
     from puzzle_ray.search.sweep import longest_context
     from puzzle_ray.search.tables import check_limits
-    from puzzle_ray.variants.space import search_space
 
-    space = search_space(model_config, config.space.attention, config.space.ffn, config.space.ffn_multiple_of)
+    space = configured_space(model_config, config.space, config.search.target_format)
     narrowed = library_space(space, config.library)
     check_limits(narrowed, config.search.limits)
     starting_library(config.library, narrowed)

@@ -36,6 +36,7 @@ from puzzle_ray.evaluation.quality import Quality, quality_facts
 from puzzle_ray.evaluation.reader import AskHere
 from puzzle_ray.evaluation.requests import ANSWERS
 from puzzle_ray.evaluation.task_names import task_sources
+from puzzle_ray.export.target import configured_space
 from puzzle_ray.models.blocks import LayerStack, load_stack
 from puzzle_ray.models.checkpoint import fingerprint, locate
 from puzzle_ray.models.child import read_config
@@ -58,7 +59,7 @@ from puzzle_ray.search.narrow import library_space
 from puzzle_ray.search.searcher import searcher_sources
 from puzzle_ray.search.setup import SearchSetup
 from puzzle_ray.store import Artifact, Store, adding_items, do_once
-from puzzle_ray.variants.space import search_space, space_sources
+from puzzle_ray.variants.space import space_sources
 from puzzle_ray.version import torch_series
 
 EVALUATION, QUALITY = "evaluation.json", "quality.json"
@@ -150,7 +151,7 @@ class Setting:
     @cached_property
     def whole_space(self) -> SearchSpace:
         space = self.config.space
-        return search_space(self.model_config, space.attention, space.ffn, space.ffn_multiple_of)
+        return configured_space(self.model_config, space, self.config.search.target_format)
 
     @cached_property
     def space(self) -> SearchSpace:

@@ -357,7 +357,7 @@ def publish_distilled(trainer: GkdTrainer, job: GkdJob) -> None:
     source = job.child.local_folder(CHILD)
     child = trainer.child.to(read_config(source).dtype or torch.float32)
     with quiet_transformers(), job.artifact.folder_to_publish(CHILD) as folder:
-        save_child(child, source, folder)
+        save_child(child, source, folder, {"distilled": "globally, from its parent", "steps": trainer.total_steps})
     job.artifact.write(CURVE, rows_to_parquet(trainer.curve, GkdRow, {}))
     last = {f"last_{name}": getattr(row, name) for row in trainer.curve[-1:] for name in ("loss", "kl", "cosine", "lm")}
     facts: dict[str, Any] = {"steps": trainer.total_steps, "tokens": trainer.text.tokens, **last}

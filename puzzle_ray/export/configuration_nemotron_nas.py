@@ -8,6 +8,16 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+DEFAULTS = {  # of what Llama's model reads
+    "pad_token_id": None,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0.0,
+    "pretraining_tp": 1,
+    "initializer_range": 0.02,
+    "use_cache": True,
+}
+
 
 class NemotronNasConfig(PretrainedConfig):
     """Llama's settings, and `block_configs`.
@@ -25,6 +35,8 @@ class NemotronNasConfig(PretrainedConfig):
             else SimpleNamespace(**{k: SimpleNamespace(**v) for k, v in block.items()})
             for block in block_configs or ()
         ]
+        for name, value in DEFAULTS.items():
+            kwargs.setdefault(name, value)
         if hasattr(PretrainedConfig, "rope_scaling"):  # another name of rope_parameters in transformers 5
             kwargs.pop("rope_scaling", None)
         for name in ("max_position_embeddings", "rope_parameters"):  # the base class reads them while it initialises

@@ -19,7 +19,7 @@ from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice, SubblockKind
 from puzzle_ray.errors import ParentError
 from puzzle_ray.families.descriptor import Descriptor
 from puzzle_ray.families.registry import complete_config, descriptor_of, families, unsupported_family
-from puzzle_ray.models.card import add_card
+from puzzle_ray.models.card import CARD, HISTORY, add_card
 from puzzle_ray.models.checkpoint import (
     Checkpoint,
     as_stored,
@@ -148,13 +148,19 @@ def add_what_goes_with(child: Any, source: Path, folder: Path, made: Mapping[str
     copy_tokenizer(source, folder)
     add_card(child, source, folder, made)
     for file in folder.iterdir():
-        file.chmod(FILE_MODE)
+        if file.is_file():
+            file.chmod(FILE_MODE)
 
 
 def copy_tokenizer(source: Path, target: Path, names: Iterable[str] = TOKENIZER_FILES) -> None:
     for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+
+
+def copy_history(source: Path, target: Path) -> None:
+    """The model card and what it is made from."""
+    copy_tokenizer(source, target, (CARD, HISTORY))
 
 
 def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,12 +17,15 @@ class SearchConfig(Section):
     Children are measured where `candidates` > 1 or `local_search_steps` > 0, on `measure_tokens` held-out tokens. Measured are the
     `candidates` best answers, which differ from each other in at least `min_different_layers` layers, and one answer of each searcher
     in `rivals`. Then a local search exchanges blocks as long as the measured KL falls.
+    With `target_format: nemotron_nas` the search space has only what vLLM runs in that format: no linear, no windows, no no-op
+    attention in the first layer, and FFN widths that are multiples of 256.
     `sweep` maps an axis to a list of values. An axis is a limit's name, `batch_size`, `input_tokens` or `output_tokens`. All
     combinations are searched. `sweep_measure` measures the architectures on the frontier. `sweep_gkd` also distils and measures them.
     """
 
     limits: Limits = Limits(speedup=1.5)
     searcher: str = "mip"
+    target_format: Literal["native", "nemotron_nas"] = "native"
     time_limit_s: Positive = 60.0
     candidates: Count = 1
     min_different_layers: Count = 1
@@ -62,7 +65,7 @@ class SearchConfig(Section):
         return self.measure_tokens if self.measures or self.sweep_measure else 0
 
     def identity(self) -> dict[str, Any]:
-        """The settings that one budget's answer depends on."""
+        """The settings that one budget's answer depends on. The target format is in the search space."""
         only_measured = {
             "candidates",
             "min_different_layers",
@@ -71,7 +74,7 @@ class SearchConfig(Section):
             "interaction_blocks",
             "measure_tokens",
         }
-        without_effect = {"sweep", "sweep_measure", "sweep_gkd"} | (set() if self.measures else only_measured)
+        without_effect = {"sweep", "sweep_measure", "sweep_gkd", "target_format"} | (set() if self.measures else only_measured)
         return self.model_dump(mode="json", exclude=without_effect)
 
     def sweep_identity(self) -> dict[str, Any]:

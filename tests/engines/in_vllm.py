@@ -29,8 +29,9 @@ if __name__ == "__main__":
         max_num_seqs=4,
         enable_prefix_caching=False,
     )
-    settings = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
+    settings = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, logprobs=0)
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], settings, use_tqdm=False)
     tokens = [list(output.outputs[0].token_ids) for output in outputs]
+    logprobs = [[next(iter(at.values())).logprob for at in output.outputs[0].logprobs] for output in outputs]
     model = type(llm.llm_engine.model_executor.driver_worker.worker.model_runner.model).__name__
-    print(json.dumps({"version": vllm.__version__, "model": model, "greedy": tokens}))
+    print(json.dumps({"version": vllm.__version__, "model": model, "greedy": tokens, "logprobs": logprobs}))

@@ -116,10 +116,17 @@ def test_qwen2_keeps_its_biases_for_engines_that_have_them():
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (lambda: parent("qwen3"), "qwen3 is not one of llama, mistral, qwen2"),
+        (lambda: parent("qwen3"), "qwen3 is not one of llama, mistral, qwen2, phi3: it has norms over queries and keys"),
         (lambda: parent("granite"), "granite is not one of"),
         (lambda: parent("gemma2", num_hidden_layers=3), "gemma2 is not one of"),
-        (lambda: parent("phi3"), "phi3 is not one of"),
+        (
+            lambda: parent("phi3", rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+            "phi3 with partial_rotary_factor=0.5",
+        ),
+        (
+            lambda: parent(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+            "llama with rope_type='dynamic'",
+        ),
         (lambda: parent("mistral", sliding_window=16), "mistral with sliding_window=16"),
         (lambda: parent("qwen2", use_sliding_window=True, sliding_window=16), "qwen2 with sliding_window=16"),
         (lambda: parent(hidden_act="gelu"), "llama with hidden_act='gelu'"),

@@ -1,0 +1,227 @@
+"""The native format: a child's folder loads without this package, says its shapes in transformers' words, and survives another save."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import save_parent, tiny_config
+
+from puzzle_ray.artifacts import LayerChoice
+from puzzle_ray.errors import ConfigError, ParentError
+from puzzle_ray.families.registry import complete_config, families
+from puzzle_ray.models.blocks import reshape_layer
+from puzzle_ray.models.child import load_model, new_child, read_config, save_child
+from puzzle_ray.models.child_settings import version_4_rope, words_of_layers
+from puzzle_ray.models.folder_code import Names, write_code
+from puzzle_ray.surgery.shapes import reshape_by_words
+from puzzle_ray.variants.base import layer_words
+
+ROOT = Path(__file__).parents[2]
+IDS = torch.arange(24).remainder(96).reshape(1, 24)
+CHOICES = [
+    LayerChoice("noop", "ffn:24"),
+    LayerChoice("gqa:1", "linear"),
+    LayerChoice("linear", "noop"),
+]
+
+
+def saved_child(folder, model_type="llama", choices=tuple(CHOICES), **changes):
+    parent = save_parent(folder / "parent", model_type, **changes)
+    torch.manual_seed(1)
+    child = new_child(read_config(parent), choices, torch.float32).eval()
+    save_child(child, parent, folder / "child", {"made": "for a test"})
+    return child, folder / "child"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return saved_child(tmp_path_factory.mktemp("llama"))
+
+
+def changed(folder, target, **changes):
+    """A copy of a child's folder with other settings; None removes one."""
+    target.mkdir()
+    for file in folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((folder / "config.json").read_text()) | changes
+    (target / "config.json").write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
+    return target
+
+
+def python(code, cwd):
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_MODULES_CACHE": str(cwd / "modules")}
+    done = subprocess.run([sys.executable, *code], capture_output=True, text=True, cwd=cwd, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_transformers_loads_it_without_this_package_and_gives_the_same_tokens(llama, tmp_path):
+    child, folder = llama
+    copies = {name: changed(folder, tmp_path / name) for name in ("first",)}
+    gpt_neo, opt = (saved_child(tmp_path / name, name) for name in ("gpt_neo", "opt"))
+    prompts = [[3, 4, 5, 6, 7, 8], [9, 10, 11]]
+    folders = {"first": copies["first"]}
+    models = {"first": child}
+    for name, (model, where) in {"gpt_neo": gpt_neo, "opt": opt}.items():
+        folders[name], models[name] = where.rename(tmp_path / f"{name}-child"), model
+    for where in folders.values():
+        (where / "prompts.json").write_text(json.dumps(prompts))
+    script = ROOT / "tests/engines/in_transformers.py"
+    found = json.loads(python([script, tmp_path / "again", *folders.values()], tmp_path))["children"]
+    for name, where in folders.items():
+        seen = found[where.name]
+        assert "error" not in seen, seen
+        for prompt, tokens in zip(prompts, seen["greedy"], strict=True):
+            ids = list(prompt)
+            for _ in tokens:  # without a cache
+                ids.append(int(models[name](torch.tensor([ids])).logits[0, -1].argmax()))
+            assert tokens == ids[len(prompt) :]
+        assert seen["padded"] == seen.get("static", seen["greedy"]) == seen["greedy"]
+        assert seen["again"] and seen["headless"] and not seen["config_again"]
+        assert seen["missing"] == seen["unexpected"] == []
+
+
+def test_the_code_in_the_folder_imports_nothing_of_this_package_and_is_the_same_for_all_children(llama, tmp_path):
+    _, folder = llama
+    for model_type, descriptor in families().items():
+        write_code(tmp_path, descriptor)
+        for module in (Names.of(descriptor).config_module, Names.of(descriptor).model_module):
+            tree = ast.parse((tmp_path / f"{module}.py").read_text())
+            for node in ast.walk(tree):
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+                assert not any(name.startswith("puzzle_ray") for name in names), model_type
+    assert (tmp_path / "modeling_puzzle_llama.py").read_text() == (folder / "modeling_puzzle_llama.py").read_text()
+
+
+@pytest.mark.parametrize("model_type", sorted(families()))
+def test_the_words_of_a_variant_are_its_shape(model_type):
+    descriptor = families()[model_type]
+    config = complete_config(tiny_config(model_type))
+    from transformers import AutoModelForCausalLM
+
+    for choice in (*CHOICES, LayerChoice("window:5"), LayerChoice("gqa_prune:1", "ffn_iterative:16"), LayerChoice()):
+        layers = []
+        for _ in range(2):
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config)
+            layers.append(model.get_submodule(descriptor.layers)[0])
+        reshape_layer(layers[0], choice, descriptor, config)
+        reshape_by_words(layers[1], layer_words(choice, descriptor), descriptor, config)
+        named, said = ([(n, type(m)) for n, m in layer.named_modules()] for layer in layers)
+        assert named == said
+        named, said = ({n: p.shape for n, p in layer.named_parameters()} for layer in layers)
+        assert named == said
+
+
+def test_its_config_speaks_transformers_words(llama):
+    _, folder = llama
+    config = read_config(folder)
+    assert config.is_heterogeneous and config.num_key_value_heads == 2
+    layers = config.per_layer_config
+    assert [layer.skip for layer in layers] == [["attention"], [], ["mlp"]]
+    assert [layer.num_key_value_heads for layer in layers] == [1, 1, 1]
+    assert [layer.intermediate_size for layer in layers] == [24, 48, 48]
+    assert words_of_layers(config)[1] == {"num_key_value_heads": 1, "linear": ["mlp"]}
+    written = json.loads((folder / "config.json").read_text())
+    assert list(written["auto_map"]) == ["AutoConfig", "AutoModel", "AutoModelForCausalLM"]
+    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] and written["rope_scaling"] is None
+
+
+def test_rope_settings_in_the_words_of_transformers_4():
+    llama3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    assert version_4_rope({"rope_parameters": llama3}) == {
+        "rope_theta": 5e5,
+        "rope_scaling": {k: v for k, v in llama3.items() if k != "rope_theta"},
+    }
+    long = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0], "long_factor": [2.0], "partial_rotary_factor": 1.0}
+    assert version_4_rope({"rope_parameters": long}) == {
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 1.0,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]},
+    }
+    by_type = {"sliding_attention": {"rope_theta": 1e4}, "full_attention": {"rope_theta": 1e6, "rope_type": "default"}}
+    assert version_4_rope({"rope_parameters": by_type}) == {
+        "rope_local_base_freq": 1e4,
+        "rope_theta": 1e6,
+        "rope_scaling": None,
+    }
+    assert version_4_rope({"rope_parameters": None}) == {}
+
+
+def test_a_child_of_the_older_format_still_loads(llama, tmp_path):
+    child, folder = llama
+    old = changed(folder, tmp_path / "old", per_layer_config=None, auto_map=None, linear=None, rope_theta=None)
+    assert torch.equal(load_model(old)(IDS).logits, child(IDS).logits)
+
+
+def test_names_and_shapes_that_differ_are_refused(llama, tmp_path):
+    _, folder = llama
+    words = json.loads((folder / "config.json").read_text())["per_layer_config"] | {"1": {"num_key_value_heads": 1}}
+    broken = changed(folder, tmp_path / "broken", per_layer_config=words)
+    with pytest.raises(ParentError, match=r"gqa:1.* for layer 1, and its per_layer_config says \{'num_key_value_heads': 1\}"):
+        read_config(broken)
+
+
+def test_saved_again_it_is_the_same(llama, tmp_path):
+    child, folder = llama
+    loaded = load_model(folder)
+    loaded.save_pretrained(tmp_path / "again")
+    again = load_model(tmp_path / "again")
+    assert torch.equal(again(IDS).logits, child(IDS).logits)
+    for name in ("config.json", "model.safetensors", "modeling_puzzle_llama.py", "configuration_puzzle_llama.py"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes(), name
+
+
+def test_everyone_may_read_it_and_its_card_says_what_it_is(llama):
+    child, folder = llama
+    assert {oct(file.stat().st_mode & 0o777) for file in folder.iterdir()} == {"0o644"}
+    card = (folder / "README.md").read_text()
+    history = json.loads((folder / "puzzle_ray.json").read_text())
+    assert history["made"] == [{"made": "for a test"}] and history["params"] == child.num_parameters()
+    assert f"It has {child.num_parameters():,} parameters, " in card and "| 0 | noop | ffn:24 |" in card
+    assert "1. made: for a test" in card and "trust_remote_code=True" in card
+
+
+def test_the_history_goes_on_with_the_child(llama, tmp_path):
+    child, folder = llama
+    save_child(child, folder, tmp_path, {"distilled": "globally"})
+    history = json.loads((tmp_path / "puzzle_ray.json").read_text())
+    assert history["made"] == [{"made": "for a test"}, {"distilled": "globally"}]
+    assert history["parent_params"] == json.loads((folder / "puzzle_ray.json").read_text())["parent_params"] > 0
+
+
+def test_a_window_is_refused_where_the_engine_does_not_ask_for_masks(tmp_path):
+    child, _ = saved_child(tmp_path, choices=[LayerChoice("window:5")] * 3)
+    child.config._attn_implementation = "flex_attention"
+    with pytest.raises(ConfigError, match="'flex_attention' has no windows of a layer's own; use sdpa or eager"):
+        child.model.layers[0].self_attn(torch.zeros(1, 4, 32), position_embeddings=None, attention_mask=None)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import puzzle_ray; assert 'transformers' not in sys.modules; from transformers import AutoModelForCausalLM",
+        "from transformers import AutoModelForCausalLM; import puzzle_ray",
+        pytest.param("import puzzle_ray; from transformers import LlamaForCausalLM", marks=pytest.mark.wide),
+        pytest.param("import puzzle_ray; from transformers import Trainer", marks=pytest.mark.wide),
+        pytest.param("import puzzle_ray; from transformers.generation.utils import GenerationMixin", marks=pytest.mark.wide),
+        pytest.param("import puzzle_ray; from transformers import pipeline", marks=pytest.mark.wide),
+    ],
+)
+def test_once_the_package_is_imported_no_remote_code_is_needed(first, llama, tmp_path):
+    child, folder = llama
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); {first}; from transformers import AutoModelForCausalLM, AutoModel\n"
+        f"import torch; torch.set_num_threads(1); ids = torch.arange(24)[None]\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r}).eval(); AutoModel.from_pretrained({str(folder)!r})\n"
+        f"print(type(model).__module__, float(model(ids).logits.double().sum().detach()))"
+    )
+    module, total = python(["-c", code], tmp_path).split()
+    assert module == "puzzle_ray.models.child_classes"
+    assert float(total) == float(child(IDS).logits.double().sum().detach())
