@@ -60,6 +60,7 @@ class Chooser:
     ) -> None:
         self._device = device
         self._sampled = self._rows([request.temperature > 0 for request in params])
+        self._sampled_at = np.flatnonzero([request.temperature > 0 for request in params])
         drawn = [request for request in params if request.temperature > 0]
         self._seeds = np.array(
             [seed & (2**64 - 1) for seed, each in zip(seeds, params, strict=True) if each.temperature > 0], np.uint64
@@ -82,8 +83,7 @@ class Chooser:
         best, chosen = logits.max(dim=-1)  # the maximum of a row with NaN is NaN
         if self._sampled is not None:
             rows = self._sampled
-            drawn = rows.cpu().numpy()
-            draws = torch.from_numpy(uniform(self._seeds, positions[drawn])).to(self._device)
+            draws = torch.from_numpy(uniform(self._seeds, positions[self._sampled_at])).to(self._device)
             chosen[rows] = self._sample(logits[rows] - best[rows, None], draws)
         chosen = chosen.masked_fill(~best.isfinite(), NOT_A_TOKEN)
         if self._penalties is not None:

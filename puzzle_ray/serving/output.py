@@ -55,6 +55,7 @@ class Output:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, metrics: EngineMetrics) -> None:
         self._tokenizer = tokenizer
+        self._special_ids = frozenset(tokenizer.all_special_ids)
         self._metrics = metrics
         self._texts: dict[int, TextStream] = {}  # by the generation's identity; it is in the engine as long as it has a text
         self._queue: queue.Queue[Step | _End | None] = queue.Queue(_MAX_STEPS_AHEAD)
@@ -110,7 +111,9 @@ class Output:
     ) -> None:
         text = self._texts.get(id(generation))
         if text is None:
-            text = self._texts[id(generation)] = TextStream(self._tokenizer, generation.prompt_ids, generation.params.stop)
+            text = self._texts[id(generation)] = TextStream(
+                self._tokenizer, generation.prompt_ids, generation.params.stop, self._special_ids
+            )
         shown = "" if token_id is None else text.push(token_id)
         if reason is not None and not text.stopped:
             shown += text.finish()

@@ -18,13 +18,19 @@ class TextStream:
 
     `push` returns the text that can be shown. The bytes of an unfinished character are held back until the rest comes. Text that may be
     the beginning of a stop string is held back until it is known not to be one. After a stop string, `stopped` is True, and all text
-    before it has been returned.
+    before it has been returned. `special_ids` are shown as nothing: by default the tokenizer's, which takes a while to ask for.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_ids: Sequence[int],
+        stop: Sequence[str] = (),
+        special_ids: frozenset[int] | None = None,
+    ) -> None:
         self.stopped = False
         self._tokenizer = tokenizer
-        self._special_ids = frozenset(tokenizer.all_special_ids)
+        self._special_ids = frozenset(tokenizer.all_special_ids) if special_ids is None else special_ids
         self._stop = tuple(stop)
         self._context = list(prompt_ids[-_CONTEXT_TOKENS:])
         self._pending: list[int] = []
