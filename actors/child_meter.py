@@ -13,6 +13,7 @@ import ray
 from ray.actor import ActorHandle
 
 from actors.memory import weight_bytes, with_memory
+from actors.names import actor_name
 from actors.placement import require
 from actors.pool import Pool, Terms
 from actors.transport import Container
@@ -44,6 +45,9 @@ class Meter:
         depth = config.num_hidden_layers
         self.stack = load_stack(folder, describe(config), config, 0, depth, torch.float32, device=device)
         self.meter: Any = None
+
+    def __repr__(self) -> str:
+        return f"ChildMeter({self.stack.last - self.stack.first} layers)"
 
     def node(self) -> str:
         """The id of the node this runs on."""
@@ -110,10 +114,10 @@ class ChildMeters:
                 options = with_memory(options, weight_bytes(locate(self.parent), FLOAT32_BYTES), "a children's meter", "measure")
             self.room = require(options, "a children's meter", "search", self.cluster.autoscaling) or 1
             terms = Terms("search", "children's meters", self.cluster.placement_timeout_s, self.cluster.step_timeout_s)
-            start = MeterActor.options(**options)  # type: ignore[attr-defined]
 
             def start_one() -> tuple[ActorHandle[Any], list[ActorHandle[Any]]]:
-                meter = start.remote(self.parent, self.library, 1, gpus)
+                named = MeterActor.options(**options, **actor_name("children's meter"))  # type: ignore[attr-defined]
+                meter = named.remote(self.parent, self.library, 1, gpus)
                 return meter, [meter]
 
             self.pool = Pool(start_one, terms)

@@ -12,6 +12,7 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 
 from actors.memory import weight_bytes, with_memory
+from actors.names import actor_name, layers_in_words
 from actors.parent_shard import EvaluationData, ParentShard
 from actors.placement import cluster_cpus, places, require, runs
 from actors.pool import Pool, Terms
@@ -57,8 +58,11 @@ class _Pipeline:
     ) -> tuple[_Pipeline, Sequence[ActorHandle[Any]]]:
         """Asks Ray for the shards, and has each run the parent first."""
         how = ("float32", "float32", 1, cluster.transport, cluster.gpus_per_shard)
-        actor = ParentShard.options(**options)  # type: ignore[attr-defined]
-        shards = [actor.remote(parent, own.start, own.stop, *how) for own in layers]
+        actor: Any = ParentShard
+        named = [actor_name(f"scoring shard, {layers_in_words(own)}") for own in layers]
+        shards = [
+            actor.options(**options, **n).remote(parent, own.start, own.stop, *how) for own, n in zip(layers, named, strict=True)
+        ]
         entering: list[Any] = [[]]
         for shard in shards:
             entering.append(shard.run_parent.remote(data, entering[-1]))

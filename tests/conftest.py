@@ -6,6 +6,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 OWN_PROCESSES = (
+    "test_autoscaling.py",
     "test_endings.py",
     "test_job_submit.py",
     "test_two_runs_on_ray.py",
