@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import ray
 
+from actors.metrics import note_gpu_memory
+from actors.names import layers_in_words
 from actors.transport import Container
 from puzzle_ray.artifacts import SearchSpace
 from puzzle_ray.distill.settings import LibraryConfig
@@ -37,6 +39,10 @@ class Trainer:
         self.transport = find_transport(transport)
         self.travels = getattr(torch, config.activation_dtype)
         self.group = GroupTrainer(parent, layers, space, config, artifact, num_threads, self.device)
+        self.words = layers_in_words(layers)
+
+    def __repr__(self) -> str:
+        return f"BlockTrainer({self.words})"
 
     def pid(self) -> int:
         return os.getpid()
@@ -53,7 +59,9 @@ class Trainer:
         """One micro-batch: `hidden_states[n]` is the input of layer `indices[n]`. Raises OutOfOrder for a gap."""
         arrived = [self.transport.unpack(h, self.travels) for h in hidden_states]
         tensors = {i: tensor.to(self.device).float() for i, tensor in zip(indices, arrived, strict=True)}
-        return self.group.step(position, tensors)
+        loss = self.group.step(position, tensors)
+        note_gpu_memory(f"block trainer, {self.words}", self.device)
+        return loss
 
 
 @ray.remote(max_restarts=-1, max_task_retries=0)  # a lost step is not retried: the driver goes back to what the checkpoint knows

@@ -20,6 +20,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
+from actors.names import actor_name
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.distill.curriculum import gkd_steps
 from puzzle_ray.distill.gkd import GkdJob, load_gkd_trainer, publish_distilled, steps_saved, train_to_end
@@ -160,6 +161,9 @@ class GkdRun:
         self.last = Status()
         self.stopping = False
 
+    def __repr__(self) -> str:
+        return f"GkdRun(step {self.last.step})"
+
     def fit(self, job: GkdJob, cpus: int, step_timeout_s: float) -> None:
         """Raises the workers' PuzzleError, or Ray Train's TrainingFailedError."""
         from ray.train import ControllerError
@@ -216,7 +220,8 @@ def run_gkd(job: GkdJob, *, cluster: ClusterConfig, progress: Progress, cpus_per
     if folder.is_dir():  # workers have a working directory of their own
         job = replace(job, parent=str(folder.absolute()))
     cpus = cpus_per_worker or _cpus_per_worker(job.config.num_workers)
-    run = GkdRun.options(runtime_env={"env_vars": _environment()}).remote()  # type: ignore[attr-defined]
+    named = actor_name(f"GKD, {job.config.num_workers} workers")
+    run = GkdRun.options(runtime_env={"env_vars": _environment()}, **named).remote()  # type: ignore[attr-defined]
     ended = run.fit.remote(job, cpus, cluster.step_timeout_s)
     try:
         _follow(run, ended, job, cluster, progress, cpus)

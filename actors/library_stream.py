@@ -22,6 +22,8 @@ from ray.exceptions import (
 
 from actors.block_trainer import BlockTrainer
 from actors.data_plane import MIB, Flow
+from actors.metrics import note
+from actors.names import actor_name, layers_in_words
 from actors.parent_shard import ParentShard, ShardUsage
 from actors.placement import DIED, not_placed, trainer_options, wait_ready
 from actors.reservation import Reservation, ShardPlan, check_stores, plan_shards, say
@@ -141,11 +143,13 @@ def open_stream(
         threads = cluster.cpus_per_trainer
         for plan, bundle, bundles in zip(plans, reservation.shards, reservation.trainers, strict=True):
             options = {"num_cpus": 0, "num_gpus": cluster.gpus_per_shard}
-            shard = ParentShard.options(**options, **reservation.options(bundle))  # type: ignore[attr-defined]
+            named = actor_name(f"parent shard, {layers_in_words(plan.layers)}")
+            shard = ParentShard.options(**options, **named, **reservation.options(bundle))  # type: ignore[attr-defined]
             how = (config.parent_dtype, config.activation_dtype, 1, cluster.transport, cluster.gpus_per_shard)
             shards.append(shard.remote(parent, plan.layers.start, plan.layers.stop, *how))
             for group, own in zip(plan.groups, bundles, strict=True):
-                trainer = BlockTrainer.options(**trainer_options(cluster), **reservation.options(own))  # type: ignore[attr-defined]
+                named = actor_name(f"block trainer, {layers_in_words(group)}") | reservation.options(own)
+                trainer = BlockTrainer.options(**trainer_options(cluster), **named)  # type: ignore[attr-defined]
                 trains = (threads, cluster.transport, cluster.gpus_per_trainer)
                 trainers.append(trainer.remote(parent, group, space, config, artifact, *trains))
         wait_ready([*shards, *trainers], "parent shards and block trainers", cluster.placement_timeout_s)
@@ -170,6 +174,7 @@ def flow(stream: Stream, positions: range, text: LibraryText, window: int, bar: 
             while len(in_flight) >= window:
                 await_oldest()
             in_flight.append(stream.send(position, text.batch(position).numpy()))
+            note("queue_depth", len(in_flight), stage="library")
         while in_flight:
             await_oldest()
     except _Interrupted:

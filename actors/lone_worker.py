@@ -8,6 +8,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
+from actors.names import actor_name
 from actors.placement import node_cpus, require
 from actors.pool import Pool, Terms
 from actors.transport import Container
@@ -67,7 +68,13 @@ def predict(
 
 @ray.remote(max_restarts=0)  # the pool starts another, which does the work again from the start, into the same step
 class LoneWorker:
-    """Has a node's cores to itself."""
+    """Has a node's cores to itself. `what` it is for."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __repr__(self) -> str:
+        return f"LoneWorker({self.what})"
 
     def node(self) -> str:
         """The id of the node this runs on."""
@@ -99,7 +106,7 @@ def run_alone(
         return require(options, f"the worker for {what}", what, cluster.autoscaling)
 
     def start_one() -> tuple[ActorHandle[Any], list[ActorHandle[Any]]]:
-        worker = LoneWorker.options(**options).remote()  # type: ignore[attr-defined]
+        worker = LoneWorker.options(**options, **actor_name(f"worker, {what}")).remote(what)  # type: ignore[attr-defined]
         return worker, [worker]
 
     found: list[Any] = []

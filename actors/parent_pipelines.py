@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 from ray.actor import ActorHandle
 
 from actors.memory import GIB, largest_node_bytes, with_memory
+from actors.names import actor_name, layers_in_words
 from actors.parent_shard import ParentShard
 from actors.placement import cluster_cpus, places, require, runs
 from actors.pool import Pool, Terms
@@ -74,8 +75,11 @@ class ParentPipelines(Generic[Handle]):
     def _start_one(self, options: dict[str, Any]) -> tuple[Handle, Sequence[ActorHandle[Any]]]:
         cluster = self.cluster
         how = (self.dtype, self.dtype, 1, cluster.transport, cluster.gpus_per_shard, self.tf32)
-        actor = ParentShard.options(**options)  # type: ignore[attr-defined]
-        shards = [actor.remote(self.parent, own.start, own.stop, *how) for own in self.layers]
+        actor: Any = ParentShard
+        shards = []
+        for own in self.layers:
+            named = actor.options(**options, **actor_name(f"{self.stage} shard, {layers_in_words(own)}"))
+            shards.append(named.remote(self.parent, own.start, own.stop, *how))
         return self.handle_of(shards, self.layers), shards
 
     def close(self) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import ray
 
+from actors.metrics import note_gpu_memory
+from actors.names import layers_in_words
 from actors.transport import Container
 from puzzle_ray.artifacts import Choices, Measured, SearchSpace
 from puzzle_ray.scoring.downstream import QuestionBatch
@@ -74,6 +76,10 @@ class Shard:
         self.sent_bytes = self.sent_tokens = 0
         self.scorer: Any = None
         self.meter: Any = None
+        self.words = layers_in_words(range(first, last))
+
+    def __repr__(self) -> str:
+        return f"ParentShard({self.words})"
 
     def pid(self) -> int:
         return os.getpid()
@@ -110,6 +116,7 @@ class Shard:
                 leaving.append(self.transport.pack(hidden, self.travels))
         self.sent_bytes += sum(packed.nbytes for packed in leaving)
         self.sent_tokens += hidden.shape[0] * hidden.shape[1]
+        note_gpu_memory(f"parent shard, {self.words}", self.stack.device)
         return leaving if len(leaving) > 1 else leaving[0]
 
     def _arrived(self, packed: Container, dtype: Any) -> Any:

@@ -15,6 +15,7 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError
 
+from actors.metrics import note
 from actors.placement import CLAIMS, DIED, end, not_placed, not_started
 from puzzle_ray.errors import ClusterError
 
@@ -138,6 +139,7 @@ class Pool(Generic[Handle, Item]):
                 else:
                     self._ended(ref, send, receive, name_of)
             each_round()
+            note("queue_depth", len(self.waiting), stage=self.terms.stage)
             if time.monotonic() - self.looked >= POLL_S or not done:
                 self.looked = time.monotonic()
                 self._look(name_of, news)

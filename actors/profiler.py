@@ -13,6 +13,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
+from actors.names import actor_name
 from actors.placement import DIED, not_placed, not_started, profiler_options, require, resources_of
 from actors.pool import Pool, Terms
 from puzzle_ray.artifacts import Profile, SearchSpace
@@ -72,6 +73,9 @@ class ShapeProfiler:
         self.model_config = read_config(locate(parent))
         self.config, self.num_threads = config, num_threads
         self.runs = 0
+
+    def __repr__(self) -> str:
+        return f"Profiler({self.config.engine}, {self.config.dtype})"
 
     def pid(self) -> int:
         return os.getpid()
@@ -157,7 +161,8 @@ def _measure_all(
     followed = _Followed(config, bar)
 
     def start_one() -> tuple[ActorHandle[Any], list[ActorHandle[Any]]]:
-        profiler = Profiler.options(**options).remote(parent, config, options["num_cpus"])  # type: ignore[attr-defined]
+        named = Profiler.options(**options, **actor_name(f"profiler, {config.engine}"))  # type: ignore[attr-defined]
+        profiler = named.remote(parent, config, options["num_cpus"])
         return profiler, [profiler]
 
     def receive(item: ProfileTask, result: Measurement) -> bool:

@@ -104,21 +104,27 @@ class Reservation:
         """Waits until the cluster has set the room aside. Raises ClusterError when it has not within `placement_timeout_s`.
 
         A bundle is on one node by definition: each shard and its trainers share one. Where no node is big enough for that a
-        trainer is a bundle, packed as closely as there is room, and this is said.
+        trainer is a bundle, packed as closely as there is room, and this is said. So it is where nodes are added on demand: how big
+        those will be nobody knows here, but one that is there for a worker can hold that worker.
         """
         together, apart, sizes = _bundles(plans, cluster)
-        if fit(together, nodes()) or cluster.autoscaling:
+        if fit(together, nodes()):
             bundles, strategy = together, "SPREAD"
             sizes = [1] * len(together)
-        elif not fit(apart, nodes()):
+        elif not fit(apart, nodes()) and not cluster.autoscaling:
             asked = " and ".join(f"{{{in_words(bundle)}}}" for bundle in apart)
             problem = f"{asked}, each on one node, do not fit the cluster's {nodes_in_words()}"
             raise ClusterError("cluster", problem, "lower cluster.gpus_per_shard or cluster.gpus_per_trainer, or add nodes")
         else:
             most = max(together, key=lambda bundle: sorted(bundle.items()))
-            say(
-                f"no room for a shard's trainers ({in_words(most)}) on one node each: hidden states cross the network; raise num_shards"
-            )
+            if fit(apart, nodes()):
+                say(
+                    f"no room for a shard's trainers ({in_words(most)}) on one node each: hidden states cross the network; raise num_shards"
+                )
+            else:
+                say(
+                    f"asks for nodes for {len(apart)} workers, the largest of {in_words(max(apart, key=lambda b: sorted(b.items())))}"
+                )
             bundles, strategy = apart, "PACK"
         group = placement_group(bundles, strategy)
         try:

@@ -68,13 +68,16 @@ def stage_verb(name: str, about: str | None, group: str, work: Callable[[Run], N
     ) -> None:
         run = configured(recipe, config, set_, parent, data, store)
         run.check()
+        from jobs.observed import observed
+
         if not needs_ray:
-            work(run)
+            with observed(run, name):
+                work(run)
             return
         from jobs.checks import check_cluster
         from jobs.session import connected
 
-        with connected(run.config.cluster, window_bytes(run)):
+        with connected(run.config.cluster, window_bytes(run)), observed(run, name):
             check_cluster(run.config)
             work(run)
 

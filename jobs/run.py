@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from jobs.endings import wake_main_thread
 from puzzle_ray.artifacts import SearchSpace
@@ -57,6 +57,19 @@ class Stage:
     wanted: Callable[[RunConfig], bool] = lambda config: True
     said: Callable[[Mapping[str, Any]], str] | None = None
     beside: Callable[[Run], bool] = lambda run: False
+
+
+class Listener(Protocol):
+    """Who is told what a run does: its log, and what draws it."""
+
+    def begun(self, artifact: Artifact) -> None:
+        """A stage is looked at: it may be finished already."""
+
+    def ended(self, artifact: Artifact, did: bool, seconds: float) -> None:
+        """Its artifact is finished; `did` where this run did the work."""
+
+    def done(self, name: str) -> None:
+        """A stage of the run itself is finished, and what it made can be read."""
 
 
 @lru_cache(maxsize=1)
@@ -117,6 +130,7 @@ class Run:
         self.progress = progress or Display()
         self.store = Store(config.store)
         self.seconds: dict[str, float] = {}  # that every stage took when it was done
+        self.listener: Listener | None = None
         self._artifacts: dict[str, Artifact] = {}
         self._finished: set[str] = set()  # names of stages and keys of other artifacts
         self.placed = threading.Event()  # set by a stage that runs beside others, once it has what it needs of the cluster
@@ -204,6 +218,7 @@ class Run:
             return self
         profile = profile.model_copy(update={"scenario": scenario})
         other = Run(self.config.model_copy(update={"profile": profile}), self.progress)
+        other.listener = self.listener
         other.target = self.target
         return other
 
@@ -234,6 +249,8 @@ class Run:
     def _do(self, stage: Stage) -> None:
         artifact = self.finish(self.artifact(stage.name), lambda artifact: stage.work(self, artifact))
         self._finished.add(stage.name)
+        if self.listener is not None:
+            self.listener.done(stage.name)
         words = stage.said(artifact.facts()) if stage.said is not None else ""
         if words:
             print(f"  {words}", file=sys.stderr, flush=True)
@@ -243,12 +260,18 @@ class Run:
         if artifact.key in self._finished:
             return artifact
         started = time.monotonic()
-        took = f"{time.monotonic() - started:.1f} s" if do_once(artifact, work) else "already there"
+        if self.listener is not None:
+            self.listener.begun(artifact)
+        did = do_once(artifact, work)
+        seconds = time.monotonic() - started
+        took = f"{seconds:.1f} s" if did else "already there"
         record = artifact.record()
         if record is not None and record.seconds is not None:
             self.seconds[artifact.stage] = record.seconds
         print(f"[{artifact.stage}] {took}: {artifact.url}", file=sys.stderr, flush=True)
         self._finished.add(artifact.key)
+        if self.listener is not None:
+            self.listener.ended(artifact, did, seconds)
         return artifact
 
 

@@ -62,7 +62,7 @@ def du(store: Root = "runs", debug: Debug = False) -> None:
 
 
 def gc(store: Root = "runs", older_than: Days = 30.0, yes: Yes = False, debug: Debug = False) -> None:
-    """List what may go, and remove it with --yes: artifacts that no finished one was made from, unfinished ones, leftovers of dead runs.
+    """List what may go, and remove it with --yes: artifacts that no finished one was made from, unfinished ones, leftovers, old logs.
 
     What a run works on stays, and so does what was written to within the days of --older-than, but for leftovers.
     """

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import yaml
 
 from jobs.run import Run, Stage
-from jobs.stages import architecture, evaluation, library, profile, quality, sweep
+from jobs.stages import architecture, evaluation, library, profile, quality, scores, sweep
 from puzzle_ray.artifacts import rows_from_parquet
+from puzzle_ray.config import TINY
 from puzzle_ray.report.contents import ReportData, SweepPoint
 from puzzle_ray.search.sweep import SweepPoint as SearchedPoint
 from puzzle_ray.store import Artifact
@@ -20,37 +23,72 @@ PAGE = "index.html"
 PACKAGES = ("ray", "torch", "transformers", "mip", "highspy")
 
 
-def data(run: Run) -> ReportData:
-    """Everything the page shows, from the run's artifacts."""
-    from puzzle_ray.distill.gkd import CURVE, LOOKS, GkdRow
-    from puzzle_ray.distill.guard import HeldoutRow
-
-    blocks, costs, model_config = library.read(run), profile.read(run), run.parent.model_config
-    distilled = run.content("gkd")
-    curve, _ = rows_from_parquet(distilled.read(CURVE), GkdRow)
-    looks = rows_from_parquet(distilled.read(LOOKS), HeldoutRow)[0] if distilled.exists(LOOKS) else ()
-    return ReportData(
+def data(run: Run, done: Collection[str] | None = None) -> ReportData:
+    """Everything the page shows, from the run's artifacts. With `done`, from those of these stages alone."""
+    whole = ReportData(
         parent=run.config.parent,
-        scenario=run.profile_config.scenario,
-        num_key_value_heads=model_config.num_key_value_heads,
-        intermediate_size=model_config.intermediate_size,
-        space=run.space,
-        profile=costs,
-        scores=architecture.searched_scores(run),
-        architecture=architecture.read(run),
-        sweep=[_point(p) for p in sweep.read(run)],
-        library=blocks.rows(),
-        bld_curves=blocks.curves(),
-        gkd_curve=[asdict(row) for row in curve],
-        gkd_facts=distilled.facts(),
-        gkd_looks=[asdict(row) for row in looks],
-        evaluation=evaluation.read(run),
-        quality=quality.read(run),
         stage_seconds=run.seconds,
         config_yaml=yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False),
         versions={"python": platform.python_version(), "puzzle_ray": __version__} | _versions(),
-        machine={"device": costs.device, "processor": platform.machine(), "system": platform.system()},
+        machine={"processor": platform.machine(), "system": platform.system()},
     )
+    for stage, part in PARTS.items():
+        if done is None or stage in done:
+            whole = replace(whole, **part(run))
+    return whole
+
+
+def so_far(run: Run, done: Collection[str]) -> ReportData | None:
+    """What can be shown when these stages are finished; None before there is a parent."""
+    if run.config.parent == TINY and "tiny_parent" not in done:
+        return None
+    return data(run, done)
+
+
+def _of_parent(run: Run) -> dict[str, Any]:
+    model_config = run.parent.model_config
+    heads, width = model_config.num_key_value_heads, model_config.intermediate_size
+    return {"num_key_value_heads": heads, "intermediate_size": width, "space": run.space}
+
+
+def _of_profile(run: Run) -> dict[str, Any]:
+    costs = profile.read(run)
+    machine = {"device": costs.device, "processor": platform.machine(), "system": platform.system()}
+    return {"scenario": run.profile_config.scenario, "profile": costs, "machine": machine}
+
+
+def _of_library(run: Run) -> dict[str, Any]:
+    blocks = library.read(run)
+    return {"library": blocks.rows(), "bld_curves": blocks.curves()}
+
+
+def _of_architecture(run: Run) -> dict[str, Any]:
+    return {"scores": architecture.searched_scores(run), "architecture": architecture.read(run)}
+
+
+def _of_gkd(run: Run) -> dict[str, Any]:
+    from puzzle_ray.distill.gkd import CURVE, LOOKS, GkdRow
+    from puzzle_ray.distill.guard import HeldoutRow
+
+    distilled = run.content("gkd")
+    curve, _ = rows_from_parquet(distilled.read(CURVE), GkdRow)
+    looks = rows_from_parquet(distilled.read(LOOKS), HeldoutRow)[0] if distilled.exists(LOOKS) else ()
+    rows = {"gkd_curve": [asdict(row) for row in curve], "gkd_looks": [asdict(row) for row in looks]}
+    return rows | {"gkd_facts": distilled.facts()}
+
+
+# Stage -> what it adds to the page; what a later one says counts.
+PARTS: Mapping[str, Callable[[Run], dict[str, Any]]] = {
+    "tokens": _of_parent,
+    "profile": _of_profile,
+    "library": _of_library,
+    "scores": lambda run: {"scores": scores.read(run)},
+    "architecture": _of_architecture,
+    "sweep": lambda run: {"sweep": [_point(point) for point in sweep.read(run)]},
+    "gkd": _of_gkd,
+    "evaluation": lambda run: {"evaluation": evaluation.read(run)},
+    "quality": lambda run: {"quality": quality.read(run)},
+}
 
 
 def _point(point: SearchedPoint) -> SweepPoint:
@@ -70,8 +108,11 @@ def _versions() -> dict[str, str]:
 
 def work(run: Run, artifact: Artifact) -> None:
     from puzzle_ray.report.page import render
+    from puzzle_ray.report.summary import SUMMARY, summary
 
-    artifact.write(PAGE, render(data(run)).encode())
+    found = data(run)
+    artifact.write(PAGE, render(found).encode())
+    artifact.write_json(SUMMARY, summary(found))
     artifact.finish({})
 
 

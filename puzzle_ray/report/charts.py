@@ -96,9 +96,9 @@ class Axes:
         path = "L".join(f"{_px(x)} {_px(y)}" for x, y in placed)
         return tag("path", title and tag("title", title), d=f"M{path}", class_=f"line {class_}", style=style)
 
-    def dot(self, point: Point, class_: str, title: str, radius: float = 5) -> Html:
+    def dot(self, point: Point, class_: str, title: str, radius: float = 5, **attributes: object) -> Html:
         x, y = self.place(*point)
-        return tag("circle", tag("title", title), cx=_px(x), cy=_px(y), r=radius, class_=class_)
+        return tag("circle", tag("title", title), cx=_px(x), cy=_px(y), r=radius, class_=class_, **attributes)
 
     def diamond(self, point: Point, title: str, size: float = 6) -> Html:
         x, y = self.place(*point)

@@ -11,6 +11,7 @@ from puzzle_ray.artifacts import KINDS, PARENT, Architecture, SubblockKind
 from puzzle_ray.report.charts import Axes
 from puzzle_ray.report.contents import KIND_NAMES, UNITS, ReportData, SweepPoint, runtime_ms, shown
 from puzzle_ray.report.markup import Html, count, css_width, duration, html_table, legend, nats, note, number, percent, tag, times
+from puzzle_ray.report.points import all_details, opens, point_details
 
 ORIGIN = (1.0, 0.0)  # the parent: its own speed, no damage
 
@@ -54,7 +55,16 @@ def frontier(data: ReportData) -> list[Html] | None:
         rows.append([point.asked, tag("td", f"none: {reason}", colspan=len(header) - 1, class_="text")])
     sweep = html_table(header, rows) if rows else None
     chart = _frontier_chart(data, answers) if answers or data.architecture else None
-    return [tag("div", chart, tag("div", sweep, _search_facts(data)), class_="columns")]
+    drawn = tag("div", chart, tag("div", sweep, _search_facts(data)), class_="columns")
+    return [drawn, *([details] if (details := _point_details(data, answers)) else [])]
+
+
+def _point_details(data: ReportData, all_answers: Sequence[Answer]) -> Html | None:
+    """A box for every point of the chart, in its order, and one for the chosen architecture."""
+    answers, chosen = _drawn(data, all_answers), _chosen_answer(data, all_answers)
+    named = [(f"asked {a.asked}", a) for a in answers] + ([("chosen", chosen)] if chosen else [])
+    boxes = [point_details(n, title, a.architecture, data.costs_are, a.kl, a.distilled_kl) for n, (title, a) in enumerate(named)]
+    return all_details(boxes)
 
 
 def _answers(data: ReportData) -> list[Answer]:
@@ -99,14 +109,15 @@ def _frontier_chart(data: ReportData, all_answers: Sequence[Answer]) -> Html:
     line = [ORIGIN, *(a.place for a in measured or answers)]
     marks = [axes.line(line, "frontier-line")] if answers else []
     marks.append(axes.dot(ORIGIN, "parent-dot", "the parent"))
-    for a in answers:
+    for n, a in enumerate(answers):
         unmeasured = measured and a.kl is None
-        marks.append(axes.dot(a.place, "predicted" if unmeasured else "point", f"asked {a.asked}: {_described(data, a)}"))
+        what = f"asked {a.asked}: {_described(data, a)}"
+        marks.append(axes.dot(a.place, "predicted" if unmeasured else "point", what, **opens(n)))
     for a in distilled:
         place = (a.speedup, a.distilled_kl or 0.0)
         marks.append(axes.diamond(place, f"asked {a.asked}: KL {nats(a.distilled_kl)} after GKD"))
     if chosen:
-        marks.append(axes.dot(chosen.place, "chosen-dot", f"chosen: {_described(data, chosen)}", 8))
+        marks.append(axes.dot(chosen.place, "chosen-dot", f"chosen: {_described(data, chosen)}", 8, **opens(len(answers))))
         marks.append(axes.caption(chosen.place, "chosen", -14, -4, anchor="end", class_="strong"))
     for point, reason in _infeasible(data):  # budgets without a speed-up, and those beyond the axis, are drawn at the right edge
         place_x = min(point.speedup_asked or axes.x[1], axes.x[1])

@@ -111,7 +111,7 @@ def evaluation(data: ReportData) -> list[Html] | None:
     if data.models:
         names = [MODEL_NAMES.get(name, name) for name in data.models]
         present = [key for key in FIGURES if any(model.get(key) is not None for model in data.models.values())]
-        rows = [[FIGURES[key], *(_figure(key, model.get(key)) for model in data.models.values())] for key in present]
+        rows = [[FIGURES[key], *(written_figure(key, model.get(key)) for model in data.models.values())] for key in present]
         same = "GKD changes no shape: the child before it is as fast as the child."
         known = note(same) if {"child", "child_before_gkd"} <= data.models.keys() else None
         parts.append(tag("div", tag("h3", "Evaluated in one run"), html_table(["", *names], rows), known))
@@ -127,7 +127,8 @@ def evaluation(data: ReportData) -> list[Html] | None:
     return [join([scenario, tag("div", *parts, class_="columns")])] if parts else None
 
 
-def _figure(key: str, value: float | None) -> str:
+def written_figure(key: str, value: float | None) -> str:
+    """One of `FIGURES` as text."""
     written: dict[str, Callable[[float | None], str]] = {
         "kl": nats,
         "num_params": count,

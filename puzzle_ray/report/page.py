@@ -50,10 +50,15 @@ def render(data: ReportData) -> str:
     ]
     if missing:
         body.append(tag("section", tag("h2", "Not in this report"), tag("ul", *missing), id="missing"))
+    return document(f"{data.parent} → child · puzzle_ray", body)
+
+
+def document(title: str, body: Sequence[Html | None]) -> str:
+    """A complete HTML document with our style and script."""
     head = [
         Html('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
         Html(f'<meta http-equiv="Content-Security-Policy" content="{_policy()}">'),
-        tag("title", f"{data.parent} → child · puzzle_ray"),
+        tag("title", title),
         Html('<link rel="icon" href="data:,">'),
         tag("style", Html(STYLE)),
     ]

@@ -72,12 +72,14 @@ td small b { display: inline-block; width: 46px; font-weight: 400; }
 .axis { stroke: var(--muted); }
 .line { fill: none; stroke: var(--accent); stroke-width: 2; stroke-linejoin: round; }
 .line.frontier-line { stroke-width: 1.5; opacity: 0.6; }
+.line.second-line { stroke: var(--warm); stroke-width: 1.5; opacity: 0.6; }
 .line.depth { stroke: color-mix(in oklab, var(--late) var(--depth), var(--early)); stroke-width: 1.6; }
 .line.term-kl { stroke: var(--good); }
 .line.term-cosine { stroke: var(--warm); }
 .line.term-lm { stroke: var(--muted); }
 .line.term-heldout { stroke: var(--good); stroke-dasharray: 5 4; }
 .point { fill: var(--accent); }
+.second { fill: var(--warm); }
 .predicted { fill: var(--card); stroke: var(--accent); stroke-width: 1.5; }
 .distilled { fill: var(--warm); }
 .parent-dot { fill: var(--muted); }
@@ -101,6 +103,7 @@ td small b { display: inline-block; width: 46px; font-weight: 400; }
 .swatch.point { background: var(--accent); border-radius: 50%; width: 11px; height: 11px; }
 .swatch.predicted { border: 2px solid var(--accent); border-radius: 50%; width: 11px; height: 11px; }
 .swatch.distilled { background: var(--warm); width: 10px; height: 10px; transform: rotate(45deg); border-radius: 0; }
+.swatch.second { background: var(--warm); border-radius: 50%; width: 11px; height: 11px; }
 .swatch.origin { background: var(--muted); border-radius: 50%; width: 11px; height: 11px; }
 .swatch.chosen { border: 3px solid var(--good); border-radius: 50%; height: 14px; }
 .swatch.refused {
@@ -164,6 +167,12 @@ td small b { display: inline-block; width: 46px; font-weight: 400; }
 .stages td:nth-child(2) { width: 70%; }
 .stages tbody th, .stages td:nth-child(3) { white-space: nowrap; }
 .facts { width: auto; }
+.points { margin-top: 10px; }
+.texts thead th { text-align: left; }
+.point-details .columns { padding: 8px 0; }
+[data-opens] { cursor: pointer; }
+[data-opens]:focus-visible { outline: 2px solid var(--ink); outline-offset: 2px; }
+.differs th, .differs td { font-weight: 650; }
 details { border-top: 1px solid var(--line); padding: 8px 0; }
 summary { cursor: pointer; }
 pre {
@@ -217,8 +226,17 @@ pre {
 }
 """
 
+# A click or Enter on a point of the chart opens its details.
 # Touch screens cannot hover. So a tap shows an element's tooltip, until the next tap.
 SCRIPT = """
+const open = (event) => {
+  const box = document.getElementById(event.target.closest("[data-opens]")?.dataset.opens);
+  if (!box) return;
+  box.open = true;
+  box.scrollIntoView({behavior: "smooth", block: "nearest"});
+};
+document.addEventListener("click", open);
+document.addEventListener("keydown", (event) => { if (event.key === "Enter") open(event); });
 document.addEventListener("click", (event) => {
   document.getElementById("tip")?.remove();
   const target = event.target.closest("[title], .chart *");

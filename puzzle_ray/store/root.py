@@ -13,6 +13,7 @@ from typing import Any
 from puzzle_ray.errors import StoreError
 from puzzle_ray.store import scratch
 
+LOGS = "log"  # the folder of a store that holds the logs of runs, a folder each
 _CHUNK_BYTES = 8 << 20
 
 

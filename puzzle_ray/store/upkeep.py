@@ -14,6 +14,7 @@ from puzzle_ray.store.address import NAME, artifact_in
 from puzzle_ray.store.artifact import Artifact, Store
 from puzzle_ray.store.lease import DEAD_AFTER_S, LEASES, leases, remove_lease
 from puzzle_ray.store.record import RECORD, Problem, State
+from puzzle_ray.store.root import LOGS
 
 DAY_S = 24 * 3600.0
 
@@ -78,10 +79,10 @@ def bytes_by_stage(store: Store) -> dict[str, int]:
 
 def collect_garbage(store: Store, older_than_days: float = 30.0, *, dry_run: bool = True) -> list[Garbage]:
     """What is not needed and was last written more than `older_than_days` ago: artifacts that no finished artifact names as an input,
-    and unfinished ones; also scratch and leases of dead processes, however old. Removes it unless `dry_run`; returns what went or
-    would go. What a run works on stays.
+    and unfinished ones, and logs of runs; also scratch and leases of dead processes, however old. Removes it unless `dry_run`; returns
+    what went or would go. What a run works on stays.
     """
-    found = [*_unneeded(store, older_than_days, dry_run), *_probes(store, dry_run)]
+    found = [*_unneeded(store, older_than_days, dry_run), *_old_logs(store, older_than_days, dry_run), *_probes(store, dry_run)]
     for artifact in _folders(store):
         found += _leftovers(store, artifact, dry_run)
     return found + _dead_leases(store, dry_run)
@@ -127,6 +128,19 @@ def _unneeded(store: Store, older_than_days: float, dry_run: bool) -> list[Garba
         why = "no finished artifact was made from it" if one.state == "finished" else f"it is {one.state}"
         if dry_run or _removed(store, one):
             found.append(Garbage(one.name, why, one.bytes))
+    return found
+
+
+def _old_logs(store: Store, older_than_days: float, dry_run: bool) -> list[Garbage]:
+    """Logs that no run has written to lately: one that runs writes every few seconds, and is spared for a day whatever is asked."""
+    oldest, found = time.time() - max(older_than_days, 1.0) * DAY_S, []
+    for run_id in store.names(f"{store.root}/{LOGS}"):
+        url = f"{store.root}/{LOGS}/{run_id}"
+        sizes = store.sizes(url)
+        if max((_written_at(store, f"{url}/{name}") for name in sizes), default=0.0) < oldest:
+            found.append(Garbage(f"{LOGS}/{run_id}", "the log of a run of long ago", sum(sizes.values())))
+            if not dry_run:
+                store.filesystem.rm(url, recursive=True)
     return found
 
 

@@ -237,3 +237,60 @@ def test_the_images_steps_install_a_package_that_runs(target, tmp_path):
     assert said.strip() == __version__
     installed = json.dumps(sorted(path.name for path in (site / "puzzle_ray" / "recipes").iterdir()))
     assert "tiny.yaml" in installed and "llama31_8b.yaml" in installed
+
+
+# the board
+
+
+def test_the_board_draws_every_gauge_of_ours_and_only_what_there_is():
+    """Ray's own metrics are those that its own boards draw."""
+    import ray
+
+    from actors.metrics import GAUGES, PREFIX
+
+    board = json.loads((CLUSTER / "grafana.json").read_text())
+    drawn = {
+        name for panel in board["panels"] for target in panel["targets"] for name in re.findall(r"\bray_\w+", target["expr"])
+    }
+    ours = {name for name in drawn if name.startswith(f"ray_{PREFIX}")}
+    assert ours == {f"ray_{PREFIX}{name}" for name in GAUGES}
+    boards = Path(ray.__file__).parent / "dashboard" / "modules" / "metrics" / "dashboards"
+    known = "".join(file.read_text() for file in boards.glob("*.py"))
+    assert drawn - ours and all(name in known for name in drawn - ours)
+    for panel in board["panels"]:
+        for target in panel["targets"]:
+            name = re.search(rf"ray_{PREFIX}(\w+)", target["expr"])
+            asked = set(re.findall(r"{{(\w+)}}", target["legendFormat"]))
+            assert name is None or asked <= set(GAUGES[name[1]][1]), target
+
+
+# the walk
+
+
+def test_the_walk_names_files_verbs_and_options_that_there_are(capsys):
+    from jobs.app import run
+
+    text = (CLUSTER / "README.md").read_text()
+    listed = set(re.findall(r"`([\w.]+\.(?:yaml|json)|Dockerfile)`", text.partition("\n## ")[0]))
+    assert listed == {path.name for path in CLUSTER.iterdir() if path.name != "README.md"}
+    for verb in set(re.findall(r"puzzle-ray ([a-z][a-z-]+)", text)) - {"child", "head"}:
+        assert run([verb, "--help"]) == 0, verb
+        shown = capsys.readouterr().out
+        for options in re.findall(rf"puzzle-ray {verb}([^\n`;]*)", text):
+            for option in re.findall(r"(--[a-z-]+)", options):
+                assert option in shown or verb == "store", (verb, option)
+    settings = re.findall(r"--set +([\w.]+=\S+?)(?=[\s`;]|$)", text.replace("\n", " "))
+    assert len(settings) >= 5 and load("llama31_8b", overrides=tuple(dict.fromkeys(settings))).cluster.autoscaling
+
+
+def test_the_worked_examples_arithmetic():
+    text = (CLUSTER / "README.md").read_text()
+    config = load("llama31_8b")
+    layers, hidden = 32, 4096
+    per_token = (layers + 1) * hidden * 2
+    assert f"{per_token / 1024:.0f} KiB" in text
+    in_flight = config.library.window * config.library.micro_batch_tokens * per_token / 2**30
+    assert f"{in_flight:.1f} GiB in the object store" in text
+    variants = len(config.space.attention) + len(config.space.ffn) - 2
+    assert f"{variants * layers} replacements" in text
+    assert config.library.tokens == 250_000_000 and config.gkd.tokens == 1_000_000_000 and config.scoring.tokens == 131_072

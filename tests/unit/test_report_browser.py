@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from report_inputs import measured_run, whole_run
 
+from puzzle_ray.report.compare import compare
 from puzzle_ray.report.page import render
+from puzzle_ray.report.summary import summary
 
 WHOLE = render(whole_run())
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -55,6 +57,40 @@ def test_a_browser_draws_the_page_without_a_complaint(tmp_path):
     assert int(marks) == int(drawn) == trained + frontier + terms
     assert fits == "true"
     assert tip.startswith("layer 0: ")
+
+
+# A click and the Enter key on two points of the chart.
+OPENING = """
+const [first, second] = document.querySelectorAll("circle[data-opens]");
+first.dispatchEvent(new MouseEvent("click", {bubbles: true}));
+second.dispatchEvent(new KeyboardEvent("keydown", {key: "Enter", bubbles: true}));
+const boxes = [...document.querySelectorAll("details.point-details")];
+document.body.dataset.probe = [
+  boxes.filter((box) => box.open).map((box) => box.id).join(","), boxes.length,
+  boxes[0].querySelector("table").getBoundingClientRect().height > 0,
+].join("|");
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_a_point_of_the_frontier_opens_by_click_and_by_key(tmp_path):
+    page = tmp_path / "index.html"
+    open_to_probes = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", render(measured_run()))
+    page.write_text(open_to_probes.replace("</body>", f"<script>{OPENING}</script></body>"))
+    dom, complaints = _opened(page, tmp_path / "profile")
+    assert complaints == []
+    assert re.search(r'data-probe="([^"]*)"', dom)[1] == "point-0,point-1|5|true"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_a_browser_draws_two_reports_side_by_side(tmp_path):
+    page = tmp_path / "index.html"
+    page.write_text(compare([summary(measured_run()), summary(whole_run())], ["a", "b"]))
+    dom, complaints = _opened(page, tmp_path / "profile")
+    assert complaints == [] and "beside" not in dom.partition("<h1>")[2].partition("</h1>")[0], "one parent is named once"
+    page.write_text(FRAME.format(page=html.escape(page.read_text()), width=390, allowed="'pre, .wide-map, .scroll'"))
+    dom, _ = _opened(page, tmp_path / "profile")
+    assert re.search(r'data-probe="([^"]*)"', dom)[1] == "390"
 
 
 # Opens the page in a frame of a given width, and lists the elements whose content is wider than they are. Heat maps may scroll.
