@@ -23,7 +23,7 @@ def align(method: Method, options: Options, debug: Debug = False) -> None:
     """
     if find_spec("trl") is None:
         raise ConfigError("align-child", "TRL is not installed", "install the extra `align`")
-    from puzzle_ray.models.child import register_children
+    from puzzle_ray.models.child_classes import register_children
 
     named = dict(zip(options, options[1:], strict=False)).get("--model_name_or_path", "")
     register_children(Path(named) if named else None)  # transformers then knows the child's type

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from puzzle_ray.report.charts import Axes, Point
-from puzzle_ray.report.contents import UNITS, shown
+from puzzle_ray.report.contents import MODEL_NAMES, UNITS, shown
 from puzzle_ray.report.markup import (
     Html,
     count,
@@ -22,7 +22,7 @@ from puzzle_ray.report.markup import (
     tag,
     times,
 )
-from puzzle_ray.report.outcome import FIGURES, MODEL_NAMES, written_figure
+from puzzle_ray.report.outcome import FIGURES, written_figure
 from puzzle_ray.report.page import document
 
 Summary = Mapping[str, Any]
