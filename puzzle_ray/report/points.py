@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import groupby
+from typing import Any
 
 from puzzle_ray.artifacts import Architecture, LayerChoice
 from puzzle_ray.report.contents import shown
