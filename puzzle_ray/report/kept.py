@@ -49,7 +49,7 @@ def _retained(found: Mapping[str, Any]) -> list[Html]:
     mean = [found["mean"] | {"entry": "mean over tasks"}] if len(found["entries"]) > 1 else []
     children = [name for name in found["entries"][0]["models"] if name != PARENT]
     for row in [*found["entries"], *mean]:
-        name = join([row["entry"], small(f" {row['metric']}, {_whole(row['questions'])} questions")])
+        name = join([row["entry"], small(f" {row['metric']}{row['metric'] and ', '}{_whole(row['questions'])} questions")])
         parent = row["models"][PARENT]["parent"]
         cells = [tag("td", percent(parent["value"]), small(_bounds(parent)))]
         for child in children:
@@ -155,7 +155,11 @@ def samples(data: ReportData) -> list[Html] | None:
             same = len(commonprefix([parent, text])) if name != PARENT else len(text)
             title = _name(name) if name == PARENT else f"{_name(name)}: {row['same_tokens'][name]} tokens as the parent"
             cards.append(_card(title, text[:same], text[same:]))
-        groups.append(tag("div", tag("p", "… ", row["prompt"], class_="note"), tag("div", *cards, class_="samples")))
+        groups.append(
+            tag(
+                "div", tag("p", "… " if row["text"] else None, row["prompt"], class_="note"), tag("div", *cards, class_="samples")
+            )
+        )
     about = "Greedy continuations of the same prompts: the one that was asked for, and openings of held-out text, whose own continuation "
     return [note(f"{about}is under Text. Bold: where a child no longer says what the parent says."), *groups]
 
