@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,18 @@ _COUNTED_SEQUENCES = 4096  # at once, so that no copy of all of them is made
 
 TokenArray = npt.NDArray[np.int32]
 RowArray = npt.NDArray[np.int64]
+_HASHED_ROWS = 4096
+
+
+class Sequences(Protocol):
+    """Packed sequences that are read by rows: an array in memory, or shards in a store."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, chosen: Any, /) -> TokenArray: ...
 
 
 @dataclass(frozen=True)
@@ -27,9 +39,12 @@ class Tokens:
 
     With `rows` it is those rows of `sequences` alone, without a copy. Their order was drawn already: `first` and the first epoch read
     them as they stand.
+
+    Sequences in memory are permuted as a whole. Sequences in shards are permuted in windows of a few shards: the windows in an order
+    that is drawn, and inside each its sequences. So a process reads few shards at a time.
     """
 
-    sequences: TokenArray
+    sequences: Sequences
     rows: RowArray | None = None
 
     @property
@@ -40,6 +55,11 @@ class Tokens:
     def num_tokens(self) -> int:
         return self.num_sequences * self.sequences.shape[1]
 
+    @property
+    def window(self) -> int:
+        """How many sequences are permuted together."""
+        return int(getattr(self.sequences, "window", len(self.sequences)))
+
     def batch(self, seed: int, number: int, num_sequences: int) -> Tensor:
         """Micro-batch `number`: `[num_sequences, sequence_length]` int64. Every epoch has a permutation of its own."""
         total = self.num_sequences
@@ -47,7 +67,7 @@ class Tokens:
         for position in range(number * num_sequences, (number + 1) * num_sequences):
             epoch, offset = divmod(position, total)
             is_drawn = self.rows is not None and epoch == 0
-            chosen.append(offset if is_drawn else _permutation(seed, epoch, total)[offset])
+            chosen.append(offset if is_drawn else _permutation(seed, epoch, total, self.window)[offset])
         return self._read(np.asarray(chosen, dtype=np.int64))
 
     def first(self, max_tokens: int, num_sequences: int) -> list[Tensor]:
@@ -58,9 +78,11 @@ class Tokens:
     def content_hash(self, max_tokens: int | None = None) -> str:
         """SHA-256 of the sequences and their shape; with `max_tokens`, of those that `first` reads. Not of where they came from."""
         count = self.num_sequences if max_tokens is None else self._first_count(max_tokens)
-        read = self.sequences[:count] if self.rows is None else self.sequences[self.rows[:count]]
-        digest = hashlib.sha256(f"{read.shape}".encode())
-        digest.update(np.ascontiguousarray(read, dtype="<i4").data)
+        digest = hashlib.sha256(f"{(count, *self.sequences.shape[1:])}".encode())
+        for start in range(0, count, _HASHED_ROWS):
+            end = min(start + _HASHED_ROWS, count)
+            part = self.sequences[start:end] if self.rows is None else self.sequences[self.rows[start:end]]
+            digest.update(np.ascontiguousarray(part, dtype="<i4").data)
         return digest.hexdigest()
 
     def counts(self, vocab_size: int) -> npt.NDArray[np.int64]:
@@ -89,7 +111,7 @@ class Tokens:
         if not 0 < count < total:
             problem = f"{count} sequences for validation leave nothing to train on: there are {total}"
             raise DataError("data.train", problem, "give more text, or lower the tokens for validation")
-        order = _permutation(seed, 0, total)
+        order = _permutation(seed, 0, total, self.window)
         return Tokens(self.sequences, order[:count]), Tokens(self.sequences, order[count:])
 
     def _read(self, chosen: RowArray) -> Tensor:
@@ -106,13 +128,19 @@ def epochs(tokens_asked: int, tokens_there: int) -> float:
     return tokens_asked / tokens_there
 
 
-_permutations: dict[tuple[int, int, int], npt.NDArray[np.int64]] = {}
+_permutations: dict[tuple[int, int, int, int], npt.NDArray[np.int64]] = {}
 
 
-def _permutation(seed: int, epoch: int, total: int) -> npt.NDArray[np.int64]:
-    key = (seed, epoch, total)
+def _permutation(seed: int, epoch: int, total: int, window: int) -> npt.NDArray[np.int64]:
+    """The order of an epoch: a pure function of its arguments. Windows of positions are permuted, and positions inside each."""
+    key = (seed, epoch, total, window)
     if key not in _permutations:
         if len(_permutations) > 4:
             _permutations.clear()
-        _permutations[key] = np.random.default_rng([seed, epoch, total]).permutation(total)
+        if window >= total:
+            _permutations[key] = np.random.default_rng([seed, epoch, total]).permutation(total)
+        else:
+            draw = np.random.default_rng([seed, epoch, total, window])
+            starts = draw.permutation(-(-total // window)) * window
+            _permutations[key] = np.concatenate([s + draw.permutation(min(window, total - s)) for s in starts])
     return _permutations[key]

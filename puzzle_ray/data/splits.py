@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from puzzle_ray.data.documents import TextFacts
 from puzzle_ray.data.order import Tokens
 from puzzle_ray.data.settings import DataConfig
-from puzzle_ray.data.tokenising import tokenise
+from puzzle_ray.data.shards import ArtifactShards, TokenShards
+from puzzle_ray.data.tokenising import tokenise_into
 from puzzle_ray.store import Artifact
 
-TOKENS = "tokens.safetensors"
+TOKENS = "tokens.safetensors"  # both splits in one file, as earlier versions wrote them
+INDEX = "tokens.json"  # which shards make up which split
 TRAIN_HASH = "train_sha256"  # a fact of the artifact
 
 
 def save_tokens(config: DataConfig, tokenizer: Any, max_positions: int | None, artifact: Artifact) -> None:
-    """Tokenises the text, writes both splits, and closes the artifact. Raises DataError."""
-    import torch
-
+    """Tokenises the text into shards and closes the artifact. Goes on behind the shards that are there. Raises DataError."""
     read: dict[str, TextFacts] = {}
-    train, heldout = tokenise(config, tokenizer, max_positions, read)
-    tensors = {"train": torch.from_numpy(train.sequences), "heldout": torch.from_numpy(heldout.sequences)}
-    artifact.write_tensors(TOKENS, tensors)
+    splits = tokenise_into(ArtifactShards(artifact), config, tokenizer, max_positions, read)
+    index = {"length": config.sequence_length, "splits": {name: asdict(split) for name, split in splits.items()}}
+    artifact.write_json(INDEX, index)
+    train, heldout = load_tokens(artifact)
     counts = {"train_tokens": train.num_tokens, "heldout_tokens": heldout.num_tokens}
     text = {name: facts.line() for name, facts in read.items()}
     artifact.finish(counts | {"text": text, TRAIN_HASH: train.content_hash()})
@@ -37,9 +39,18 @@ def train_tokens_source(artifact: Artifact) -> dict[str, str]:
 
 
 def load_tokens(artifact: Artifact) -> tuple[Tokens, Tokens]:
-    """(train, held-out)."""
-    tensors, _ = artifact.read_tensors(TOKENS)
-    return Tokens(tensors["train"].numpy()), Tokens(tensors["heldout"].numpy())
+    """(train, held-out). Shards are read when they are needed."""
+    if artifact.exists(TOKENS):
+        tensors, _ = artifact.read_tensors(TOKENS)
+        return Tokens(tensors["train"].numpy()), Tokens(tensors["heldout"].numpy())
+    index = artifact.read_json(INDEX)
+
+    def split(name: str) -> Tokens:
+        entry = index["splits"][name]
+        first, end = entry["rows"]
+        return Tokens(TokenShards(artifact, entry["shards"], entry["counts"], index["length"], (first, end)))
+
+    return split("train"), split("heldout")
 
 
 def tokens_summary(facts: Mapping[str, Any]) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,9 @@ from puzzle_ray.data.order import TokenArray, Tokens
 from puzzle_ray.data.settings import DataConfig
 from puzzle_ray.errors import DataError
 
+SPLITS = ("train", "heldout")
+FEW_DOCUMENTS = 1000
+BLOCK_CHARACTERS = 16_000_000  # of text that becomes one shard, about 4 million tokens
 _TEXTS_AT_ONCE = 256
 _CHARACTERS_AT_ONCE = 1_000_000
 _CHARACTERS_PER_TOKEN = 4  # a guess: it decides how much is tokenised beyond the limit, never the result
@@ -68,9 +72,60 @@ def _token_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
 def tokenise(
     config: DataConfig, tokenizer: Any, max_positions: int | None, facts: dict[str, TextFacts] | None = None
 ) -> tuple[Tokens, Tokens]:
-    """(train, held-out). Without `heldout`, every document whose hash says so is held out.
+    """(train, held-out) in memory; see `tokenise_into`."""
+    shards = InMemory()
+    splits = tokenise_into(shards, config, tokenizer, max_positions, facts)
+    whole = {split.shards: shards.whole(split.shards) for split in splits.values()}
+    train, heldout = (whole[splits[name].shards][slice(*splits[name].rows)] for name in SPLITS)
+    return Tokens(train), Tokens(heldout)
 
-    `facts` is told what was read and what was not, under `train` and, where it has a source of its own, `heldout`. Raises DataError.
+
+class Shards(Protocol):
+    """Where token shards go, and from where an interrupted run takes up what is left over behind the last one."""
+
+    def write(self, split: str, number: int, sequences: TokenArray, behind: Mapping[str, Any]) -> None: ...
+
+    def read(self, split: str, number: int) -> tuple[int, Mapping[str, Any]] | None:
+        """(how many sequences, what was left over behind them) of a shard that is there."""
+
+
+class InMemory:
+    """Shards that are kept."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, list[TokenArray]] = {}
+
+    def write(self, split: str, number: int, sequences: TokenArray, behind: Mapping[str, Any]) -> None:
+        self.found.setdefault(split, []).append(sequences)
+
+    def read(self, split: str, number: int) -> None:
+        return None
+
+    def whole(self, split: str) -> TokenArray:
+        return np.concatenate(self.found[split])
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows of a run of shards: `counts` has the number of sequences of each."""
+
+    shards: str
+    counts: tuple[int, ...]
+    rows: tuple[int, int]
+
+
+def tokenise_into(
+    shards: Shards,
+    config: DataConfig,
+    tokenizer: Any,
+    max_positions: int | None,
+    facts: dict[str, TextFacts] | None = None,
+) -> dict[str, Split]:
+    """Train and held-out text as token shards, block by block of the text: nothing else of it is in memory.
+
+    Without `heldout`, every document whose hash says so is held out (of one longer than a million characters, the hash of its
+    beginning); of fewer than 1000 documents the packed sequences at the end are. `facts` is told what was read and what was not, under
+    `train` and, where it has a source of its own, `heldout`. Raises DataError.
     """
     length = config.sequence_length
     if max_positions is not None and length > max_positions:
@@ -78,62 +133,166 @@ def tokenise(
     if config.train is None:
         raise DataError("data.train", "no training text is named", "set data.train to a file, a folder, a URL or a hub id")
     facts = {} if facts is None else facts
+    source = config.train
 
     def read(name: str, source: str) -> Iterator[Piece]:
         return pieces(source, config, f"data.{name}", tokenizer, facts.setdefault(name, TextFacts()))
 
+    limits = dict(zip(SPLITS, (config.max_train_tokens, config.max_heldout_tokens), strict=True))
     if config.heldout is not None:
-        train = pack_pieces(read("train", config.train), tokenizer, length, config.max_train_tokens)
-        heldout = pack_pieces(read("heldout", config.heldout), tokenizer, length, config.max_heldout_tokens)
+        named = {"train": source, "heldout": config.heldout}
+        found = {n: _stream(shards, read(n, s), {n: limits[n]}, lambda _, n=n: n, tokenizer, length)[n] for n, s in named.items()}
     else:
-        train, heldout = _split(config, read("train", config.train), tokenizer)
-    for name, packed in (("train", train), ("heldout", heldout)):
-        if not len(packed):
+        most = 16 * sum(limits.values())  # at most 16 characters a token
+        if _has_few_documents(pieces(source, config, "data.train", tokenizer), most):
+            (counts,) = _stream(
+                shards, read("train", source), {"all": sum(limits.values())}, lambda _: "all", tokenizer, length
+            ).values()
+            found = _end_held_out(config, counts.counts)
+        else:
+            route = _by_hash(config.heldout_fraction)
+            found = _stream(shards, _up_to(read("train", source), most), limits, route, tokenizer, length)
+    for name, split in found.items():
+        if split.rows[0] == split.rows[1]:
             raise DataError(
                 f"data.{name}", f"not even one sequence of {length} tokens", "give more text or shorten data.sequence_length"
             )
-    return Tokens(train), Tokens(heldout)
+    return found
 
 
-_FEW_DOCUMENTS = 1000
+@dataclass
+class _Packer:
+    """Packs the tokens of one split, up to `limit` of them."""
+
+    length: int
+    limit: int
+    total: int = 0  # tokens so far
+    counts: list[int] = field(default_factory=list)  # sequences of every block
+    rest: TokenArray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    found: list[TokenArray] = field(default_factory=list)  # since the last block
+
+    @property
+    def full(self) -> bool:
+        return self.total >= self.limit
+
+    def add(self, ids: TokenArray) -> None:
+        self.found.append(ids[: self.limit - self.total])
+        self.total += len(ids)
+
+    def cut(self) -> TokenArray:
+        """The sequences that are complete; what is left over begins the next block."""
+        joined = np.concatenate([self.rest, *self.found])
+        whole = len(joined) // self.length
+        self.rest, self.found = joined[whole * self.length :], []
+        self.counts.append(whole)
+        return joined[: whole * self.length].reshape(whole, self.length)
 
 
-def _split(config: DataConfig, texts: Iterator[Piece], tokenizer: Any) -> tuple[TokenArray, TokenArray]:
-    """Splits by document, by a hash of its text; fewer than 1000 documents by packed sequences instead, the end held out.
+def _stream(
+    shards: Shards, text: Iterator[Piece], limits: Mapping[str, int], route: Callable[[Piece], str], tokenizer: Any, length: int
+) -> dict[str, Split]:
+    """Tokenises a text block by block into one or more splits, until all have what they may have. Blocks that are there are passed by."""
+    separator = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    packers = {name: _Packer(length, limit) for name, limit in limits.items()}
+    batch: list[tuple[str, Piece]] = []
 
-    Reads no more documents than the limits on tokens can need (at most 16 characters a token).
-    """
-    most = 16 * (config.max_train_tokens + config.max_heldout_tokens)
-    found: list[list[Piece]] = []
-    size = 0
-    for piece in texts:
-        if piece.begins:
-            if size >= most:
-                break
-            found.append([])
-        found[-1].append(piece)
-        size += len(piece.text)
-        if size >= most and len(found[-1]) > 1:
+    def flush() -> None:
+        found = _token_ids([piece.text for _, piece in batch], tokenizer)
+        for (name, piece), ids in zip(batch, found, strict=True):
+            begins = [separator] if piece.begins and separator is not None else []
+            if not packers[name].full:
+                packers[name].add(np.asarray(begins + ids, dtype=np.int32))
+        batch.clear()
+
+    def end_block(number: int) -> None:
+        flush()
+        for name, packer in packers.items():
+            sequences = packer.cut()
+            behind = {"rest": packer.rest.tolist(), "total": packer.total, "characters": in_block}
+            shards.write(name, number, sequences, behind)
+
+    def there(number: int) -> int:
+        """How many characters of text a block has whose shards are all there; what is behind them is taken up. 0 where one is missing."""
+        found = {name: shards.read(name, number) for name in packers}
+        if any(shard is None for shard in found.values()):
+            return 0
+        characters = 0
+        for name, shard in found.items():
+            assert shard is not None
+            packer, (count, behind) = packers[name], shard
+            packer.counts.append(count)
+            packer.rest, packer.total = np.asarray(behind["rest"], dtype=np.int32), int(behind["total"])
+            characters = int(behind["characters"])
+        return characters
+
+    number = in_block = in_batch = 0
+    passed_by = there(0)
+    for piece in text:
+        in_block += len(piece.text)
+        name = route(piece)
+        if not passed_by and not packers[name].full:
+            batch.append((name, piece))
+            in_batch += len(piece.text)
+            left = sum(max(0, packer.limit - packer.total) for packer in packers.values())
+            if len(batch) >= _TEXTS_AT_ONCE or in_batch > min(_CHARACTERS_AT_ONCE, _CHARACTERS_PER_TOKEN * left):
+                flush()
+                in_batch = 0
+        if in_block >= (passed_by or BLOCK_CHARACTERS):
+            if not passed_by:
+                end_block(number)
+            number, in_block, in_batch = number + 1, 0, 0
+            passed_by = there(number)
+        if not passed_by and all(packer.full for packer in packers.values()):
             break
-    length = config.sequence_length
-    if len(found) < _FEW_DOCUMENTS:
-        whole = (piece for document in found for piece in document)
-        packed = pack_pieces(whole, tokenizer, length, config.max_train_tokens + config.max_heldout_tokens)
-        held = min(max(1, round(len(packed) * config.heldout_fraction)), max(1, config.max_heldout_tokens // length))
-        cut_at = len(packed) - held
-        return packed[:cut_at][: config.max_train_tokens // length], packed[cut_at:]
-
-    def part(is_heldout: bool) -> Iterator[Piece]:
-        chosen = (document for document in found if _is_heldout(document, config.heldout_fraction) == is_heldout)
-        return (piece for document in chosen for piece in document)
-
-    train = pack_pieces(part(False), tokenizer, length, config.max_train_tokens)
-    heldout = pack_pieces(part(True), tokenizer, length, config.max_heldout_tokens)
-    return train, heldout
+    if not passed_by and (in_block or not number):
+        end_block(number)
+    splits = {}
+    for name, packer in packers.items():
+        end = min(sum(packer.counts), packer.limit // length)
+        splits[name] = Split(name, tuple(packer.counts), (0, end))
+    return splits
 
 
-def _is_heldout(document: list[Piece], fraction: float) -> bool:
-    digest = hashlib.sha256()
-    for piece in document:
-        digest.update(piece.text.encode())
-    return int.from_bytes(digest.digest()[:8], "big") / 2**64 < fraction
+def _has_few_documents(text: Iterator[Piece], most_characters: int) -> bool:
+    """Whether a text has fewer than 1000 documents. It is read up to the thousandth, or so many characters."""
+    found = sum(1 for piece in _up_to(text, most_characters) if piece.begins)
+    return found < FEW_DOCUMENTS
+
+
+def _up_to(text: Iterator[Piece], most_characters: int) -> Iterator[Piece]:
+    """A text up to so many characters: whole documents, but of the last one, where it is long, a part."""
+    size = of_document = 0
+    for piece in text:
+        if piece.begins:
+            if size >= most_characters:
+                return
+            of_document = 0
+        yield piece
+        size += len(piece.text)
+        of_document += 1
+        if size >= most_characters and of_document > 1:
+            return
+
+
+def _by_hash(fraction: float) -> Callable[[Piece], str]:
+    """A function that says of every piece, in order, whether its document trains or is held out."""
+    current = "train"
+
+    def route(piece: Piece) -> str:
+        nonlocal current
+        if piece.begins:
+            digest = hashlib.sha256(piece.text.encode()).digest()
+            current = "heldout" if int.from_bytes(digest[:8], "big") / 2**64 < fraction else "train"
+        return current
+
+    return route
+
+
+def _end_held_out(config: DataConfig, counts: tuple[int, ...]) -> dict[str, Split]:
+    """Both splits as parts of the same shards: the end is held out."""
+    length, total = config.sequence_length, sum(counts)
+    total = min(total, (config.max_train_tokens + config.max_heldout_tokens) // length)
+    held = min(max(1, round(total * config.heldout_fraction)), max(1, config.max_heldout_tokens // length))
+    cut_at = max(0, total - held)
+    train = (0, min(cut_at, config.max_train_tokens // length))
+    return {"train": Split("all", counts, train), "heldout": Split("all", counts, (cut_at, total))}

@@ -1,0 +1,201 @@
+"""Token shards: the tokens of one piece, whatever the blocks; an interrupted run goes on behind the last one; few are open."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from byte_tokenizer import byte_tokenizer
+
+from puzzle_ray.data import shards as token_shards
+from puzzle_ray.data import tokenising
+from puzzle_ray.data.documents import TextFacts
+from puzzle_ray.data.order import Tokens
+from puzzle_ray.data.settings import DataConfig
+from puzzle_ray.data.shards import OPEN_SHARDS, TokenShards
+from puzzle_ray.data.splits import INDEX, TOKENS, load_tokens, save_tokens
+from puzzle_ray.data.tokenising import pack, tokenise
+from puzzle_ray.errors import Damaged
+from puzzle_ray.store import Store
+
+LENGTH = 16
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Files of rows: few documents, and more than a thousand."""
+    folder = tmp_path_factory.mktemp("texts")
+    rng = np.random.default_rng(0)
+    for name, count in (("few", 40), ("many", 1200), ("other", 30)):
+        rows = [{"text": "".join(chr(97 + c) for c in rng.integers(0, 26, rng.integers(5, 120)))} for _ in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def configs(folder):
+    few, many, other = (str(folder / f"{name}.jsonl") for name in ("few", "many", "other"))
+    common = {"sequence_length": LENGTH}
+    return {
+        "held-out file": DataConfig(train=few, heldout=other, **common),
+        "few documents": DataConfig(train=few, heldout_fraction=0.2, **common),
+        "many documents": DataConfig(train=many, heldout_fraction=0.2, **common),
+        "limits": DataConfig(train=many, heldout_fraction=0.2, max_train_tokens=9000, max_heldout_tokens=700, **common),
+        "a limit of few": DataConfig(train=few, max_train_tokens=500, max_heldout_tokens=100, **common),
+    }
+
+
+CASES = ["held-out file", "few documents", "many documents", "limits", "a limit of few"]
+
+
+def arrays(artifact):
+    return [split.sequences[:] for split in load_tokens(artifact)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_blocks_change_no_token_and_the_store_gives_them_back(texts, case, tmp_path, monkeypatch):
+    config, tokenizer = configs(texts)[case], byte_tokenizer()
+    train, heldout = tokenise(config, tokenizer, None)
+    for size in (300, 2000, 16_000_000):
+        monkeypatch.setattr(tokenising, "BLOCK_CHARACTERS", size)
+        artifact = Store(str(tmp_path)).artifact("tokens", {"size": size}, {})
+        save_tokens(config, tokenizer, None, artifact)
+        found = arrays(artifact)
+        assert np.array_equal(found[0], train.sequences) and np.array_equal(found[1], heldout.sequences)
+        assert artifact.facts()["train_sha256"] == train.content_hash()
+        number = len(artifact.names("train") + artifact.names("all"))
+        assert number == 1 if size > 10**6 else number > (size == 300)
+    rows = [json.loads(line)["text"] for line in Path(config.train).read_text().splitlines()]
+    if case == "held-out file":
+        assert np.array_equal(train.sequences, pack(rows, tokenizer, LENGTH, 10**9))
+    if case == "few documents":
+        assert np.array_equal(np.concatenate([train.sequences, heldout.sequences]), pack(rows, tokenizer, LENGTH, 10**9))
+    if case == "many documents":
+        route = tokenising._by_hash(0.2)
+        kinds = [route(tokenising.Piece(text, begins=True)) for text in rows]
+        assert 0.15 < kinds.count("heldout") / len(kinds) < 0.25
+        for name, split in (("train", train), ("heldout", heldout)):
+            own = [text for text, kind in zip(rows, kinds, strict=True) if kind == name]
+            assert np.array_equal(split.sequences, pack(own, tokenizer, LENGTH, 10**9))
+    if "limit" in case:
+        assert train.num_tokens <= config.max_train_tokens and heldout.num_tokens <= config.max_heldout_tokens
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("written", [1, 4])
+def test_an_interrupted_run_tokenises_nothing_again(texts, case, written, tmp_path, monkeypatch):
+    config, tokenizer = configs(texts)[case], byte_tokenizer()
+    monkeypatch.setattr(tokenising, "BLOCK_CHARACTERS", 100)
+    whole, cut = (Store(str(tmp_path)).artifact("tokens", {"which": name}, {}) for name in ("whole", "cut"))
+    seen = []
+    inner = tokenising._token_ids
+    monkeypatch.setattr(tokenising, "_token_ids", lambda texts, t: (seen.extend(texts), inner(texts, t))[1])
+    save_tokens(config, tokenizer, None, whole)
+    expected = len(seen)
+    seen.clear()
+    write, left = token_shards.write_shard, [written]
+
+    def stopping(*arguments):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        write(*arguments)
+
+    monkeypatch.setattr(token_shards, "write_shard", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        save_tokens(config, tokenizer, None, cut)
+    before = len(seen)
+    monkeypatch.setattr(token_shards, "write_shard", write)
+    save_tokens(config, tokenizer, None, cut)
+    assert expected <= len(seen) <= expected + 300 and 0 < before < len(seen), "at most the block that was not finished"
+    for a, b in zip(arrays(whole), arrays(cut), strict=True):
+        assert np.array_equal(a, b)
+    assert whole.read_json(INDEX) == cut.read_json(INDEX)
+
+
+def test_a_finished_set_of_blocks_is_only_read_past(texts, tmp_path, monkeypatch):
+    """Killed after the last shard and before the record: nothing is tokenised, and what is counted is the same."""
+    for case in CASES:
+        config, tokenizer = configs(texts)[case], byte_tokenizer()
+        artifact = Store(str(tmp_path)).artifact("tokens", {"case": case}, {})
+        sink, first, second = token_shards.ArtifactShards(artifact), {}, {}
+        with monkeypatch.context() as patch:
+            patch.setattr(tokenising, "BLOCK_CHARACTERS", 400)
+            splits = tokenising.tokenise_into(sink, config, tokenizer, None, first)
+            patch.setattr(tokenising, "_token_ids", lambda texts, t: pytest.fail("tokenised again") if texts else [])
+            assert tokenising.tokenise_into(sink, config, tokenizer, None, second) == splits
+        assert first == second and all(isinstance(facts, TextFacts) for facts in first.values())
+
+
+def sharded(tmp_path, counts, rows=None):
+    artifact = Store(str(tmp_path)).artifact("tokens", {"counts": counts}, {})
+    whole = np.random.default_rng(0).integers(0, 96, (sum(counts), LENGTH), dtype=np.int32)
+    start = 0
+    for number, count in enumerate(counts):
+        token_shards.write_shard(artifact, token_shards.shard_name("train", number), whole[start : start + count], {})
+        start += count
+    rows = rows or (0, len(whole))
+    return TokenShards(artifact, "train", counts, LENGTH, rows), whole[slice(*rows)]
+
+
+def test_shards_are_read_like_an_array_and_few_are_open(tmp_path):
+    found, whole = sharded(tmp_path, [5, 0, 7, 3, 9, 1, 6], (2, 29))
+    assert len(found) == 27 and found.shape == whole.shape
+    rows = np.random.default_rng(1).integers(0, 27, 40)
+    assert np.array_equal(found[rows], whole[rows]) and np.array_equal(found[3:20], whole[3:20])
+    assert np.array_equal(found[:], whole) and found[5:5].shape == (0, LENGTH)
+    assert len(found._open) <= OPEN_SHARDS
+    again = pickle.loads(pickle.dumps(found))
+    assert not again._open and np.array_equal(again[rows], whole[rows])
+    with pytest.raises(IndexError):
+        found[np.array([27])]
+    assert Tokens(found).content_hash() == Tokens(whole).content_hash()
+    assert Tokens(found).content_hash(100) == Tokens(whole).content_hash(100)
+
+
+def test_one_shard_is_read_in_the_order_of_an_array(tmp_path):
+    found, whole = sharded(tmp_path, [64])
+    for number in (0, 3, 40):
+        assert np.array_equal(Tokens(found).batch(7, number, 4), Tokens(whole).batch(7, number, 4))
+
+
+def test_an_epoch_of_many_shards_reads_all_once_a_few_shards_at_a_time(tmp_path):
+    found, whole = sharded(tmp_path, [8] * 20)
+    tokens, size = Tokens(found), 4
+    epochs = []
+    for epoch in range(2):
+        batches = [tokens.batch(3, epoch * 40 + number, size).numpy() for number in range(40)]
+        read = np.concatenate(batches)
+        assert sorted(map(bytes, read.astype(np.int32))) == sorted(map(bytes, whole))
+        epochs.append(read)
+        place = {bytes(row): index // 8 for index, row in enumerate(whole)}
+        for begin in range(0, 40, 6):  # a window of shards
+            window = np.concatenate(batches[begin : begin + 6]).astype(np.int32)
+            assert len({place[bytes(row)] for row in window}) <= 2 * (OPEN_SHARDS - 1)
+    assert not np.array_equal(*epochs)
+    assert np.array_equal(tokens.batch(3, 11, size), Tokens(found).batch(3, 11, size))
+    validation, training = tokens.split_validation(3, 20)
+    assert np.array_equal(validation.batch(3, 2, size), tokens.batch(3, 2, size))
+    assert np.array_equal(training.batch(3, 2, size), tokens.batch(3, 7, size))
+
+
+def test_tokens_of_an_earlier_version_are_read(tmp_path):
+    import torch
+
+    artifact = Store(str(tmp_path)).artifact("tokens", {}, {})
+    train = torch.arange(64, dtype=torch.int32).view(4, 16)
+    artifact.write_tensors(TOKENS, {"train": train, "heldout": train[:1].clone()})
+    assert np.array_equal(load_tokens(artifact)[0].sequences, train.numpy())
+
+
+def test_a_damaged_shard_is_found(texts, tmp_path):
+    artifact = Store(str(tmp_path)).artifact("tokens", {}, {})
+    save_tokens(configs(texts)["held-out file"], byte_tokenizer(), None, artifact)
+    name = token_shards.shard_name("train", 0)
+    path = tmp_path / artifact.name / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 255
+    path.write_bytes(bytes(data))
+    again = Store(str(tmp_path)).artifact("tokens", {}, {})
+    with pytest.raises(Damaged):
+        load_tokens(again)[0].sequences[:]

@@ -1,0 +1,96 @@
+"""Evaluation reads one model at a time, in its own dtype, and says what whole logits say."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
+from small_models import save_parent
+
+from puzzle_ray.artifacts import Scenario
+from puzzle_ray.evaluation import evaluate as evaluation
+from puzzle_ray.evaluation.evaluate import Models, evaluate, predictions
+from puzzle_ray.evaluation.settings import EvaluateConfig
+from puzzle_ray.models.child import load_model
+from puzzle_ray.progress import Quiet
+from puzzle_ray.scoring.metrics import PredictionMetrics, compare_predictions, mean
+
+BATCHES = [torch.randint(0, 96, (3, 16), generator=torch.Generator().manual_seed(n)) for n in range(2)]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Three models of the same family; the parent is in bfloat16."""
+    root = tmp_path_factory.mktemp("models")
+    found = {}
+    for seed, name in enumerate(("parent", "child_before_gkd", "child")):
+        folder = save_parent(root / name, seed=seed, vocab_size=VOCAB_SIZE + 7)
+        if name == "parent":
+            load_model(folder, torch.bfloat16).save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+        found[name] = str(folder)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32], ids=str)
+def test_predictions_are_those_of_whole_logits(folders, dtype):
+    found = predictions(Models(folders, CPU, dtype), BATCHES)
+    models = {name: load_model(folder, dtype) for name, folder in folders.items()}
+    with torch.no_grad():
+        parts = {name: [] for name in models}
+        for ids in BATCHES:
+            reference = torch.log_softmax(models["parent"](ids).logits.float(), -1)
+            for name, model in models.items():
+                logits = reference if name == "parent" else model(ids).logits
+                parts[name].append(compare_predictions(reference, logits, ids))
+    for name, own in parts.items():
+        joined = PredictionMetrics.joined(own)
+        assert found[name]["kl"] == mean(joined.kl) and found[name]["heldout_loss"] == mean(joined.lm_loss)
+        assert found[name]["top1_agreement"] == mean(joined.top1_agreement) and found[name]["heldout_tokens"] == 96
+    assert list(found) == list(folders)
+
+
+class Watched(Models):
+    """Models that tell how many of them are alive."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.alive, self.most, self.dtypes = weakref.WeakSet(), 0, []
+
+    def __getitem__(self, name):
+        gc.collect()
+        model = super().__getitem__(name)
+        self.alive.add(model)
+        self.most = max(self.most, len(self.alive))
+        self.dtypes.append(model.dtype)
+        return model
+
+
+def test_one_model_is_in_memory_at_a_time_in_its_own_dtype(folders):
+    models = Watched(folders, CPU)
+    predictions(models, BATCHES)
+    assert models.most == 1 and models.dtypes == [torch.bfloat16, torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize("room", [None, 1 << 40, 1])
+def test_models_are_timed_together_where_they_fit_and_else_alone(folders, room, monkeypatch):
+    monkeypatch.setattr(evaluation, "available_bytes", lambda device: room)
+    groups = []
+    inner = evaluation.measure_side_by_side
+    monkeypatch.setattr(evaluation, "measure_side_by_side", lambda m, *a: (groups.append(list(m)), inner(m, *a))[1])
+    config = EvaluateConfig(tokens=96, repeats=1, prompt="ab", sample_tokens=2)
+    scenario = Scenario(batch_size=1, input_tokens=4, output_tokens=2)
+    found = evaluate(folders, BATCHES, None, scenario, config, "float32", Quiet())
+    assert groups == ([["parent"], ["child"]] if room == 1 else [["parent", "child"]])
+    assert found["timed"].startswith("one after" if room == 1 else "alternately")
+    assert set(found["models"]) == set(found["samples"]) == set(folders)
+    before, after = found["models"]["child_before_gkd"], found["models"]["child"]
+    assert before["memory_mib"] == after["memory_mib"] > 0 and before["kl"] != after["kl"]
+    assert found["models"]["parent"]["measured_speedup"] == 1 and after["num_params"] == found["models"]["parent"]["num_params"]
+
+
+def test_batches_have_so_many_tokens_and_at_least_one_sequence():
+    config = EvaluateConfig(micro_batch_tokens=2048)
+    assert [config.sequences(length) for length in (256, 1000, 2048, 8192)] == [8, 2, 1, 1]
