@@ -141,7 +141,7 @@ def tokenise_into(
     limits = dict(zip(SPLITS, (config.max_train_tokens, config.max_heldout_tokens), strict=True))
     if config.heldout is not None:
         named = {"train": source, "heldout": config.heldout}
-        found = {n: _stream(shards, read(n, s), {n: limits[n]}, lambda _, n=n: n, tokenizer, length)[n] for n, s in named.items()}
+        found = {n: _stream(shards, read(n, s), {n: limits[n]}, _to(n), tokenizer, length)[n] for n, s in named.items()}
     else:
         most = 16 * sum(limits.values())  # at most 16 characters a token
         if _has_few_documents(pieces(source, config, "data.train", tokenizer), most):
@@ -186,6 +186,11 @@ class _Packer:
         self.rest, self.found = joined[whole * self.length :], []
         self.counts.append(whole)
         return joined[: whole * self.length].reshape(whole, self.length)
+
+
+def _to(split: str) -> Callable[[Piece], str]:
+    """Everything goes into one split."""
+    return lambda _: split
 
 
 def _stream(

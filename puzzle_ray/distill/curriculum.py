@@ -6,10 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+import numpy as np
 from torch import Tensor
 
-from puzzle_ray.data.order import Tokens
+from puzzle_ray.data.order import Sequences, TokenArray, Tokens
 from puzzle_ray.distill.settings import GkdConfig, GkdStage
 from puzzle_ray.errors import ConfigError
 
@@ -52,7 +54,31 @@ def of_length(tokens: Tokens, length: int) -> Tokens:
     if not count:
         problem = f"no sequence of {length} tokens: there are {tokens.num_tokens} tokens to train on"
         raise ConfigError(where, problem, "give more text, or raise data.max_train_tokens")
-    return Tokens(tokens.sequences.reshape(-1)[: count * length].reshape(count, length))
+    return Tokens(_OtherLength(tokens.sequences, length))
+
+
+class _OtherLength:
+    """Sequences read in another length, without a copy: consecutive ones joined, or each cut into equal parts."""
+
+    def __init__(self, base: Sequences, length: int) -> None:
+        self.base, self.length = base, length
+        self.own = base.shape[1]
+        self.shape = (len(base) * self.own // length, length)
+        window = int(getattr(base, "window", len(base)))
+        self.window = max(1, window * self.own // length)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, chosen: Any, /) -> TokenArray:
+        rows = np.arange(len(self))[chosen]
+        if self.length > self.own:
+            each = self.length // self.own
+            joined = (rows[:, None] * each + np.arange(each)).reshape(-1)
+            return self.base[joined].reshape(len(rows), self.length)
+        parts = self.own // self.length
+        cut = self.base[rows // parts].reshape(len(rows), parts, self.length)
+        return cut[np.arange(len(rows)), rows % parts]
 
 
 @dataclass(frozen=True)
