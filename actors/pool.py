@@ -259,7 +259,7 @@ class Pool(Generic[Handle, Item]):
             self.check()
             if now - self.alone_since > self.terms.placement_timeout_s:
                 raise not_placed(f"{len(self.workers)} {self.terms.workers}", self.terms.placement_timeout_s)
-        for worker, work in list(self.running.values()):
+        for worker, work in [*self.running.values(), *self.asked.values()]:
             if news and news(worker.handle, work.item):
                 worker.heard = time.monotonic()
             if time.monotonic() - worker.heard > self.terms.step_timeout_s:

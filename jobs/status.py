@@ -87,9 +87,11 @@ def closest_record(store: Store, artifact: Artifact) -> Mapping[str, Any] | None
     found = []
     for name in sorted(name for name in names if name.startswith(f"{artifact.stage}-")):
         try:
-            found.append(json.loads(filesystem.cat_file(f"{store.root}/{name}/{RECORD}")))
+            record = json.loads(filesystem.cat_file(f"{store.root}/{name}/{RECORD}"))
         except (OSError, ValueError):  # not finished
             continue
+        if isinstance(record, dict) and isinstance(record.get("inputs"), dict) and {"settings", "key"} <= record.keys():
+            found.append(record)
     return min(found, key=lambda record: len(list(differences(record, artifact))), default=None)
 
 

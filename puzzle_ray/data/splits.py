@@ -8,6 +8,7 @@ from typing import Any
 
 from puzzle_ray.data.documents import TextFacts
 from puzzle_ray.data.order import Tokens
+from puzzle_ray.data.parts import part_sizes
 from puzzle_ray.data.settings import DataConfig
 from puzzle_ray.data.shards import ArtifactShards, TokenShards
 from puzzle_ray.data.tokenising import tokenise_into
@@ -25,6 +26,7 @@ def save_tokens(config: DataConfig, tokenizer: Any, max_positions: int | None, a
     index = {"length": config.sequence_length, "splits": {name: asdict(split) for name, split in splits.items()}}
     artifact.write_json(INDEX, index)
     train, heldout = load_tokens(artifact)
+    part_sizes(heldout.num_sequences, (1, 1, 1))  # too little is said here, and not when the library is trained
     counts = {"train_tokens": train.num_tokens, "heldout_tokens": heldout.num_tokens}
     text = {name: facts.line() for name, facts in read.items()}
     artifact.finish(counts | {"text": text, TRAIN_HASH: train.content_hash()})

@@ -25,6 +25,8 @@ _WHOLE_FILE_BYTES = 64 << 20
 _SAMPLE_BYTES = 1 << 20
 _SAMPLES = 32
 _COMPARED_ROWS = 4096
+_IDENTIFYING = {".json", ".safetensors", ".model", ".jinja", ".tiktoken", ".py"}
+_TOKENIZER_TEXTS = {"merges.txt", "vocab.txt"}
 _LFS_POINTER = b"version https://git-lfs"
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # what weights may be: safetensors' names and torch's
 AGAIN = "fetch or save the model again"
@@ -68,8 +70,10 @@ def _fetched(url: str) -> Path:
 
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
-    except (ValueError, ImportError) as error:
-        raise ParentError("parent", f"{url!r} cannot be opened ({error})", "name a folder, an fsspec URL or a hub id") from None
+    except Exception as error:  # some backends connect at once, and each has errors of its own
+        raise ParentError(
+            "parent", f"{url!r} cannot be opened ({first_line(error)})", "name a folder, an fsspec URL or a hub id"
+        ) from None
     try:
         verified = verified_folder(url)
         if verified is not None:
@@ -125,7 +129,9 @@ def fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
     path = folder
     try:
-        for path in sorted(p for p in folder.iterdir() if p.suffix in {".json", ".safetensors", ".model"} and p.is_file()):
+        for path in sorted(
+            p for p in folder.iterdir() if (p.suffix in _IDENTIFYING or p.name in _TOKENIZER_TEXTS) and p.is_file()
+        ):
             size = path.stat().st_size
             digest.update(f"{path.name}:{size}:".encode())
             with path.open("rb") as file:

@@ -55,7 +55,7 @@ table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
 th, td { padding: 5px 9px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; font-weight: 400; }
 th:first-child { padding-left: 0; }
 thead th { color: var(--muted); font-size: 12.5px; vertical-align: bottom; white-space: normal; }
-tbody th { white-space: normal; }
+tbody th { white-space: normal; overflow-wrap: anywhere; }
 .columns th, .columns td { padding: 5px 6px; }
 .columns th:first-child { padding-left: 0; }
 tbody th, th:first-child { text-align: left; }

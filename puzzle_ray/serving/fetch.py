@@ -57,6 +57,6 @@ def check_servable(folder: str, max_length: int) -> None:
 def _open(url: str) -> tuple[Any, str]:
     try:
         filesystem, path = fsspec.core.url_to_fs(url.rstrip("/"))
-    except (ValueError, ImportError) as error:
+    except Exception as error:  # some backends connect at once, and each has errors of its own
         raise ParentError("model", f"{url!r} cannot be opened ({error})", "name a folder or an fsspec URL") from None
     return filesystem, path

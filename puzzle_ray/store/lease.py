@@ -243,6 +243,7 @@ class Lease:
         path, content = self._path(claim), self._content(claim)
         try:
             if not self.root.is_local:
+                self.root.filesystem.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
                 self.root.filesystem.pipe_file(path, content, mode="create")
                 return True
             os.makedirs(os.path.dirname(path), exist_ok=True)

@@ -123,7 +123,10 @@ def _unneeded(store: Store, older_than_days: float, dry_run: bool) -> list[Garba
     oldest, found = time.time() - older_than_days * DAY_S, []
     for one in listed:
         needed = one.state in ("finished", "damaged") and any(one.key in str(text) for text in inputs)
-        if needed or one.written_at > oldest or one.name in held:
+        read_now = (
+            bool(held) and one.state == "finished"
+        )  # what a run reads is known to its record alone, which it has not written yet
+        if needed or read_now or one.written_at > oldest or one.name in held:
             continue
         why = "no finished artifact was made from it" if one.state == "finished" else f"it is {one.state}"
         if dry_run or _removed(store, one):
