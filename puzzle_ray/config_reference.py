@@ -114,6 +114,7 @@ MEANINGS: Mapping[str, str] = {
     "cluster.gpus_per_shard": "share of a GPU; 0: shards compute on the CPU",
     "cluster.max_recoveries": "deaths of trainers between two checkpoints",
 }
+REQUIRED = "to be set"  # in a list of such settings there is no default
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def _settings(section: type[BaseModel], prefix: str, fields: Mapping[str, Any]) 
     comments, about = _comments(section), inspect.cleandoc(section.__doc__ or "")
     for name, field in fields.items():
         inner = _section(field.annotation)
-        default = json.dumps(_plain(field.get_default(call_default_factory=True)))
+        default = REQUIRED if field.is_required() else json.dumps(_plain(field.get_default(call_default_factory=True)))
         meaning = comments.get(name) or MEANINGS.get(f"{prefix}{name}") or _said_of(name, about)
         yield Setting(f"{prefix}{name}", default, _values(schema["properties"][name], schema), meaning)
         if inner is not None:

@@ -37,7 +37,7 @@ def test_every_setting_stands_in_the_reference_with_its_default():
     for setting in listed:
         assert setting.name in ROWS, setting.name
     assert ROWS["library.micro_batch_tokens"][1] == f"`{config.library.micro_batch_tokens}`"
-    assert ROWS["gkd.learning_rate"][2] == "number above 0"
+    assert ROWS["gkd.learning_rate"][2] == "number or `auto`" and ROWS["gkd.gradient_clip"][2] == "number above 0"
     assert ROWS["scoring.granularity"][2] == "`block`, `subblock`"
     assert ROWS["search.limits.speedup"][3].startswith("`speedup`: the child's predicted throughput")
     assert ROWS["library.early_stop.window"][3] == "micro-batches"
