@@ -159,7 +159,8 @@ def test_the_method_in_one_process_gives_the_same_child_bit_for_bit(whole, setti
         for file in (tmp_path / by_stage[stage]).rglob("*.safetensors"):
             mine, theirs = load_file(file), load_file(store / file.relative_to(tmp_path))
             assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine), file.name
-    for name in (f"{by_stage['scores']}/scores.parquet", f"{by_stage['library']}/library.parquet"):
+    tables = {"scores": "scores.parquet", "library": "library.parquet", "quality": "quality.json"}
+    for name in (f"{by_stage[stage]}/{table}" for stage, table in tables.items()):
         assert (tmp_path / name).read_bytes() == (store / name).read_bytes()
     assert Path(found.child) == tmp_path / by_stage["gkd"] / "child"
 
