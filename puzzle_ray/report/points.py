@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import groupby
+from typing import Any
 
 from puzzle_ray.artifacts import Architecture, LayerChoice
 from puzzle_ray.report.contents import shown
@@ -14,7 +15,7 @@ def point_id(number_of_point: int) -> str:
     return f"point-{number_of_point}"
 
 
-def opens(number_of_point: int) -> dict[str, object]:
+def opens(number_of_point: int) -> dict[str, Any]:
     """Attributes of a mark that opens a point's details, by a click or the Enter key."""
     return {"data_opens": point_id(number_of_point), "tabindex": 0, "role": "button"}
 
