@@ -15,13 +15,26 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ray.cluster_utils import AutoscalingCluster
 from waiting import until
 
 ROOT = Path(__file__).parents[2]
 TYPES = {
     "cpu": {"resources": {"CPU": 2, "cpu_type": 1}, "node_config": {}, "min_workers": 0, "max_workers": 3},
     "gpu": {"resources": {"CPU": 8, "GPU": 1, "gpu_type": 1}, "node_config": {}, "min_workers": 0, "max_workers": 3},
+}
+CONFIG = {  # as `ray.cluster_utils.AutoscalingCluster` has it, which itself ends every Ray of a machine
+    "cluster_name": "on-demand",
+    "provider": {"type": "fake_multinode", "disable_node_updaters": True},
+    "available_node_types": TYPES | {"ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}},
+    "head_node_type": "ray.head.default",
+    "max_workers": 6,
+    "upscaling_speed": 10.0,
+    "idle_timeout_minutes": 30,
+    **dict.fromkeys(("auth", "docker", "file_mounts"), {}),
+    **dict.fromkeys(("cluster_synced_files", "rsync_exclude", "rsync_filter"), []),
+    **dict.fromkeys(("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"), []),
+    **dict.fromkeys(("head_start_ray_commands", "worker_start_ray_commands"), []),
+    "file_mounts_sync_continuously": False,
 }
 ASKS = """
 import collections, json, sys
@@ -46,11 +59,11 @@ print(json.dumps({"types": types, "hosts": len(hosts), "shards": sorted({s for h
 def head(tmp_path_factory):
     """The address of a head without CPUs whose autoscaler may start nodes of two types."""
     folder = tmp_path_factory.mktemp("autoscaling")
-    config = AutoscalingCluster({"CPU": 0}, json.loads(json.dumps(TYPES)), idle_timeout_minutes=30, max_workers=6)._config
-    (folder / "types.json").write_text(json.dumps(config))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    provider = CONFIG["provider"] | {"gcs_address": f"127.0.0.1:{port}"}
+    (folder / "types.json").write_text(json.dumps(CONFIG | {"provider": provider}))
     environment = os.environ | {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1", "RAY_AUTH_MODE": "disabled"}
     environment["RAY_TMPDIR"] = "/tmp/ray-autoscaling"  # sockets have short paths; no other cluster's `auto` finds this one
     Path(environment["RAY_TMPDIR"]).mkdir(exist_ok=True)
