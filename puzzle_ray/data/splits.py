@@ -23,7 +23,8 @@ def save_tokens(config: DataConfig, tokenizer: Any, max_positions: int | None, a
     read: dict[str, TextFacts] = {}
     splits = tokenise_into(ArtifactShards(artifact), config, tokenizer, max_positions, read)
     index = {"length": config.sequence_length, "splits": {name: asdict(split) for name, split in splits.items()}}
-    artifact.write_json(INDEX, index)
+    if not artifact.exists(INDEX):
+        artifact.write_json(INDEX, index)
     train, heldout = load_tokens(artifact)
     counts = {"train_tokens": train.num_tokens, "heldout_tokens": heldout.num_tokens}
     text = {name: facts.line() for name, facts in read.items()}

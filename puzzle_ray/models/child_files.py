@@ -84,7 +84,7 @@ def _write_headers(shapes: Mapping[str, Tensor], folder: Path) -> dict[str, _Pla
             held = 0
         groups[-1].append(name)
         held += value.nbytes
-    places = {}
+    places: dict[str, _Place] = {}
     for number, names in enumerate(groups, 1):
         file = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         offsets, header = _header({name: shapes[name] for name in names})
@@ -115,7 +115,7 @@ def _header(shapes: Mapping[str, Tensor]) -> tuple[dict[str, int], bytes]:
 
 def _write(file: BinaryIO, offset: int, value: Tensor) -> None:
     file.seek(offset)
-    file.write(memoryview(value.contiguous().flatten().view(torch.uint8).numpy()))
+    file.write(value.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _write_settings(model: nn.Module, dtype: torch.dtype, folder: Path) -> None:
