@@ -24,7 +24,8 @@ def save_tokens(config: DataConfig, tokenizer: Any, max_positions: int | None, a
     read: dict[str, TextFacts] = {}
     splits = tokenise_into(ArtifactShards(artifact), config, tokenizer, max_positions, read)
     index = {"length": config.sequence_length, "splits": {name: asdict(split) for name, split in splits.items()}}
-    artifact.write_json(INDEX, index)
+    if not artifact.exists(INDEX):
+        artifact.write_json(INDEX, index)
     train, heldout = load_tokens(artifact)
     part_sizes(heldout.num_sequences, (1, 1, 1))  # too little is said here, and not when the library is trained
     counts = {"train_tokens": train.num_tokens, "heldout_tokens": heldout.num_tokens}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -140,13 +141,14 @@ def tokenise_into(
 
     limits = dict(zip(SPLITS, (config.max_train_tokens, config.max_heldout_tokens), strict=True))
     if config.heldout is not None:
-        named = {"train": source, "heldout": config.heldout}
-        found = {n: _stream(shards, read(n, s), {n: limits[n]}, _to(n), tokenizer, length)[n] for n, s in named.items()}
+        found: dict[str, Split] = {}
+        for name, origin in (("train", source), ("heldout", config.heldout)):
+            found |= _stream(shards, read(name, origin), {name: limits[name]}, partial(_always, name), tokenizer, length)
     else:
         most = 16 * sum(limits.values())  # at most 16 characters a token
         if _has_few_documents(pieces(source, config, "data.train", tokenizer), most):
             (counts,) = _stream(
-                shards, read("train", source), {"all": sum(limits.values())}, lambda _: "all", tokenizer, length
+                shards, read("train", source), {"all": sum(limits.values())}, partial(_always, "all"), tokenizer, length
             ).values()
             found = _end_held_out(config, counts.counts)
         else:
@@ -188,71 +190,81 @@ class _Packer:
         return joined[: whole * self.length].reshape(whole, self.length)
 
 
-def _to(split: str) -> Callable[[Piece], str]:
-    """Everything goes into one split."""
-    return lambda _: split
+class _Blocks:
+    """Blocks of a text on their way to the shards of one or more splits."""
+
+    def __init__(self, shards: Shards, limits: Mapping[str, int], tokenizer: Any, length: int) -> None:
+        self.shards, self.tokenizer = shards, tokenizer
+        self.separator = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        self.packers = {name: _Packer(length, limit) for name, limit in limits.items()}
+        self.batch: list[tuple[str, Piece]] = []
+        self.characters = 0  # of the batch
+
+    @property
+    def full(self) -> bool:
+        return all(packer.full for packer in self.packers.values())
+
+    def add(self, name: str, piece: Piece) -> None:
+        """Tokenises now and then, a batch at a time, and not much more than is still needed."""
+        if self.packers[name].full:
+            return
+        self.batch.append((name, piece))
+        self.characters += len(piece.text)
+        left = sum(max(0, packer.limit - packer.total) for packer in self.packers.values())
+        if len(self.batch) >= _TEXTS_AT_ONCE or self.characters > min(_CHARACTERS_AT_ONCE, _CHARACTERS_PER_TOKEN * left):
+            self._flush()
+
+    def _flush(self) -> None:
+        found = _token_ids([piece.text for _, piece in self.batch], self.tokenizer)
+        for (name, piece), ids in zip(self.batch, found, strict=True):
+            begins = [self.separator] if piece.begins and self.separator is not None else []
+            if not self.packers[name].full:
+                self.packers[name].add(np.asarray(begins + ids, dtype=np.int32))
+        self.batch, self.characters = [], 0
+
+    def end(self, number: int, characters: int) -> None:
+        """Writes the shards of a block of so many characters."""
+        self._flush()
+        for name, packer in self.packers.items():
+            sequences = packer.cut()
+            behind = {"rest": packer.rest.tolist(), "total": packer.total, "characters": characters}
+            self.shards.write(name, number, sequences, behind)
+
+    def take_up(self, number: int) -> int:
+        """How many characters a block has whose shards are all there; goes on from what is behind them. 0 where one is missing."""
+        found = {name: shard for name in self.packers if (shard := self.shards.read(name, number)) is not None}
+        if len(found) < len(self.packers):
+            return 0
+        for name, (count, behind) in found.items():
+            packer = self.packers[name]
+            packer.counts.append(count)
+            packer.rest, packer.total = np.asarray(behind["rest"], dtype=np.int32), int(behind["total"])
+        return max(int(behind["characters"]) for _, behind in found.values())
 
 
 def _stream(
     shards: Shards, text: Iterator[Piece], limits: Mapping[str, int], route: Callable[[Piece], str], tokenizer: Any, length: int
 ) -> dict[str, Split]:
     """Tokenises a text block by block into one or more splits, until all have what they may have. Blocks that are there are passed by."""
-    separator = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    packers = {name: _Packer(length, limit) for name, limit in limits.items()}
-    batch: list[tuple[str, Piece]] = []
-
-    def flush() -> None:
-        found = _token_ids([piece.text for _, piece in batch], tokenizer)
-        for (name, piece), ids in zip(batch, found, strict=True):
-            begins = [separator] if piece.begins and separator is not None else []
-            if not packers[name].full:
-                packers[name].add(np.asarray(begins + ids, dtype=np.int32))
-        batch.clear()
-
-    def end_block(number: int) -> None:
-        flush()
-        for name, packer in packers.items():
-            sequences = packer.cut()
-            behind = {"rest": packer.rest.tolist(), "total": packer.total, "characters": in_block}
-            shards.write(name, number, sequences, behind)
-
-    def there(number: int) -> int:
-        """How many characters of text a block has whose shards are all there; what is behind them is taken up. 0 where one is missing."""
-        found = {name: shards.read(name, number) for name in packers}
-        if any(shard is None for shard in found.values()):
-            return 0
-        characters = 0
-        for name, shard in found.items():
-            assert shard is not None
-            packer, (count, behind) = packers[name], shard
-            packer.counts.append(count)
-            packer.rest, packer.total = np.asarray(behind["rest"], dtype=np.int32), int(behind["total"])
-            characters = int(behind["characters"])
-        return characters
-
-    number = in_block = in_batch = 0
-    passed_by = there(0)
+    blocks = _Blocks(shards, limits, tokenizer, length)
+    number = characters = 0
+    passed_by = blocks.take_up(0)
     for piece in text:
-        in_block += len(piece.text)
+        characters += len(piece.text)
         name = route(piece)
-        if not passed_by and not packers[name].full:
-            batch.append((name, piece))
-            in_batch += len(piece.text)
-            left = sum(max(0, packer.limit - packer.total) for packer in packers.values())
-            if len(batch) >= _TEXTS_AT_ONCE or in_batch > min(_CHARACTERS_AT_ONCE, _CHARACTERS_PER_TOKEN * left):
-                flush()
-                in_batch = 0
-        if in_block >= (passed_by or BLOCK_CHARACTERS):
+        if not passed_by:
+            blocks.add(name, piece)
+        if characters >= (passed_by or BLOCK_CHARACTERS):
             if not passed_by:
-                end_block(number)
-            number, in_block, in_batch = number + 1, 0, 0
-            passed_by = there(number)
-        if not passed_by and all(packer.full for packer in packers.values()):
+                blocks.end(number, characters)
+            number, characters = number + 1, 0
+            passed_by = blocks.take_up(number)
+        if not passed_by and blocks.full:
             break
-    if not passed_by and (in_block or not number):
-        end_block(number)
+    if not passed_by and (characters or not number):
+        blocks.end(number, characters)
     splits = {}
-    for name, packer in packers.items():
+    for name, packer in blocks.packers.items():
         end = min(sum(packer.counts), packer.limit // length)
         splits[name] = Split(name, tuple(packer.counts), (0, end))
     return splits
@@ -277,6 +289,10 @@ def _up_to(text: Iterator[Piece], most_characters: int) -> Iterator[Piece]:
         of_document += 1
         if size >= most_characters and of_document > 1:
             return
+
+
+def _always(name: str, piece: Piece) -> str:
+    return name
 
 
 def _by_hash(fraction: float) -> Callable[[Piece], str]:

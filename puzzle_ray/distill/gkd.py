@@ -71,7 +71,7 @@ class GkdRow:
 
 @dataclass(frozen=True)
 class GkdJob:
-    """What a distillation reads and writes. Artifact `child` holds the folder `child`; `data` holds the file `tokens.safetensors`.
+    """What a distillation reads and writes. Artifact `child` holds the folder `child`; `data` holds tokens (see `puzzle_ray.data.splits`).
 
     `heldout` are ids `[sequences, tokens]` that training is watched on (see `puzzle_ray.distill.guard`); without any it is not watched.
     """

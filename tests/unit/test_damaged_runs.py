@@ -71,7 +71,7 @@ def of(store, stage):
 
 
 def flip(path):
-    """One bit, somewhere behind a safetensors file's header."""
+    """One bit, somewhere behind the header of a file of tensors or tokens."""
     data = bytearray(path.read_bytes())
     data[random.Random(0).randrange(len(data) * 3 // 4, len(data))] ^= 4
     path.write_bytes(data)
@@ -94,7 +94,7 @@ def content(path):
 FLIPPED = {  # the file, the stages that have to be done because they are not there, and what is made again for the flipped bit
     "library": (f"library-*/{VARIANT}", ("scores",), {f"library/{VARIANT}"}),
     "child": ("child-*/child/model.safetensors", ("gkd",), {"child/child"}),
-    "tokens": ("tokens-*/tokens.safetensors", ("library",), {"tokens/tokens.safetensors"}),
+    "tokens": ("tokens-*/all/000000.arrow", ("library",), {"tokens/all/000000.arrow"}),
 }
 
 

@@ -1,0 +1,79 @@
+"""Count what a run will need before anything is started: bytes per process, object store, checkpoints, FLOPs and hours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from jobs.command import SEARCHES, Config, Data, Debug, ParentName, Recipe, Settings, StoreRoot, Verb, configured
+
+if TYPE_CHECKING:
+    from puzzle_ray.planning.demand import Demand, Work
+    from puzzle_ray.planning.hardware import Hardware
+
+GIB = 1 << 30
+
+
+def table(demands: Sequence[Demand], works: Sequence[Work], hardware: Hardware, mfu: float) -> list[str]:
+    """The plan in lines: processes, then stages, then what does not fit."""
+    from puzzle_ray.planning.hardware import problems
+
+    lines = [f"{'stage':<12}{'process':<16}{'count':>6}{'GiB each':>10}  {'of which GiB'}"]
+    for demand in demands:
+        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in demand.parts.items())
+        where = f"{demand.gpu_share:g} GPU" if demand.gpu_share else "host"
+        lines.append(
+            f"{demand.stage:<12}{demand.process:<16}{demand.count:>6}{demand.total / GIB:>10.2f}  {parts} (in a {where}'s memory)"
+        )
+    lines.append("")
+    lines.append(f"{'stage':<12}{'PFLOP':>12}{'hours':>10}{'store GiB':>12}{'store bytes/token':>19}{'checkpoint GiB':>16}")
+    for work in works:
+        lines.append(
+            f"{work.stage:<12}{work.flops / 1e15:>12.1f}{hardware.hours(work, mfu):>10.2f}{work.store_bytes / GIB:>12.2f}"
+            f"{work.store_bytes_per_token:>19}{work.checkpoint_bytes / GIB:>16.2f}"
+        )
+    words = f"{hardware.num_gpus} x {hardware.device.name}, all busy at {mfu:.0%} of their peak rate"
+    lines.append(f"hours: {words}; every stage apart; the child counts as large as the parent")
+    found = problems(demands, hardware)
+    return [*lines, "", *(found or ["every process fits"])]
+
+
+def call(
+    cluster: Annotated[str, typer.Option(help='Nodes x GPUs and a device, such as "8x8 H100-80GB".')],
+    mfu: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of the peak rate that the GPUs reach.")] = 0.4,
+    recipe: Recipe = None,
+    config: Config = None,
+    set_: Settings = None,
+    parent: ParentName = None,
+    data: Data = None,
+    store: StoreRoot = None,
+    debug: Debug = False,
+) -> None:
+    from puzzle_ray.config import TINY
+    from puzzle_ray.errors import ConfigError
+    from puzzle_ray.models.checkpoint import locate
+    from puzzle_ray.models.child import read_config
+    from puzzle_ray.planning.demand import Sizes, demands, works
+    from puzzle_ray.planning.hardware import Hardware
+    from puzzle_ray.variants.space import search_space
+
+    hardware = Hardware.parse(cluster)
+    settings = configured(recipe, config, set_, parent, data, store).config
+    if settings.parent == TINY:
+        raise ConfigError("parent", "the tiny parent is trained first and fits anywhere", "name a parent: a folder or a hub id")
+    model_config = read_config(locate(settings.parent, settings.revision), settings.trust_remote_code)
+    space = search_space(model_config, settings.space.attention, settings.space.ffn, settings.space.ffn_multiple_of)
+    sizes = Sizes(model_config, space)
+    lines = table(demands(settings, model_config, sizes), works(settings, model_config, sizes), hardware, mfu)
+    print("\n".join(lines))
+
+
+call.__doc__ = __doc__
+VERB = Verb("plan", SEARCHES, call)
+
+if __name__ == "__main__":
+    from jobs.app import main
+
+    main(VERB.name)

@@ -1,0 +1,211 @@
+"""Bytes of every kind of process of a run, counted on the real classes without allocating them, and the work of every stage.
+
+What a process holds by design is counted: weights, gradients, optimizer, remembered activations. What its libraries take beside that is
+not. FLOPs are those of matrix products with weights, 2 per weight and token, 6 where it is trained; products inside attention are left
+out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from puzzle_ray.artifacts import LayerChoice, SearchSpace
+from puzzle_ray.config import RunConfig
+from puzzle_ray.families.descriptor import Descriptor
+from puzzle_ray.models.blocks import stack_without_weights, swapped
+from puzzle_ray.models.describe import describe
+from puzzle_ray.profiling.memory import subblock_weights, weights_of
+from puzzle_ray.scoring.plan import shard_bytes
+from puzzle_ray.scoring.replacements import all_replacements
+from puzzle_ray.variants.base import find_variant
+
+_FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What each of `count` equal processes holds, in bytes by kind. With `gpu_share` it is in a GPU's memory, else in the host's."""
+
+    stage: str
+    process: str
+    count: int
+    parts: Mapping[str, int]
+    gpu_share: float
+    remedy: str
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage computes, and what it writes while it runs."""
+
+    stage: str
+    flops: float
+    dtype: str
+    store_bytes_per_token: int = 0  # hidden states in the object stores, for every token of a micro-batch
+    store_bytes: int = 0  # of them at a time
+    checkpoint_bytes: int = 0
+
+
+class Sizes:
+    """Parameters of a parent's parts and of all variants."""
+
+    def __init__(self, model_config: Any, space: SearchSpace) -> None:
+        self.config, self.space = model_config, space
+        self.descriptor: Descriptor = describe(model_config)
+        depth = model_config.num_hidden_layers
+        self.stack, _ = stack_without_weights(self.descriptor, model_config, 0, depth, torch.float32)
+        self.total = weights_of(self.stack.parameters()).num_params
+        self.layers = [weights_of(layer.parameters()).num_params for layer in self.stack.layers]
+        assert self.stack.head is not None
+        self.head = weights_of(self.stack.head.parameters()).num_params
+        self._variants: dict[tuple[int, str, str], tuple[int, bool]] = {}
+
+    def variant(self, layer: int, kind: Any, name: str) -> tuple[int, bool]:
+        """(parameters, whether they are trained) of a replaced subblock with its norms."""
+        key = (self.space.layers.index(self.space.layers[layer]), kind, name)
+        if key not in self._variants:
+            child = swapped(self.stack.layer(layer), LayerChoice(**{kind: name}), self.descriptor, self.stack.config)
+            num_params = subblock_weights(child, kind, self.descriptor).num_params
+            self._variants[key] = num_params, bool(find_variant(name, kind)[0].trainable)
+        return self._variants[key]
+
+    def choice(self, layer: int, choice: LayerChoice) -> tuple[int, int]:
+        """(parameters, trained parameters) of all subblocks that a choice replaces."""
+        found = [self.variant(layer, kind, choice.variant(kind)) for kind in choice.replaced]
+        return sum(n for n, _ in found), sum(n for n, trained in found if trained)
+
+
+def _bytes(dtype: str) -> int:
+    return _FLOAT32_BYTES if dtype == "float32" else 2
+
+
+def trainer_parts(sizes: Sizes, layer: int) -> dict[str, int]:
+    """A block trainer's memory for one layer, beside activations: everything is float32."""
+    found = [sizes.choice(layer, choice) for choice in sizes.space.layers[layer].trained]
+    held, trained = sum(n for n, _ in found), sum(n for _, n in found)
+    return {
+        "parent layer": sizes.layers[layer] * _FLOAT32_BYTES,
+        "variants": held * _FLOAT32_BYTES,
+        "start weights": held * _FLOAT32_BYTES,
+        "gradients": trained * _FLOAT32_BYTES,
+        "optimizer": 2 * trained * _FLOAT32_BYTES,
+    }
+
+
+def worker_parts(num_params: int, parent_params: int, parent_dtype: str, config: RunConfig, model_config: Any) -> dict[str, int]:
+    """A GKD worker's memory: float32 weights, gradients and moments of the child, the parent, every layer's output of both."""
+    states = model_config.num_hidden_layers * config.gkd.micro_batch_tokens * model_config.hidden_size
+    parts = {
+        "child": num_params * _FLOAT32_BYTES,
+        "gradients": num_params * _FLOAT32_BYTES,
+        "optimizer": 2 * num_params * _FLOAT32_BYTES,
+        "parent": parent_params * _bytes(parent_dtype),
+        "layer outputs": 2 * states * _bytes(parent_dtype),
+    }
+    return parts | ({"best weights": num_params * _FLOAT32_BYTES} if config.gkd.heldout_tokens else {})
+
+
+def demands(config: RunConfig, model_config: Any, sizes: Sizes) -> list[Demand]:
+    """What every kind of process needs, of each the one that needs most. The child counts as large as the parent."""
+    cluster, library, depth = config.cluster, config.library, model_config.num_hidden_layers
+    num_shards = min(cluster.num_shards, depth)
+    edges = [depth * n // num_shards for n in range(num_shards + 1)]
+    runs = [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    state = library.micro_batch_tokens * model_config.hidden_size * _bytes(library.activation_dtype)
+
+    def shard(layers: range) -> dict[str, int]:
+        stack, _ = stack_without_weights(
+            sizes.descriptor, model_config, layers.start, layers.stop, getattr(torch, library.parent_dtype)
+        )
+        return {"weights": weights_of(stack.parameters()).weight_bytes, "hidden states": (len(layers) + 1) * state}
+
+    def largest(parts: list[dict[str, int]]) -> dict[str, int]:
+        return max(parts, key=lambda part: sum(part.values()))
+
+    free = 0 if cluster.gpus_per_shard else None
+    tokens = config.scoring.micro_batch_tokens
+    scoring = [shard_bytes(model_config, sizes.descriptor, layers, config.scoring, tokens, free) for layers in runs]
+    heaviest = max(scoring, key=lambda found: found.total)
+    own = str(getattr(model_config, "dtype", None) or torch.float32).removeprefix("torch.")
+    gkd = worker_parts(sizes.total, sizes.total, own if config.gkd.use_gpu else "float32", config, model_config)
+    per_trainer = 1 if cluster.blocks_per_trainer == "auto" else int(cluster.blocks_per_trainer)
+    trainer = {name: per_trainer * size for name, size in largest([trainer_parts(sizes, n) for n in range(depth)]).items()}
+    timed = 2 * sizes.total * _bytes(config.profile.dtype)
+    on_gpu = float(config.gkd.use_gpu)
+    more_shards = "raise cluster.num_shards"
+    return [
+        Demand("library", "parent shard", num_shards, largest([shard(r) for r in runs]), cluster.gpus_per_shard, more_shards),
+        Demand(
+            "library",
+            "block trainer",
+            -(-depth // per_trainer),
+            trainer,
+            cluster.gpus_per_trainer,
+            "lower cluster.blocks_per_trainer, give trainers a larger share of a GPU, or name fewer variants in space",
+        ),
+        Demand(
+            "scores",
+            "parent shard",
+            num_shards,
+            {
+                "weights": heaviest.weights,
+                "parent's activations": heaviest.kept,
+                "candidates": heaviest.candidates,
+                "working": heaviest.working,
+            },
+            cluster.gpus_per_shard,
+            f"{more_shards}, set scoring.dtype to bfloat16, or lower scoring.micro_batch_tokens",
+        ),
+        Demand(
+            "gkd",
+            "worker",
+            config.gkd.num_workers,
+            gkd,
+            on_gpu,
+            "every worker holds the whole child and the whole parent: name a device with more memory",
+        ),
+        Demand(
+            "evaluation",
+            "worker",
+            1,
+            {"two models": timed},
+            float(config.profile.num_gpus),
+            "models that do not fit together are timed one after the other",
+        ),
+    ]
+
+
+def works(config: RunConfig, model_config: Any, sizes: Sizes) -> list[Work]:
+    """What the heavy stages compute."""
+    library, depth = config.library, model_config.num_hidden_layers
+    trained = 0.0
+    for layer in range(depth):
+        halves = sizes.layers[layer]  # once more in the trainer: the parent's attention half, and the halves beside a variant
+        found = [sizes.choice(layer, choice) for choice in sizes.space.layers[layer].trained]
+        trained += 2 * halves + sum(2 * n + 4 * t for n, t in found)
+    store = (depth + 1) * model_config.hidden_size * _bytes(library.activation_dtype)
+    behind = [sum(sizes.layers[n:]) + sizes.head for n in range(depth)]
+    scored = sum(2.0 * behind[r.layer] for r in all_replacements(sizes.space, config.scoring.granularity))
+    checkpoint = sum(sum(trainer_parts(sizes, n)[k] for k in ("variants", "start weights", "optimizer")) for n in range(depth))
+    gkd = 8.0 * sizes.total * config.gkd.tokens
+    guard = sizes.total * _FLOAT32_BYTES if config.gkd.heldout_tokens else 0
+    return [
+        Work(
+            "library",
+            library.tokens * (2.0 * sum(sizes.layers) + trained),
+            library.compute_dtype,
+            store,
+            store * library.micro_batch_tokens * library.window,
+            checkpoint,
+        ),
+        Work("scores", config.scoring.tokens * scored, config.scoring.dtype),
+        Work("gkd", gkd, "bfloat16" if config.gkd.use_gpu else "float32", 0, 0, 3 * sizes.total * _FLOAT32_BYTES + guard),
+    ]

@@ -1,0 +1,144 @@
+"""A plan's bytes are those of the real objects at small size, and hand arithmetic at the size of Llama-3.1-8B and Llama-3.3-70B."""
+
+import json
+
+import pytest
+import torch
+from gkd_trainers import CONFIG as GKD
+from gkd_trainers import new_trainer
+from layer_trainers import SPACE, run, trainer
+from small_models import save_parent
+from typer.testing import CliRunner
+
+from puzzle_ray.config import RunConfig
+from puzzle_ray.errors import ConfigError
+from puzzle_ray.models.blocks import load_stack
+from puzzle_ray.models.child import read_config
+from puzzle_ray.models.describe import describe
+from puzzle_ray.planning.demand import Sizes, demands, trainer_parts, worker_parts, works
+from puzzle_ray.planning.hardware import CONTEXT_BYTES, Hardware, problems
+from puzzle_ray.variants.space import SpaceConfig, search_space
+
+GIB = 1 << 30
+LLAMA = {"vocab_size": 128_256, "max_position_embeddings": 131_072, "tie_word_embeddings": False, "dtype": "bfloat16"}
+SHAPES = {
+    "8B": {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "70B": {"hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80, "num_attention_heads": 64},
+}
+PARAMS = {"8B": 8_030_261_248, "70B": 70_553_706_496}  # as their model cards say
+
+
+def llama(name):
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model("llama", num_key_value_heads=8, **LLAMA, **SHAPES[name])
+
+
+def planned(model_config, **settings):
+    config = RunConfig.model_validate(settings)
+    space = search_space(model_config, config.space.attention, config.space.ffn, config.space.ffn_multiple_of)
+    sizes = Sizes(model_config, space)
+    found = demands(config, model_config, sizes)
+    return {(d.stage, d.process): d for d in found}, {w.stage: w for w in works(config, model_config, sizes)}, sizes
+
+
+def test_a_block_trainers_bytes_are_those_of_its_tensors(parent_folder):
+    config = read_config(parent_folder)
+    sizes = Sizes(config, search_space(config, *SPACE, 8))
+    real = trainer(parent_folder)
+    run(real, range(real.schedule.calibrate + real.schedule.validate + 2))
+    found = trainer_parts(sizes, 1)
+    assert len(real.candidates) == 6
+    variants = [v for c in real.candidates for v in c.weights().values()]
+    assert found["variants"] == sum(v.nbytes for v in variants)
+    assert found["start weights"] == sum(v.nbytes for c in real.candidates for v in c.start.values())
+    moments = [slot for c in real.candidates if c.optimizer for state in c.optimizer.state.values() for slot in state.values()]
+    assert found["optimizer"] == sum(slot.nbytes for slot in moments if slot.dim())
+    trained = [p for c in real.candidates if c.optimizer for group in c.optimizer.param_groups for p in group["params"]]
+    assert found["gradients"] == sum(p.nbytes for p in trained)
+    assert found["parent layer"] == sum(p.nbytes for p in real.layer.parameters())
+
+
+def test_a_distilling_workers_bytes_are_those_of_its_tensors():
+    real = new_trainer()
+    child, parent = (sum(p.numel() for p in model.parameters()) for model in (real.child, real.parent))
+    found = worker_parts(child, parent, "float32", RunConfig(gkd=GKD, data={"sequence_length": 16}), real.child.config)
+    assert found["child"] == sum(p.nbytes for p in real.parameters.values())
+    assert found["gradients"] == real.gradients.nbytes
+    assert found["optimizer"] == sum(
+        real.optimizer.state[p][m].nbytes for p in real.parameters.values() for m in ("exp_avg", "exp_avg_sq")
+    )
+    assert found["parent"] == sum(p.nbytes for p in real.parent.parameters())
+
+
+def test_a_shards_weights_are_those_of_the_loaded_one(parent_folder):
+    config = read_config(parent_folder)
+    found, _, sizes = planned(config, cluster={"num_shards": 2}, space={"attention": ("gqa:1",), "ffn": ("noop",)})
+    stack = load_stack(parent_folder, describe(config), config, 1, 3, torch.float32)
+    assert found["library", "parent shard"].parts["weights"] >= sum({p.data_ptr(): p.nbytes for p in stack.parameters()}.values())
+    assert sizes.total == sum(
+        {
+            p.data_ptr(): p.numel() for p in load_stack(parent_folder, describe(config), config, 0, 3, torch.float32).parameters()
+        }.values()
+    )
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_llamas_plan_is_what_hand_arithmetic_says(name):
+    shape, n = SHAPES[name], PARAMS[name]
+    layers, d, f, v = shape["num_hidden_layers"], shape["hidden_size"], shape["intermediate_size"], LLAMA["vocab_size"]
+    space = SpaceConfig(attention=("parent", "noop"), ffn=("parent", "ffn:50%"))
+    library = {
+        "activation_dtype": "bfloat16",
+        "parent_dtype": "bfloat16",
+        "tokens": 10**9,
+        "window": 3,
+        "micro_batch_tokens": 4096,
+    }
+    cluster = {"num_shards": 4, "gpus_per_shard": 1, "gpus_per_trainer": 0.25}
+    gkd = {"use_gpu": True, "num_workers": 8, "tokens": 10**9, "micro_batch_tokens": 4096}
+    scoring = {"dtype": "bfloat16", "micro_batch_tokens": 4096}
+    data = {"sequence_length": 4096}
+    how = {"space": space.model_dump(), "library": library, "cluster": cluster, "gkd": gkd, "scoring": scoring, "data": data}
+    found, work, sizes = planned(llama(name), **how)
+    attention = 2 * d * d + 2 * d * 8 * (d // shape["num_attention_heads"])
+    layer = attention + 3 * d * f + 2 * d
+    assert sizes.total == n == layers * layer + 2 * v * d + d
+    assert work["library"].store_bytes_per_token == (layers + 1) * d * 2
+    assert work["library"].store_bytes == (layers + 1) * d * 2 * 4096 * 3
+    half = 3 * d * (f // 2) + d  # the one trained variant: half of the FFN, with its norm
+    assert found["library", "block trainer"].total == 4 * (layer + half * (1 + 1 + 1 + 2))
+    worker = found["gkd", "worker"].parts
+    assert worker["child"] + worker["gradients"] + worker["optimizer"] == 16 * n and worker["parent"] == 2 * n
+    assert work["gkd"].flops == 8 * n * 1e9 and work["gkd"].checkpoint_bytes == 16 * n  # 12 and the best weights
+    ends = v * d
+    shard = found["library", "parent shard"].parts
+    assert shard["weights"] == 2 * (layers // 4 * layer + ends + d)  # the last one, with norm and head
+    assert shard["hidden states"] == (layers // 4 + 1) * 4096 * d * 2
+
+    hardware = Hardware.parse("8x8 H100-80GB")
+    words = problems(list(found.values()), hardware)
+    assert [line for line in words if line.startswith("gkd: a worker needs")], "16 bytes a parameter are more than one GPU has"
+    assert hardware.hours(work["gkd"], 0.4) == pytest.approx(8 * n * 1e9 / (64 * 989.4e12 * 0.4) / 3600)
+
+
+def test_a_cluster_in_words():
+    found = Hardware.parse("2x4 A100")
+    assert (found.nodes, found.gpus, found.num_gpus) == (2, 4, 8)
+    assert found.room_bytes(0.5) == 40 * GIB - CONTEXT_BYTES
+    for words in ("H100", "0x8 H100", "8x8", "2x4 cpu", "2x4 H999"):
+        with pytest.raises(ConfigError):
+            Hardware.parse(words)
+
+
+def test_the_verb_prints_a_plan_and_starts_nothing(tmp_path):
+    from jobs.app import application
+
+    folder = save_parent(tmp_path / "parent", num_hidden_layers=4)
+    (folder / "model.safetensors").unlink()  # nothing but the config is read
+    words = ["plan", "--cluster", "1x2 H100", "--parent", str(folder), "--set", "cluster.gpus_per_shard=1"]
+    (tmp_path / "empty").mkdir()
+    done = CliRunner().invoke(application(), [*words, "--store", str(tmp_path / "empty")])
+    assert done.exit_code == 0, done.output
+    assert "block trainer" in done.output and "every process fits" in done.output and not list((tmp_path / "empty").iterdir())
+    assert json.loads((folder / "config.json").read_text())
