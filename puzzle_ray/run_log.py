@@ -24,8 +24,8 @@ SILENT_AFTER_S = 90.0  # a run that wrote nothing for so long is not alive, or c
 
 
 def new_run_id() -> str:
-    """Sorts by time: `20260102-030405-1a2b3c`, in UTC."""
-    return f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
+    """Sorts by time, to the millisecond: `20260102-030405-678-1a2b`, in UTC."""
+    return f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S-%f}"[:-3] + f"-{uuid.uuid4().hex[:4]}"
 
 
 class RunLog:
