@@ -82,7 +82,7 @@ class ChildMeters:
         return [Measured(**self.artifact.read_json(file_name(c))["measured"]) for c in children]
 
     def _started(self, limit: int) -> ParentPipelines[_Pipeline]:
-        """Pipelines for as many children at a time as there is room for, up to `limit`, which the first call decides."""
+        """Pipelines for as many children at a time as there is room for, up to `limit`."""
         if self.pipelines is None:
             config = read_config(locate(self.parent))
             descriptor, tokens = describe(config), max((batch.size for batch in self.batches), default=1)
@@ -104,6 +104,7 @@ class ChildMeters:
                 dtype=self.dtype,
                 tf32=self.tf32,
             )
+        self.pipelines.limit = max(self.pipelines.limit, limit)
         return self.pipelines
 
     def _measure(self, pool: Pool[_Pipeline, Choices], todo: Sequence[Choices]) -> None:

@@ -37,9 +37,13 @@ class ParentPipelines(Generic[Handle]):
     tf32: bool = False
     started: Pool[Handle, Any] | None = field(default=None, init=False)
     layers: list[range] = field(default_factory=list, init=False)
+    room: int = field(default=1, init=False)  # for how many pipelines
 
     def pool(self) -> Pool[Handle, Any]:
-        """The pipelines, started by the first who asks. Each has enough work on its way that no shard waits for some."""
+        """The pipelines, started by the first who asks, and more of them where the limit has risen since.
+
+        Each has enough work on its way that no shard waits for some.
+        """
         if self.started is None:
             room, cluster = cluster_cpus(), self.cluster
             num_shards = cluster.num_shards
@@ -59,7 +63,8 @@ class ParentPipelines(Generic[Handle]):
             terms = Terms(self.stage, "parent shards", cluster.placement_timeout_s, cluster.step_timeout_s)
             depth = 2 * len(self.layers)
             self.started = Pool(lambda: self._start_one(options), terms, depth=depth, restarts=True)
-            self.started.start(min(self.limit, max(1, room // len(self.layers))))
+            self.room = max(1, room // len(self.layers))
+        self.started.start(max(0, min(self.limit, self.room) - len(self.started.workers)))
         return self.started
 
     def _enough_shards(self, asked: int) -> int:
