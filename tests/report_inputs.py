@@ -175,6 +175,7 @@ def whole_run() -> ReportData:
         },
         "predicted_speedup": CHOSEN.predicted_speedup,
         "measured_speedup": parent["runtime_ms"] / child["runtime_ms"],
+        "heldout": {"score": "0 to 31 of 100", "pick": "32 to 79 of 100", "test": "80 to 99 of 100"},
         "prompt": "Once upon a time",
         "samples": {"parent": SAMPLE.replace("Lily", "Anna"), "child": SAMPLE},
     }

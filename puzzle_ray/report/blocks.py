@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from puzzle_ray.artifacts import KINDS, MIB, PARENT, ProfileRow, SubblockKind
 from puzzle_ray.report.contents import KIND_NAMES, ReportData, TrainedVariant, shown
-from puzzle_ray.report.markup import Html, count, html_table, join, legend, note, number, percent, small, tag
+from puzzle_ray.report.markup import Html, count, damage, html_table, join, legend, note, number, percent, small, tag
 from puzzle_ray.report.training import conditioning, distillation_details
 
 Subblock = tuple[int, SubblockKind, str]
@@ -81,8 +81,9 @@ def replace_one_damage(data: ReportData) -> list[Html] | None:
         sure = f" ± {number(row.stderr, 2)} (standard error), {row.tokens} tokens" if row else ""
         if row and not row.tokens:
             sure = ", estimated from gradients, not scored"
-        shown_as = f"≈ {number(value, 2)}" if row and not row.tokens else number(value, 2)
-        return Heat(value, shown_as, f"layer {layer}, {variant}: {number(value)}{sure}")
+        written = damage(value, data.metric, 2)
+        shown_as = f"≈ {written}" if row and not row.tokens else written
+        return Heat(value, shown_as, f"layer {layer}, {variant}: {damage(value, data.metric)}{sure}")
 
     drawn = heat_map(data, cell, data.unit)
     text = "The damage of replacing this one subblock, with everything else the parent's own. 0 is no damage. Colours on a log scale."

@@ -5,12 +5,26 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from puzzle_ray.artifacts import KINDS, PARENT, Architecture, SubblockKind
 from puzzle_ray.report.charts import Axes
 from puzzle_ray.report.contents import KIND_NAMES, UNITS, ReportData, SweepPoint, runtime_ms, shown
-from puzzle_ray.report.markup import Html, count, css_width, duration, html_table, legend, nats, note, number, percent, tag, times
+from puzzle_ray.report.markup import (
+    Html,
+    count,
+    css_width,
+    damage,
+    duration,
+    html_table,
+    legend,
+    nats,
+    note,
+    number,
+    percent,
+    tag,
+    times,
+)
 from puzzle_ray.report.points import all_details, opens, point_details
 
 ORIGIN = (1.0, 0.0)  # the parent: its own speed, no damage
@@ -68,15 +82,18 @@ def _point_details(data: ReportData, all_answers: Sequence[Answer]) -> Html | No
 
 
 def _answers(data: ReportData) -> list[Answer]:
-    return [Answer(p.architecture, p.asked, p.measured_kl, p.distilled_kl) for p in data.sweep if p.architecture]
+    return [Answer(p.architecture, p.asked, data.kl(p), p.distilled_kl) for p in data.sweep if p.architecture]
 
 
 def _chosen_answer(data: ReportData, answers: Sequence[Answer]) -> Answer | None:
-    """The chosen architecture, with what the sweep measured of the same choices."""
+    """The chosen architecture, with what the sweep or the pick measured of the same choices."""
     if data.architecture is None:
         return None
-    same = [a for a in answers if a.kl is not None and a.architecture.choices == data.architecture.choices]
-    return Answer(data.architecture, "", same[0].kl, same[0].distilled_kl) if same else Answer(data.architecture)
+    choices = data.architecture.choices
+    same = [a for a in answers if a.kl is not None and a.architecture.choices == choices]
+    if same:
+        return Answer(data.architecture, "", same[0].kl, same[0].distilled_kl)
+    return Answer(data.architecture, "", data.measured_kls.get(choices))
 
 
 def _infeasible(data: ReportData) -> list[tuple[SweepPoint, str]]:
@@ -97,11 +114,14 @@ def _frontier_chart(data: ReportData, all_answers: Sequence[Answer]) -> Html:
     measured, distilled = [a for a in answers if a.kl is not None], [a for a in answers if a.distilled_kl is not None]
     if measured and chosen is not None and chosen.kl is None and data.metric != "kl":
         chosen = None  # its sum of scores has another unit than the axis
+    if chosen is not None and answers and not measured and data.metric != "kl":
+        chosen = replace(chosen, kl=None)  # its KL has another unit than the sums that it stands beside
+    on_kl = bool(measured) or (chosen is not None and chosen.kl is not None)
     everything = [ORIGIN, *(a.place for a in answers), *((a.speedup, a.distilled_kl or 0.0) for a in distilled)]
     everything += [chosen.place] if chosen else []
     left, right = min(x for x, _ in everything), max(1.2, *(x for x, _ in everything))
     low, high = min(y for _, y in everything), max(1e-9, *(y for _, y in everything))
-    vertical = UNITS["kl"] if measured else f"sum of scores ({data.unit})"
+    vertical = UNITS["kl"] if on_kl else f"sum of scores ({data.unit})"
     axes = Axes(
         (left, right + 0.08 * (right - left)), (low, low + 1.15 * (high - low)),
         f"{data.costs_are} speed-up over the parent", vertical, x_unit=" ×",
@@ -110,7 +130,7 @@ def _frontier_chart(data: ReportData, all_answers: Sequence[Answer]) -> Html:
     marks = [axes.line(line, "frontier-line")] if answers else []
     marks.append(axes.dot(ORIGIN, "parent-dot", "the parent"))
     for n, a in enumerate(answers):
-        unmeasured = measured and a.kl is None
+        unmeasured = on_kl and a.kl is None
         what = f"asked {a.asked}: {_described(data, a)}"
         marks.append(axes.dot(a.place, "predicted" if unmeasured else "point", what, **opens(n)))
     for a in distilled:
@@ -128,17 +148,17 @@ def _frontier_chart(data: ReportData, all_answers: Sequence[Answer]) -> Html:
         key += [("predicted", "not measured: sum of scores")] if len(measured) < len(answers) else []
         key += [("distilled", "measured KL after GKD")] if distilled else []
     elif answers:
-        key.append(("point", "answer to a budget: sum of scores, not measured"))
+        key.append(("predicted" if on_kl else "point", "answer to a budget: sum of scores, not measured"))
     key += [("chosen", "chosen")] if chosen else []
     key += [("refused", "asked, but no architecture was found")] if _infeasible(data) else []
-    against = "measured KL" if measured else "sum of scores"
+    against = "measured KL" if on_kl else "sum of scores"
     return tag("figure", axes.draw(*marks, label=f"{data.costs_are} speed-up against {against}"), legend(*key))
 
 
 def _described(data: ReportData, answer: Answer) -> str:
     kl = f", measured KL {nats(answer.kl)}" if answer.kl is not None else ""
     a = answer.architecture
-    return f"{data.costs_are} {number(a.predicted_speedup)} ×, sum of scores {number(a.objective)}{kl}, {a.status}"
+    return f"{data.costs_are} {number(a.predicted_speedup)} ×, sum of scores {damage(a.objective, a.metric)}{kl}, {a.status}"
 
 
 def _sweep_row(answer: Answer, measured: bool, distilled: bool) -> list[object]:
@@ -146,7 +166,7 @@ def _sweep_row(answer: Answer, measured: bool, distilled: bool) -> list[object]:
     proven = "optimal" if a.status == "optimal" else a.status if a.status == "heuristic" else f"gap {percent(a.gap)}"
     kls = [*([nats(answer.kl)] if measured else []), *([nats(answer.distilled_kl)] if distilled else [])]
     costs = [count(a.predicted.num_params), number(a.predicted.memory_mib)]
-    return [answer.asked, times(a.predicted_speedup), number(a.objective), *kls, proven, *costs]
+    return [answer.asked, times(a.predicted_speedup), damage(a.objective, a.metric), *kls, proven, *costs]
 
 
 def _search_facts(data: ReportData) -> Html | None:
@@ -161,12 +181,13 @@ def _search_facts(data: ReportData) -> Html | None:
         if exponent is not None
         else []
     )
-    proof = "proven optimal" if a.status == "optimal" else f"{a.status}, at least {number(a.bound, 4)} (gap {percent(a.gap)})"
+    at_least = damage(a.bound, a.metric, 4)
+    proof = "proven optimal" if a.status == "optimal" else f"{a.status}, at least {at_least} (gap {percent(a.gap)})"
     proof = "a heuristic's, nothing proven" if a.status == "heuristic" else proof
     if a.unsolved_batch_sizes:
         proof += f"; not solved in time: batch size {', '.join(map(str, a.unsolved_batch_sizes))}"
     took = f" in {duration(a.solve_s)}" + (f"; asked: {asked}" if asked else "")
-    return note(f"Chosen by {a.searcher}", *size, took, f". Sum of scores {number(a.objective, 4)}: {proof}.")
+    return note(f"Chosen by {a.searcher}", *size, took, f". Sum of scores {damage(a.objective, a.metric, 4)}: {proof}.")
 
 
 def architecture(data: ReportData) -> list[Html] | None:
@@ -234,7 +255,7 @@ def _facts(data: ReportData, layer: int, kind: SubblockKind, variant: str, kept:
         facts.append(f"{percent(kept)} of the {'KV heads' if kind == 'attention' else 'channels'} kept")
     score, cost, parent = data.score(layer, kind, variant), data.cost(layer, kind, variant), data.cost(layer, kind, PARENT)
     if score is not None and variant != PARENT:
-        facts.append(f"score {number(score)} ({data.unit})")
+        facts.append(f"score {damage(score, data.metric)} ({data.unit})")
     if cost and parent:
         facts.append(f"runtime {number(runtime_ms(cost))} ms of {number(runtime_ms(parent))} ms ({data.costs_are})")
         facts.append(f"{count(cost.num_params)} of {count(parent.num_params)} parameters")

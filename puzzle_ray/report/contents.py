@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from puzzle_ray.artifacts import (
     PARENT,
     Architecture,
+    Choices,
     LayerChoice,
     Profile,
     ProfileRow,
@@ -89,9 +90,11 @@ class ReportData:
 
     `num_key_value_heads` and `intermediate_size` are the parent's.
     `bld_curves`: (layer, kind, variant) -> loss per micro-batch. `gkd_curve`: rows with `step` and any of `loss`, `kl`, `cosine`, `lm`.
+    `measured_kls`: the choices of a whole child -> its KL, as far as the pick measured it.
     `gkd_facts` are those of its artifact, `gkd_looks` the looks at held-out text: rows with `step`, `kl` and `returned`.
     `evaluation` is what `puzzle_ray.evaluation.evaluate` returns: `models` (`parent`, `child_before_gkd`, `child` ... -> figures),
-    `predicted_speedup`, `measured_speedup`, `prompt` and `samples` (model -> text). `quality` is what `puzzle_ray.evaluation.quality`
+    `predicted_speedup`, `measured_speedup`, `prompt` and `samples` (model -> text), and `heldout` (part -> which of the held-out
+    sequences it has). `quality` is what `puzzle_ray.evaluation.quality`
     finds out.
     """
 
@@ -104,6 +107,7 @@ class ReportData:
     scores: Scores | None = None
     architecture: Architecture | None = None
     sweep: Sequence[SweepPoint] = ()
+    measured_kls: Mapping[Choices, float] = field(default_factory=dict)
     library: Sequence[TrainedVariant] = ()
     bld_curves: Mapping[tuple[int, str, str], Sequence[float]] = field(default_factory=dict)
     gkd_curve: Sequence[Mapping[str, float]] = ()
@@ -121,6 +125,12 @@ class ReportData:
         """The figures of evaluated models, by name. Empty before the evaluation."""
         models: Mapping[str, Mapping[str, float]] = (self.evaluation or {}).get("models", {})
         return models
+
+    def kl(self, point: SweepPoint) -> float | None:
+        """The KL of the whole child that answers a budget, where the sweep or the pick measured it."""
+        if point.measured_kl is not None or point.architecture is None:
+            return point.measured_kl
+        return self.measured_kls.get(point.architecture.choices)
 
     @property
     def metric(self) -> str:

@@ -47,6 +47,11 @@ def nats(value: float | None, digits: int = 3) -> str:
     return number(0.0 if value is not None and abs(value) < KL_NOISE else value, digits)
 
 
+def damage(value: float | None, metric: str, digits: int = 3) -> str:
+    """A score, or a sum of scores, of this metric."""
+    return nats(value, digits) if metric == "kl" else number(value, digits)
+
+
 def count(value: float | None) -> str:
     """3 421 000 -> `3.42 M`."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):

@@ -114,7 +114,10 @@ def evaluation(data: ReportData) -> list[Html] | None:
         rows = [[FIGURES[key], *(written_figure(key, model.get(key)) for model in data.models.values())] for key in present]
         same = "GKD changes no shape: the child before it is as fast as the child."
         known = note(same) if {"child", "child_before_gkd"} <= data.models.keys() else None
-        parts.append(tag("div", tag("h3", "Evaluated in one run"), html_table(["", *names], rows), known))
+        test = (data.evaluation or {}).get("heldout", {}).get("test")
+        text = f"Held-out figures: held-out sequences {test}, by which no block was scored and no child picked."
+        from_which = note(text) if test else None
+        parts.append(tag("div", tag("h3", "Evaluated in one run"), html_table(["", *names], rows), from_which, known))
     if data.architecture:
         text = f"Difference: measured against {data.costs_are}."
         text += "" if data.models else " An evaluation fills the second column."

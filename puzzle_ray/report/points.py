@@ -7,7 +7,7 @@ from typing import Any
 
 from puzzle_ray.artifacts import Architecture, LayerChoice
 from puzzle_ray.report.contents import shown
-from puzzle_ray.report.markup import Html, count, html_table, join, nats, number, percent, tag, times
+from puzzle_ray.report.markup import Html, count, damage, html_table, join, nats, number, percent, tag, times
 
 
 def point_id(number_of_point: int) -> str:
@@ -24,7 +24,7 @@ def point_details(
     number_of_point: int, title: str, architecture: Architecture, costs_are: str, kl: float | None, distilled_kl: float | None
 ) -> Html:
     """A closed box with everything about one answer."""
-    facts: list[list[object]] = [["sum of scores", number(architecture.objective), ""]]
+    facts: list[list[object]] = [["sum of scores", damage(architecture.objective, architecture.metric), ""]]
     facts += [["measured KL, nats per token", nats(kl), ""]] if kl is not None else []
     facts += [["KL after GKD, nats per token", nats(distilled_kl), ""]] if distilled_kl is not None else []
     table = html_table([f"{costs_are} costs", "child", "of the parent's"], [*_costs(architecture), *facts])

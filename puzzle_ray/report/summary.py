@@ -31,7 +31,7 @@ def summary(data: ReportData) -> dict[str, Any]:
                 "asked": point.asked,
                 "speedup": point.architecture.predicted_speedup,
                 "objective": point.architecture.objective,
-                "kl": point.measured_kl,
+                "kl": data.kl(point),
                 "distilled_kl": point.distilled_kl,
             }
             for point in data.sweep

@@ -171,6 +171,12 @@ def _report_row(candidate: MeasuredAnswer) -> dict[str, Any]:
     }
 
 
+def measured_kls(report: Mapping[str, Any] | None) -> dict[Choices, float]:
+    """The KL of every whole child in the report of a pick, by its choices. Nothing without a report."""
+    rows = [*report["candidates"], report["picked"]] if report else []
+    return {tuple(LayerChoice(*label.split(" + ")) for label in row["choices"]): row["kl"] for row in rows}
+
+
 def _distance(candidate: MeasuredAnswer, first: Architecture) -> int:
     return sum(a != b for a, b in zip(candidate.answer.architecture.choices, first.choices, strict=True))
 

@@ -21,8 +21,11 @@ from puzzle_ray.artifacts import (
     Scores,
     SearchSpace,
 )
+from puzzle_ray.report.contents import UNITS
 from puzzle_ray.report.markup import number, percent
 from puzzle_ray.report.page import SECTIONS, ReportData, SweepPoint, render
+from puzzle_ray.report.summary import summary
+from puzzle_ray.search.pick import measured_kls
 
 WHOLE = render(whole_run())
 PAGE = Page(WHOLE)
@@ -150,6 +153,39 @@ def test_noise_around_a_kl_of_zero_is_zero_and_an_engine_is_named_once():
     assert "8.51e" not in text
     assert "torch 2.13.0, transformers 5.24.0 on AMD" in text and "torch torch" not in text
     assert "torch 2.13.0 on AMD" in WHOLE
+
+
+def test_noise_in_scores_and_in_their_sum_is_zero():
+    noise, row = -8.51e-11, SCORES.rows[0]
+    scores = replace(SCORES, rows=(replace(row, value=noise), *SCORES.rows[1:]))
+    chosen = replace(CHOSEN, objective=noise, bound=noise, status="time limit")
+    run = replace(whole_run(), scores=scores, architecture=chosen, sweep=[SweepPoint(1.5, chosen)])
+    text = render(run)
+    assert "8.51" not in text and f"layer 0, {row.attention}: 0 ± " in text
+    other = replace(scores, rows=tuple(replace(r, metric="lm_loss") for r in scores.rows))
+    text = render(replace(run, scores=other, architecture=replace(chosen, metric="lm_loss"), sweep=()))
+    assert "8.51" in text, "a rise of the loss may be negative"
+
+
+def test_what_the_pick_measured_stands_on_the_frontier_too():
+    report = {
+        "candidates": [{"kl": 0.25, "choices": [c.label for c in SWEEP[3].architecture.choices]}],
+        "picked": {"kl": 0.0625, "choices": [c.label for c in CHOSEN.choices]},
+    }
+    kls = measured_kls(report)
+    assert kls == {SWEEP[3].architecture.choices: 0.25, CHOSEN.choices: 0.0625} and measured_kls(None) == {}
+    run = replace(whole_run(), measured_kls=kls)
+    page = Page(render(run))
+    assert page.faults == []
+    assert len(page.all("circle", "point")) == len(page.all("circle", "predicted")) == 2
+    assert "measured KL 0.250" in page.text and "measured KL 0.0625" in page.text
+    alone = Page(render(replace(run, sweep=())))  # a pick without a sweep
+    assert "measured KL 0.0625" in alone.text and UNITS["kl"] in alone.text
+    assert [row["kl"] for row in summary(run)["frontier"]] == [None, None, 0.0625, 0.25]
+
+
+def test_the_page_says_which_tokens_its_figures_are_from():
+    assert "held-out sequences 80 to 99 of 100, by which no block was scored and no child picked" in WHOLE
 
 
 HOSTILE = """'"><script>alert(1)</script><img src=http://a.b/c onerror=alert(2)>&amp;"""

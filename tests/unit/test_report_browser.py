@@ -110,7 +110,8 @@ addEventListener("load", () => {{
 def test_nothing_is_wider_than_its_box(width, allowed, tmp_path):
     run = measured_run()
     models = {name: {**model, "downstream_accuracy": 0.71} for name, model in run.models.items()}
-    text = render(replace(run, evaluation={**run.evaluation, "models": models}))
+    sweep = [replace(point, label="2 x, input_tokens 1024") for point in run.sweep]  # a budget of two axes
+    text = render(replace(run, sweep=sweep, evaluation={**run.evaluation, "models": models}))
     page = tmp_path / "index.html"
     page.write_text(FRAME.format(page=html.escape(text), width=width, allowed=f"'{allowed}'"))
     dom, _ = _opened(page, tmp_path / "profile")
