@@ -15,7 +15,7 @@ from puzzle_ray.models.child import choices_of, load_model, new_child, read_conf
 
 CHOICES = (LayerChoice("gqa:1", "ffn:24"), LayerChoice("noop", "parent"), LayerChoice("parent", "noop"))
 QUICK = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--max_length", "32", "--learning_rate", "0.01", "--use_cpu"]
-QUICK += ["--report_to", "none", "--save_strategy", "no", "--bf16", "false", "--pad_token", "a", "--disable_tqdm", "true"]
+QUICK += ["--report_to", "none", "--save_strategy", "no", "--bf16", "false", "--disable_tqdm", "true"]
 
 
 @pytest.mark.skipif(find_spec("trl") is None, reason="TRL (the extra `align`) is not installed")
