@@ -25,9 +25,9 @@ class ChildLayers:
 
     def __init__(self, config: Any, *args: Any, **settings: Any) -> None:
         super().__init__(config, *args, **settings)  # type: ignore[call-arg]
-        model: Any = self
-        prefix = f"{model.base_model_prefix}." if model.base_model is model else ""  # without a head, names are shorter
-        self.reshape(model.get_submodule(self.descriptor.layers.removeprefix(prefix)), config)
+        first, _, rest = self.descriptor.layers.partition(".")
+        path = self.descriptor.layers if hasattr(self, first) else rest  # without a head, names are shorter
+        self.reshape(self.get_submodule(path), config)  # type: ignore[attr-defined]
 
     def reshape(self, layers: nn.ModuleList, config: Any) -> None:
         for layer, words in zip(layers, words_of_layers(config), strict=True):

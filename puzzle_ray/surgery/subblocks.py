@@ -123,7 +123,8 @@ class GroupedAttention(nn.Module):
         self.head_dim: int = replaced.head_dim  # type: ignore[assignment]
         self.num_key_value_groups = key_value_groups
         self.scaling: float = getattr(replaced, "scaling", 1.0)  # GPT-Neo does not scale
-        self.window: int | None = config.window_size if getattr(replaced, "attention_type", "") == "local" else None
+        kinds = getattr(config, "attention_layers", None)  # GPT-Neo's
+        self.window: int | None = config.window_size if kinds and kinds[self.layer_idx] == "local" else None
         self.attention_dropout = float(config.attention_dropout)
         self.resid_dropout = getattr(replaced, "resid_dropout", nn.Identity())
         for name in (descriptor.query, descriptor.key, descriptor.value, descriptor.output):
