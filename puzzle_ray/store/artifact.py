@@ -27,6 +27,7 @@ from puzzle_ray.store.record import (
     unreadable,
 )
 from puzzle_ray.store.root import Root, is_hidden
+from puzzle_ray.store.written import Written
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +48,8 @@ class Artifact:
     """One stage run's folder.
 
     A finished one is never changed; whatever is read from it is compared with its record: sizes always, checksums when this process
-    reads a file for the first time. It travels to other processes, which then work under the lease that is held here.
+    reads a file for the first time. Items of an unfinished one are compared with what was noted beside them. It travels to other
+    processes, which then work under the lease that is held here.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Artifact:
         self._record: Record | None = None
         self._no_record_until = 0.0
         self._checked = Checked(store)
+        self._written = Written(store, self.url, self._checked)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Artifact, (self.store, self.stage, self.key, self.settings, self.inputs, self.claim)
@@ -142,8 +145,10 @@ class Artifact:
             raise StoreError("store", f"{self.path(name)} cannot be read ({error})", "mend that, then run again") from None
         if entry is not None:
             problem = self._checked.problem_of(self.path(name), entry, data)
-            if problem:
-                raise self._damaged(name, problem)
+        else:
+            problem = None if is_hidden(name) or name == RECORD else self._written.problem_of(name, data)
+        if problem:
+            raise self._damaged(name, problem)
         return data
 
     def read_json(self, name: str) -> Any:
@@ -221,6 +226,8 @@ class Artifact:
         target = self.path(name)
         try:
             self.store.filesystem.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
+            if is_item := name != RECORD and not is_hidden(name):
+                self._written.about_to(name, entry)
             if self.store.is_local:
                 scratch.write_atomically(Path(target), data)
             else:  # an object appears when its upload is complete
@@ -230,6 +237,8 @@ class Artifact:
                 "store", f"{target} cannot be written ({error})", "free some space, then run the same command"
             ) from None
         self._checked.wrote(target, entry)
+        if is_item:
+            self._written.done(name, entry)
 
     def write_json(self, name: str, value: object) -> None:
         self.write(name, json.dumps(value, indent=1).encode())
@@ -245,6 +254,7 @@ class Artifact:
         if self.exists(name):
             self._may_change(name)
             self.store.filesystem.rm(self.path(name), recursive=True)
+            self._written.forget(name)
 
     def folder_to_publish(self, name: str) -> AbstractContextManager[Path]:
         """A local folder to fill; it appears as `name` when the block ends without an error, as a whole.
@@ -272,7 +282,7 @@ class Artifact:
     def finish(self, facts: Mapping[str, Any], drop: Iterable[str] = ()) -> None:
         """Writes the record: from now on the artifact is complete. Does nothing where it is already.
 
-        Files that this process did not write itself are read once, for their checksums. `drop`: files that only an unfinished artifact
+        Files of which nobody noted what was written are read once, for their checksums. `drop`: files that only an unfinished artifact
         needs, such as checkpoints; they go when the record is written. Raises StoreError when the lease that this was done under is
         lost, Damaged when there is a record that the files do not agree with.
         """
@@ -291,18 +301,22 @@ class Artifact:
         for problem in problems_of(listed, sizes):
             raise self._damaged(problem.file, problem.what)
         others = [name for name in sizes if not is_hidden(name) and name not in dropped | listed.keys() | {RECORD}]
-        files = listed | self._checked.entries({self.path(name): name for name in others}, sizes)
+        noted, problems = self._written.entries([name for name in self._written.names(sizes) if name in others], sizes)
+        for problem in problems:
+            raise self._damaged(problem.file, problem.what)
+        files = listed | noted | self._checked.entries({self.path(name): name for name in others if name not in noted}, sizes)
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         seconds = round(max(0.0, time.time() - self.claim.taken_at), 3) if self.claim else None
         made = Record(self.stage, self.key, self.settings, self.inputs, dict(facts), files, tuple(sorted(whole)), at, seconds)
         self.remove(DAMAGE_SEEN)
         self.write(RECORD, made.to_json())
         self._record = made
+        self._written.forget_all()
         for name in (*sorted(dropped), *(publish.list_name(folder) for folder in whole)):
             self.remove(name)
 
     def verify(self) -> list[Problem]:
-        """Reads every file and says what is wrong, for an unfinished artifact as far as names and forms tell."""
+        """Reads every file and says what is wrong; in an unfinished artifact, with what nobody noted, as far as names and forms tell."""
         sizes = self.store.sizes(self.url)
         record = self.record(fresh=True)
         if record is None:
@@ -310,7 +324,9 @@ class Artifact:
             found = [Problem(RECORD, what)] if what else []
             for files in publish.published(self.store, self.url).values():
                 found += problems_of(files, sizes)
-            items = [name for name in sizes if not is_hidden(name) and name != RECORD]
+            noted = self._written.names(sizes)
+            found += self._written.problems(noted)
+            items = [name for name in sizes if not is_hidden(name) and name != RECORD and name not in set(noted)]
             broken = for_each(self.store, lambda name: looks_broken(self.store, self.path(name), sizes[name]), items)
             return found + [Problem(name, "is damaged (not whole)") for name, bad in zip(items, broken, strict=True) if bad]
         found = record.missing_or_changed(sizes)
@@ -330,11 +346,15 @@ class Artifact:
         gone = {next((f for f in whole if p.file.startswith(f"{f}/")), p.file) for p in problems} - {RECORD}
         if problems and record:
             publish.list_again(self.store, self.url, record, gone)
+            stay = {name: entry for name, entry in record.files.items() if name not in gone}
+            self._written.list_again({n: e for n, e in stay.items() if n.partition("/")[0] not in record.published})
         lists = [publish.list_name(name) for name in gone if name in whole]
         # the record goes last: what is killed before it leaves an artifact that is seen to be damaged
         for name in (*sorted(gone), *lists, *([RECORD] if problems else []), DAMAGE_SEEN):
             if self.exists(name):
                 self.store.filesystem.rm(self.path(name), recursive=True)
+        for name in gone:
+            self._written.forget(name)
         self._record, self._no_record_until = None, 0.0
         return sorted(gone)
 

@@ -64,8 +64,8 @@ def artifacts(store: Store) -> list[Listed]:
 
 
 def verify(store: Store, names: Iterable[str] = ()) -> dict[str, list[Problem]]:
-    """Name -> what is wrong, of all finished and damaged artifacts, or of those that are named. Reads every file."""
-    asked = list(names) or [listed.name for listed in artifacts(store) if listed.state in ("finished", "damaged")]
+    """Name -> what is wrong, of all artifacts or of those that are named. Reads every file."""
+    asked = list(names) or [listed.name for listed in artifacts(store)]
     return {name: artifact_named(store, name).verify() for name in asked}
 
 

@@ -62,7 +62,8 @@ def test_full_disk_leaves_the_old_file_and_no_scraps(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StoreError, match="No space left"):
         step.write("a.bin", b"new")
-    assert step.read("a.bin") == b"old" and os.listdir(step.url) == ["a.bin"]
+    assert step.read("a.bin") == b"old" and sorted(os.listdir(step.url)) == [".written", "a.bin"]
+    assert os.listdir(f"{step.url}/.written") == ["a.bin"]
 
 
 def test_a_published_folder_appears_whole_or_not_at_all(tmp_path):

@@ -55,7 +55,7 @@ def test_what_there_is(store):
 
 def test_verifying_all_or_one(store):
     found = {listed.stage: listed for listed in artifacts(store)}
-    assert verify(store) == {found[stage].name: [] for stage in ("tokens", "library", "report")}
+    assert verify(store) == {found[stage].name: [] for stage in ("tokens", "library", "child", "report")}
     name = found["library"].name
     store.filesystem.pipe_file(f"{store.root}/{name}/data.bin", bytes(2999) + b"1")
     wrong = [Problem("data.bin", "is damaged (its checksum is not the one that was written)")]
@@ -73,9 +73,10 @@ def test_what_may_go(store):
     }
     assert len(artifacts(store)) == 4 and all(garbage.bytes > 0 for garbage in would)
     with artifact_named(store, child).lease():
-        assert [garbage.name for garbage in collect_garbage(store, older_than_days=-1, dry_run=False)] == [report]
+        assert collect_garbage(store, older_than_days=-1, dry_run=False) == [], "the run that works on it may read the others"
+    assert {garbage.name for garbage in collect_garbage(store, older_than_days=-1, dry_run=False)} == {report, child}
     left = collect_garbage(store, older_than_days=-1, dry_run=False)
-    assert {garbage.name.partition("-")[0] for garbage in left} == {"library", "child"}
+    assert {garbage.name.partition("-")[0] for garbage in left} == {"library"}
     assert [listed.stage for listed in artifacts(store)] == ["tokens"] and leases(store) == []
 
 
