@@ -41,7 +41,7 @@ def configs(folder):
         "few documents": DataConfig(train=few, heldout_fraction=0.2, **common),
         "many documents": DataConfig(train=many, heldout_fraction=0.2, **common),
         "limits": DataConfig(train=many, heldout_fraction=0.2, max_train_tokens=9000, max_heldout_tokens=700, **common),
-        "a limit of few": DataConfig(train=few, max_train_tokens=500, max_heldout_tokens=100, **common),
+        "a limit of few": DataConfig(train=few, heldout_fraction=0.2, max_train_tokens=500, max_heldout_tokens=100, **common),
     }
 
 
