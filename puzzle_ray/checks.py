@@ -101,6 +101,7 @@ def _checked_parent(config: RunConfig) -> Any:
     """The parent's config, after a look at its family, weights, tokenizer and the text that it is to read."""
     from puzzle_ray.data.documents import check_text
     from puzzle_ray.distill.chosen_tokens import answer_markers
+    from puzzle_ray.evaluation.evaluate import check_prompt
     from puzzle_ray.models.checkpoint import locate
     from puzzle_ray.models.child import read_config
     from puzzle_ray.models.describe import describe
@@ -120,4 +121,5 @@ def _checked_parent(config: RunConfig) -> Any:
     check_tokenizer(tokenizer, model_config)
     check_text(config.data, tokenizer)
     answer_markers(config.gkd.lm_tokens, tokenizer)
+    check_prompt(config.evaluate, tokenizer, getattr(model_config, "max_position_embeddings", None))
     return model_config

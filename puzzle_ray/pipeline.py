@@ -190,7 +190,8 @@ def tokens_of(s: Setting) -> Artifact:
     sources = {name: source_fingerprint(s) for name, s in (("train", text.train), ("heldout", text.heldout)) if s}
 
     def work(artifact: Artifact) -> None:
-        save_tokens(text, read_tokenizer(s.parent, s.config.trust_remote_code), s.max_positions, artifact)
+        tokenizer = read_tokenizer(s.parent, s.config.trust_remote_code)
+        save_tokens(text, tokenizer, s.max_positions, artifact, s.model_config.vocab_size)
 
     return once(s.store.artifact("tokens", {"data": text.identity()}, {"parent": s.parent_key, **sources}), work)
 

@@ -39,7 +39,9 @@ def sources(run: Run) -> dict[str, str]:
 def work(run: Run, artifact: Artifact) -> None:
     from puzzle_ray.models.tokenizer import read_tokenizer
 
-    save_tokens(_data(run), read_tokenizer(run.parent.folder, run.config.trust_remote_code), run.parent.max_positions, artifact)
+    parent = run.parent
+    tokenizer = read_tokenizer(parent.folder, run.config.trust_remote_code)
+    save_tokens(_data(run), tokenizer, parent.max_positions, artifact, parent.model_config.vocab_size)
 
 
 def read(run: Run) -> tuple[Tokens, Tokens]:

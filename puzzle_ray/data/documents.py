@@ -171,7 +171,7 @@ def _texts(
 ) -> Iterator[str]:
     column = config.text_column
     seen: dict[str, None] = {}
-    is_there, looked_at = False, 0
+    is_there, any_text, looked_at = False, False, 0
     for place, row in islice(placed, max_rows):
         looked_at += 1
         if not isinstance(row, dict):
@@ -181,6 +181,7 @@ def _texts(
         if not is_there and looked_at <= _FIRST_ROWS:
             seen.update(dict.fromkeys(columns_of(row)))
         if text := text_of(value, tokenizer, column, place, where):
+            any_text = True
             yield text
         else:
             facts.dropped_rows += 1
@@ -188,3 +189,6 @@ def _texts(
         names = sorted(seen)[:_NAMES_SHOWN] + ["..."] * (len(seen) > _NAMES_SHOWN)
         first = f" in its first {looked_at} rows" if looked_at == max_rows else ""
         raise DataError(f"{where}: {source!r}", f"no column {column!r}{first}", f"data.text_column is one of {names}")
+    if looked_at and not any_text and looked_at != max_rows:
+        problem = f"nothing in column {column!r}, all {looked_at} rows without text dropped"
+        raise DataError(f"{where}: {source!r}", problem, "set data.text_column to the column that holds the text")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import glob
+import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -16,23 +18,26 @@ Format = Literal["text", "json", "parquet"]
 
 _FORMATS: dict[str, Format] = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
-_ABOUT_THE_DATA: dict[str, tuple[str, ...]] = {  # by format: what these names hold, the part before the first dot
-    "text": (
-        *("readme", "license", "licence", "copying", "notice", "authors", "citation", "changelog", "contributing"),
-        *("code_of_conduct", "card", "datacard", "data_card", "dataset_card", "model_card"),
+_ABOUT_THE_DATA = {  # by format: what files of these names hold; the part before the first dot, `-` and spaces written as `_`
+    "text": re.compile(
+        r"(readme|licen[cs]e|copying|changelog|contributing|code_of_conduct|(data|dataset|model)_?card)(_.*)?"
+        r"|notice|authors|citation|card"
     ),
-    "json": ("dataset_info", "dataset_infos"),
-    "parquet": (),
+    "json": re.compile(r"dataset_infos?"),
 }
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file of text. `name` is what errors show; `path` is what `filesystem` opens (None: this machine's own files)."""
+    """A file of text. `name` is what errors show; `path` is what `filesystem` opens (None: this machine's own files).
+
+    `broken`: a link to what is not there, or back to a folder that it lies in.
+    """
 
     name: str
     path: str
     filesystem: Any = None
+    broken: bool = False
 
     @property
     def _suffixes(self) -> tuple[str, str]:
@@ -49,7 +54,7 @@ class TextFile:
     def format(self) -> Format | None:
         """None where this is no file of text."""
         kind, compression = self._suffixes
-        return None if compression and kind == ".parquet" else _FORMATS.get(kind)
+        return None if self.broken or (compression and kind == ".parquet") else _FORMATS.get(kind)
 
     @property
     def is_json_lines(self) -> bool:
@@ -104,13 +109,25 @@ def _local(source: str) -> tuple[list[TextFile], bool]:
     if path.is_file():
         return [TextFile(str(path), str(path))], True
     if path.is_dir():
-        found = sorted(str(p) for p in path.rglob("*") if p.is_file())
-    elif path.parent.is_dir():
-        found = sorted(str(p) for p in path.parent.glob(path.name) if p.is_file())
-    else:
-        found = sorted(name for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
-    base = path if path.is_dir() else path.parent
-    return _visible([TextFile(name, name) for name in found], str(base)), False
+        return _below(str(path), ()), False
+    named = map(str, path.parent.glob(path.name)) if path.parent.is_dir() else glob.glob(str(path), recursive=True)
+    found = [(name, os.path.isfile(name)) for name in sorted(named)]
+    files = [TextFile(name, name, broken=not is_file) for name, is_file in found if is_file or not os.path.exists(name)]
+    return _visible(files, str(path.parent)), False
+
+
+def _below(folder: str, above: tuple[str, ...]) -> list[TextFile]:
+    """The files of a folder and of its folders, linked ones too, by name. A link back to a folder `above` is broken."""
+    found = []
+    above = (*above, os.path.realpath(folder))
+    for name in sorted(name for name in os.listdir(folder) if not name.startswith(".")):
+        path = os.path.join(folder, name)
+        circle = os.path.islink(path) and os.path.realpath(path) in above
+        if os.path.isdir(path) and not circle:
+            found += _below(path, above)
+        elif circle or os.path.isfile(path) or not os.path.exists(path):
+            found.append(TextFile(path, path, broken=circle or not os.path.isfile(path)))
+    return sorted(found, key=lambda file: file.path)
 
 
 def _visible(files: Iterable[TextFile], base: str) -> list[TextFile]:
@@ -168,10 +185,16 @@ def _in_a_store(filesystem: Any, path: str) -> tuple[list[str], bool]:
     return sorted(name for name, info in filesystem.glob(path, detail=True).items() if info["type"] == "file"), False
 
 
+def _is_about_the_data(file: TextFile) -> bool:
+    names = _ABOUT_THE_DATA.get(str(file.format))
+    stem = re.sub("[- ]", "_", Path(file.path).name.split(".")[0].lower())
+    return names is not None and names.fullmatch(stem) is not None
+
+
 def _of_one_kind(source: str, found: list[TextFile], where: str) -> Found:
     """Raises DataError for a mix of formats, and where all there is is about the data."""
     text = [file for file in found if file.format]
-    kept = [file for file in text if Path(file.path).name.split(".")[0].lower() not in _ABOUT_THE_DATA[str(file.format)]]
+    kept = [file for file in text if not _is_about_the_data(file)]
     formats = sorted({str(file.format) for file in kept})
     if len(formats) > 1:
         raise DataError(where, f"{source!r} mixes {', '.join(formats)} files", "name a glob of one kind")

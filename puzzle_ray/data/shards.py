@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -121,11 +121,13 @@ class TokenShards:
 
 @dataclass(frozen=True)
 class ArtifactShards:
-    """Shards in an artifact that is not finished yet."""
+    """Shards in an artifact that is not finished yet. `look` is shown the sequences of each before it is written."""
 
     artifact: Artifact
+    look: Callable[[TokenArray], None] = lambda sequences: None
 
     def write(self, split: str, number: int, sequences: TokenArray, behind: Mapping[str, Any]) -> None:
+        self.look(sequences)
         write_shard(self.artifact, shard_name(split, number), sequences, dict(behind))
 
     def read(self, split: str, number: int) -> tuple[int, Mapping[str, Any]] | None:

@@ -7,11 +7,12 @@ from dataclasses import asdict
 from typing import Any
 
 from puzzle_ray.data.documents import TextFacts
-from puzzle_ray.data.order import Tokens
+from puzzle_ray.data.order import TokenArray, Tokens
 from puzzle_ray.data.parts import part_sizes
 from puzzle_ray.data.settings import DataConfig
 from puzzle_ray.data.shards import ArtifactShards, TokenShards
 from puzzle_ray.data.tokenising import tokenise_into
+from puzzle_ray.errors import DataError
 from puzzle_ray.store import Artifact
 
 TOKENS = "tokens.safetensors"  # both splits in one file, as earlier versions wrote them
@@ -19,10 +20,23 @@ INDEX = "tokens.json"  # which shards make up which split
 TRAIN_HASH = "train_sha256"  # a fact of the artifact
 
 
-def save_tokens(config: DataConfig, tokenizer: Any, max_positions: int | None, artifact: Artifact) -> None:
-    """Tokenises the text into shards and closes the artifact. Goes on behind the shards that are there. Raises DataError."""
+def save_tokens(
+    config: DataConfig, tokenizer: Any, max_positions: int | None, artifact: Artifact, vocab_size: int | None = None
+) -> None:
+    """Tokenises the text into shards and closes the artifact. Goes on behind the shards that are there.
+
+    Raises DataError, also for text with tokens beyond an embedding of `vocab_size` rows.
+    """
     read: dict[str, TextFacts] = {}
-    splits = tokenise_into(ArtifactShards(artifact), config, tokenizer, max_positions, read)
+
+    def look(ids: TokenArray) -> None:
+        largest = int(ids.max()) if ids.size else 0
+        if vocab_size is not None and largest >= vocab_size:
+            token = tokenizer.convert_ids_to_tokens(largest)
+            problem = f"the text has {token!r}, and the parent's embedding of {vocab_size} rows none for that token ({largest})"
+            raise DataError("data", problem, f"take {token!r} out of the text")
+
+    splits = tokenise_into(ArtifactShards(artifact, look), config, tokenizer, max_positions, read)
     index = {"length": config.sequence_length, "splits": {name: asdict(split) for name, split in splits.items()}}
     if not artifact.exists(INDEX):
         artifact.write_json(INDEX, index)

@@ -114,6 +114,10 @@ class Split:
     counts: tuple[int, ...]
     rows: tuple[int, int]
 
+    @property
+    def num_sequences(self) -> int:
+        return self.rows[1] - self.rows[0]
+
 
 def tokenise_into(
     shards: Shards,
@@ -125,8 +129,9 @@ def tokenise_into(
     """Train and held-out text as token shards, block by block of the text: nothing else of it is in memory.
 
     Without `heldout`, every document whose hash says so is held out (of one longer than a million characters, the hash of its
-    beginning); of fewer than 1000 documents the packed sequences at the end are. `facts` is told what was read and what was not, under
-    `train` and, where it has a source of its own, `heldout`. Raises DataError.
+    beginning); of fewer than 1000 documents, or where hardly any two differ so that the hash holds none out, the packed sequences at the
+    end are. `facts` is told what was read and what was not, under `train` and, where it has a source of its own, `heldout`. Raises
+    DataError.
     """
     length = config.sequence_length
     if max_positions is not None and length > max_positions:
@@ -137,7 +142,14 @@ def tokenise_into(
     source = config.train
 
     def read(name: str, source: str) -> Iterator[Piece]:
-        return pieces(source, config, f"data.{name}", tokenizer, facts.setdefault(name, TextFacts()))
+        facts[name] = TextFacts()
+        return pieces(source, config, f"data.{name}", tokenizer, facts[name])
+
+    def end_held_out() -> dict[str, Split]:
+        both = {"all": sum(limits.values())}
+        return _end_held_out(
+            config, _stream(shards, read("train", source), both, partial(_always, "all"), tokenizer, length)["all"].counts
+        )
 
     limits = dict(zip(SPLITS, (config.max_train_tokens, config.max_heldout_tokens), strict=True))
     if config.heldout is not None:
@@ -147,15 +159,15 @@ def tokenise_into(
     else:
         most = 16 * sum(limits.values())  # at most 16 characters a token
         if _has_few_documents(pieces(source, config, "data.train", tokenizer), most):
-            (counts,) = _stream(
-                shards, read("train", source), {"all": sum(limits.values())}, partial(_always, "all"), tokenizer, length
-            ).values()
-            found = _end_held_out(config, counts.counts)
+            found = end_held_out()
         else:
             route = _by_hash(config.heldout_fraction)
             found = _stream(shards, _up_to(read("train", source), most), limits, route, tokenizer, length)
+            counts = [split.num_sequences for split in found.values()]
+            if any(counts) and not all(counts):
+                found = end_held_out()
     for name, split in found.items():
-        if split.rows[0] == split.rows[1]:
+        if not split.num_sequences:
             raise DataError(
                 f"data.{name}", f"not even one sequence of {length} tokens", "give more text or shorten data.sequence_length"
             )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from puzzle_ray.artifacts import Architecture, Scenario
+from puzzle_ray.errors import ConfigError
 from puzzle_ray.evaluation.settings import EvaluateConfig
 from puzzle_ray.models.checkpoint import Checkpoint, locate
 from puzzle_ray.models.child import load_model, quiet_transformers
@@ -112,13 +113,27 @@ def speeds(timings: Mapping[str, Timing], scenario: Scenario) -> dict[str, dict[
     return out
 
 
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """Behind the beginning-of-sequence token, if the tokenizer has one."""
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return [*start, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+
+
+def check_prompt(config: EvaluateConfig, tokenizer: Any, max_positions: int | None) -> None:
+    """Raises ConfigError for a prompt that no text can be generated behind."""
+    count = len(prompt_ids(tokenizer, config.prompt))
+    if not count:
+        problem = f"{config.prompt!r} has no token, and the parent's tokenizer has none that begins a text"
+        raise ConfigError("evaluate.prompt", problem, "write a word or more")
+    if max_positions is not None and count + config.sample_tokens - 1 > max_positions:  # the last token is not read again
+        problem = f"{config.sample_tokens} tokens behind the {count} of evaluate.prompt do not fit the parent's {max_positions} positions"
+        raise ConfigError("evaluate.sample_tokens", problem, "ask for fewer, or shorten evaluate.prompt")
+
+
 @torch.inference_mode()
 def greedy_sample(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
-    """The prompt and its greedy continuation. The beginning-of-sequence token, if the tokenizer has one, comes first."""
-    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    if tokenizer.bos_token_id is not None:
-        ids = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), ids], dim=1)
-    ids = ids.to(model.device)
+    """The prompt and its greedy continuation."""
+    ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=model.device)
     out = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
     )

@@ -39,7 +39,8 @@ def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
 def check_tokenizer(tokenizer: Any, config: Any) -> None:
     """Raises ParentError for a tokenizer with ids that have no row in the embedding.
 
-    Tokens for media are let through: no text turns into them, and published models have them behind the embedding.
+    Tokens for media are let through: published models have them behind the embedding, and hardly any text holds their names. A text
+    that does is refused when it is tokenised.
     """
     media = {getattr(tokenizer, f"{kind}_token", None) for kind in _MEDIA}
     beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= config.vocab_size and token not in media}

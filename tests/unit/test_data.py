@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from puzzle_ray.data.documents import documents
+from puzzle_ray.data.documents import TextFacts, documents
 from puzzle_ray.data.order import Tokens
 from puzzle_ray.data.settings import DataConfig
 from puzzle_ray.data.sources import check_source, source_fingerprint
@@ -83,6 +83,15 @@ def test_few_documents_are_split_by_sequences_so_that_both_parts_have_some(tmp_p
     (tmp_path / "a.txt").write_text("abcdefghij" * 40)
     train, heldout = tokenise(DataConfig(train=str(tmp_path / "a.txt"), sequence_length=10), tokenizer, None)
     assert len(heldout.sequences) == 2 and len(train.sequences) == 38
+
+
+def test_many_documents_that_are_all_the_same_are_split_by_sequences(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text((json.dumps({"text": "abcdefghi"}) + "\n") * 1200)
+    facts: dict[str, TextFacts] = {}
+    config = DataConfig(train=str(tmp_path / "a.jsonl"), sequence_length=10)
+    train, heldout = tokenise(config, tokenizer, None, facts)
+    assert (len(train.sequences), len(heldout.sequences)) == (1140, 60)
+    assert facts["train"].line() == "1200 documents", "read again, counted once"
 
 
 @pytest.mark.parametrize(

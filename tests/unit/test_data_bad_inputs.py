@@ -83,7 +83,8 @@ BAD = [
     ("x.parquet.gz", b"", {}, "no .txt, .jsonl or .parquet file at"),
     ("empty.txt", b"", {}, "is empty"),
     ("blank.jsonl", b"\n\n", {}, "not even one sequence of 8 tokens"),
-    ("nothing.jsonl", lines({"text": None}, {"text": ""}), {}, "not even one sequence of 8 tokens"),
+    ("nothing.jsonl", lines({"text": None}, {"text": ""}), {}, "nothing in column 'text', all 2 rows without text dropped"),
+    ("null.parquet", parquet({"text": pa.array([None] * 9, pa.string())}), {}, "column 'text', all 9 rows without text dropped"),
     ("short.txt", b"abc", {}, "not even one sequence of 8 tokens"),
 ]
 

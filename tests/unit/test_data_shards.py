@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from byte_tokenizer import byte_tokenizer
+from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
 
 from puzzle_ray.data import shards as token_shards
 from puzzle_ray.data import tokenising
@@ -16,7 +16,7 @@ from puzzle_ray.data.settings import DataConfig
 from puzzle_ray.data.shards import OPEN_SHARDS, TokenShards
 from puzzle_ray.data.splits import INDEX, TOKENS, load_tokens, save_tokens
 from puzzle_ray.data.tokenising import pack, tokenise
-from puzzle_ray.errors import Damaged
+from puzzle_ray.errors import Damaged, DataError
 from puzzle_ray.store import Store
 
 LENGTH = 16
@@ -41,8 +41,26 @@ def configs(folder):
         "few documents": DataConfig(train=few, heldout_fraction=0.2, **common),
         "many documents": DataConfig(train=many, heldout_fraction=0.2, **common),
         "limits": DataConfig(train=many, heldout_fraction=0.2, max_train_tokens=9000, max_heldout_tokens=700, **common),
-        "a limit of few": DataConfig(train=few, max_train_tokens=500, max_heldout_tokens=100, **common),
+        "a limit of few": DataConfig(train=few, heldout_fraction=0.2, max_train_tokens=500, max_heldout_tokens=100, **common),
     }
+
+
+def test_text_that_names_a_token_beyond_the_embedding_is_refused(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    config = DataConfig(train=str(tmp_path / "a.txt"), sequence_length=LENGTH)
+    store = Store(str(tmp_path / "store"))
+    for text, name in (("some words here and more " * 90, "good"), ("some <image> words " * 90, "bad")):
+        (tmp_path / "a.txt").write_text(text)
+        artifact = store.artifact("tokens", {"which": name}, {})
+        if name == "good":
+            save_tokens(config, tokenizer, None, artifact, VOCAB_SIZE)
+        else:
+            with pytest.raises(
+                DataError, match="the text has '<image>', and the parent's embedding of 257 rows none for that token"
+            ):
+                save_tokens(config, tokenizer, None, artifact, VOCAB_SIZE)
+            assert not artifact.finished
 
 
 CASES = ["held-out file", "few documents", "many documents", "limits", "a limit of few"]

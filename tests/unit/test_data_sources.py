@@ -79,6 +79,37 @@ def test_what_is_about_the_data_is_left_out_of_folders_and_said(tmp_path):
     assert read(tmp_path / "README.md")[0] == ["about"]
 
 
+def test_what_is_about_the_data_in_other_languages_and_of_other_licences(tmp_path):
+    about = ["README_ja.md", "LICENSE_GPL.md", "license-mit.txt", "dataset-card.md", "Data Card.md"]
+    for name in ("cards.txt", "notice_board.txt", "readmeans.txt"):
+        (tmp_path / name).write_text(name)
+    for name in about:
+        (tmp_path / name).write_text("about")
+    texts, facts = read(tmp_path)
+    assert texts == ["cards.txt", "notice_board.txt", "readmeans.txt"]
+    assert sorted(os.path.basename(name) for name in facts.left_out) == sorted(about)
+
+
+@pytest.mark.parametrize("pattern", ["", "**/*.txt"])
+def test_linked_folders_are_read_and_broken_links_are_counted(tmp_path, pattern):
+    (tmp_path / "data" / "sub").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "data" / "sub" / "a.txt").write_text("a")
+    (tmp_path / "elsewhere" / "b.txt").write_text("b")
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "broken.txt").symlink_to(tmp_path / "nowhere.txt")
+    texts, facts = read(f"{tmp_path}/data/{pattern}")
+    assert sorted(texts) == ["a", "b"] and facts.line() == "2 documents, 1 file left out (broken.txt)"
+
+
+def test_a_link_back_to_its_own_folder_ends(tmp_path):
+    (tmp_path / "data" / "sub").mkdir(parents=True)
+    (tmp_path / "data" / "a.txt").write_text("a")
+    (tmp_path / "data" / "sub" / "back").symlink_to(tmp_path / "data")
+    texts, facts = read(tmp_path / "data")
+    assert texts == ["a"] and facts.line() == "1 document, 1 file left out (back)"
+
+
 def test_rows_in_a_file_of_any_name_are_text(tmp_path):
     write_jsonl(tmp_path / "authors.jsonl")
     assert read(tmp_path)[0] == TEXTS

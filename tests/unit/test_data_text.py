@@ -133,6 +133,15 @@ def test_rows_without_text_are_counted(tmp_path):
     assert told["train"].line() == "3 documents, 3 rows without text dropped"
 
 
+def test_a_column_without_any_text_is_refused_by_the_check(tmp_path):
+    empty = jsonl(tmp_path / "a.jsonl", [{"text": None}] * 9)
+    with pytest.raises(DataError, match="all 9 rows without text dropped"):
+        check_text(DataConfig(train=str(empty)), byte_tokenizer())
+    late = jsonl(tmp_path / "b.jsonl", [{"text": None}] * 1200 + [{"text": "abcdefghij" * 9}])
+    check_text(DataConfig(train=str(late)), byte_tokenizer())  # what stands further behind is not looked at yet
+    assert len(read(late)[0]) == 1
+
+
 def test_nested_columns_and_names_with_dots(tmp_path):
     rows = [{"data": {"text": "nested", "x": 1}}, {"data.text": "named"}]
     assert read(jsonl(tmp_path / "a.jsonl", rows), text_column="data.text")[0] == ["nested", "named"]

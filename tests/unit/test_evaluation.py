@@ -9,8 +9,9 @@ from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
 from small_models import save_parent
 
 from puzzle_ray.artifacts import Scenario
+from puzzle_ray.errors import ConfigError
 from puzzle_ray.evaluation import evaluate as evaluation
-from puzzle_ray.evaluation.evaluate import Models, evaluate, predictions
+from puzzle_ray.evaluation.evaluate import Models, check_prompt, evaluate, greedy_sample, predictions
 from puzzle_ray.evaluation.settings import EvaluateConfig
 from puzzle_ray.models.child import load_model
 from puzzle_ray.progress import Quiet
@@ -89,6 +90,23 @@ def test_models_are_timed_together_where_they_fit_and_else_alone(folders, room, 
     before, after = found["models"]["child_before_gkd"], found["models"]["child"]
     assert before["memory_mib"] == after["memory_mib"] > 0 and before["kl"] != after["kl"]
     assert found["models"]["parent"]["measured_speedup"] == 1 and after["num_params"] == found["models"]["parent"]["num_params"]
+
+
+def test_a_prompt_that_passes_the_check_can_be_continued_and_no_longer_one(tmp_path):
+    tokenizer, positions = byte_tokenizer(), 12
+    folder = save_parent(tmp_path, "gpt2", vocab_size=VOCAB_SIZE, max_position_embeddings=positions, n_positions=positions)
+    model = load_model(folder, torch.float32)
+    model.generation_config.eos_token_id = None
+    longest = EvaluateConfig(prompt="a text", sample_tokens=positions - 7 + 1)
+    check_prompt(longest, tokenizer, positions)
+    assert greedy_sample(model, tokenizer, longest.prompt, longest.sample_tokens).startswith("a text")
+    with pytest.raises(ConfigError, match="sample_tokens: 7 tokens behind the 7 of evaluate.prompt do not fit the parent's 12"):
+        check_prompt(EvaluateConfig(prompt="a text", sample_tokens=positions - 7 + 2), tokenizer, positions)
+    check_prompt(EvaluateConfig(prompt="", sample_tokens=4), tokenizer, None)
+    assert isinstance(greedy_sample(model, tokenizer, "", 4), str)
+    tokenizer.bos_token = None
+    with pytest.raises(ConfigError, match="evaluate.prompt: '' has no token, and the parent's tokenizer has none that begins"):
+        check_prompt(EvaluateConfig(prompt=""), tokenizer, None)
 
 
 def test_batches_have_so_many_tokens_and_at_least_one_sequence():
