@@ -90,7 +90,7 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     """Every child of one parent and seed, distilled by its mixes."""
     rows: list[dict[str, Any]] = []
-    whole = setting(parent, data, seed, store, overrides, {})
+    whole = setting(parent, data, seed, store, overrides, {"params_fraction": 1.0})
     for size in sizes:
         s = setting(parent, data, seed, store, overrides, {"params": budget(whole, size)})
         tokens = tokens_of(s)
