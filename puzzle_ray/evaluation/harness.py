@@ -148,17 +148,12 @@ def _asked_here(reader: Reader) -> AskChunks:
 
 def check_tasks(names: Sequence[str]) -> None:
     """Raises ConfigError, or DataError, for what can be known to be wrong without the data of lm_eval's own tasks."""
-    known = _manager(names).all_tasks
+    known = [] if all(map(is_questions, names)) else TaskManager().all_tasks
     for name in names:
         if is_questions(name):
             _questions_task(name)
         elif name not in known:
             raise _unknown(name, known)
-
-
-def _manager(names: Sequence[str]) -> Any:
-    """lm_eval's index of its own tasks, which takes seconds to make; an empty one where only files are named."""
-    return TaskManager(include_defaults=not all(map(is_questions, names)))
 
 
 def _unknown(name: str, known: Sequence[str]) -> ConfigError:
@@ -171,7 +166,7 @@ class Tasks:
 
     def __init__(self, names: Sequence[str], half: Half | None, limit: int | None) -> None:
         with _quiet():
-            self.manager = _manager(names)
+            self.manager = TaskManager()
             self.entries: dict[str, list[str]] = {}  # what the user named -> the names of its tasks
             self.tasks: dict[str, Any] = {}
             for name in names:
