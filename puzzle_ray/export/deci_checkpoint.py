@@ -115,7 +115,7 @@ def _write_weights(checkpoint: Checkpoint, tensors: dict[str, _Source], target: 
     from safetensors.torch import save_file
 
     shards = list(_shards(tensors))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         stored = dict.fromkeys(tensors[name].stored for name in names)

@@ -59,7 +59,7 @@ class DeciLayers:
             config.num_attention_heads,
             WIDTH_MULTIPLE,
         )  # each layer has its own
-        super().__init__(config, *args, **settings)
+        super().__init__(config, *args, **settings)  # type: ignore[call-arg]
         config.num_key_value_heads = config.intermediate_size = None
         for layer, block in zip(self.base_model.layers, config.block_configs, strict=True):  # type: ignore[attr-defined]
             reshape_block(layer, block, config)

@@ -24,7 +24,7 @@ class ChildLayers:
     _keys_to_ignore_on_load_unexpected = None  # a child's files hold nothing else; vLLM would drop GPT-2's `c_attn.bias` by it
 
     def __init__(self, config: Any, *args: Any, **settings: Any) -> None:
-        super().__init__(config, *args, **settings)
+        super().__init__(config, *args, **settings)  # type: ignore[call-arg]
         first, _, rest = self.descriptor.layers.partition(".")
         path = self.descriptor.layers if hasattr(self, first) else rest  # without a head, names are shorter
         self.reshape(self.get_submodule(path), config)  # type: ignore[attr-defined]

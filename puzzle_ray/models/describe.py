@@ -119,7 +119,7 @@ def _differs(model: Any, descriptor: Descriptor) -> str:
 
     from puzzle_ray.artifacts import LayerChoice
     from puzzle_ray.models.blocks import LayerStack, swapped
-    from puzzle_ray.models.child import child_classes
+    from puzzle_ray.models.child_classes import child_classes
 
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 0.0, 0.25) if parameter.dim() > 1 else torch.nn.init.uniform_(parameter, 0.5, 1.5)

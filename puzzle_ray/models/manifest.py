@@ -24,7 +24,7 @@ from puzzle_ray.models.checkpoint import (
     read_json,
     some,
 )
-from puzzle_ray.models.child import child_classes
+from puzzle_ray.models.child_classes import child_classes
 
 
 def check_weights(folder: Path, config: Any) -> tuple[str, ...]:
