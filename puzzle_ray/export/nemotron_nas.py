@@ -140,7 +140,7 @@ def nas_config(
     return {
         "architectures": ["DeciLMForCausalLM"],
         "model_type": remote.NemotronNasConfig.model_type,
-        "auto_map": {"AutoConfig": f"{Path(remote.__file__).stem}.{remote.NemotronNasConfig.__name__}", **more_classes},
+        "auto_map": {"AutoConfig": f"{Path(remote.__file__).stem}.{remote.NemotronNasConfig.__name__}"} | dict(more_classes),
         **settings,
         "attention_dropout": 0.0,
         "use_cache": True,

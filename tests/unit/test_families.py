@@ -13,7 +13,8 @@ from puzzle_ray.artifacts import PARENT, LayerChoice
 from puzzle_ray.errors import ParentError
 from puzzle_ray.families.registry import ffn_width, num_kv_heads
 from puzzle_ray.models.blocks import load_stack
-from puzzle_ray.models.child import assemble, child_classes, load_model, new_child, read_config, save_child
+from puzzle_ray.models.child import assemble, load_model, new_child, read_config, save_child
+from puzzle_ray.models.child_classes import child_classes
 from puzzle_ray.models.describe import describe
 from puzzle_ray.surgery.kv_cache import cache_from
 from puzzle_ray.variants.space import search_space
