@@ -191,6 +191,7 @@ def deployed(
 ) -> Iterator[None]:
     """The application, started but not waited for. After the block it is gone, and Serve with it where nobody else uses it."""
     from ray import serve
+    from ray.serve.exceptions import RayServeException
 
     from actors.serve import build
 
@@ -207,7 +208,12 @@ def deployed(
     try:
         serve.start(http_options={"host": host, "port": port, "keep_alive_timeout_s": _KEEP_ALIVE_S}, logging_config=quiet)
         target = serve.RunTarget(target=build(settings), name=name, route_prefix=route_prefix, logging_config=quiet)
-        serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+        try:
+            serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+        except RayServeException as error:  # such as a prefix that another application has
+            raise ConfigError(
+                "route_prefix", f"is {route_prefix!r} ({cause(str(error))})", "give another --route-prefix"
+            ) from None
         yield
         ended_well = True
     finally:

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -21,7 +22,9 @@ from ray import serve
 from small_models import tiny_config
 
 from actors.serve import build
+from jobs.serve_child import Stops, deployed, wait_until_running
 from puzzle_ray.artifacts import LayerChoice
+from puzzle_ray.errors import ConfigError
 from puzzle_ray.models.child import load_model, new_child
 from puzzle_ray.serving.settings import ServeSettings
 from puzzle_ray.serving.text import TextStream
@@ -181,6 +184,26 @@ def test_a_client_that_leaves_frees_its_slot(client, url, stream):
             client.with_options(timeout=0.5).completions.create(**asked)
     after = health_when_idle(url, before["finished"] + 1)
     assert after["generated_tokens"] - before["generated_tokens"] < MAX_LENGTH - 1
+
+
+def test_a_second_application_leaves_the_first_alone(client, url, child_folder):
+    settings = ServeSettings(models={"second": str(child_folder)}, max_batch_size=2, kv_cache_mib=32, grace_period_s=5)
+    where = ("127.0.0.1", int(url.split(":")[2].partition("/")[0]))
+
+    def answers():
+        return client.completions.create(model="tiny", prompt="x", max_tokens=1).model
+
+    for name, prefix, said in [
+        ("under-test", "/x", "name: an application 'under-test' runs"),
+        ("third", "/here", "route_prefix: is '/here'"),
+    ]:
+        with pytest.raises(ConfigError, match=said), deployed(settings, name, prefix, where, False, Stops()):
+            pass
+    with deployed(settings, "second", "/second", where, False, Stops()):
+        assert wait_until_running("second", WAIT_S, threading.Event())
+        code, _, body = asked_plainly(f"{url.removesuffix('/here')}/second/v1/completions", b'{"prompt": "x", "max_tokens": 1}')
+        assert (code, json.loads(body)["model"], answers()) == (200, "second", "tiny")
+    assert list(serve.status().applications) == ["under-test"] and answers() == "tiny"
 
 
 def command(*options: str) -> list[str]:
