@@ -23,7 +23,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from actors.names import actor_name
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.distill.curriculum import gkd_steps
-from puzzle_ray.distill.gkd import GkdJob, load_gkd_trainer, publish_distilled, steps_saved, train_to_end
+from puzzle_ray.distill.gkd import GkdJob, load_gkd_trainer, publish_distilled, say_epochs, steps_saved, train_to_end
 from puzzle_ray.errors import ClusterError, PuzzleError
 from puzzle_ray.models.checkpoint import first_line
 from puzzle_ray.progress import Bar, Progress, Quiet
@@ -219,6 +219,7 @@ def run_gkd(job: GkdJob, *, cluster: ClusterConfig, progress: Progress, cpus_per
     folder = Path(job.parent).expanduser()
     if folder.is_dir():  # workers have a working directory of their own
         job = replace(job, parent=str(folder.absolute()))
+    say_epochs(job)
     cpus = cpus_per_worker or _cpus_per_worker(job.config.num_workers)
     named = actor_name(f"GKD, {job.config.num_workers} workers")
     run = GkdRun.options(runtime_env={"env_vars": _environment()}, **named).remote()  # type: ignore[attr-defined]

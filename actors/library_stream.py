@@ -199,8 +199,7 @@ def build_library(
     layers = unfinished_layers(space, artifact)
     if layers:
         text = LibraryText.of(tokens, seed, config)
-        if text.epochs > 1:
-            say(f"its text is read {text.epochs:.1f} times over: there are {text.training.num_tokens} tokens to train on")
+        text.say_epochs()
         stream = open_stream(parent, layers, space, config, cluster, artifact)
         try:
             with (

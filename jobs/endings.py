@@ -1,4 +1,4 @@
-"""How a command ends before its time: by Ctrl-C, by SIGTERM, or because a process of its own Ray died.
+"""How a command ends before its time: by Ctrl-C, by SIGTERM, or because its Ray died.
 
 The first signal is raised in the main thread as a KeyboardInterrupt, so everything on the way releases what it holds. Native code may
 hold the main thread for long, and a cleanup may wait for what never comes. So a thread watches: when the main thread is not at its end
@@ -11,6 +11,7 @@ import ctypes
 import os
 import select
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -30,6 +31,8 @@ GRACE_S = 9.0  # from the first signal, for the main thread to come to its end
 GRACE_OF_SUBMITTED_S = 2.0  # `ray job stop` kills after 3 s
 RELEASE_S = 2.0
 LOOK_EVERY_S = 0.2  # at the processes of our own Ray
+CONNECT_EVERY_S = 2.0  # to the cluster that was joined
+CLUSTER_IS_DEAD_AFTER_S = 20.0  # without an answer
 RAYS_PROCESSES = ("gcs_server", "raylet")  # without one of them a Ray is dead
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of prctl(2)
 _ROUNDS = 5  # of killing: those whose parents are killed come to us
@@ -132,14 +135,37 @@ class Signals:
         """Ends this process where one of our own Ray's is dead: Ray itself would wait for long, and then abort."""
         for pid, name in self._processes.items():
             if not _lives(pid) and self._processes:
-                printed = self._log is not None and self._log.stat().st_size
-                where = f"; what Ray printed is in {self._log}" if printed else ""
-                self.end_now(FAILED, f"error: {name} of this run's own Ray (process {pid}) died; {CONTINUES}{where}")
+                self.end_now(FAILED, f"error: {name} of this run's own Ray (process {pid}) died; {CONTINUES}{self._where()}")
 
     def leave_ray(self) -> None:
         """From now on its processes may go."""
         self.check_ray()
         self._processes = {}
+
+    # a cluster that was joined
+
+    @contextmanager
+    def cluster_watched(self, address: str, log: Path | None) -> Iterator[None]:
+        """Ends this process where nothing has listened at the cluster's address for long: Ray itself would wait for a minute, and then
+        abort. Not in the thread of the signals, which a connection that hangs would keep."""
+        left, self._log = threading.Event(), log
+        threading.Thread(target=self._watch_cluster, args=(address, left), name="cluster", daemon=True).start()
+        try:
+            yield
+        finally:
+            left.set()
+            self._log = None
+
+    def _watch_cluster(self, address: str, left: threading.Event) -> None:
+        answered_at = time.monotonic()
+        while not left.wait(CONNECT_EVERY_S):
+            if _answers(address):
+                answered_at = time.monotonic()
+            elif time.monotonic() - answered_at > CLUSTER_IS_DEAD_AFTER_S and self.first is None and not left.is_set():
+                self.end_now(FAILED, f"error: the cluster at {address} no longer answers; {CONTINUES}{self._where()}")
+
+    def _where(self) -> str:
+        return f"; what Ray printed is in {self._log}" if self._log is not None and self._log.stat().st_size else ""
 
     def say(self, line: str) -> None:
         """The last line of a command that is ended: once, whoever comes first."""
@@ -209,6 +235,16 @@ def starting() -> Iterator[None]:
     finally:
         if _current is not None:
             _current.take()
+
+
+def _answers(address: str) -> bool:
+    """Whether something listens at host:port."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_EVERY_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def _lives(pid: int) -> bool:

@@ -122,6 +122,14 @@ class Parent:
         return getattr(self.model_config, "max_position_embeddings", None)
 
 
+def _is_folder(named: str) -> bool:
+    """False for what cannot be looked into, too: whoever looks for the parent says why."""
+    try:
+        return Path(named).expanduser().is_dir()
+    except (OSError, RuntimeError, ValueError):  # too long for a name, or no such user's home
+        return False
+
+
 class Run:
     """One config and its store."""
 
@@ -166,7 +174,7 @@ class Run:
         named = self.config.parent
         if named == TINY:
             return Parent.at(f"{self.content('tiny_parent').path('parent')}/model")
-        if Path(named).expanduser().is_dir():
+        if _is_folder(named):
             return Parent.at(str(Path(named).expanduser().absolute()))
         if "://" in named:
             return Parent.at(named)

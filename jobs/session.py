@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -163,18 +163,22 @@ def _own(window_bytes: int) -> Iterator[None]:
 
 @contextmanager
 def _joined(address: str) -> Iterator[None]:
-    try:
-        with endings.starting():
-            _join(address)
-    except PuzzleError:
-        raise
-    except Exception as error:
-        problem = f"Ray cannot be reached at {address!r} ({_reason(error)})"
-        raise ClusterError("cluster.address", problem, "check the address") from None
-    try:
-        yield
-    finally:
-        sys.modules["ray"].shutdown()
+    with endings.native_prints_logged() as log:
+        try:
+            with endings.starting():
+                _join(address)
+        except PuzzleError:
+            raise
+        except Exception as error:
+            problem = f"Ray cannot be reached at {address!r} ({_reason(error)})"
+            raise ClusterError("cluster.address", problem, "check the address") from None
+        ray, signals = sys.modules["ray"], endings.current()
+        gcs = ray.get_runtime_context().gcs_address
+        with signals.cluster_watched(gcs, log) if signals is not None else nullcontext():
+            try:
+                yield
+            finally:
+                ray.shutdown()
 
 
 def _reason(error: Exception) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from jobs.command import SEARCHES, Config, Data, Debug, ParentName, Recipe, Settings, StoreRoot, Verb, configured
 from jobs.run import NotDone, Run, Stage, in_order, stages
+from jobs.store import is_there
 from puzzle_ray.errors import ClusterError, ProfileError
 from puzzle_ray.store import RECORD, Artifact, Store
 
@@ -27,7 +28,9 @@ class Row:
 
 
 def rows(run: Run) -> list[Row]:
-    """Every stage in the order in which they run. Nothing is done, and nothing is written."""
+    """Every stage in the order in which they run. Nothing is done, and nothing is written. Raises StoreError where the store cannot
+    be read."""
+    is_there(run.store)
     found: list[Row] = []
     would_run: set[str] = set()
     of_no_device: set[str] = set()  # nobody is asked for the device again on their behalf

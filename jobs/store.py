@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from jobs.command import RESULTS, Debug, Group, Verb
+
+if TYPE_CHECKING:
+    from puzzle_ray.store import Store
 
 Root = Annotated[str, typer.Option("--store", help="The store: a folder or any fsspec URL.")]
 Names = Annotated[list[str] | None, typer.Argument(help="Artifacts as `ls` names them, STAGE-KEY; all without any.")]
@@ -80,14 +83,22 @@ def opened(root: str) -> Any:
     from puzzle_ray.store import Store
 
     store = Store(root)
-    try:
-        there = store.filesystem.isdir(store.root)
-    except Exception as error:  # every backend has errors of its own
-        problem = f"{root!r} cannot be read ({type(error).__name__}: {error})"
-        raise StoreError("store", problem, "check the address and the rights") from None
-    if not there:
+    if not is_there(store):
         raise StoreError("store", f"there is no store at {root!r}", "name one with --store")
     return store
+
+
+def is_there(store: Store) -> bool:
+    """Whether there is a store yet. Raises StoreError where that cannot be seen."""
+    from puzzle_ray.errors import StoreError
+
+    try:
+        return bool(store.filesystem.isdir(store.root))
+    except StoreError:
+        raise
+    except Exception as error:  # every backend has errors of its own
+        problem = f"{store.root!r} cannot be read ({type(error).__name__}: {error})"
+        raise StoreError("store", problem, "check the address and the rights") from None
 
 
 def size(count: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -126,6 +127,13 @@ def epochs(tokens_asked: int, tokens_there: int) -> float:
     if tokens_there < 1:
         raise ValueError("there are no tokens")
     return tokens_asked / tokens_there
+
+
+def told_if_read_again(stage: str, times: float, tokens_there: int) -> None:
+    """Says in one line that a stage reads its text more than once, where it does."""
+    if times > 1:
+        words = f"its text is read {times:.1f} times over: there are {tokens_there} tokens to train on"
+        print(f"  {stage}: {words}", file=sys.stderr, flush=True)
 
 
 _permutations: dict[tuple[int, int, int, int], npt.NDArray[np.int64]] = {}

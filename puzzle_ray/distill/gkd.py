@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from puzzle_ray.artifacts import rows_to_parquet
-from puzzle_ray.data.order import Tokens
+from puzzle_ray.data.order import Tokens, epochs, told_if_read_again
 from puzzle_ray.data.splits import load_tokens
 from puzzle_ray.distill.child_loss import ChildLoss, Terms
 from puzzle_ray.distill.chosen_tokens import Markers, read_markers
@@ -352,6 +352,13 @@ def load_gkd_trainer(
     return trainer
 
 
+def say_epochs(job: GkdJob) -> None:
+    """Says so where the text is read more than once."""
+    train, _ = load_tokens(job.data)
+    asked = Curriculum.of(train, job.config, job.seed).tokens
+    told_if_read_again("gkd", epochs(asked, train.num_tokens), train.num_tokens)
+
+
 def publish_distilled(trainer: GkdTrainer, job: GkdJob) -> None:
     """Writes the distilled child in its own dtype, its tokenizer and the loss curve, and finishes the artifact."""
     source = job.child.local_folder(CHILD)
@@ -372,6 +379,7 @@ def publish_distilled(trainer: GkdTrainer, job: GkdJob) -> None:
 def distill_child(job: GkdJob, progress: Progress) -> None:
     """The whole stage in this process, whatever `gkd.num_workers` is. Does nothing where the artifact is finished."""
     if not job.artifact.finished:
+        say_epochs(job)
         trainer = load_gkd_trainer(job, device="cuda" if job.config.use_gpu else "cpu")
         train_to_end(trainer, job.artifact, progress)
         publish_distilled(trainer, job)

@@ -327,6 +327,7 @@ def build_serially(
     """
     if unfinished_layers(space, artifact):
         stage = SerialLibrary(parent, space, config, tokens, seed, artifact, num_threads, device)
+        stage.text.say_epochs()
         with progress.stage("library", stage.schedule.positions, "micro-batch") as bar:
             bar.advance(stage.group.last + 1)
             for position in range(stage.group.last + 1, stage.schedule.positions):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from puzzle_ray.data.order import Tokens, epochs
+from puzzle_ray.data.order import Tokens, epochs, told_if_read_again
 from puzzle_ray.distill.schedule import Schedule
 from puzzle_ray.distill.settings import LibraryConfig
 
@@ -43,3 +43,7 @@ class LibraryText:
         """How often the training text is read; above 1 some of it is read again."""
         micro_batches = self.schedule.calibrate + self.schedule.train
         return epochs(micro_batches * self.sequences, self.training.num_sequences)
+
+    def say_epochs(self) -> None:
+        """Where some of the text is read again."""
+        told_if_read_again("library", self.epochs, self.training.num_tokens)

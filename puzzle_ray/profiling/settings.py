@@ -69,5 +69,8 @@ class ProfileConfig(Section):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """The settings that a profile depends on."""
-        return self.model_dump(mode="json", exclude={"num_profilers"})
+        """The settings that a profile depends on. On which nodes it is measured is told by what they are, which its key has too."""
+        aside = {"num_profilers", "resources", "label_selector"}
+        if self.batch_sizes != AUTO:
+            aside.add("max_batch_size")
+        return self.model_dump(mode="json", exclude=aside)

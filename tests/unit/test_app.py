@@ -64,6 +64,34 @@ def test_what_is_wrong_on_a_command_line_is_one_line(words, wanted, capsys):
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and wanted in err
 
 
+def test_a_store_that_may_not_be_read_is_one_line(monkeypatch, tmp_path, capsys):
+    for name in (
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_SESSION_TOKEN",
+        "AWS_PROFILE",
+        "FSSPEC_S3_KEY",
+        "FSSPEC_S3_SECRET",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    assert app.run(["status", "--recipe", "tiny", "--store", "s3://bucket/store"]) == 2
+    out, err = said(capsys)
+    assert out == "" and err.count("\n") == 1
+    assert err.startswith("error: store: 's3://bucket/store' cannot be read (NoCredentialsError")
+
+
+@pytest.mark.parametrize("parent", ["x" * 5000, "~nobody-of-that-name/model", "a\0b"])
+def test_a_parent_that_can_be_no_folder_is_one_line(parent, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("some text\n")
+    assert app.run(["status", "--parent", parent, "--data", str(text), "--store", str(tmp_path / "store")]) == 2
+    out, err = said(capsys)
+    assert out == "" and err.startswith("error: parent: ") and err.count("\n") == 1
+
+
 @pytest.fixture
 def broken(monkeypatch):
     def raises(*_, **__):

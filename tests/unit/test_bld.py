@@ -15,6 +15,7 @@ from puzzle_ray.data.order import Tokens
 from puzzle_ray.distill.library import LIBRARY_TABLE, build_serially, checkpoint_file, unfinished_layers
 from puzzle_ray.distill.losses import normalised_mse
 from puzzle_ray.distill.schedule import LearningRate, Schedule
+from puzzle_ray.distill.text import LibraryText
 from puzzle_ray.errors import NotFinite, OutOfOrder, StoreError
 from puzzle_ray.models.child import read_config
 from puzzle_ray.progress import Quiet
@@ -192,6 +193,19 @@ def test_an_interrupted_library_goes_on_and_equals_an_undisturbed_one(parent_fol
     assert LIBRARY_TABLE in step.names() and step.names("checkpoints") == []
 
 
+def test_it_is_said_how_often_the_text_is_read(parent_folder, undisturbed, tmp_path, capsys):
+    """In this process as on a cluster, and before any micro-batch."""
+    space, tokens, _ = undisturbed
+    config = CONFIG.model_copy(update={"tokens": 8 * CONFIG.tokens})
+    text = LibraryText.of(tokens, 0, config)
+    step = Store(str(tmp_path)).artifact("library", {}, {})
+    with pytest.raises(Stop):
+        build_serially(str(parent_folder), space, config, tokens, 0, step, Interrupting(0))
+    there = text.training.num_tokens
+    words = f"  library: its text is read {text.epochs:.1f} times over: there are {there} tokens to train on\n"
+    assert text.epochs > 1 and words in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("writes", [1, 9, 14, 20, 30, 32])
 def test_a_full_disk_is_said_and_loses_nothing(parent_folder, undisturbed, tmp_path, monkeypatch, writes):
     """Whatever the write that finds no room (checkpoint, variant, table), the same command then goes on to the same bits."""
@@ -201,6 +215,8 @@ def test_a_full_disk_is_said_and_loses_nothing(parent_folder, undisturbed, tmp_p
     step, write, done = Store(str(tmp_path)).artifact("cut", {}, {}), scratch.write_atomically, []
 
     def until_full(target, data):
+        if ".written" in target.parts:  # what goes before every one of them
+            return write(target, data)
         if len(done) == writes:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(target, data)

@@ -22,6 +22,7 @@ from puzzle_ray.distill.gkd import (
     GkdRow,
     GkdTrainer,
     distill_child,
+    say_epochs,
     train_to_end,
 )
 from puzzle_ray.distill.losses import cosine_distance
@@ -188,6 +189,14 @@ def test_the_whole_stage(job):
     assert (job.artifact.local_folder(CHILD) / "tokenizer.json").is_file()
     rows, _ = rows_from_parquet(job.artifact.read(CURVE), GkdRow)
     assert len(rows) == 6 and job.artifact.facts()["last_kl"] == rows[-1].kl and job.artifact.facts()["tokens"] == CONFIG.tokens
+
+
+def test_it_is_said_how_often_the_text_is_read(job, capsys):
+    """40 sequences of 16 tokens, of which the first job reads 384 tokens."""
+    say_epochs(job)
+    assert capsys.readouterr().err == ""
+    distill_child(dataclasses.replace(job, config=CONFIG.model_copy(update={"tokens": 1600, "micro_batch_tokens": 320})), Quiet())
+    assert capsys.readouterr().err == "  gkd: its text is read 2.5 times over: there are 640 tokens to train on\n"
 
 
 def test_without_tokens_the_child_stays_as_it_is(job):

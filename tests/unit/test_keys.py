@@ -182,6 +182,17 @@ def test_status_says_that_the_device_does_not_answer(monkeypatch, parent_with_te
     assert {row.state for name, row in found.items() if name != "tokens"} == {"to do"}
 
 
+def test_what_says_where_to_measure_makes_no_other_profile(parent_with_text, tmp_path):
+    """The key has the device itself. How far `auto` would look counts only where it looks."""
+    key = make_run(parent_with_text, tmp_path).artifact("profile").key
+    for same in ("label_selector={a: b}", "resources={x: 0.001}", "max_batch_size=128", "num_profilers=3"):
+        assert make_run(parent_with_text, tmp_path, f"profile.{same}").artifact("profile").key == key, same
+    for other in ("repeats=7", "stack=3", "batch_sizes=[1, 2]"):
+        assert make_run(parent_with_text, tmp_path, f"profile.{other}").artifact("profile").key != key, other
+    auto = [ProfileConfig(batch_sizes="auto", max_batch_size=size).identity() for size in (128, 256)]
+    assert auto[0] != auto[1]
+
+
 def keys_of(run):
     run.done("tokens")
     found = {name: run.artifact(name).key for name in ("tokens", "library", "profile", "scores", "architecture")}
