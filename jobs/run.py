@@ -46,6 +46,7 @@ class Stage:
     everything else that it reads, with something that changes when that does. `work` fills the artifact and finishes it.
     `wanted` says for which configs there is such a stage. `said` is what to say of a finished one, in one line; nothing where it is
     empty. `beside` says whether it may run while others do; its work then sets `run.placed` once it has what it needs of the cluster.
+    `foreseen` looks, as soon as a stage of `reads` is finished, for what the work would be refused for, before others come in between.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Stage:
     wanted: Callable[[RunConfig], bool] = lambda config: True
     said: Callable[[Mapping[str, Any]], str] | None = None
     beside: Callable[[Run], bool] = lambda run: False
+    foreseen: Callable[[Run], None] | None = None
 
 
 class Listener(Protocol):
@@ -238,8 +240,9 @@ class Run:
         A stage that may run beside others does so in a thread; who reads it waits for it. Where it fails, so does the run at once.
         """
         background: dict[str, _Background] = {}
+        order = in_order(names, self.config)
         with _ended_together(background):
-            for stage in in_order(names, self.config):
+            for stage in order:
                 if stage.name in self._finished:
                     continue
                 for needed in (*stage.inputs, *stage.reads):
@@ -250,6 +253,9 @@ class Run:
                     background[stage.name].start(self.placed)
                 else:
                     self._do(stage)
+                for later in order:
+                    if later.foreseen is not None and stage.name in later.reads and later.name not in self._finished:
+                        later.foreseen(self)
             for waiting in background.values():
                 waiting.join()
         return self.artifact(names[-1])

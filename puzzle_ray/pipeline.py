@@ -30,6 +30,7 @@ from puzzle_ray.data.splits import load_tokens, save_tokens, train_tokens_source
 from puzzle_ray.distill.gkd import GkdJob, distill_child
 from puzzle_ray.distill.library import Library, build_serially, starting_library
 from puzzle_ray.distill.realize import realize
+from puzzle_ray.distill.text import LibraryText
 from puzzle_ray.evaluation.child_meter import ChildMeter
 from puzzle_ray.evaluation.evaluate import evaluate
 from puzzle_ray.evaluation.quality import Quality, quality_facts
@@ -102,6 +103,7 @@ def compress(
 def run(s: Setting) -> Compressed:
     """The method. Every line is a stage; a stage that is finished in the store is read from there."""
     tokens = tokens_of(s)  # the text in the parent's tokens
+    LibraryText.of(load_tokens(tokens)[0], s.config.seed, s.config.library)  # is there enough of it?
     profile = profile_of(s)  # what every variant costs on the target
     check_budget(s.space, read_profile(profile), s.profile_config.scenario, s.config.search.limits)  # can it be met at all?
     library = library_of(s, tokens)  # every variant of every layer, trained to mimic its parent block (BLD)

@@ -41,6 +41,13 @@ def work(run: Run, artifact: Artifact) -> None:
     build_library(run.parent.address, run.space, config, run.config.cluster, train, run.config.seed, artifact, run.progress)
 
 
+def foreseen(run: Run) -> None:
+    """Raises DataError where validation would leave no text to train on."""
+    from puzzle_ray.distill.text import LibraryText
+
+    LibraryText.of(tokens.read(run)[0], run.config.seed, run.config.library)
+
+
 def said(facts: Any) -> str:
     from puzzle_ray.distill.library import library_summary
 
@@ -54,4 +61,4 @@ def read(run: Run) -> Any:
     return Library(run.content("library"))
 
 
-STAGE = Stage("library", work, reads=("tokens",), settings=settings, sources=sources, said=said)
+STAGE = Stage("library", work, reads=("tokens",), settings=settings, sources=sources, said=said, foreseen=foreseen)

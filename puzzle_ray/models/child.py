@@ -219,6 +219,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
         raise
     except Exception as error:  # whatever the library raises
         raise ParentError("parent", f"{file} cannot be read ({first_line(error)})", "mend it or fetch it again") from None
+    config.return_dict = True  # what a model returns is read by name here
     checkpoint = Checkpoint(folder)
     return as_stored(config, checkpoint) if checkpoint.present else config
 

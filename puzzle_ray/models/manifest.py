@@ -7,6 +7,7 @@ would drop, or draw at random, is refused by name.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from puzzle_ray.models.checkpoint import (
 )
 from puzzle_ray.models.child_classes import child_classes
 
+_LAYER_NUMBER = re.compile(r"(?:^|\.)(\d{1,9})\.")
+
 
 def check_weights(folder: Path, config: Any) -> tuple[str, ...]:
     """Compares names, shapes, dtypes and tying of the weight files in `folder` with the model of `config`.
@@ -36,6 +39,7 @@ def check_weights(folder: Path, config: Any) -> tuple[str, ...]:
     _refuse_other_formats(folder, config)
     checkpoint = Checkpoint(folder)
     config = copy.deepcopy(as_stored(config, checkpoint))
+    _check_depth(folder, checkpoint, config)
     model = _without_memory(folder, config)
     ignored = _ignored(model, config)
     check_floats(checkpoint, ignored)
@@ -73,6 +77,15 @@ def _refuse_other_formats(folder: Path, config: Any) -> None:
     if dtype is not None and str(dtype).removeprefix("torch.") not in FLOATS.values():
         problem = f"{folder}/config.json has dtype {str(dtype).removeprefix('torch.')!r}"
         raise ParentError("parent", problem, f"use one of {', '.join(FLOATS.values())}")
+
+
+def _check_depth(folder: Path, checkpoint: Checkpoint, config: Any) -> None:
+    """Layers that are not there are not built to be compared. The last layers of a child may have no weights."""
+    numbers = [int(found[1]) for name in checkpoint.headers if (found := _LAYER_NUMBER.search(name))]
+    held, said = max(numbers, default=-1) + 1, config.num_hidden_layers
+    if said > held and not str(config.model_type).startswith("puzzle_"):
+        problem = f"{folder} lacks weights that its config.json asks for: it says {said} layers, and the files hold {held}"
+        raise ParentError("parent", problem, "take config.json and weights from the same model")
 
 
 def _without_memory(folder: Path, config: Any) -> Any:

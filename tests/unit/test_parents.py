@@ -169,7 +169,13 @@ BAD = {  # name: (what the folder is made of, how it is broken, what must be sai
     "untied_without_head": (UNTIED, without(HEAD), "has no lm_head.weight, .*tie_word_embeddings=false"),
     "tied_without_embedding": (UNTIED, lambda f: (without(EMBEDDING)(f), settings(tie_word_embeddings=True)(f)), "embed_tokens"),
     "one_weight_missing": ({}, without(GATE), f"lacks weights .*: {GATE};"),
-    "a_layer_missing": ({}, settings(num_hidden_layers=4), "lacks weights .*: model.layers.3.* and 6 more;"),
+    "a_layer_missing": ({}, settings(num_hidden_layers=4), "lacks weights .*: it says 4 layers, and the files hold 3;"),
+    "a_million_layers": ({}, settings(num_hidden_layers=10**6), "it says 1000000 layers, and the files hold 3;"),
+    "a_part_of_a_layer_missing": (
+        {},
+        without("model.layers.2.input_layernorm.weight", GATE),
+        "lacks weights .*gate_proj.weight, model.layers.2.input_layernorm.weight;",
+    ),
     "a_layer_too_many": ({}, settings(num_hidden_layers=2), "does not have: model.layers.2.* and 6 more;"),
     "biases_missing": ({}, settings(attention_bias=True), "lacks weights .*bias"),
     "biases_too_many": ({}, add("model.layers.0.self_attn.q_proj.bias", torch.zeros(32)), "does not have: .*q_proj.bias;"),
@@ -253,6 +259,13 @@ def test_whole_parents_and_their_children_pass(family, tmp_path):
 
 def test_shards_and_a_real_model_pass(tmp_path, shared_data):
     assert checked(sharded(tmp_path)) == () and checked(shared_data / "stories260K") == ()
+
+
+def test_outputs_are_read_by_name_whatever_the_config_says(tmp_path):
+    folder = parent(tmp_path)
+    settings(return_dict=False)(folder)
+    assert checked(folder) == ()
+    assert load_model(folder)(IDS).logits.shape == (2, 20, 300)
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ from jobs.endings import handled
 from jobs.run import NotDone, Stage, in_order, stages
 from jobs.status import differences, rows
 from puzzle_ray.config import load
-from puzzle_ray.errors import ProfileError
+from puzzle_ray.errors import DataError, ProfileError
+from puzzle_ray.pipeline import compress
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,25 @@ def test_every_stage_comes_behind_what_it_needs():
         order = [stage.name for stage in in_order([name], load("tiny"))]
         assert order.index("tokens") < order.index("profile") < order.index("library"), "the budget is tried first"
     assert [stage.name for stage in in_order(["scores"], load(overrides=("parent=x",)))] == ["tokens", "library", "scores"]
+
+
+def test_too_little_text_for_the_library_is_said_before_the_profile(parent_with_text, tmp_path):
+    run = make_run(parent_with_text, tmp_path, "library.validation_tokens=8192")
+    for _ in range(2):  # also where the tokens are there already
+        with pytest.raises(DataError, match="512 sequences for validation leave nothing to train on: there are "):
+            run.done("architecture")
+        assert sorted(path.name.partition("-")[0] for path in tmp_path.glob("*-*")) == ["tokens"]
+        run = make_run(parent_with_text, tmp_path, "library.validation_tokens=8192")
+    assert run.done("tokens").finished, "who asks for no library is not asked for its text"
+    folder, text = map(str, parent_with_text)
+    settings = {
+        "data.sequence_length": 16,
+        "library.validation_tokens": 8192,
+        "profile.scenario": {"input_tokens": 16, "output_tokens": 4},
+    }
+    with pytest.raises(DataError, match="sequences for validation leave nothing"):
+        compress(folder, data=text, store=str(tmp_path / "serial"), settings=settings)
+    assert sorted(path.name.partition("-")[0] for path in (tmp_path / "serial").glob("*-*")) == ["tokens"]
 
 
 def test_a_key_changes_with_what_the_result_depends_on_and_with_nothing_else(parent_with_text, tmp_path):
