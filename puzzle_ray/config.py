@@ -52,6 +52,15 @@ class RunConfig(Section):
         apart = self.evaluate.half == "test" or (self.evaluate.half == "auto" and self.scoring.downstream is not None)
         return "test" if apart else None
 
+    @property
+    def pick_tokens(self) -> int:
+        """Held-out tokens that the part of the pick is asked for: what children are measured on, and what GKD is watched on.
+
+        GKD asks for no more than the test does: where text is scarce, that would be taken from the reported figures.
+        """
+        watched = min(self.gkd.heldout_tokens, self.evaluate.tokens) if self.gkd.trains else 0
+        return max(self.search.picked_by_tokens, watched)
+
     def quality_identity(self) -> dict[str, Any]:
         """The settings that the stage `quality` depends on."""
         half = {"half": self.asked_half} if self.evaluate.tasks else {}

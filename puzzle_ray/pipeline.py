@@ -201,7 +201,7 @@ def tokens_of(s: Setting) -> Artifact:
 def parts_of(s: Setting, tokens: Artifact) -> HeldoutParts:
     """Held-out text in three parts that share no sequence: what scores blocks, what picks the child, what is reported."""
     config = s.config
-    return heldout_parts(load_tokens(tokens)[1], config.scoring.tokens, config.search.picked_by_tokens, config.evaluate.tokens)
+    return heldout_parts(load_tokens(tokens)[1], config.scoring.tokens, config.pick_tokens, config.evaluate.tokens)
 
 
 def library_of(s: Setting, tokens: Artifact) -> Artifact:

@@ -52,7 +52,7 @@ def read(run: Run) -> tuple[Tokens, Tokens]:
 def parts(run: Run) -> HeldoutParts:
     """Held-out text in three parts that share no sequence: what scores blocks, what picks the child, what is reported."""
     config = run.config
-    return heldout_parts(read(run)[1], config.scoring.tokens, config.search.picked_by_tokens, config.evaluate.tokens)
+    return heldout_parts(read(run)[1], config.scoring.tokens, config.pick_tokens, config.evaluate.tokens)
 
 
 def train_source(run: Run) -> dict[str, str]:

@@ -1,11 +1,14 @@
 """Which sequences are for what: held-out text in three parts, and validation that training never reads."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from puzzle_ray.config import load
 from puzzle_ray.data.order import Tokens, epochs
 from puzzle_ray.data.parts import heldout_parts, part_sizes
 from puzzle_ray.errors import DataError
@@ -52,6 +55,19 @@ def test_asking_for_more_in_one_place_leaves_the_others_as_they_are():
     assert numbers(before.score) == numbers(after.score) == [0, 1, 2, 3, 4]
     assert numbers(before.test) == numbers(after.test) == list(range(30, 40))
     assert numbers(after.pick)[:5] == numbers(before.pick)[:5] == [5, 6, 7, 8, 9]
+
+
+def test_the_part_of_the_pick_is_large_enough_for_what_training_is_watched_on():
+    """But takes no more from scarce text than the test does."""
+    asked = {"gkd.heldout_tokens": 4096, "search.candidates": 1, "search.sweep_measure": False, "evaluate.tokens": 8192}
+
+    def pick_tokens(**more):
+        return load(overrides=tuple(f"{name}={json.dumps(value)}" for name, value in (asked | more).items())).pick_tokens
+
+    assert pick_tokens() == 4096
+    assert pick_tokens(**{"gkd.heldout_tokens": 10_000}) == 8192
+    assert pick_tokens(**{"gkd.tokens": 0}) == pick_tokens(**{"gkd.heldout_tokens": 0}) == 0
+    assert pick_tokens(**{"search.candidates": 3, "search.measure_tokens": 50_000}) == 50_000
 
 
 def test_too_few_sequences_for_three_parts():
