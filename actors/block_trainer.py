@@ -35,11 +35,11 @@ class Trainer:
         from puzzle_ray.distill.library import GroupTrainer
         from puzzle_ray.process import device_for
 
+        self.words = layers_in_words(layers)  # first: Ray asks for the words of an actor whose constructor raised, too
         self.device = device_for(num_gpus)
         self.transport = find_transport(transport)
         self.travels = getattr(torch, config.activation_dtype)
         self.group = GroupTrainer(parent, layers, space, config, artifact, num_threads, self.device)
-        self.words = layers_in_words(layers)
 
     def __repr__(self) -> str:
         return f"BlockTrainer({self.words})"

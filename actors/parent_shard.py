@@ -65,6 +65,9 @@ class Shard:
         from puzzle_ray.models.describe import describe
         from puzzle_ray.process import allow_tf32, compute_with, device_for
 
+        self.words = layers_in_words(
+            range(first, last)
+        )  # first: Ray asks for the words of an actor whose constructor raised, too
         compute_with(num_threads)
         allow_tf32(tf32)
         device = device_for(num_gpus)
@@ -76,7 +79,6 @@ class Shard:
         self.sent_bytes = self.sent_tokens = 0
         self.scorer: Any = None
         self.meter: Any = None
-        self.words = layers_in_words(range(first, last))
 
     def __repr__(self) -> str:
         return f"ParentShard({self.words})"

@@ -70,8 +70,11 @@ class ShapeProfiler:
     """Measures items, one at a time, with random weights in the parent's shapes. Keeps nothing between them."""
 
     def __init__(self, parent: str, config: ProfileConfig, num_threads: int) -> None:
+        self.config, self.num_threads = (
+            config,
+            num_threads,
+        )  # first: Ray asks for the words of an actor whose constructor raised, too
         self.model_config = read_config(locate(parent))
-        self.config, self.num_threads = config, num_threads
         self.runs = 0
 
     def __repr__(self) -> str:
