@@ -20,13 +20,14 @@ from puzzle_ray.artifacts import (
     SearchSpace,
     SubblockKind,
 )
+from puzzle_ray.distill.outliers import Conditioned
 
 KIND_NAMES: Mapping[str, str] = {"attention": "Attention", "ffn": "FFN", "fixed": "Embedding, head, overhead"}
 MODEL_NAMES: Mapping[str, str] = {"parent": "Parent", "child_before_gkd": "Child before GKD", "child": "Child"}
 UNITS = {"kl": "KL to the parent, nats per token", "lm_loss": "rise of the loss, nats per token"}
 
 
-class TrainedVariant(Protocol):
+class TrainedVariant(Conditioned, Protocol):
     """A row of the block library. Losses are normalised MSE.
 
     `kept` is `trained` or `start`. `tokens_saved` is above 0 after an early stop. `kind` is `block` for a coupled pair, whose `variant`
@@ -53,14 +54,6 @@ class TrainedVariant(Protocol):
     def failure(self) -> str: ...
     @property
     def tokens_saved(self) -> int: ...
-    @property
-    def singular_value(self) -> float: ...
-    @property
-    def parent_singular_value(self) -> float: ...
-    @property
-    def sensitivity(self) -> float: ...
-    @property
-    def parent_sensitivity(self) -> float: ...
 
 
 @dataclass(frozen=True)
