@@ -146,7 +146,7 @@ class _Pipelines:
 
 
 def _evaluation_data(parent: str, model_config: Any, config: ScoringConfig, tokens: Tokens) -> EvaluationData:
-    questions = load_questions(parent, config, getattr(model_config, "max_position_embeddings", None))
+    questions = load_questions(parent, config, model_config)
     sequences = config.micro_batch_tokens // tokens.sequences.shape[1]
     return EvaluationData([batch.numpy() for batch in tokens.first(config.tokens, sequences)], questions)
 

@@ -65,7 +65,7 @@ def _only(config: RunConfig, limits: Mapping[str, float]) -> Any:
 
 def budget(s: Setting, size: float) -> int:
     """How many parameters a child of a size may have."""
-    profile = read_profile(profile_of(s))
+    profile = read_profile(s, profile_of(s))
     fixed = profile.fixed(profile.batch_sizes[0]).num_params
     layer_types = [layer.layer_type for layer in s.space.layers]
     own = [

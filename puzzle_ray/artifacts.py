@@ -6,7 +6,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
@@ -247,6 +247,10 @@ class Profile:
     def fixed(self, batch_size: int) -> ProfileRow:
         """The cost of embedding, final norm and head, and of a step besides its layers."""
         return self._by_key["", FIXED, FIXED, batch_size]
+
+    def with_details(self, more: Mapping[str, Any]) -> Profile:
+        """The same with further details, such as the memory that a device has."""
+        return replace(self, details={**self.details, **more})
 
     def to_parquet(self) -> bytes:
         about = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rows"}

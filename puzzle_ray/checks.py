@@ -101,7 +101,6 @@ def _checked_parent(config: RunConfig) -> Any:
     """The parent's config, after a look at its family, weights, tokenizer and the text that it is to read."""
     from puzzle_ray.data.documents import check_text
     from puzzle_ray.distill.chosen_tokens import answer_markers
-    from puzzle_ray.evaluation.evaluate import check_prompt
     from puzzle_ray.models.checkpoint import locate
     from puzzle_ray.models.child import read_config
     from puzzle_ray.models.describe import describe
@@ -121,5 +120,18 @@ def _checked_parent(config: RunConfig) -> Any:
     check_tokenizer(tokenizer, model_config)
     check_text(config.data, tokenizer)
     answer_markers(config.gkd.lm_tokens, tokenizer)
-    check_prompt(config.evaluate, tokenizer, getattr(model_config, "max_position_embeddings", None))
+    check_asked(config, tokenizer, model_config)
     return model_config
+
+
+def check_asked(config: RunConfig, tokenizer: Any, model_config: Any) -> None:
+    """Raises ConfigError or DataError for a prompt or questions that the parent's vocabulary or positions are too small for.
+
+    The tiny parent's tokenizer is there only when it is trained; its runs look then.
+    """
+    from puzzle_ray.evaluation.evaluate import check_prompt
+    from puzzle_ray.scoring.downstream import HALVES, batches_for
+
+    check_prompt(config.evaluate, tokenizer, getattr(model_config, "max_position_embeddings", None))
+    for half in HALVES if config.scoring.downstream is not None else ():
+        batches_for(tokenizer, config.scoring, model_config, half)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from puzzle_ray.artifacts import Architecture, Measure, Profile, Scores, SearchSpace
-from puzzle_ray.checks import check
+from puzzle_ray.checks import check, check_asked
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.config import TINY, RunConfig, load
 from puzzle_ray.data.parts import HeldoutParts, heldout_parts
@@ -102,10 +102,13 @@ def compress(
 
 def run(s: Setting) -> Compressed:
     """The method. Every line is a stage; a stage that is finished in the store is read from there."""
+    check_asked(
+        s.config, read_tokenizer(s.parent, s.config.trust_remote_code), s.model_config
+    )  # can it read the prompt and the questions?
     tokens = tokens_of(s)  # the text in the parent's tokens
     LibraryText.of(load_tokens(tokens)[0], s.config.seed, s.config.library)  # is there enough of it?
     profile = profile_of(s)  # what every variant costs on the target
-    check_budget(s.space, read_profile(profile), s.profile_config.scenario, s.config.search.limits)  # can it be met at all?
+    check_budget(s.space, read_profile(s, profile), s.profile_config.scenario, s.config.search.limits)  # can it be met at all?
     library = library_of(s, tokens)  # every variant of every layer, trained to mimic its parent block (BLD)
     scores = scores_of(s, tokens, library)  # the damage of every replacement
     architecture = architecture_of(s, tokens, library, profile, scores)  # one variant per layer within the budget (MIP)
@@ -229,8 +232,8 @@ def profile_of(s: Setting) -> Artifact:
     return once(s.store.artifact("profile", {"profile": config.identity()}, inputs), work)
 
 
-def read_profile(profile: Artifact) -> Profile:
-    return Profile.from_parquet(profile.read(PROFILE_TABLE))
+def read_profile(s: Setting, profile: Artifact) -> Profile:
+    return Profile.from_parquet(profile.read(PROFILE_TABLE)).with_details(s.profile_config.memory())
 
 
 def questions_source(s: Setting) -> dict[str, str]:
@@ -248,7 +251,7 @@ def scores_of(s: Setting, tokens: Artifact, library: Artifact) -> Artifact:
     config = s.config.scoring
 
     def work(artifact: Artifact) -> None:
-        questions = load_questions(str(s.parent), config, s.max_positions)
+        questions = load_questions(str(s.parent), config, s.model_config)
         data = (scoring_texts(s, tokens), s.space, config, artifact, Library(library).states, s.progress, questions)
         score_serially(s.stack(), *data)
 
@@ -260,9 +263,10 @@ def scores_of(s: Setting, tokens: Artifact, library: Artifact) -> Artifact:
 def architecture_of(s: Setting, tokens: Artifact, library: Artifact, profile: Artifact, scores: Artifact) -> Artifact:
     config, search, scoring = s.config, s.config.search, s.config.scoring
     settings = {"search": search.identity(), "metric": scoring.metric, "exact": scoring.makes_exact, "seed": config.seed}
+    settings |= {"memory": s.profile_config.memory()}
 
     def work(artifact: Artifact) -> None:
-        costs = read_profile(profile)
+        costs = read_profile(s, profile)
         damage = Scores.from_parquet(scores.read(SCORES_TABLE))
         numbers = (s.space, damage, costs, s.profile_config.scenario, scoring.metric)
         setup = SearchSetup(*numbers, search.searcher, search.time_limit_s, search.limits, config.seed)
@@ -279,7 +283,7 @@ def exact(s: Setting, tokens: Artifact, library: Artifact, scores: Artifact) -> 
     """What makes scores exact where answers rest on estimates."""
     config = s.config.scoring
     artifact = s.store.artifact("exact_scores", {}, {"scores": scores.key})
-    questions = load_questions(str(s.parent), config, s.max_positions)
+    questions = load_questions(str(s.parent), config, s.model_config)
     data = (scoring_texts(s, tokens), config, artifact, Library(library).states, s.progress, questions)
     scorer = SerialScorer(s.stack(), *data)
 
@@ -333,7 +337,7 @@ def evaluation_of(
     def work(artifact: Artifact) -> None:
         compute_with(num_cores())
         batches = parts.test.first(config.tokens, config.sequences(s.config.data.sequence_length))
-        questions = load_questions(str(s.parent), scoring, s.max_positions, "test")
+        questions = load_questions(str(s.parent), scoring, s.model_config, "test")
         how = (profile.scenario, config, profile.dtype, s.progress, profile.num_gpus > 0, questions)
         found = evaluate(folders, batches, read_architecture(architecture), *how)
         artifact.write_json(EVALUATION, found | {"heldout": parts.ranges})

@@ -43,6 +43,14 @@ def tiny_model(kind: str):
     return random_weights(AutoModelForCausalLM.from_config(config))
 
 
+def longrope_model():
+    """A Phi-3 whose frequencies differ for batches of more than 32 tokens."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32, **factors}
+    config = tiny_config("phi3", vocab_size=VOCAB_SIZE, eos_token_id=0, original_max_position_embeddings=32, rope_parameters=rope)
+    return random_weights(AutoModelForCausalLM.from_config(config))
+
+
 def gated(model):
     """A semaphore that every forward pass from now on takes one permit of."""
     gate = threading.Semaphore(0)

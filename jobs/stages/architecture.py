@@ -17,7 +17,7 @@ from puzzle_ray.store import Artifact, adding_items
 
 
 def settings(run: Run) -> dict[str, Any]:
-    return {"search": run.config.search.identity()} | scores.identity(run)
+    return {"search": run.config.search.identity(), "memory": run.profile_config.memory()} | scores.identity(run)
 
 
 def setup(run: Run) -> SearchSetup:

@@ -44,7 +44,7 @@ def compare(run: Run, folders: Mapping[str, str]) -> dict[str, Any]:
         config.evaluate,
         profile.dtype,
         profile.num_gpus > 0,
-        load_questions(run.parent.address, config.scoring, run.parent.max_positions, "test"),
+        load_questions(run.parent.address, config.scoring, run.parent.model_config, "test"),
         cluster=config.cluster,
         what="evaluate",
         profile=profile,

@@ -65,7 +65,7 @@ def check_budget(run: Run) -> None:
 def read(run: Run) -> Profile:
     from puzzle_ray.profiling.measure import PROFILE_TABLE
 
-    return Profile.from_parquet(run.content("profile").read(PROFILE_TABLE))
+    return Profile.from_parquet(run.content("profile").read(PROFILE_TABLE)).with_details(run.profile_config.memory())
 
 
 STAGE = Stage("profile", work, reads=("tiny_parent",), settings=settings, sources=sources, said=said, beside=beside)

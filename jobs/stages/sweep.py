@@ -13,7 +13,7 @@ from puzzle_ray.store import Artifact
 
 def settings(run: Run) -> dict[str, Any]:
     search, config = run.config.search, run.config
-    found = {"search": search.sweep_identity()} | scores.identity(run)
+    found = {"search": search.sweep_identity(), "memory": run.profile_config.memory()} | scores.identity(run)
     if search.sweep_gkd:
         found |= {"gkd": config.gkd.identity(), "evaluate": {"tokens": config.evaluate.tokens}}
     return found

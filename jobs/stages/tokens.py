@@ -44,6 +44,15 @@ def work(run: Run, artifact: Artifact) -> None:
     save_tokens(_data(run), tokenizer, parent.max_positions, artifact, parent.model_config.vocab_size)
 
 
+def foreseen(run: Run) -> None:
+    """Raises ConfigError or DataError for a prompt or questions that the tiny parent cannot read; others were looked at before."""
+    from puzzle_ray.checks import check_asked
+    from puzzle_ray.models.tokenizer import read_tokenizer
+
+    if run.config.parent == TINY:
+        check_asked(run.config, read_tokenizer(run.parent.folder), run.parent.model_config)
+
+
 def read(run: Run) -> tuple[Tokens, Tokens]:
     """(train, held-out)."""
     return load_tokens(run.content("tokens"))
@@ -65,4 +74,4 @@ def batches(part: Tokens, tokens: int, sequences: int) -> list[np.ndarray[Any, A
     return [batch.numpy() for batch in part.first(tokens, sequences)]
 
 
-STAGE = Stage("tokens", work, reads=("tiny_parent",), settings=settings, sources=sources, said=tokens_summary)
+STAGE = Stage("tokens", work, reads=("tiny_parent",), settings=settings, sources=sources, said=tokens_summary, foreseen=foreseen)

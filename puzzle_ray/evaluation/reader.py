@@ -23,6 +23,7 @@ from puzzle_ray.evaluation.requests import (
 )
 from puzzle_ray.models.checkpoint import locate
 from puzzle_ray.models.child import load_model, quiet_transformers
+from puzzle_ray.models.rope import constant_up_to
 from puzzle_ray.models.tokenizer import read_tokenizer
 from puzzle_ray.progress import Progress
 from puzzle_ray.store import Artifact
@@ -60,7 +61,7 @@ class Reader:
         for number, (context, continuation) in enumerate(chunk.pairs):
             rows.setdefault(self._input(context, continuation), []).append(number)
         log_prob, is_greedy = np.zeros(len(chunk.pairs)), np.zeros(len(chunk.pairs), dtype=bool)
-        for batch in _batches(list(rows), self.batch_tokens):
+        for batch in _batches(list(rows), self.batch_tokens, constant_up_to(self.model.config)):
             ids = torch.zeros((len(batch), len(batch[0])), dtype=torch.long)
             for row, tokens in zip(ids, batch, strict=True):
                 row[: len(tokens)] = torch.tensor(tokens)
@@ -96,7 +97,7 @@ class Reader:
         from puzzle_ray.serving.engine import Engine
         from puzzle_ray.serving.sampling import SamplingParams
 
-        limit = self.max_tokens or 2**20
+        limit = min(self.max_tokens or 2**20, constant_up_to(self.model.config) or 2**20)  # what the engine can serve
         room = min(chunk.max_tokens, limit - 1)
         prompts = [prompt[-(limit - room) :] for prompt in chunk.prompts]
         size = min(limit, max(len(prompt) for prompt in prompts) + room)
@@ -120,11 +121,12 @@ class Reader:
         return {"ids": ids, "length": np.asarray([len(tokens) for tokens in found], dtype=np.int32)}
 
 
-def _batches(rows: Sequence[Ids], batch_tokens: int) -> list[list[Ids]]:
-    """Rows of like length together, the longest first; a batch has one row at least."""
+def _batches(rows: Sequence[Ids], batch_tokens: int, border: int | None = None) -> list[list[Ids]]:
+    """Rows of like length together, the longest first; a batch has one row at least. None has rows on both sides of a border."""
     batches: list[list[Ids]] = []
     for row in sorted(rows, key=lambda row: (-len(row), row)):
-        if not batches or len(batches[-1][0]) * (len(batches[-1]) + 1) > batch_tokens:
+        full = not batches or len(batches[-1][0]) * (len(batches[-1]) + 1) > batch_tokens
+        if full or (border is not None and len(row) <= border < len(batches[-1][0])):
             batches.append([])
         batches[-1].append(row)
     return batches

@@ -326,8 +326,6 @@ def profile_of(results: Iterable[Measurement], config: ProfileConfig) -> Profile
     ]
     device, version = sources.pop()
     details = {"stack": config.stack, "repeats": _repeats(config), "num_gpus": config.num_gpus, **_details(results)}
-    if config.memory_mib is not None:
-        details |= {"memory_mib": config.memory_mib, "reserved_mib": config.reserved_mib}
     return Profile((*measured, *fixed), config.engine, version, device, config.dtype, estimated, details)
 
 

@@ -70,7 +70,11 @@ class ProfileConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """The settings that a profile depends on. On which nodes it is measured is told by what they are, which its key has too."""
-        aside = {"num_profilers", "resources", "label_selector"}
+        aside = {"num_profilers", "resources", "label_selector", "memory_mib", "reserved_mib"}
         if self.batch_sizes != AUTO:
             aside.add("max_batch_size")
         return self.model_dump(mode="json", exclude=aside)
+
+    def memory(self) -> dict[str, float]:
+        """What the device has, and the engine keeps of it; empty where it is not known. A search depends on it, a profile does not."""
+        return {} if self.memory_mib is None else {"memory_mib": self.memory_mib, "reserved_mib": self.reserved_mib}

@@ -26,6 +26,7 @@ from puzzle_ray.data.formats import rows
 from puzzle_ray.errors import DataError
 from puzzle_ray.models.checkpoint import locate
 from puzzle_ray.models.head import Head, final_states
+from puzzle_ray.models.rope import constant_up_to
 from puzzle_ray.models.tokenizer import read_tokenizer
 from puzzle_ray.scoring.halves import HALVES, Half, halves, question_digest
 from puzzle_ray.scoring.metrics import mean, next_ids, standard_error
@@ -127,20 +128,22 @@ def _parse_question(raw: Any, where: str) -> Question:
 
 
 def question_batches(
-    questions: Sequence[Question], tokenizer: Any, batch_tokens: int, max_tokens: int | None = None
+    questions: Sequence[Question], tokenizer: Any, batch_tokens: int, max_tokens: int | None = None, border: int | None = None
 ) -> list[QuestionBatch]:
     """Padded batches of at most `batch_tokens` tokens, but of one question at least.
 
     A row is the query, a space and the choice. The choice begins where the row's tokens no longer equal those of the query alone. A
-    row longer than `max_tokens` loses its beginning.
+    row longer than `max_tokens` loses its beginning. `border`: the length up to which rotary frequencies are constant. No batch has
+    questions on both sides of it, so what a question's rows give depends on the longest of its own rows, and on no other question.
     """
     batches: list[QuestionBatch] = []
     rows: list[tuple[list[int], int]] = []
     members: list[Question] = []
     for question in questions:
         more = [_choice_row(tokenizer, question.query, choice, max_tokens) for choice in question.choices]
-        width = max(len(ids) for ids, _ in rows + more)
-        if members and width * (len(rows) + len(more)) > batch_tokens:
+        before, own = (max((len(ids) for ids, _ in some), default=0) for some in (rows, more))
+        apart = border is not None and (before <= border) != (own <= border)
+        if members and (apart or max(before, own) * (len(rows) + len(more)) > batch_tokens):
             batches.append(_padded_batch(rows, members))
             rows, members = [], []
         rows, members = rows + more, [*members, question]
@@ -214,9 +217,23 @@ def answer_questions(model: Any, batches: Sequence[QuestionBatch]) -> Answers:
     )
 
 
-def load_questions(parent: str, config: ScoringConfig, max_tokens: int | None, half: Half = "score") -> list[QuestionBatch]:
-    """One half of the questions of `scoring.downstream`, tokenised for the parent. Empty where it is not set. Raises DataError."""
-    if config.downstream is None:
-        return []
-    questions = read_questions(config.downstream, half, config.downstream_questions)
-    return question_batches(questions, read_tokenizer(locate(parent)), config.micro_batch_tokens, max_tokens)
+def load_questions(parent: str, config: ScoringConfig, model_config: Any, half: Half = "score") -> list[QuestionBatch]:
+    """One half of the questions of `scoring.downstream`, tokenised for the parent, whose config it is. Empty where it is not set.
+
+    Raises DataError, also for questions with tokens that the parent's embedding has no row for.
+    """
+    return [] if config.downstream is None else batches_for(read_tokenizer(locate(parent)), config, model_config, half)
+
+
+def batches_for(tokenizer: Any, config: ScoringConfig, model_config: Any, half: Half) -> list[QuestionBatch]:
+    """The same by the parent's tokenizer, where `scoring.downstream` is set."""
+    where = "scoring.downstream"
+    questions = read_questions(str(config.downstream), half, config.downstream_questions)
+    positions = getattr(model_config, "max_position_embeddings", None)
+    batches = question_batches(questions, tokenizer, config.micro_batch_tokens, positions, constant_up_to(model_config))
+    largest = max(int(batch.input_ids.max()) for batch in batches)
+    if largest >= model_config.vocab_size:
+        token, rows = tokenizer.convert_ids_to_tokens(largest), model_config.vocab_size
+        problem = f"a question has {token!r}, and the parent's embedding of {rows} rows none for that token ({largest})"
+        raise DataError(where, problem, "leave the token out of the questions")
+    return batches

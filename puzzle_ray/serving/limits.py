@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from puzzle_ray.errors import ConfigError
+from puzzle_ray.models.rope import constant_up_to
 
 # Shares of what is free when the engine starts. On a GPU nothing else wants it; on a CPU the machine has other work.
 _SHARE_OF_GPU, _SHARE_OF_CPU = 0.8, 0.3
@@ -25,7 +25,7 @@ def position_limit(config: Any) -> int:
     if limit is None:
         problem = f"{config.model_type} has no max_position_embeddings"
         raise ConfigError("model", problem, "the engine serves models that take position ids")
-    return min([limit, *_original_lengths(config)])
+    return min(limit, constant_up_to(config) or limit)
 
 
 def check_length(config: Any, max_length: int | None) -> int:
@@ -37,21 +37,6 @@ def check_length(config: Any, max_length: int | None) -> int:
         problem = f"is {max_length}, and from {limit + 1} tokens on, one request would change the rotary frequencies (longrope) of others"
         raise ConfigError("max_length", problem, f"give 2 to {limit}, or 0 for that")
     raise ConfigError("max_length", f"is {max_length}", f"give 2 to {limit}, the model's own limit, or 0 for that")
-
-
-def _original_lengths(config: Any) -> Iterator[int]:
-    for rope in _ropes(getattr(config, "rope_parameters", None) or {}):
-        if rope.get("rope_type") == "longrope":
-            original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-            yield int(original or config.max_position_embeddings)
-
-
-def _ropes(parameters: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """One set of parameters, or one per type of layer."""
-    if "rope_type" in parameters:
-        yield parameters
-    else:
-        yield from (each for each in parameters.values() if isinstance(each, Mapping))
 
 
 def free_memory_bytes(device: torch.device) -> int:

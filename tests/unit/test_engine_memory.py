@@ -3,9 +3,19 @@
 import pytest
 import torch
 from byte_tokenizer import VOCAB_SIZE
-from serving_models import ENDLESS, GREEDY, TOKENIZER, WAIT_S, gated, generated, random_weights, some_prompts, tiny_model
+from serving_models import (
+    ENDLESS,
+    GREEDY,
+    TOKENIZER,
+    WAIT_S,
+    gated,
+    generated,
+    longrope_model,
+    random_weights,
+    some_prompts,
+    tiny_model,
+)
 from small_models import tiny_config
-from transformers import AutoModelForCausalLM
 
 from puzzle_ray.artifacts import LayerChoice
 from puzzle_ray.errors import ConfigError
@@ -120,13 +130,6 @@ def test_memory_that_is_too_little_is_said_at_the_start():
     with pytest.raises(ConfigError, match="may have 80"):
         engine.submit(LONG, GREEDY)
     engine.close()
-
-
-def longrope_model():
-    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
-    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32, **factors}
-    config = tiny_config("phi3", vocab_size=VOCAB_SIZE, eos_token_id=0, original_max_position_embeddings=32, rope_parameters=rope)
-    return random_weights(AutoModelForCausalLM.from_config(config))
 
 
 def test_frequencies_that_depend_on_the_longest_row_are_kept_from_changing():

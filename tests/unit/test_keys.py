@@ -10,9 +10,10 @@ import torch
 from small_runs import make_run, save_parent_with_text
 
 from jobs.run import NotDone
+from jobs.stages import architecture, profile
 from jobs.status import rows
 from puzzle_ray.cluster import ClusterConfig
-from puzzle_ray.errors import ClusterError, ConfigError, ProfileError
+from puzzle_ray.errors import ClusterError, ConfigError, Infeasible, ProfileError
 from puzzle_ray.plugins import plugin_source
 from puzzle_ray.process import num_cores
 from puzzle_ray.profiling.engine import Target, depends_on_node, target_here
@@ -185,12 +186,30 @@ def test_status_says_that_the_device_does_not_answer(monkeypatch, parent_with_te
 def test_what_says_where_to_measure_makes_no_other_profile(parent_with_text, tmp_path):
     """The key has the device itself. How far `auto` would look counts only where it looks."""
     key = make_run(parent_with_text, tmp_path).artifact("profile").key
-    for same in ("label_selector={a: b}", "resources={x: 0.001}", "max_batch_size=128", "num_profilers=3"):
+    for same in ("label_selector={a: b}", "resources={x: 0.001}", "max_batch_size=128", "num_profilers=3", "memory_mib=999"):
         assert make_run(parent_with_text, tmp_path, f"profile.{same}").artifact("profile").key == key, same
     for other in ("repeats=7", "stack=3", "batch_sizes=[1, 2]"):
         assert make_run(parent_with_text, tmp_path, f"profile.{other}").artifact("profile").key != key, other
     auto = [ProfileConfig(batch_sizes="auto", max_batch_size=size).identity() for size in (128, 256)]
     assert auto[0] != auto[1]
+
+
+def test_the_devices_memory_bounds_the_search_and_makes_no_other_profile(parent_with_text, tmp_path):
+    """Measuring again because of a figure that no measurement reads would waste the target's time."""
+    found = {}
+    for name, words in {"unknown": (), "large": ("profile.memory_mib=999",), "small": ("profile.memory_mib=0.12",)}.items():
+        run = make_run(parent_with_text, tmp_path, "search.limits={params_fraction: 0.99}", *words)
+        found[name] = run, architecture.settings(run), profile.settings(run)
+    run = found["unknown"][0]
+    arguments = (run.parent.model_config, run.whole_space, run.profile_config, run.artifact("profile"), Quiet())
+    profile_serially(*arguments)
+    for other, settings, of_profile in list(found.values())[1:]:
+        assert of_profile == found["unknown"][2] and settings != found["unknown"][1]
+        assert profile.read(other).details["memory_mib"] == other.config.profile.memory_mib
+    assert "memory_mib" not in profile.read(run).details
+    profile.check_budget(found["large"][0])
+    with pytest.raises(Infeasible, match="memory"):
+        profile.check_budget(found["small"][0])
 
 
 def keys_of(run):

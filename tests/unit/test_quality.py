@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
+from serving_models import longrope_model
 from small_models import save_parent
 from torch.nn import functional as F
 
@@ -82,6 +83,23 @@ def test_what_is_too_long_loses_its_beginning(folders):
     assert found["log_prob"][0] == pytest.approx(expected, abs=1e-4)
     with pytest.raises(DataError, match="a continuation has 129 tokens, and the model 128 positions"):
         reader.answer(Likelihoods((((1,), tuple([2] * 129)),)))
+
+
+def test_pairs_and_prompts_of_a_model_with_longrope_are_read_as_each_alone(tmp_path):
+    model = longrope_model()
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    ids = np.random.default_rng(0).integers(2, 90, 60).tolist()
+    pairs = [(tuple(ids[:n]), tuple(ids[n : n + 3])) for n in (5, 28, 29, 31, 50)]
+    reader = Reader(str(tmp_path), 10_000)
+    found = reader.answer(Likelihoods(tuple(pairs)))
+    assert found["log_prob"] == pytest.approx([alone(model, *pair)[0] for pair in pairs], abs=1e-4)
+    prompts = (tuple(ids[:4]), tuple(ids[:26]))
+    found = reader.answer(Continuations((*prompts, tuple(ids)), 6))
+    for prompt, own in zip((*prompts, ids[-26:]), found["ids"], strict=True):  # 26 and 6 are the 32 that it serves
+        expected = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
+        ids_found = own[own >= 0].tolist()
+        assert ids_found == expected[0, len(prompt) :].tolist()[: len(ids_found)]
 
 
 def test_continuations_are_those_of_generate(folders):

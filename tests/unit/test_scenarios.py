@@ -331,7 +331,7 @@ def test_the_search_chooses_among_the_batch_sizes_that_were_found():
         max_batch_size=512,
     )
     config = with_batch_sizes(asked, model_config, space, None)
-    profile = profiled(config, model_config, space)
+    profile = profiled(config, model_config, space).with_details(config.memory())
     assert profile.batch_sizes == config.batch_sizes == tuple(1 << i for i in range(10)) and profile.details["memory_mib"] == 5.0
     damage = {"gqa:1": 0.3, "gqa:2": 0.3, "noop": 1.0, "ffn:24": 0.2, "parent": 0.0}
     rows = [

@@ -5,7 +5,9 @@ import shutil
 
 import pytest
 import torch
-from byte_tokenizer import byte_tokenizer
+from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
+from serving_models import longrope_model
+from small_models import tiny_config
 from torch.nn import functional as F
 
 from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice
@@ -14,7 +16,14 @@ from puzzle_ray.models.blocks import load_stack
 from puzzle_ray.models.child import assemble, load_model, read_config
 from puzzle_ray.models.describe import describe
 from puzzle_ray.progress import Quiet
-from puzzle_ray.scoring.downstream import Question, answer_questions, load_questions, question_batches, read_questions
+from puzzle_ray.scoring.downstream import (
+    Question,
+    answer_questions,
+    batches_for,
+    load_questions,
+    question_batches,
+    read_questions,
+)
 from puzzle_ray.scoring.halves import halves, question_digest
 from puzzle_ray.scoring.metrics import mean
 from puzzle_ray.scoring.serial import score_serially
@@ -55,6 +64,32 @@ def test_padding_and_batching_change_nothing(parent_folder, batch_tokens):
         assert gold_log_prob == pytest.approx(F.log_softmax(torch.stack(means), 0)[question.gold].item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("batch_tokens", [1, 200, 10_000])
+def test_a_question_does_not_change_another_ones_rotary_frequencies(batch_tokens):
+    """Longrope has other frequencies for batches of more than 32 tokens."""
+    model = longrope_model()
+    long = Question("What is there in the house at the end of the road", ("a cat", "a small dog"), 1)
+    straddling = Question("What is it that we see", ("a cat", "a small dog and more"), 0)
+    questions = [QUESTIONS[0], long, QUESTIONS[1], straddling, QUESTIONS[2], long]
+    lengths = [[1 + len(f"{q.query} {choice}") for choice in q.choices] for q in questions]
+    assert max(lengths[0]) <= 32 < min(lengths[1]) and min(lengths[3]) <= 32 < max(lengths[3])
+    alone = [answer_questions(model, question_batches([q], Letters(), 10_000, 128, 32)).gold_log_prob[0] for q in questions]
+    found = answer_questions(model, question_batches(questions, Letters(), batch_tokens, 128, 32))
+    assert found.gold_log_prob == pytest.approx(alone, abs=1e-5)
+    mixed = answer_questions(model, question_batches(questions, Letters(), 10_000, 128))
+    assert mixed.gold_log_prob != pytest.approx(alone, abs=1e-3), "it matters"
+
+
+def test_a_question_with_a_token_beyond_the_embedding_is_refused(tmp_path):
+    path, tokenizer = tmp_path / "q.jsonl", byte_tokenizer()
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    path.write_text("".join(json.dumps({"query": f"q{n} <image>", "choices": ["a", "b"], "gold": 0}) + "\n" for n in range(9)))
+    config = ScoringConfig(downstream=str(path))
+    assert batches_for(tokenizer, config, tiny_config(vocab_size=VOCAB_SIZE + 1), "score")
+    with pytest.raises(DataError, match="a question has '<image>', and the parent's embedding of 257 rows none for that token"):
+        batches_for(tokenizer, config, tiny_config(vocab_size=VOCAB_SIZE), "score")
+
+
 def test_a_row_that_is_too_long_loses_its_beginning():
     (batch,) = question_batches([QUESTIONS[1]], Letters(), 100, max_tokens=8)
     assert batch.input_ids.shape == (2, 8) and batch.last == (8, 8)
@@ -93,7 +128,9 @@ def test_questions_are_read_in_the_tokens_of_a_parent_that_is_a_url(tmp_path, pa
     byte_tokenizer().save_pretrained(folder)
     path.write_text("".join(json.dumps({"query": f"q{n}", "choices": ["a", "b"], "gold": 0}) + "\n" for n in range(20)))
     config = ScoringConfig(downstream=str(path))
-    here, there = (load_questions(parent, config, 128) for parent in (str(folder), f"file://{folder}"))
+    here, there = (
+        load_questions(parent, config, tiny_config(vocab_size=VOCAB_SIZE)) for parent in (str(folder), f"file://{folder}")
+    )
     assert [batch.input_ids.tolist() for batch in here] == [batch.input_ids.tolist() for batch in there] != []
 
 

@@ -224,7 +224,8 @@ class Pipeline:
 
 def evaluation(setting: Setting, config: ScoringConfig):
     """(texts, questions)"""
-    return setting.tokens.first(config.tokens, config.micro_batch_tokens // 16), load_questions(str(setting.folder), config, 128)
+    questions = load_questions(str(setting.folder), config, read_config(setting.folder))
+    return setting.tokens.first(config.tokens, config.micro_batch_tokens // 16), questions
 
 
 def score_by_shards(

@@ -10,10 +10,10 @@ from small_runs import make_run, save_parent_with_text
 import jobs.run
 import jobs.stages
 from jobs.endings import handled
-from jobs.run import NotDone, Stage, in_order, stages
+from jobs.run import NotDone, Parent, Stage, in_order, stages
 from jobs.status import differences, rows
 from puzzle_ray.config import load
-from puzzle_ray.errors import DataError, ProfileError
+from puzzle_ray.errors import ConfigError, DataError, ProfileError
 from puzzle_ray.pipeline import compress
 
 
@@ -31,6 +31,17 @@ def test_every_stage_comes_behind_what_it_needs():
         order = [stage.name for stage in in_order([name], load("tiny"))]
         assert order.index("tokens") < order.index("profile") < order.index("library"), "the budget is tried first"
     assert [stage.name for stage in in_order(["scores"], load(overrides=("parent=x",)))] == ["tokens", "library", "scores"]
+
+
+def test_what_the_tiny_parent_cannot_read_is_said_before_its_text_is_tokenised(parent_with_text, tmp_path):
+    """Other parents are looked at before any work; this one is not there then."""
+    asked = make_run(parent_with_text, tmp_path, "evaluate.prompt=" + "word " * 40)
+    asked.config = asked.config.model_copy(update={"parent": "tiny"})
+    asked.parent = Parent.at(str(parent_with_text[0]))
+    (reader,) = [stage for stage in stages().values() if stage.name == "tokens"]
+    assert "tiny_parent" in reader.reads
+    with pytest.raises(ConfigError, match="evaluate.prompt do not fit the parent's 128 positions"):
+        reader.foreseen(asked)
 
 
 def test_too_little_text_for_the_library_is_said_before_the_profile(parent_with_text, tmp_path):
