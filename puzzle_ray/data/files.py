@@ -111,9 +111,15 @@ def _local(source: str) -> tuple[list[TextFile], bool]:
     if path.is_dir():
         return _below(str(path), ()), False
     named = map(str, path.parent.glob(path.name)) if path.parent.is_dir() else glob.glob(str(path), recursive=True)
-    found = [(name, os.path.isfile(name)) for name in sorted(named)]
+    found = [(name, os.path.isfile(name)) for name in sorted(named) if not _goes_round(name)]
     files = [TextFile(name, name, broken=not is_file) for name, is_file in found if is_file or not os.path.exists(name)]
     return _visible(files, str(path.parent)), False
+
+
+def _goes_round(name: str) -> bool:
+    """Whether the path enters a folder twice, by a link back to it."""
+    entered = [os.path.realpath(folder) for folder in Path(os.path.abspath(name)).parents]
+    return len(set(entered)) < len(entered)
 
 
 def _below(folder: str, above: tuple[str, ...]) -> list[TextFile]:

@@ -108,6 +108,7 @@ def test_a_link_back_to_its_own_folder_ends(tmp_path):
     (tmp_path / "data" / "sub" / "back").symlink_to(tmp_path / "data")
     texts, facts = read(tmp_path / "data")
     assert texts == ["a"] and facts.line() == "1 document, 1 file left out (back)"
+    assert read(f"{tmp_path}/data/**/*.txt")[0] == read(f"{tmp_path}/data/sub/../**/*.txt")[0] == ["a"]
 
 
 def test_rows_in_a_file_of_any_name_are_text(tmp_path):
