@@ -47,7 +47,8 @@ class LibraryConfig(Section):
     such an artifact (path or URL). The search space of every layer is narrowed to the variants found there. `start_from` is the
     folder of a decoupled library of the same parent (path or URL); its trained halves are then the start. With `early_stop` a
     variant stops training when its loss is flat. It then misses the rest of the learning rate's decay, which costs quality, so this
-    is off by default.
+    is off by default. A variant whose loss rises goes back to its start with half the rate. The library's table has the largest singular
+    value and the sensitivity to noise of every variant beside the parent's own; what stands out is a warning.
     """
 
     mode: Literal["decoupled", "coupled"] = "decoupled"
@@ -146,6 +147,9 @@ class GkdConfig(Section):
     for every depth. `cosine_layers`: the weights of the layers in it; `kept` leaves out layers that the child has removed whole. KL is
     taken at `temperature`, times its square. `learning_rate: auto` chooses it by a range test, see `puzzle_ray.distill.range_test`.
     With `stages`, lengths and tokens are theirs, and neither `tokens` nor `micro_batch_tokens` is read.
+
+    Training is watched on `heldout_tokens` of held-out text: the best weights are published, those of the start where nothing was
+    better. A rise of the KL over the start goes back and halves the rate, at most three times.
     """
 
     preset: Preset | None = None

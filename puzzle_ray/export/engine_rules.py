@@ -2,7 +2,7 @@
 
 They follow vLLM's `model_executor/models/nemotron_nas.py`, TensorRT-LLM's `_torch/models/modeling_nemotron_nas.py` and its older converter,
 and DeciModel in llama.cpp's `convert_hf_to_gguf.py`. A checkpoint that breaks a rule would fail in that engine, or load and be wrong.
-Of the engines vLLM was run; see the README.
+Of the engines vLLM was run; see benchmarks/README.md.
 """
 
 from __future__ import annotations

@@ -10,7 +10,10 @@ from puzzle_ray.settings import Count, Positive, Section
 
 
 class ScoringConfig(Section):
-    """Replace-one scores on held-out text, and how many of them are computed exactly: see `puzzle_ray.scoring`."""
+    """Replace-one scores on held-out text, and how many of them are computed exactly: see `puzzle_ray.scoring`.
+
+    With `dtype: bfloat16` KLs below about 5e-4 become uncertain (`benchmarks.scoring_dtype`).
+    """
 
     metric: Literal[
         "kl",

