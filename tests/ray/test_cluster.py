@@ -481,7 +481,8 @@ main("build-library")
 """
 
 
-@pytest.mark.parametrize("moments", [("published",), pytest.param(("somewhere", "published"), marks=pytest.mark.wide)])
+@pytest.mark.wide  # a run from end to end that is killed in its library is in test_jobs.py
+@pytest.mark.parametrize("moments", [("published",), ("somewhere", "published")])
 def test_a_driver_killed_at_any_moment_goes_on_from_the_last_checkpoints(several_nodes, parent, tmp_path, moments):
     """Somewhere in training, and when one layer is published and another is not."""
     several_nodes.add(num_cpus=2)

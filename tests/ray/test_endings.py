@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from pickles import pickles_in
+from safetensors import safe_open
 from small_runs import save_parent_with_text
 from waiting import until
 
@@ -56,6 +57,14 @@ class Building:
         found = self.store.glob("library-*/checkpoints/*")
         return [path for path in found if path.stat().st_mtime > self.began]
 
+    def positions(self) -> dict[str, int]:
+        """How many micro-batches the layers' checkpoints of this run know."""
+        found = {}
+        for path in self.checkpoints():
+            with safe_open(path, "pt") as file:
+                found[path.stem] = int(file.metadata()["position"])
+        return found
+
     def kill(self, name: str) -> int:
         process = next(process for process in self.processes if process.name() == name)
         process.kill()
@@ -93,21 +102,29 @@ def folder(tmp_path_factory):
     return found
 
 
-@pytest.mark.wide  # `ray job stop` in test_job_submit.py sends it too
-def test_sigterm_reaches_the_driver_alone(folder, tmp_path):
+def test_ctrl_c_reaches_the_whole_group_and_sigterm_the_driver_alone_and_the_same_command_goes_on(folder, tmp_path):
+    """It goes on after the first: from its checkpoint to a later one. That it gets to the same end is shown with fewer processes."""
     with Building(folder, tmp_path) as building:
+        os.killpg(building.process.pid, signal.SIGINT)
+        assert building.end(within_s=15) == [INTERRUPTED] and building.process.returncode == 130
+        reached = building.positions()
+    with Building(folder, tmp_path) as building:
+        assert "[tokens] already there" in building.said.read_text()
+        assert any(position > reached[layer] for layer, position in building.positions().items() if layer in reached), (
+            "not begun again"
+        )
         os.kill(building.process.pid, signal.SIGTERM)
         assert building.end(within_s=15) == [INTERRUPTED] and building.process.returncode == 143
 
 
-def test_ctrl_c_reaches_the_whole_group_and_the_same_command_goes_on(folder, tmp_path):
+@pytest.mark.wide  # the run goes on to its end
+def test_after_ctrl_c_the_same_command_ends_well(folder, tmp_path):
     with Building(folder, tmp_path) as building:
         os.killpg(building.process.pid, signal.SIGINT)
         assert building.end(within_s=15) == [INTERRUPTED] and building.process.returncode == 130
     with Building(folder, tmp_path) as building:
         assert building.process.wait(240) == 0, building.said.read_text()
-        said = building.said.read_text()
-        assert "[tokens] already there" in said and list(building.store.glob("library-*/artifact.json"))
+        assert list(building.store.glob("library-*/artifact.json"))
 
 
 @pytest.mark.wide

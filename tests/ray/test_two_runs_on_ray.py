@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from small_runs import SMALL, save_parent_with_text
 
 from puzzle_ray.store import Store
@@ -17,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).parents[1] / "recorded_run.py"
 
 
+@pytest.mark.wide  # tests/unit/test_two_runs.py has it of whole runs, on folders and S3, without Ray
 def test_two_libraries_at_once_are_built_once(tmp_path):
     parent, text = save_parent_with_text(tmp_path / "parent")
     store = Store(str(tmp_path / "store"))

@@ -210,6 +210,7 @@ PYTHONPATH="$SITE" exec {python} "$@"
 
 
 @pytest.mark.parametrize("target", ["cpu", "gpu"])
+@pytest.mark.wide
 def test_the_images_steps_install_a_package_that_runs(target, tmp_path):
     """Every RUN of a target, in the folder that its COPYs make. pip takes what is installed here for the dependencies."""
     work, site, tools = tmp_path / "work", tmp_path / "site", tmp_path / "tools"
