@@ -16,6 +16,8 @@ def settings(run: Run) -> dict[str, Any]:
     found = {"search": search.sweep_identity()} | scores.identity(run)
     if search.sweep_gkd:
         found |= {"gkd": config.gkd.identity(), "evaluate": {"tokens": config.evaluate.tokens}}
+    if search.sweep_rungs > 1:
+        found |= {"rungs": search.sweep_rungs}
     return found
 
 
@@ -28,8 +30,9 @@ def sources(run: Run) -> dict[str, str]:
     search = run.config.search
     found = {f"profile {c[0]}+{c[1]}": other.artifact("profile").key for c, other in contexts(run).items()}
     found |= searcher_sources([search.searcher])
-    if search.sweep_measure:
-        found |= tokens.parts(run).sources(pick=search.measure_tokens)
+    picked = [search.measure_tokens] * search.sweep_measure + [run.config.gkd.heldout_tokens] * (search.sweep_rungs > 1)
+    if picked:
+        found |= tokens.parts(run).sources(pick=max(picked))
     if search.sweep_gkd:
         found |= tokens.parts(run).sources(test=run.config.evaluate.tokens)
     return found
@@ -38,7 +41,7 @@ def sources(run: Run) -> dict[str, str]:
 def work(run: Run, artifact: Artifact) -> None:
     from actors.placement import cluster_cpus
     from actors.sweep import sweep
-    from puzzle_ray.search.sweep import finish_sweep, solved_points, with_distilled, with_measured
+    from puzzle_ray.search.sweep import finish_sweep, frontier_choices, solved_points, with_distilled, with_measured
 
     search, points = run.config.search, grid_points(run.config.search.grid)
     grid = _grid(run)
@@ -51,9 +54,39 @@ def work(run: Run, artifact: Artifact) -> None:
     if search.sweep_measure:
         with architecture.measuring(run) as measure:
             found = with_measured(found, measure)
+    if search.sweep_rungs > 1:
+        found = _climbed(run, found, artifact)
     if search.sweep_gkd:
-        found = with_distilled(found, lambda c: evaluation.heldout_of(run, gkd.of(run, child.of(run, c))))
+        stopped = {choices for choices, point in frontier_choices(found).items() if point.stopped}
+        distil = lambda c: None if c in stopped else evaluation.heldout_of(run, gkd.of(run, child.of(run, c)))  # noqa: E731
+        found = with_distilled(found, distil)
     finish_sweep(found, artifact)
+
+
+def _climbed(run: Run, found: list[SweepPoint], artifact: Artifact) -> list[SweepPoint]:
+    """The points with the rungs of their children, which are distilled side by side; those that do not end early are finished."""
+    from actors.distil_sweep import distil_children
+    from actors.placement import cluster_cpus, node_cpus
+    from puzzle_ray.distill.rungs import Climber, to_json
+    from puzzle_ray.search.sweep import frontier_choices, with_rungs
+
+    climbers = {}
+    for choices, point in frontier_choices(found).items():
+        source, costs = child.of(run, choices), point.architecture
+        assert costs is not None
+        facts = {
+            "speedup": costs.predicted_speedup,
+            "num_params": costs.predicted.num_params,
+            "memory_mib": costs.predicted.memory_mib,
+        }
+        job = gkd.job_of(run, source, gkd.artifact_of(run, source))
+        climbers[choices] = Climber(job, point.label, point.spent, point.scenario, facts)
+    if not climbers:
+        return found
+    cpus = max(1, min(node_cpus(), cluster_cpus() // len(climbers)))
+    how: dict[str, Any] = {"cpus": cpus, "cluster": run.config.cluster, "progress": run.progress}
+    rows, _ = distil_children(list(climbers.values()), run.config.search.sweep_rungs, artifact, **how)
+    return with_rungs(found, {choices: [to_json(row) for row in rows[climber.name]] for choices, climber in climbers.items()})
 
 
 def _grid(run: Run) -> Grid:

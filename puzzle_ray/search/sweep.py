@@ -128,7 +128,8 @@ class SweepPoint:
     """A budget and its architecture, or why there is none: `infeasible_reason`, or `unsolved_reason` where time ran out.
 
     `measured_kl` is set where children on the frontier were measured. `distilled` is set where they went through GKD: `kl`,
-    `heldout_loss` and more of the distilled child (see `puzzle_ray.evaluation.evaluate.predictions`).
+    `heldout_loss` and more of the distilled child (see `puzzle_ray.evaluation.evaluate.predictions`). With `search.sweep_rungs`, `rungs`
+    says what it was at every rung (see `puzzle_ray.distill.rungs.RungRow`); one that ended below the last has no `distilled`.
     """
 
     budget: Mapping[str, float]
@@ -138,6 +139,7 @@ class SweepPoint:
     measured_kl: float | None = None
     distilled: Mapping[str, float] | None = None
     unsolved_reason: str | None = None
+    rungs: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def why_none(self) -> str | None:
@@ -153,6 +155,21 @@ class SweepPoint:
         """`1.5 x`, or `memory_mib 100, batch_size 8`."""
         words = (f"{value:g} x" if name == "speedup" else f"{name} {value:g}" for name, value in self.budget.items())
         return ", ".join(words)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether its distillation ended below the last rung."""
+        return bool(self.rungs) and self.rungs[-1]["goes_on"] is False
+
+    @property
+    def scenario(self) -> tuple[float | None, ...]:
+        """What of the budget is part of the scenario. Points of different ones are not compared."""
+        return tuple(self.budget.get(name) for name in SCENARIO_AXES)
+
+    @property
+    def spent(self) -> tuple[float, ...]:
+        """What its architecture spends on every swept budget. Less is better."""
+        return tuple(_spent(name, self) for name in self.budget if name not in SCENARIO_AXES)
 
 
 def _spent(name: str, point: SweepPoint) -> float:
@@ -177,14 +194,10 @@ def with_frontier(points: Sequence[SweepPoint]) -> list[SweepPoint]:
     A point is beaten by another one in the same scenario that has no more damage, spends no more of any swept budget, and is better
     in at least one of these. Of equal points, only the last is on the frontier.
     """
-    axes = [name for name in (points[0].budget if points else ()) if name not in SCENARIO_AXES]
     compared = []
     for point in points:
-        scenario = tuple(point.budget.get(name) for name in SCENARIO_AXES)
-        values = None
-        if point.architecture is not None:
-            values = (point.architecture.objective, *(_spent(name, point) for name in axes))
-        compared.append((scenario, values))
+        values = (point.architecture.objective, *point.spent) if point.architecture is not None else None
+        compared.append((point.scenario, values))
     marked = []
     for i, (point, (scenario, own)) in enumerate(zip(points, compared, strict=True)):
         beaten = own is None or any(
@@ -210,11 +223,24 @@ def with_measured(points: Sequence[SweepPoint], measure: Measure) -> list[SweepP
     return [replace(p, measured_kl=kl[p.architecture.choices]) if p.architecture and p.on_frontier else p for p in points]
 
 
-def with_distilled(points: Sequence[SweepPoint], distil: Callable[[Choices], Mapping[str, float]]) -> list[SweepPoint]:
+def frontier_choices(points: Sequence[SweepPoint]) -> dict[Choices, SweepPoint]:
+    """Every distinct architecture on the frontier, with the first point that has it."""
+    found: dict[Choices, SweepPoint] = {}
+    for point in points:
+        if point.architecture and point.on_frontier:
+            found.setdefault(point.architecture.choices, point)
+    return found
+
+
+def with_distilled(points: Sequence[SweepPoint], distil: Callable[[Choices], Mapping[str, float] | None]) -> list[SweepPoint]:
     """The points with what `distil` returns for every architecture on the frontier. Each distinct one is distilled once."""
-    wanted = [point.architecture.choices for point in points if point.architecture and point.on_frontier]
-    distilled = {choices: distil(choices) for choices in dict.fromkeys(wanted)}
+    distilled = {choices: distil(choices) for choices in frontier_choices(points)}
     return [replace(p, distilled=distilled[p.architecture.choices]) if p.architecture and p.on_frontier else p for p in points]
+
+
+def with_rungs(points: Sequence[SweepPoint], rows: Mapping[Choices, Sequence[Mapping[str, Any]]]) -> list[SweepPoint]:
+    """The points with the rungs that their children came to."""
+    return [replace(p, rungs=tuple(rows[p.architecture.choices])) if p.architecture and p.on_frontier else p for p in points]
 
 
 def finish_sweep(points: Sequence[SweepPoint], artifact: Artifact) -> None:
@@ -249,6 +275,9 @@ def table_row(point: SweepPoint) -> dict[str, Any]:
         "measured_kl": point.measured_kl,
         "distilled_kl": point.distilled["kl"] if point.distilled else None,
         "distilled_heldout_loss": point.distilled["heldout_loss"] if point.distilled else None,
+        "distilled_tokens": point.rungs[-1]["tokens"] if point.rungs else None,
+        "rung_kl": point.rungs[-1]["kl"] if point.rungs else None,
+        "stopped": point.stopped if point.rungs else None,
         "speedup": a.predicted_speedup if a else None,
         "estimated": a.estimated if a else None,
     }
@@ -277,7 +306,7 @@ def _finite(value: Any) -> Any:
 def _point_from_json(raw: Mapping[str, Any]) -> SweepPoint:
     written = raw["architecture"]
     architecture = Architecture.from_json(json.dumps(written).encode()) if written is not None else None
-    return SweepPoint(**{**raw, "architecture": architecture})
+    return SweepPoint(**{**raw, "architecture": architecture, "rungs": tuple(raw.get("rungs", ()))})
 
 
 def read_sweep(artifact: Artifact) -> tuple[SweepPoint, ...]:
