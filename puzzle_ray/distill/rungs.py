@@ -2,8 +2,8 @@
 
 A child climbs by one distillation, with one schedule, that pauses at every rung and goes on from its own checkpoint: one that reaches the
 top is, bit for bit, the child that is distilled without a pause. Which one goes on is successive halving as in ASHA (arXiv 1810.05934):
-whoever comes to a rung is compared with those that were there before. Since the children of a sweep have different budgets, they are
-compared as in its multi-objective form (arXiv 2106.12639), by who beats whom: a slow child's lower KL says nothing against a fast one.
+whoever comes to a rung is compared with those that were there before. Children of one budget compare by their KL; of different budgets,
+as in its multi-objective form (arXiv 2106.12639), by who beats whom: a slow child's lower KL says nothing against a fast one.
 """
 
 from __future__ import annotations
@@ -42,14 +42,13 @@ class RungRow:
 
 @dataclass(frozen=True)
 class Climber:
-    """A child to be distilled. It is compared with those of the same `scenario`, by `spent`: of every swept budget, less is better.
-
-    `facts` are reported beside the KL.
+    """A child to be distilled. It is compared with those of the same `scenario`; `asked` is its budget on every swept axis, less being
+    stricter. `facts` are reported beside the KL.
     """
 
     job: GkdJob
     label: str
-    spent: tuple[float, ...]
+    asked: tuple[float, ...]
     scenario: tuple[Any, ...]
     facts: Mapping[str, float]
 
@@ -58,8 +57,8 @@ class Climber:
         return self.job.artifact.key
 
     def beats(self, kl: float, other: Climber, other_kl: float) -> bool:
-        """A lower KL, and no more spent of any swept budget."""
-        mine, theirs = self.spent, other.spent
+        """A lower KL, within the same or a stricter budget."""
+        mine, theirs = self.asked, other.asked
         return self.scenario == other.scenario and kl < other_kl and all(a <= b for a, b in zip(mine, theirs, strict=True))
 
 

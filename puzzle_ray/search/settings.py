@@ -22,8 +22,9 @@ class SearchConfig(Section):
     `sweep` maps an axis to a list of values. An axis is a limit's name, `batch_size`, `input_tokens` or `output_tokens`. All
     combinations are searched. `sweep_measure` measures the architectures on the frontier. `sweep_gkd` also distils and measures them:
     one after the other, or, with more than one of `sweep_rungs`, side by side as trials of Ray Tune, each in one process. Each rung has
-    three times the tokens of the one below, and the last one all of `gkd.tokens`. A child ends at a rung where one that is no slower and
-    no bigger has a lower held-out KL, unless it is among the best third there.
+    three times the tokens of the one below, and the last one all of `gkd.tokens`. For each budget `candidates` children begin, and the
+    one that comes furthest is taken; a child ends at a rung where another one within the same or a stricter budget has a lower held-out
+    KL, unless it is among the best third there.
     """
 
     limits: Limits = Limits(speedup=1.5)
@@ -90,4 +91,5 @@ class SearchConfig(Section):
         """The settings that a sweep depends on: not the run's own budget, but what it fixes for all budgets."""
         whole = dict.fromkeys(("searcher", "time_limit_s", "sweep", "sweep_measure"), True)
         whole |= {"measure_tokens": True} if self.sweep_measure else {}
+        whole |= {"candidates": True, "min_different_layers": True} if self.sweep_rungs > 1 else {}
         return self.model_dump(mode="json", include=whole | {"limits": {"fixed", "agree"}})

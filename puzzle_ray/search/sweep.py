@@ -85,11 +85,15 @@ class Grid:
             self._at[context, size] = self.setups[context].at_batch_size(size)
         return self._at[context, size]
 
+    def limits(self, point: Point) -> Limits:
+        """The whole budget of a point."""
+        own = self.setup(point).limits
+        budget = {name: value for name, value in point.items() if name not in SCENARIO_AXES}
+        return Limits.model_validate({**budget, "fixed": own.fixed, "agree": own.agree})
+
     def solve(self, point: Point) -> dict[str, Any]:
         """Searches one point. The result is JSON-able: an architecture, or why there is none."""
-        setup = self.setup(point)
-        budget = {name: value for name, value in point.items() if name not in SCENARIO_AXES}
-        limits = Limits.model_validate({**budget, "fixed": setup.limits.fixed, "agree": setup.limits.agree})
+        setup, limits = self.setup(point), self.limits(point)
         empty = dict.fromkeys(("architecture", "infeasible_reason", "measured_kl", "distilled", "unsolved_reason"))
         solved: dict[str, Any] = {"budget": dict(point)} | empty
         try:
@@ -129,7 +133,8 @@ class SweepPoint:
 
     `measured_kl` is set where children on the frontier were measured. `distilled` is set where they went through GKD: `kl`,
     `heldout_loss` and more of the distilled child (see `puzzle_ray.evaluation.evaluate.predictions`). With `search.sweep_rungs`, `rungs`
-    says what it was at every rung (see `puzzle_ray.distill.rungs.RungRow`); one that ended below the last has no `distilled`.
+    says what it was at every rung (see `puzzle_ray.distill.rungs.RungRow`), and `rivals` the same of others within this budget, in whose
+    place `architecture` was taken; one that ended below the last rung has no `distilled`.
     """
 
     budget: Mapping[str, float]
@@ -140,6 +145,7 @@ class SweepPoint:
     distilled: Mapping[str, float] | None = None
     unsolved_reason: str | None = None
     rungs: tuple[Mapping[str, Any], ...] = ()
+    rivals: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def why_none(self) -> str | None:
@@ -166,11 +172,6 @@ class SweepPoint:
         """What of the budget is part of the scenario. Points of different ones are not compared."""
         return tuple(self.budget.get(name) for name in SCENARIO_AXES)
 
-    @property
-    def spent(self) -> tuple[float, ...]:
-        """What its architecture spends on every swept budget. Less is better."""
-        return tuple(_spent(name, self) for name in self.budget if name not in SCENARIO_AXES)
-
 
 def _spent(name: str, point: SweepPoint) -> float:
     """What a point's architecture spends on one axis. Less is better, so speeds are negative."""
@@ -194,9 +195,12 @@ def with_frontier(points: Sequence[SweepPoint]) -> list[SweepPoint]:
     A point is beaten by another one in the same scenario that has no more damage, spends no more of any swept budget, and is better
     in at least one of these. Of equal points, only the last is on the frontier.
     """
+    axes = [name for name in (points[0].budget if points else ()) if name not in SCENARIO_AXES]
     compared = []
     for point in points:
-        values = (point.architecture.objective, *point.spent) if point.architecture is not None else None
+        values = None
+        if point.architecture is not None:
+            values = (point.architecture.objective, *(_spent(name, point) for name in axes))
         compared.append((point.scenario, values))
     marked = []
     for i, (point, (scenario, own)) in enumerate(zip(points, compared, strict=True)):
@@ -238,11 +242,6 @@ def with_distilled(points: Sequence[SweepPoint], distil: Callable[[Choices], Map
     return [replace(p, distilled=distilled[p.architecture.choices]) if p.architecture and p.on_frontier else p for p in points]
 
 
-def with_rungs(points: Sequence[SweepPoint], rows: Mapping[Choices, Sequence[Mapping[str, Any]]]) -> list[SweepPoint]:
-    """The points with the rungs that their children came to."""
-    return [replace(p, rungs=tuple(rows[p.architecture.choices])) if p.architecture and p.on_frontier else p for p in points]
-
-
 def finish_sweep(points: Sequence[SweepPoint], artifact: Artifact) -> None:
     """Writes the points as JSON, parquet and CSV, and finishes the artifact."""
     artifact.write_json(SWEEP_POINTS, [asdict(point) for point in points])
@@ -278,6 +277,7 @@ def table_row(point: SweepPoint) -> dict[str, Any]:
         "distilled_tokens": point.rungs[-1]["tokens"] if point.rungs else None,
         "rung_kl": point.rungs[-1]["kl"] if point.rungs else None,
         "stopped": point.stopped if point.rungs else None,
+        "rivals": len(point.rivals) if point.rungs else None,
         "speedup": a.predicted_speedup if a else None,
         "estimated": a.estimated if a else None,
     }
@@ -306,7 +306,9 @@ def _finite(value: Any) -> Any:
 def _point_from_json(raw: Mapping[str, Any]) -> SweepPoint:
     written = raw["architecture"]
     architecture = Architecture.from_json(json.dumps(written).encode()) if written is not None else None
-    return SweepPoint(**{**raw, "architecture": architecture, "rungs": tuple(raw.get("rungs", ()))})
+    return SweepPoint(
+        **{**raw, "architecture": architecture, "rungs": tuple(raw.get("rungs", ())), "rivals": tuple(raw.get("rivals", ()))}
+    )
 
 
 def read_sweep(artifact: Artifact) -> tuple[SweepPoint, ...]:

@@ -18,10 +18,10 @@ CONFIG = GkdConfig(tokens=18 * 32, micro_batch_tokens=32, learning_rate=1e-3, ch
 WORSE, WORST = (LayerChoice("gqa:1", "noop"), LayerChoice("linear", "noop")), (LayerChoice("noop", "noop"),) * 2
 
 
-def climbers_of(jobs, **spent):
+def climbers_of(jobs, **asked):
     return [
         Climber(job, label, (cost,), (), {"speedup": 1 / cost, "num_params": 10, "memory_mib": 1.0})
-        for job, (label, cost) in zip(jobs, spent.items(), strict=True)
+        for job, (label, cost) in zip(jobs, asked.items(), strict=True)
     ]
 
 

@@ -18,9 +18,9 @@ from puzzle_ray.store import Store
 CONFIG = GkdConfig(tokens=27 * 32, micro_batch_tokens=32, learning_rate=1e-3, checkpoint_every=10, heldout_looks=9)
 
 
-def climber(name, *spent, scenario=()):
+def climber(name, *asked, scenario=()):
     job = SimpleNamespace(artifact=SimpleNamespace(key=name))
-    return Climber(job, name, spent, scenario, {})
+    return Climber(job, name, asked, scenario, {})
 
 
 def test_each_rung_has_three_times_the_steps_of_the_one_below_at_a_look():
