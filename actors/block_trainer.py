@@ -55,6 +55,10 @@ class Trainer:
         """The last position all layers here have done."""
         return self.group.last
 
+    def save(self) -> None:
+        """Writes a checkpoint of every layer here."""
+        self.group.save()
+
     def step(self, position: int, indices: Sequence[int], *hidden_states: Container) -> float | None:
         """One micro-batch: `hidden_states[n]` is the input of layer `indices[n]`. Raises OutOfOrder for a gap."""
         arrived = [self.transport.unpack(h, self.travels) for h in hidden_states]

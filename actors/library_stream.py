@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +23,12 @@ from ray.exceptions import (
 
 from actors.block_trainer import BlockTrainer
 from actors.data_plane import MIB, Flow
+from actors.leaving import LeavingNodes
 from actors.metrics import note
 from actors.names import actor_name, layers_in_words
 from actors.parent_shard import ParentShard, ShardUsage
 from actors.placement import DIED, not_placed, trainer_options, wait_ready
-from actors.reservation import Reservation, ShardPlan, check_stores, plan_shards, say
+from actors.reservation import Reservation, ShardPlan, check_stores, plan_shards, room_elsewhere, say
 from actors.spill_watch import SpillWatch
 from actors.transport import find_transport
 from puzzle_ray.artifacts import SearchSpace
@@ -58,6 +60,11 @@ class Stream:
     reservation: Reservation
     flow: Flow
     cluster: ClusterConfig
+
+    @property
+    def layers(self) -> list[int]:
+        """Those that are trained."""
+        return [layer for group in self.groups for layer in group]
 
     @property
     def groups(self) -> list[tuple[int, ...]]:
@@ -115,6 +122,11 @@ class Stream:
                     raise not_placed("trainers that died", self.cluster.placement_timeout_s) from None
                 time.sleep(0.2)
 
+    def save(self) -> None:
+        """What the trainers know, before they are ended."""
+        with suppress(*LOST):  # who is gone already goes on from what it saved last
+            ray.get([trainer.save.remote() for trainer in self.trainers], timeout=self.cluster.step_timeout_s)
+
     def usage(self) -> list[ShardUsage]:
         """Of every shard's process."""
         return ray.get([shard.usage.remote() for shard in self.shards], timeout=self.cluster.step_timeout_s)
@@ -159,8 +171,10 @@ def open_stream(
     return Stream(plans, shards, trainers, reservation, flow, cluster)
 
 
-def flow(stream: Stream, positions: range, text: LibraryText, window: int, bar: Bar) -> None:
-    """These positions, at most `window` of them in flight; none is when it returns."""
+def flow(
+    stream: Stream, positions: range, text: LibraryText, window: int, bar: Bar, stop: Callable[[], bool] = lambda: False
+) -> bool:
+    """These positions, at most `window` of them in flight; none is when it returns. False where `stop` came first."""
     in_flight: deque[list[ObjectRef[Any]]] = deque()
     check_stores(stream.flow, stream.plans, stream.reservation.shards_of_nodes())
 
@@ -171,6 +185,8 @@ def flow(stream: Stream, positions: range, text: LibraryText, window: int, bar: 
 
     try:
         for position in positions:
+            if stop():
+                break
             while len(in_flight) >= window:
                 await_oldest()
             in_flight.append(stream.send(position, text.batch(position).numpy()))
@@ -180,6 +196,7 @@ def flow(stream: Stream, positions: range, text: LibraryText, window: int, bar: 
     except _Interrupted:
         stream.drain(in_flight)
         raise
+    return not stop()
 
 
 def build_library(
@@ -192,7 +209,7 @@ def build_library(
     artifact: Artifact,
     progress: Progress,
 ) -> Library:
-    """Trains every variant that is not in the step yet. Survives the death of any shard or trainer.
+    """Trains every variant that is not in the step yet. Survives the death of any shard or trainer, and moves from a node that leaves.
 
     Raises ClusterError when the actors cannot be placed, or when more of them die than `cluster.max_recoveries`.
     """
@@ -202,11 +219,13 @@ def build_library(
         text.say_epochs()
         stream = open_stream(parent, layers, space, config, cluster, artifact)
         try:
-            with (
-                SpillWatch(stream.reservation.shards_of_nodes),
-                progress.stage("library", text.schedule.positions, "micro-batch") as bar,
-            ):
-                _run(stream, text, config.window, bar)
+            with progress.stage("library", text.schedule.positions, "micro-batch") as bar:
+                counting = _Counting(bar)
+                while not _followed(stream, text, config.window, counting):
+                    stream.save()
+                    stream.release()
+                    layers = unfinished_layers(space, artifact)
+                    stream = open_stream(parent, layers, space, config, cluster, artifact)
             _say_usage(stream)
         finally:
             stream.release()
@@ -227,20 +246,39 @@ def _say_usage(stream: Stream) -> None:
         )
 
 
-def _run(stream: Stream, text: LibraryText, window: int, bar: Bar) -> None:
-    """To the last position, from what all trainers know after every death; deaths are counted from the last progress that was saved."""
-    shown = failures = furthest = 0
+def _followed(stream: Stream, text: LibraryText, window: int, bar: _Counting) -> bool:
+    """False where a node leaves, and there is room elsewhere."""
+    with SpillWatch(stream.reservation.shards_of_nodes), _leaving(stream) as leaving:
+        return _run(stream, text, window, bar, leaving.found.is_set)
+
+
+def _leaving(stream: Stream) -> LeavingNodes:
+    """Watches for nodes that leave, as long as the stream is open; one from which there is no way to go is said."""
+
+    def move(node_id: str) -> bool:
+        away = room_elsewhere(stream.layers, stream.cluster)
+        then = "shards and trainers move" if away else "no other node has room, so it is worked on until it is gone"
+        say(f"node {node_id[:8]} is being drained: {then}")
+        return away
+
+    return LeavingNodes(stream.reservation.shards_of_nodes, move)
+
+
+def _run(stream: Stream, text: LibraryText, window: int, bar: _Counting, stop: Callable[[], bool] = lambda: False) -> bool:
+    """To the last position, from what all trainers know after every death; deaths are counted from the last progress that was saved.
+
+    False where `stop` came first: then nothing is in flight, and the trainers may be ended and go on elsewhere.
+    """
+    failures = furthest = 0
     while True:
         start = stream.last() + 1
         if start > furthest:
             failures, furthest = 0, start
-        bar.advance(start - shown)
-        counting = _Counting(bar, start)
+        bar.at(start)
         try:
-            flow(stream, range(start, text.schedule.positions), text, window, counting)
-            return
+            return flow(stream, range(start, text.schedule.positions), text, window, bar, stop)
         except _Interrupted as error:
-            shown, failures = counting.done, failures + 1
+            failures += 1
             reason = str(error).strip().splitlines()[0]
             if failures > stream.cluster.max_recoveries:
                 problem = f"trainers died {failures} times without progress; the last time: {reason}"
@@ -250,8 +288,13 @@ def _run(stream: Stream, text: LibraryText, window: int, bar: Bar) -> None:
 class _Counting:
     """A bar that remembers how far it is, so that a step back is shown as one."""
 
-    def __init__(self, bar: Bar, done: int) -> None:
-        self.bar, self.done = bar, done
+    def __init__(self, bar: Bar) -> None:
+        self.bar, self.done = bar, 0
+
+    def at(self, position: int) -> None:
+        """So many are done, whatever was shown before."""
+        self.bar.advance(position - self.done)
+        self.done = position
 
     def advance(self, count: int = 1, **facts: float) -> None:
         self.done += count

@@ -57,6 +57,7 @@ class Claims:
 
 
 CLAIMS = Claims()
+LEAVING: set[str] = set()  # ids of nodes that are there, and on which Ray puts nothing new
 
 
 def all_nodes() -> list[Node]:
@@ -65,8 +66,8 @@ def all_nodes() -> list[Node]:
 
 
 def nodes() -> list[Node]:
-    """Live nodes with what the stages that run now leave of them."""
-    return [{**node, "Resources": CLAIMS.left(node)} for node in all_nodes()]
+    """Live nodes that stay, with what the stages that run now leave of them."""
+    return [{**node, "Resources": CLAIMS.left(node)} for node in all_nodes() if node["NodeID"] not in LEAVING]
 
 
 def cluster_cpus() -> int:

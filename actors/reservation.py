@@ -169,6 +169,14 @@ class Reservation:
         await_free_cpus()
 
 
+def room_elsewhere(layers: Sequence[int], cluster: ClusterConfig) -> bool:
+    """Whether the nodes that stay could hold the workers for these layers, or nodes for them would come."""
+    try:
+        return cluster.autoscaling or fit(_bundles(plan_shards(layers, cluster), cluster)[1], nodes())
+    except ClusterError:  # there is no place for them
+        return False
+
+
 def _bundles(
     plans: Sequence[ShardPlan], cluster: ClusterConfig
 ) -> tuple[list[dict[str, float]], list[dict[str, float]], list[int]]:

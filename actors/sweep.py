@@ -47,9 +47,7 @@ def sweep(grid: Any, points: Sequence[Any], artifact: Artifact, num_trials: int)
         return
     for point in todo:
         grid.setup(point).tables  # noqa: B018  (what is missing is said here, not by a trial; the trials take the tables along)
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # an interrupt is the command's, not the experiment's alone
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the old output is silent when told so
+    quiet_tune()
     count = min(num_trials, -(-len(todo) // POINTS_PER_TRIAL))
     limit_s = START_S + -(-len(todo) // count) * longest_solve_s(grid)
     with tempfile.TemporaryDirectory(prefix="puzzle-ray-sweep-") as folder:  # of Tune's own state, which nobody needs afterwards
@@ -58,6 +56,13 @@ def sweep(grid: Any, points: Sequence[Any], artifact: Artifact, num_trials: int)
     if left:
         problem = f"{len(left)} of {len(points)} points were not solved within {limit_s:.0f} s"
         raise ClusterError("sweep", problem, "see that trials find a free CPU, then run the same command again")
+
+
+def quiet_tune() -> None:
+    """Tune neither writes nor says anything, and leaves interrupts alone."""
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # an interrupt is the command's, not the experiment's alone
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the old output is silent when told so
 
 
 def longest_solve_s(grid: Any) -> float:
@@ -79,12 +84,17 @@ def _tuner(chunks: Sequence[Sequence[Any]], grid: Any, artifact: Artifact, limit
 
 def _fit(tuner: Any, artifact: Artifact) -> None:
     """Runs the trials, and writes the points that only the trial's own process sees. Raises for one that failed, when all are done."""
-    failed: BaseException | None = None
-    for result in tuner.fit():
+    results = tuner.fit()
+    for result in results:
         for name, solved in ((result.metrics or {}).get("solved") or {}).items():
             if not artifact.exists(name):
                 artifact.write_json(name, solved)
-        failed = failed or result.error
+    raise_failed(results)
+
+
+def raise_failed(results: Any) -> None:
+    """Raises for the first trial that failed: what it raised itself where that is a PuzzleError, else ClusterError."""
+    failed = next((result.error for result in results if result.error is not None), None)
     if failed is None:
         return
     cause = getattr(failed, "cause", failed)

@@ -31,16 +31,19 @@ class Ground:
     """The parent, its text, the settings, and a store with an undisturbed run."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.base = folder, folder / "base"
-        self.config = folder / "run.yaml"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.base = folder.absolute(), folder.absolute() / "base"
+        self.config = self.folder / "run.yaml"
 
     def prepare(self) -> None:
         sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
         from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
         from small_models import save_parent
 
-        parent = save_parent(self.folder / "parent", num_hidden_layers=4, vocab_size=VOCAB_SIZE + 7)
-        byte_tokenizer().save_pretrained(parent)
+        parent = self.folder / "parent"
+        if not parent.exists():
+            save_parent(parent, num_hidden_layers=4, vocab_size=VOCAB_SIZE + 7)
+            byte_tokenizer().save_pretrained(parent)
         words = random.Random(0)
         text = " ".join(words.choice(("a", "text", "of", "some", "length", "and", "more", "words")) for _ in range(30_000))
         (self.folder / "text.txt").write_text(text)
@@ -63,7 +66,7 @@ SETTINGS: dict[str, Any] = {
     "data": {"sequence_length": 16},
     "space": {"attention": ["parent", "gqa:1", "noop"], "ffn": ["parent", "ffn:50%", "ffn:25%", "noop"]},
     "library": {
-        "tokens": 38_400,
+        "tokens": 12_800,
         "calibration_tokens": 256,
         "validation_tokens": 256,
         "micro_batch_tokens": 64,
@@ -72,12 +75,12 @@ SETTINGS: dict[str, Any] = {
     "profile": {
         "scenario": {"batch_size": 2, "input_tokens": 16, "output_tokens": 4},
         "batch_sizes": [1, 3, 4, 6, 8],
-        "repeats": 20,
+        "repeats": 10,
         "stack": 2,
     },
     "scoring": {"tokens": 4096, "micro_batch_tokens": 64},
     "search": {"limits": {"params_fraction": 0.9}},
-    "gkd": {"tokens": 12_800, "micro_batch_tokens": 64, "checkpoint_every": 20, "heldout_tokens": 256},
+    "gkd": {"tokens": 6_400, "micro_batch_tokens": 64, "checkpoint_every": 20, "heldout_tokens": 256},
     "evaluate": {"tokens": 256},
     "cluster": {"num_shards": 1, "placement_timeout_s": 120, "step_timeout_s": 120},
 }
@@ -143,17 +146,24 @@ class Place:
                     target = f"{self.path}/{file.relative_to(ground.base).as_posix()}"
                     self.fs.makedirs(target.rpartition("/")[0], exist_ok=True)
                     self.fs.put_file(str(file), target)
+        self.earlier = self._all()
+
+    def _all(self) -> dict[str, tuple[int, str]]:
+        """Every file that is not hidden: name -> (size, when or which version)."""
+        if not self.fs.exists(self.path):
+            return {}
+        found = {path[len(self.path) :].lstrip("/"): entry for path, entry in self.fs.find(self.path, detail=True).items()}
+        shown = {name: entry for name, entry in found.items() if not any(part.startswith(".") for part in name.split("/"))}
+        return {name: (entry["size"], str(entry.get("mtime") or entry.get("ETag"))) for name, entry in shown.items()}
+
+    def earlier_done_again(self, but: str) -> list[str]:
+        """Artifacts besides the stage's own, and besides those of `but`, that are not as they were before the drill."""
+        changed = {name.partition("/")[0] for name, _ in self.earlier.items() ^ self._all().items()}
+        return sorted(name for name in changed if name.rpartition("-")[0] not in (self.stage, but))
 
     def files(self) -> dict[str, tuple[int, str]]:
         """Finished pieces of the stage's artifact: name -> (size, when or which version)."""
-        if not self.fs.exists(self.path):
-            return {}
-        found: dict[str, tuple[int, str]] = {}
-        for path, entry in self.fs.find(self.path, detail=True).items():
-            name = path[len(self.path) :].lstrip("/")
-            if name.startswith(f"{self.stage}-") and not any(part.startswith(".") for part in name.split("/")):
-                found[name] = (entry["size"], str(entry.get("mtime") or entry.get("ETag")))
-        return found
+        return {name: entry for name, entry in self._all().items() if name.startswith(f"{self.stage}-")}
 
     def items(self) -> dict[str, tuple[int, str]]:
         """What is never to be done again: items, and weights of finished variants; not checkpoints, which are written over."""

@@ -1,16 +1,18 @@
 """Drills: for every stage something dies, fills up, is cut off or is damaged; the run ends with the undisturbed result all the same.
 
-    python -m benchmarks.drills --out drills.json [--only library,scores] [--seed 0]
+    python -m benchmarks.drills --out drills.json [--only library,scores] [--seed 0] [--ground FOLDER]
 
 A small parent goes through a whole run once. A drill takes that store without one stage, runs the stage's verb, disturbs it as soon as
 some of its items are done, and, where the run ends before its time, looks whether it said one clear line, and runs the same command
 again. A drill is survived when the artifact is that of the undisturbed run (of a profile: the same items, for its times are measured),
-and nothing that was finished was done again. A third of the drills have their store on S3 (a server of their own).
+no earlier stage was done again, and the disturbance hit: a drill that disturbed nothing is lost. A third of the drills have their store
+on S3 (a server of their own). Drills that OUT says were survived are not held again; with `--ground` the undisturbed run is kept, too.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import shutil
@@ -28,11 +30,12 @@ import fsspec
 
 from benchmarks import faults
 from benchmarks.drill_ground import VERBS, Ground, Place, Run, digest
-from benchmarks.record import write
+from benchmarks.record import machine, write
 
 PLAIN = (
     "worker",
     "node",
+    "drained",
     "driver",
     "gcs",
     "sigterm",
@@ -43,7 +46,14 @@ PLAIN = (
     "two runs",
     "flipped bit",
 )
-LEFT_OUT = {("profile", "flipped bit"), ("profile", "object store"), ("gkd", "object store"), ("gkd", "straggler")}
+LEFT_OUT = {
+    ("profile", "drained"),
+    ("scores", "drained"),
+    ("profile", "flipped bit"),
+    ("profile", "object store"),
+    ("gkd", "object store"),
+    ("gkd", "straggler"),
+}
 ON_S3 = {
     *((stage, "unreachable") for stage in VERBS),
     *((stage, "driver") for stage in VERBS),
@@ -51,9 +61,10 @@ ON_S3 = {
     *((stage, "sigterm") for stage in ("profile", "gkd")),
     ("library", "two runs"),
 }
-ON_NODES = ("node", "object store")
+ON_NODES = ("node", "drained", "object store")
+ENDS = ("driver", "disk", "sigterm")  # a run that ends well in spite of these was not hit
 DAMAGED = {"library": "tokens", "scores": "library", "gkd": "child"}  # whose bit is flipped
-NODES, STORE_MIB, FULL = 3, 100, 0.7
+NODES, STORE_MIB, FULL = 3, 100, 0.95
 
 
 @dataclass
@@ -72,6 +83,7 @@ class Outcome:
     redone: int = 0
     longest_silence_s: float = 0.0
     seconds: float = 0.0
+    commit: str = ""
 
 
 @dataclass
@@ -113,7 +125,7 @@ def drill(ground: Ground, stage: str, fault: str, expected: Mapping[str, str], t
         with place_for(ground, outcome, folder, tools) as place:
             _run(ground, outcome, place, folder, tools, rng)
             _judge(outcome, place, expected)
-    except (TimeoutError, RuntimeError, OSError) as error:
+    except Exception as error:  # a drill that cannot be held is lost, and the next one is held
         outcome.why_not = f"{type(error).__name__}: {error}"
     shutil.rmtree(folder, ignore_errors=True)
     outcome.seconds = round(time.monotonic() - began, 1)
@@ -137,7 +149,7 @@ def _run(ground: Ground, outcome: Outcome, place: Place, folder: Path, tools: To
     more: list[str] = []
     if outcome.fault in ON_NODES:
         more = ["--set", f"cluster.address={tools.cluster().address}"]
-    if outcome.fault == "node":
+    if outcome.fault in ("node", "drained"):
         more += ["--set", "cluster.num_shards=2"]
     command = ground.command(VERBS[outcome.stage], place.root, *more)
     mend: Callable[[], None] = lambda: None  # noqa: E731
@@ -149,7 +161,11 @@ def _run(ground: Ground, outcome: Outcome, place: Place, folder: Path, tools: To
     others = [Run(command, folder, 1)] if outcome.fault == "two runs" else []
     try:
         before: dict[str, tuple[int, str]] = {}
-        if outcome.fault not in ("flipped bit", "object store", "two runs"):
+        if outcome.fault == "two runs":
+            first.wait(place.begun)
+            if all(run.step() is None for run in (first, *others)):
+                outcome.did = "both ran when the first items were there"
+        elif outcome.fault not in ("flipped bit", "object store"):
             first.wait(place.begun)
             before = place.items()
             mend = disturb(outcome, first, place, folder, tools, rng)
@@ -179,6 +195,8 @@ def disturb(outcome: Outcome, run: Run, place: Place, folder: Path, tools: Tools
             outcome.did = faults.straggle(stage, pids, rng)
         elif outcome.fault == "node":
             outcome.did = tools.cluster().kill_one(stage, rng)
+        elif outcome.fault == "drained":
+            outcome.did = tools.cluster().drain_one(stage, rng)
         elif outcome.fault == "gcs":
             outcome.did = faults.kill_named(pid, "gcs_server")
         elif outcome.fault == "driver":
@@ -211,17 +229,29 @@ def _note(outcome: Outcome, codes: list[int], runs: tuple[Run, ...], place: Plac
 def _judge(outcome: Outcome, place: Place, expected: Mapping[str, str]) -> None:
     """Survived: ended well, with the undisturbed result, after one clear line at the most."""
     why = []
-    if not outcome.did and outcome.fault != "two runs":
+    if not outcome.did:
         why.append("nothing was disturbed: it was over before")
+    if outcome.fault in ENDS and outcome.codes[0] == 0:
+        why.append(f"nothing was disturbed: it ended well in spite of: {outcome.did}")
+    if outcome.fault == "flipped bit" and not outcome.said:
+        why.append("the damage was not noticed")
+    again = place.earlier_done_again(but=DAMAGED[outcome.stage] if outcome.fault == "flipped bit" else "")
+    if again:
+        why.append(f"done beside the stage: {', '.join(again)}")
     if outcome.codes[-1] != 0:
         why.append(f"the last command ended with {outcome.codes[-1]}")
     elif place.digest() != expected:
-        why.append("another result than the undisturbed one's")
+        why.append(f"another result than the undisturbed one's: {differing(place.digest(), expected)}")
     if len(outcome.said) > 1 or any("Traceback" in line for line in outcome.said):
         why.append(f"{len(outcome.said)} lines in place of one")
     if any(code > 0 for code in outcome.codes[:-1]) and not outcome.said:
         why.append("it ended before its time without a word")
     outcome.survived, outcome.why_not = not why, "; ".join(why)
+
+
+def differing(found: Mapping[str, str], expected: Mapping[str, str]) -> str:
+    """The first file that differs, is missing or is too much."""
+    return min(name for name, _ in found.items() ^ expected.items())
 
 
 def all_drills(only: set[str]) -> list[tuple[str, str]]:
@@ -233,26 +263,35 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="stages, faults, or stage:fault, with commas between them")
+    parser.add_argument("--ground", type=Path, help="where the undisturbed run is kept; else it is made anew")
     arguments = parser.parse_args()
     os.environ["RAY_AUTH_MODE"] = "disabled"  # the drills' own clusters, on loopback
     only = {word for word in arguments.only.split(",") if word}
-    outcomes: list[Outcome] = []
+    kept = {(row["stage"], row["fault"]): Outcome(**row) for row in rows_of(Path(arguments.out))}
     with tempfile.TemporaryDirectory(prefix="drills-") as name, ExitStack() as stack:
         folder = Path(name)
-        ground, tools = Ground(folder), Tools(folder, stack)
+        ground, tools = Ground(arguments.ground or folder), Tools(folder, stack)
         ground.prepare()
         local = fsspec.filesystem("file")
         expected = {stage: digest(local, str(ground.base), stage) for stage in VERBS}
         for stage, fault in all_drills(only):
+            if (stage, fault) in kept and kept[stage, fault].survived:
+                continue
             rng = random.Random(f"{arguments.seed} {stage} {fault}")
-            outcomes.append(drill(ground, stage, fault, expected[stage], tools, rng))
-            last = outcomes[-1]
+            last = kept[stage, fault] = drill(ground, stage, fault, expected[stage], tools, rng)
+            last.commit = machine()["commit"] or ""
             print(
                 f"{stage:8} {fault:13} {'survived' if last.survived else 'LOST: ' + last.why_not} ({last.seconds:g} s)",
                 flush=True,
             )
+            outcomes = [kept[which] for which in all_drills(set()) if which in kept]
             write(arguments.out, [vars(outcome) for outcome in outcomes], summary(outcomes))
-    print(summary(outcomes))
+    print(summary([kept[which] for which in all_drills(set()) if which in kept]))
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    """What an earlier series left."""
+    return list(json.loads(out.read_text())["rows"]) if out.exists() else []
 
 
 def summary(outcomes: list[Outcome]) -> dict[str, Any]:

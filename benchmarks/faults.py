@@ -24,6 +24,7 @@ WORKERS = {
 }
 STRAGGLES_S, SLOWER, BEAT_S = 15.0, 10, 0.2
 UNREACHABLE_S = 20.0
+NOTICE_S = 5  # between a node's notice and its end
 
 
 def below(pid: int) -> list[psutil.Process]:
@@ -106,9 +107,9 @@ def small_disk(folder: Path, mib: int) -> Iterator[Path]:
 
 
 def flip_bit(fs: Any, root: str, stage: str, rng: random.Random) -> str:
-    """One bit of the largest safetensors file of a finished artifact, behind its header."""
+    """One bit of the largest file of a finished artifact, behind its header."""
     (folder,) = [name for name in _names(fs, root) if name.startswith(f"{stage}-")]
-    files = [path for path in fs.find(f"{root}/{folder}") if path.endswith(".safetensors")]
+    files = [path for path in fs.find(f"{root}/{folder}") if path.endswith((".safetensors", ".arrow"))]
     path = max(files, key=lambda path: (fs.size(path), path))
     data = bytearray(fs.cat_file(path))
     data[rng.randrange(len(data) * 3 // 4, len(data))] ^= 1 << rng.randrange(8)
@@ -168,12 +169,34 @@ class Nodes:
     def pids(self) -> list[int]:
         return [node.all_processes["raylet"][0].process.pid for node in self.nodes]
 
+    def _busy(self, stage: str, rng: random.Random) -> Any:
+        """A node on which the stage works; None where there is none."""
+        busy = [node for node, pid in zip(self.nodes, self.pids, strict=True) if workers(stage, [pid])]
+        return rng.choice(busy) if busy else None
+
     def kill_one(self, stage: str, rng: random.Random) -> str:
         """A node on which the stage works: the raylet and all below it."""
-        busy = [node for node, pid in zip(self.nodes, self.pids, strict=True) if workers(stage, [pid])]
-        if not busy:
+        node = self._busy(stage, rng)
+        if node is None:
             return ""
-        node = rng.choice(busy)
+        self._kill(node)
+        return "a node with its workers"
+
+    def drain_one(self, stage: str, rng: random.Random) -> str:
+        """A node on which the stage works is announced to go, as a preemption is, and goes when its time is over."""
+        node = self._busy(stage, rng)
+        if node is None:
+            return ""
+        ray = str(Path(sys.executable).with_name("ray"))
+        words = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a drill"]
+        words += ["--deadline-remaining-seconds", str(NOTICE_S), "--node-id", node.node_id, "--address", self.address]
+        subprocess.run([ray, "drain-node", *words], check=True, capture_output=True, timeout=60)
+        time.sleep(NOTICE_S)
+        still = bool(workers(stage, [node.all_processes["raylet"][0].process.pid]))
+        self._kill(node)
+        return f"a node is drained and goes {NOTICE_S} s later, {'with' if still else 'without'} its workers"
+
+    def _kill(self, node: Any) -> None:
         raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
         for process in (raylet, *raylet.children(recursive=True)):
             with suppress(psutil.NoSuchProcess):
@@ -181,7 +204,6 @@ class Nodes:
         self.nodes.remove(node)
         self.cluster.remove_node(node, allow_graceful=False)
         self.fill(len(self.nodes) + 1)  # an autoscaler would bring another
-        return "a node with its workers"
 
     def close(self) -> None:
         self.cluster.shutdown()

@@ -20,6 +20,7 @@ def line(point: SweepPoint, width: int) -> str:
         f"{found.predicted.memory_mib:>9.2f} {found.predicted.num_params / 1e6:>8.3f}M  {found.status}"
         + ("" if point.on_frontier else " (off the frontier)")
         + (" (ESTIMATED)" if found.estimated else "")
+        + (f" (ended after {point.rungs[-1]['tokens']:,} tokens of GKD, KL {point.rungs[-1]['kl']:.5f})" if point.stopped else "")
         + unsolved(found)
     )
 

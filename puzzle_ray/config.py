@@ -88,6 +88,11 @@ class RunConfig(Section):
             raise ValueError(
                 "search.sweep_gkd distils the frontier, but gkd.tokens is 0; set gkd.tokens, or search.sweep_gkd=false"
             )
+        if self.search.sweep_rungs > 1 and not self.gkd.heldout_tokens:
+            raise ValueError(
+                f"search.sweep_rungs={self.search.sweep_rungs} compares children by held-out KL, but gkd.heldout_tokens is 0; "
+                "set gkd.heldout_tokens, or search.sweep_rungs=1"
+            )
         return self
 
 

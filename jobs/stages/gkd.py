@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs.run import Run, Stage
 from jobs.stages import tokens
 from puzzle_ray.store import Artifact
 from puzzle_ray.version import torch_series
+
+if TYPE_CHECKING:
+    from puzzle_ray.distill.gkd import GkdJob
 
 SEQUENCES = 8  # of a batch of held-out text
 
@@ -29,23 +32,32 @@ def sources(run: Run) -> dict[str, str]:
     return tokens.train_source(run) | (tokens.parts(run).sources(pick=watched) if watched else {})
 
 
-def distil(run: Run, child: Artifact, artifact: Artifact) -> None:
-    """Distils a child on Ray Train."""
-    from actors.gkd import run_gkd
+def job_of(run: Run, child: Artifact, artifact: Artifact) -> GkdJob:
+    """What the distillation of a child reads and writes."""
     from puzzle_ray.distill.gkd import GkdJob
 
     config = run.config
     heldout = (
         tuple(tokens.batches(tokens.parts(run).pick, config.gkd.heldout_tokens, SEQUENCES)) if config.gkd.heldout_tokens else ()
     )
-    job = GkdJob(run.parent.address, child, run.content("tokens"), artifact, config.gkd, config.seed, heldout=heldout)
-    run_gkd(job, cluster=run.config.cluster, progress=run.progress)
+    return GkdJob(run.parent.address, child, run.content("tokens"), artifact, config.gkd, config.seed, heldout=heldout)
+
+
+def distil(run: Run, child: Artifact, artifact: Artifact) -> None:
+    """Distils a child on Ray Train."""
+    from actors.gkd import run_gkd
+
+    run_gkd(job_of(run, child, artifact), cluster=run.config.cluster, progress=run.progress)
+
+
+def artifact_of(run: Run, child: Artifact) -> Artifact:
+    """Where a child is after distillation, finished or not."""
+    return run.store.artifact("gkd", settings(run), {"child": child.key} | sources(run))
 
 
 def of(run: Run, child: Artifact) -> Artifact:
     """Any child after distillation, distilled unless it is there."""
-    inputs = {"child": child.key} | sources(run)
-    return run.finish(run.store.artifact("gkd", settings(run), inputs), lambda artifact: distil(run, child, artifact))
+    return run.finish(artifact_of(run, child), lambda artifact: distil(run, child, artifact))
 
 
 STAGE = Stage(

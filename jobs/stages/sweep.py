@@ -6,6 +6,7 @@ from typing import Any
 
 from jobs.run import Run, Stage
 from jobs.stages import architecture, child, evaluation, gkd, scores, tokens
+from puzzle_ray.artifacts import Choices
 from puzzle_ray.search.searcher import searcher_sources
 from puzzle_ray.search.sweep import Context, Grid, SweepPoint, grid_contexts, grid_points, read_sweep
 from puzzle_ray.store import Artifact
@@ -16,6 +17,8 @@ def settings(run: Run) -> dict[str, Any]:
     found = {"search": search.sweep_identity(), "memory": run.profile_config.memory()} | scores.identity(run)
     if search.sweep_gkd:
         found |= {"gkd": config.gkd.identity(), "evaluate": {"tokens": config.evaluate.tokens}}
+    if search.sweep_rungs > 1:
+        found |= {"rungs": search.sweep_rungs}
     return found
 
 
@@ -28,8 +31,9 @@ def sources(run: Run) -> dict[str, str]:
     search = run.config.search
     found = {f"profile {c[0]}+{c[1]}": other.artifact("profile").key for c, other in contexts(run).items()}
     found |= searcher_sources([search.searcher])
-    if search.sweep_measure:
-        found |= tokens.parts(run).sources(pick=search.measure_tokens)
+    picked = [search.measure_tokens] * search.sweep_measure + [run.config.gkd.heldout_tokens] * (search.sweep_rungs > 1)
+    if picked:
+        found |= tokens.parts(run).sources(pick=max(picked))
     if search.sweep_gkd:
         found |= tokens.parts(run).sources(test=run.config.evaluate.tokens)
     return found
@@ -38,22 +42,57 @@ def sources(run: Run) -> dict[str, str]:
 def work(run: Run, artifact: Artifact) -> None:
     from actors.placement import cluster_cpus
     from actors.sweep import sweep
-    from puzzle_ray.search.sweep import finish_sweep, solved_points, with_distilled, with_measured
+    from puzzle_ray.search.rivals import all_choices
+    from puzzle_ray.search.sweep import finish_sweep, frontier_choices, solved_points, with_distilled, with_measured
 
     search, points = run.config.search, grid_points(run.config.search.grid)
     grid = _grid(run)
     make_exact = scores.exact(run)
     if make_exact is not None:
-        exact = make_exact(scores.read(run), lambda seen: grid.with_scores(seen).choices_at(points))
+        count, apart = search.candidates if search.sweep_rungs > 1 else 1, search.min_different_layers
+        exact = make_exact(scores.read(run), lambda seen: all_choices(grid.with_scores(seen), points, count, apart))
         grid = grid.with_scores(exact)
     sweep(grid, points, artifact, cluster_cpus())
     found = solved_points(points, artifact)
+    if search.sweep_rungs > 1:
+        found = _climbed(run, grid, found, artifact)
     if search.sweep_measure:
         with architecture.measuring(run) as measure:
             found = with_measured(found, measure)
     if search.sweep_gkd:
-        found = with_distilled(found, lambda c: evaluation.heldout_of(run, gkd.of(run, child.of(run, c))))
+        stopped = {choices for choices, point in frontier_choices(found).items() if point.stopped}
+        distil = lambda c: None if c in stopped else evaluation.heldout_of(run, gkd.of(run, child.of(run, c)))  # noqa: E731
+        found = with_distilled(found, distil)
     finish_sweep(found, artifact)
+
+
+def _climbed(run: Run, grid: Grid, found: list[SweepPoint], artifact: Artifact) -> list[SweepPoint]:
+    """The points on the frontier with the children that distil best within their budgets; all of them are distilled side by side."""
+    from actors.distil_sweep import distil_children
+    from actors.placement import cluster_cpus, node_cpus
+    from puzzle_ray.distill.rungs import Climber, to_json
+    from puzzle_ray.search.rivals import asked, rivals, with_best
+
+    search = run.config.search
+    front = {i: point for i, point in enumerate(found) if point.on_frontier}
+    within = {i: rivals(grid, point, search.candidates, search.min_different_layers) for i, point in front.items()}
+    climbers: dict[Choices, Climber] = {}
+    for i, point in sorted(
+        front.items(), key=lambda item: asked(item[1]), reverse=True
+    ):  # of equals, the strictest budget's stays
+        for rival in within[i]:
+            costs = rival.predicted
+            facts = {"speedup": rival.predicted_speedup, "num_params": costs.num_params, "memory_mib": costs.memory_mib}
+            source = child.of(run, rival.choices)
+            job = gkd.job_of(run, source, gkd.artifact_of(run, source))
+            climbers[rival.choices] = Climber(job, point.label, asked(point), point.scenario, facts)
+    if not climbers:
+        return found
+    cpus = max(1, min(node_cpus(), cluster_cpus() // len(climbers)))
+    how: dict[str, Any] = {"cpus": cpus, "cluster": run.config.cluster, "progress": run.progress}
+    by_name, _ = distil_children(list(climbers.values()), search.sweep_rungs, artifact, **how)
+    rows = {choices: [to_json(row) for row in by_name[climber.name]] for choices, climber in climbers.items()}
+    return [with_best(point, within[i], rows) if i in within else point for i, point in enumerate(found)]
 
 
 def _grid(run: Run) -> Grid:

@@ -288,26 +288,35 @@ def steps_saved(artifact: Artifact) -> int:
 def train_to_end(trainer: GkdTrainer, artifact: Artifact, progress: Progress, *, writes: bool = True) -> None:
     """Trains to the last step, from the artifact's checkpoint where there is one. With `writes=False` it saves no checkpoints."""
     trainer.resume(artifact)
-    guard, total = trainer.guard, trainer.total_steps
-    with progress.stage("distill", total, "steps") as bar:
+    with progress.stage("distill", trainer.total_steps, "steps") as bar:
         bar.advance(trainer.next_step)
-        if guard is not None and not guard.rows:
-            guard.look(0)
-        if trainer.needs_rate:
-            trainer.choose_rate(bar)
-            if writes:
-                artifact.write_tensors(CHECKPOINT, trainer.state_tensors())
-        while trainer.next_step < total and not (guard and guard.gave_up):
-            before = trainer.next_step
-            row = _watched_step(trainer)
-            if row is None:
-                bar.advance(trainer.next_step - before)
-                continue
-            if writes and trainer.next_step % trainer.config.checkpoint_every == 0:
-                artifact.write_tensors(CHECKPOINT, trainer.state_tensors())
-            bar.advance(loss=row.loss, kl=row.kl, cosine=row.cosine)
-        if guard is not None:
-            guard.restore_best()
+        train_until(trainer, trainer.total_steps, artifact, bar, writes=writes)
+        if trainer.guard is not None:
+            trainer.guard.restore_best()
+
+
+def train_until(trainer: GkdTrainer, step: int, artifact: Artifact, bar: Bar, *, writes: bool = True) -> None:
+    """Trains until `step` steps are done, or the guard gives up. Before the end, a checkpoint says where that was."""
+    guard, total = trainer.guard, trainer.total_steps
+    if guard is not None and not guard.rows:
+        guard.look(0)
+    if trainer.needs_rate:
+        trainer.choose_rate(bar)
+        if writes:
+            artifact.write_tensors(CHECKPOINT, trainer.state_tensors())
+    saved = trainer.next_step
+    while trainer.next_step < step and not (guard and guard.gave_up):
+        before = trainer.next_step
+        row = _watched_step(trainer)
+        if row is None:
+            bar.advance(trainer.next_step - before)
+            continue
+        if writes and trainer.next_step % trainer.config.checkpoint_every == 0:
+            artifact.write_tensors(CHECKPOINT, trainer.state_tensors())
+            saved = trainer.next_step
+        bar.advance(loss=row.loss, kl=row.kl, cosine=row.cosine)
+    if writes and step < total and saved != trainer.next_step:
+        artifact.write_tensors(CHECKPOINT, trainer.state_tensors())
 
 
 def _watched_step(trainer: GkdTrainer) -> GkdRow | None:

@@ -107,6 +107,12 @@ class GroupTrainer:
                 self._save(trainer)
         return sum(losses) / len(losses) if losses else None
 
+    def save(self) -> None:
+        """Writes a checkpoint of every layer that is not finished."""
+        for trainer in self.trainers:
+            if not trainer.finished:
+                self._save(trainer)
+
     def _save(self, trainer: LayerTrainer) -> None:
         saved = trainer.checkpoint()
         if saved is not None:

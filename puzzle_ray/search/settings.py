@@ -20,7 +20,11 @@ class SearchConfig(Section):
     With `target_format: nemotron_nas` the search space has only what vLLM runs in that format: no linear, no windows, no no-op
     attention in the first layer, and FFN widths that are multiples of 256.
     `sweep` maps an axis to a list of values. An axis is a limit's name, `batch_size`, `input_tokens` or `output_tokens`. All
-    combinations are searched. `sweep_measure` measures the architectures on the frontier. `sweep_gkd` also distils and measures them.
+    combinations are searched. `sweep_measure` measures the architectures on the frontier. `sweep_gkd` also distils and measures them:
+    one after the other, or, with more than one of `sweep_rungs`, side by side as trials of Ray Tune, each in one process. Each rung has
+    three times the tokens of the one below, and the last one all of `gkd.tokens`. For each budget `candidates` children begin, and the
+    one that comes furthest is taken; a child ends at a rung where another one within the same or a stricter budget has a lower held-out
+    KL, unless it is among the best third there.
     """
 
     limits: Limits = Limits(speedup=1.5)
@@ -36,6 +40,7 @@ class SearchConfig(Section):
     sweep: dict[str, tuple[Positive, ...] | None] = {"speedup": (1.1, 1.25, 1.5, 1.75, 2.0)}
     sweep_measure: bool = False
     sweep_gkd: bool = False
+    sweep_rungs: Count = 1
 
     @model_validator(mode="after")
     def _sweep_axes(self) -> SearchConfig:
@@ -47,6 +52,10 @@ class SearchConfig(Section):
                 raise ValueError(f"sweep.{name} = {list(values or ())}: give whole numbers")
         if not any(self.sweep.get(name) for name in BUDGETS):
             raise ValueError("sweep has no budget; give a limit's values, such as sweep: {speedup: [1.5, 2]}")
+        if self.sweep_rungs > 1 and not self.sweep_gkd:
+            raise ValueError(
+                f"sweep_rungs={self.sweep_rungs} is about distilled children; set search.sweep_gkd=true, or leave it out"
+            )
         return self
 
     @property
@@ -74,11 +83,13 @@ class SearchConfig(Section):
             "interaction_blocks",
             "measure_tokens",
         }
-        without_effect = {"sweep", "sweep_measure", "sweep_gkd", "target_format"} | (set() if self.measures else only_measured)
+        without_effect = {"sweep", "sweep_measure", "sweep_gkd", "sweep_rungs", "target_format"}
+        without_effect |= set() if self.measures else only_measured
         return self.model_dump(mode="json", exclude=without_effect)
 
     def sweep_identity(self) -> dict[str, Any]:
         """The settings that a sweep depends on: not the run's own budget, but what it fixes for all budgets."""
         whole = dict.fromkeys(("searcher", "time_limit_s", "sweep", "sweep_measure"), True)
         whole |= {"measure_tokens": True} if self.sweep_measure else {}
+        whole |= {"candidates": True, "min_different_layers": True} if self.sweep_rungs > 1 else {}
         return self.model_dump(mode="json", include=whole | {"limits": {"fixed", "agree"}})

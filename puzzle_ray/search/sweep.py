@@ -85,11 +85,15 @@ class Grid:
             self._at[context, size] = self.setups[context].at_batch_size(size)
         return self._at[context, size]
 
+    def limits(self, point: Point) -> Limits:
+        """The whole budget of a point."""
+        own = self.setup(point).limits
+        budget = {name: value for name, value in point.items() if name not in SCENARIO_AXES}
+        return Limits.model_validate({**budget, "fixed": own.fixed, "agree": own.agree})
+
     def solve(self, point: Point) -> dict[str, Any]:
         """Searches one point. The result is JSON-able: an architecture, or why there is none."""
-        setup = self.setup(point)
-        budget = {name: value for name, value in point.items() if name not in SCENARIO_AXES}
-        limits = Limits.model_validate({**budget, "fixed": setup.limits.fixed, "agree": setup.limits.agree})
+        setup, limits = self.setup(point), self.limits(point)
         empty = dict.fromkeys(("architecture", "infeasible_reason", "measured_kl", "distilled", "unsolved_reason"))
         solved: dict[str, Any] = {"budget": dict(point)} | empty
         try:
@@ -128,7 +132,9 @@ class SweepPoint:
     """A budget and its architecture, or why there is none: `infeasible_reason`, or `unsolved_reason` where time ran out.
 
     `measured_kl` is set where children on the frontier were measured. `distilled` is set where they went through GKD: `kl`,
-    `heldout_loss` and more of the distilled child (see `puzzle_ray.evaluation.evaluate.predictions`).
+    `heldout_loss` and more of the distilled child (see `puzzle_ray.evaluation.evaluate.predictions`). With `search.sweep_rungs`, `rungs`
+    says what it was at every rung (see `puzzle_ray.distill.rungs.RungRow`), and `rivals` the same of others within this budget, in whose
+    place `architecture` was taken; one that ended below the last rung has no `distilled`.
     """
 
     budget: Mapping[str, float]
@@ -138,6 +144,8 @@ class SweepPoint:
     measured_kl: float | None = None
     distilled: Mapping[str, float] | None = None
     unsolved_reason: str | None = None
+    rungs: tuple[Mapping[str, Any], ...] = ()
+    rivals: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def why_none(self) -> str | None:
@@ -153,6 +161,16 @@ class SweepPoint:
         """`1.5 x`, or `memory_mib 100, batch_size 8`."""
         words = (f"{value:g} x" if name == "speedup" else f"{name} {value:g}" for name, value in self.budget.items())
         return ", ".join(words)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether its distillation ended below the last rung."""
+        return bool(self.rungs) and self.rungs[-1]["goes_on"] is False
+
+    @property
+    def scenario(self) -> tuple[float | None, ...]:
+        """What of the budget is part of the scenario. Points of different ones are not compared."""
+        return tuple(self.budget.get(name) for name in SCENARIO_AXES)
 
 
 def _spent(name: str, point: SweepPoint) -> float:
@@ -180,11 +198,10 @@ def with_frontier(points: Sequence[SweepPoint]) -> list[SweepPoint]:
     axes = [name for name in (points[0].budget if points else ()) if name not in SCENARIO_AXES]
     compared = []
     for point in points:
-        scenario = tuple(point.budget.get(name) for name in SCENARIO_AXES)
         values = None
         if point.architecture is not None:
             values = (point.architecture.objective, *(_spent(name, point) for name in axes))
-        compared.append((scenario, values))
+        compared.append((point.scenario, values))
     marked = []
     for i, (point, (scenario, own)) in enumerate(zip(points, compared, strict=True)):
         beaten = own is None or any(
@@ -210,10 +227,18 @@ def with_measured(points: Sequence[SweepPoint], measure: Measure) -> list[SweepP
     return [replace(p, measured_kl=kl[p.architecture.choices]) if p.architecture and p.on_frontier else p for p in points]
 
 
-def with_distilled(points: Sequence[SweepPoint], distil: Callable[[Choices], Mapping[str, float]]) -> list[SweepPoint]:
+def frontier_choices(points: Sequence[SweepPoint]) -> dict[Choices, SweepPoint]:
+    """Every distinct architecture on the frontier, with the first point that has it."""
+    found: dict[Choices, SweepPoint] = {}
+    for point in points:
+        if point.architecture and point.on_frontier:
+            found.setdefault(point.architecture.choices, point)
+    return found
+
+
+def with_distilled(points: Sequence[SweepPoint], distil: Callable[[Choices], Mapping[str, float] | None]) -> list[SweepPoint]:
     """The points with what `distil` returns for every architecture on the frontier. Each distinct one is distilled once."""
-    wanted = [point.architecture.choices for point in points if point.architecture and point.on_frontier]
-    distilled = {choices: distil(choices) for choices in dict.fromkeys(wanted)}
+    distilled = {choices: distil(choices) for choices in frontier_choices(points)}
     return [replace(p, distilled=distilled[p.architecture.choices]) if p.architecture and p.on_frontier else p for p in points]
 
 
@@ -249,6 +274,10 @@ def table_row(point: SweepPoint) -> dict[str, Any]:
         "measured_kl": point.measured_kl,
         "distilled_kl": point.distilled["kl"] if point.distilled else None,
         "distilled_heldout_loss": point.distilled["heldout_loss"] if point.distilled else None,
+        "distilled_tokens": point.rungs[-1]["tokens"] if point.rungs else None,
+        "rung_kl": point.rungs[-1]["kl"] if point.rungs else None,
+        "stopped": point.stopped if point.rungs else None,
+        "rivals": len(point.rivals) if point.rungs else None,
         "speedup": a.predicted_speedup if a else None,
         "estimated": a.estimated if a else None,
     }
@@ -277,7 +306,9 @@ def _finite(value: Any) -> Any:
 def _point_from_json(raw: Mapping[str, Any]) -> SweepPoint:
     written = raw["architecture"]
     architecture = Architecture.from_json(json.dumps(written).encode()) if written is not None else None
-    return SweepPoint(**{**raw, "architecture": architecture})
+    return SweepPoint(
+        **{**raw, "architecture": architecture, "rungs": tuple(raw.get("rungs", ())), "rivals": tuple(raw.get("rivals", ()))}
+    )
 
 
 def read_sweep(artifact: Artifact) -> tuple[SweepPoint, ...]:

@@ -7,24 +7,20 @@ import dataclasses
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from gkd_jobs import gkd_jobs
 
 from actors.gkd import Failures, run_gkd
-from puzzle_ray.artifacts import LayerChoice
 from puzzle_ray.cluster import ClusterConfig
-from puzzle_ray.data.splits import TOKENS
-from puzzle_ray.distill.gkd import CHILD, CURVE, LOOKS, Diverged, GkdJob, distill_child, steps_saved
+from puzzle_ray.distill.gkd import CHILD, CURVE, LOOKS, Diverged, distill_child, steps_saved
 from puzzle_ray.distill.settings import GkdConfig
 from puzzle_ray.errors import ClusterError
-from puzzle_ray.models.child import load_model, new_child, save_child
+from puzzle_ray.models.child import load_model
 from puzzle_ray.progress import Quiet
-from puzzle_ray.store import Store
 
-VOCAB_SIZE, LENGTH, STEPS = 64, 16, 140
+STEPS = 140
 CONFIG = GkdConfig(
     tokens=STEPS * 64, micro_batch_tokens=32, num_workers=2, learning_rate="auto", checkpoint_every=20, max_failures=1
 )
@@ -33,25 +29,7 @@ CLUSTER = ClusterConfig()
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """A tiny parent, a random child of it and random tokens."""
-    folder = tmp_path_factory.mktemp("gkd")
-    store = Store(str(folder / "store"))
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=LENGTH, tie_word_embeddings=True,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "parent")
-    child = new_child(config, [LayerChoice("gqa:1", "ffn:24"), LayerChoice("linear", "noop")], torch.float32)
-    for parameter in child.parameters():
-        parameter.data = 0.05 * torch.randn(parameter.shape) + (parameter.ndim == 1)
-    realized, data = store.artifact("realize", {}, {}), store.artifact("data", {}, {})
-    with realized.folder_to_publish(CHILD) as target:
-        save_child(child, folder / "parent", target)
-    sequences = torch.from_numpy(np.random.default_rng(0).integers(0, VOCAB_SIZE, (100, LENGTH)).astype(np.int32))
-    data.write_tensors(TOKENS, {"train": sequences, "heldout": sequences[:4].clone()})
-    heldout = (sequences[:4].long().numpy(), sequences[4:8].long().numpy())
-    return GkdJob(str(folder / "parent"), realized, data, store.artifact("gkd", {}, {}), CONFIG, seed=3, heldout=heldout)
+    return gkd_jobs(tmp_path_factory.mktemp("gkd"), CONFIG)[0]
 
 
 @pytest.fixture(scope="module")

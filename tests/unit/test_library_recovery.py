@@ -3,7 +3,7 @@
 import pytest
 
 from actors import library_stream
-from actors.library_stream import _Interrupted, _run
+from actors.library_stream import _Counting, _Interrupted, _run
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.errors import ClusterError
 
@@ -34,15 +34,16 @@ def run(monkeypatch, saved, deaths, max_recoveries):
     """Where it started each time, and what the bar shows at the end; the first `deaths` flows are interrupted three steps on."""
     stream, bar = StandIn(saved, max_recoveries), Bar()
 
-    def flow(stream, positions, text, window, bar):
+    def flow(stream, positions, text, window, bar, stop):
         stream.started_at.append(positions.start)
         dies = len(stream.started_at) <= deaths
         bar.advance(min(3, len(positions)) if dies else len(positions))
         if dies:
             raise _Interrupted("a trainer died\nin two lines")
+        return True
 
     monkeypatch.setattr(library_stream, "flow", flow)
-    _run(stream, stream, 2, bar)
+    assert _run(stream, stream, 2, _Counting(bar))
     return stream.started_at, bar.done
 
 

@@ -1,0 +1,143 @@
+"""Rungs of global distillation: where children are compared on their way, so that a hopeless one is not distilled to the end.
+
+A child climbs by one distillation, with one schedule, that pauses at every rung and goes on from its own checkpoint: one that reaches the
+top is, bit for bit, the child that is distilled without a pause. Which one goes on is successive halving as in ASHA (arXiv 1810.05934):
+whoever comes to a rung is compared with those that were there before. Children of one budget compare by their KL; of different budgets,
+as in its multi-objective form (arXiv 2106.12639), by who beats whom: a slow child's lower KL says nothing against a fast one.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from puzzle_ray.distill.gkd import (
+    LOOKS,
+    GkdJob,
+    GkdTrainer,
+    load_gkd_trainer,
+    publish_distilled,
+    train_until,
+)
+from puzzle_ray.distill.guard import HeldoutRow
+from puzzle_ray.progress import Progress
+from puzzle_ray.store import Artifact
+
+REDUCTION = 3  # each rung has this many times the tokens of the one below
+
+
+@dataclass(frozen=True)
+class RungRow:
+    """A child at a rung: the held-out KL of its best weights after `step` steps. `goes_on` is None until it is decided."""
+
+    rung: int
+    step: int
+    tokens: int
+    kl: float
+    goes_on: bool | None = None
+
+
+@dataclass(frozen=True)
+class Climber:
+    """A child to be distilled. It is compared with those of the same `scenario`; `asked` is its budget on every swept axis, less being
+    stricter. `facts` are reported beside the KL.
+    """
+
+    job: GkdJob
+    label: str
+    asked: tuple[float, ...]
+    scenario: tuple[Any, ...]
+    facts: Mapping[str, float]
+
+    @property
+    def name(self) -> str:
+        return self.job.artifact.key
+
+    def beats(self, kl: float, other: Climber, other_kl: float) -> bool:
+        """A lower KL, within the same or a stricter budget."""
+        mine, theirs = self.asked, other.asked
+        return self.scenario == other.scenario and kl < other_kl and all(a <= b for a, b in zip(mine, theirs, strict=True))
+
+
+def rung_steps(total_steps: int, every_steps: int, rungs: int) -> list[int]:
+    """The steps that the rungs are at: the last one is the end, and the others are rounded up to the next look at held-out text."""
+    wanted = (math.ceil(total_steps / REDUCTION**below) for below in reversed(range(rungs)))
+    return sorted({min(total_steps, math.ceil(step / every_steps) * every_steps) for step in wanted})
+
+
+def goes_on(child: Climber, kl: float, before: Sequence[tuple[Climber, float]]) -> bool:
+    """Whether a child goes on from a rung where the children `before` came first, each with its KL.
+
+    It does where none of them beats it, or where it is among the best `1 / REDUCTION`: by how many beat it, then by KL.
+    """
+    everyone = [*before, (child, kl)]
+
+    def place(climber: Climber, own: float) -> tuple[int, float]:
+        return sum(other.beats(theirs, climber, own) for other, theirs in everyone), own
+
+    mine = place(child, kl)
+    ahead = sum(place(*other) <= mine for other in before if other[0].scenario == child.scenario)
+    present = 1 + sum(other.scenario == child.scenario for other, _ in before)
+    return mine[0] == 0 or ahead < math.ceil(present / REDUCTION)
+
+
+def climb(
+    job: GkdJob, rungs: int, progress: Progress, *, device: str = "cpu", known: Sequence[RungRow] = ()
+) -> Iterator[RungRow]:
+    """Distils a child, and yields a row at every rung; at the top its artifact is finished.
+
+    `known` are the rows of its first rungs from an earlier run: they are yielded as they are. Who stops asking leaves a checkpoint.
+    """
+    yield from known
+    if job.artifact.finished:
+        looks, facts = read_looks(job.artifact), job.artifact.facts()
+        steps = rung_steps(facts["steps"], _every(looks, facts["steps"]), rungs)
+        yield from (_row(looks, steps, number, facts["tokens"]) for number in range(len(known), len(steps)))
+        return
+    trainer = load_gkd_trainer(job, device=device)
+    yield from _train(trainer, job, rungs, progress, len(known))
+
+
+def _train(trainer: GkdTrainer, job: GkdJob, rungs: int, progress: Progress, first: int) -> Iterator[RungRow]:
+    guard, total = trainer.guard, trainer.total_steps
+    assert guard is not None, "children are compared by held-out KL"
+    steps = rung_steps(total, guard.every_steps, rungs)
+    trainer.resume(job.artifact)
+    for number in range(first, len(steps)):
+        with progress.stage(f"distill, rung {number + 1}", total, "steps") as bar:
+            bar.advance(trainer.next_step)
+            train_until(trainer, steps[number], job.artifact, bar)
+        if number == len(steps) - 1:
+            guard.restore_best()
+            publish_distilled(trainer, job)
+        yield _row(guard.rows, steps, number, trainer.text.tokens)
+
+
+def _row(looks: Sequence[HeldoutRow], steps: Sequence[int], number: int, tokens: int) -> RungRow:
+    step, total = steps[number], steps[-1]
+    return RungRow(number + 1, step, round(tokens * step / total), min(look.kl for look in looks if look.step <= step))
+
+
+def read_looks(artifact: Artifact) -> list[HeldoutRow]:
+    """What the guard of a finished distillation saw."""
+    import pyarrow.parquet as pq
+
+    names = {field.name for field in fields(HeldoutRow)}
+    rows = pq.read_table(io.BytesIO(artifact.read(LOOKS))).to_pylist()
+    return [HeldoutRow(**{name: value for name, value in row.items() if name in names}) for row in rows]
+
+
+def _every(looks: Sequence[HeldoutRow], total_steps: int) -> int:
+    """Steps between two looks."""
+    return min((look.step for look in looks if look.step > 0), default=total_steps)
+
+
+def to_json(row: RungRow) -> dict[str, Any]:
+    return asdict(row)
+
+
+def from_json(raw: Mapping[str, Any]) -> RungRow:
+    return RungRow(**raw)
