@@ -146,8 +146,9 @@ def test_errors_arrive_as_openais(client, url):
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="wrong").models.list()
     for path, status in [("/nowhere", 404), ("/v1/completions", 405)]:
-        code, _, body = asked_plainly(url + path)
+        code, headers, body = asked_plainly(url + path)
         assert code == status and path in json.loads(body)["error"]["message"]
+        assert headers["Allow"] == ("POST" if status == 405 else None)
     for body, status in [(b"[" * 10**5, 400), (b"{" + b" " * 2**19, 413), (b'{"prompt": "\\ud800"}', 400), (b"\xff", 400)]:
         code, _, answer = asked_plainly(f"{url}/v1/completions", body, **{"Content-Type": "application/json"})
         assert code == status and json.loads(answer)["error"]["message"]
