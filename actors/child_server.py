@@ -60,7 +60,8 @@ async def _invalid_body(request: Request, error: ValidationError) -> JSONRespons
 
 @app.exception_handler(HTTPException)
 async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
-    return JSONResponse(error_body(f"{request.method} {request.url.path}: {error.detail}"), error.status_code)
+    body = error_body(f"{request.method} {request.url.path}: {error.detail}")
+    return JSONResponse(body, error.status_code, headers=error.headers)  # a 405 says what is allowed
 
 
 class _EventStream(StreamingResponse):

@@ -39,6 +39,7 @@ from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.progress import Display
 from puzzle_ray.search.tables import predicted_costs
 from puzzle_ray.serving.settings import ServeSettings
+from puzzle_ray.settings import DType
 from puzzle_ray.store import Store
 from puzzle_ray.variants.space import search_space
 
@@ -174,14 +175,14 @@ def engine_cpu_s() -> float | None:
 
 
 @asynccontextmanager
-async def served(models: dict[str, str], threads: int) -> AsyncIterator[str]:
+async def served(models: dict[str, str], threads: int, dtype: DType) -> AsyncIterator[str]:
     """One server with these models, on a Ray of its own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     start_here(num_cpus=threads + 1, object_store_memory=256 << 20)
     serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})
-    settings = ServeSettings(models=models, num_cpus=threads, max_batch_size=16, prefix_cache=False)
+    settings = ServeSettings(models=models, num_cpus=threads, dtype=dtype, max_batch_size=16, prefix_cache=False)
     await asyncio.to_thread(serve.run, build(settings), name="benchmark")
     try:
         yield f"http://127.0.0.1:{port}"
@@ -190,11 +191,11 @@ async def served(models: dict[str, str], threads: int) -> AsyncIterator[str]:
         ray.shutdown()
 
 
-def predicted_speedup(config: Any, choices: Sequence[LayerChoice], scenario: Scenario, repeats: int) -> float:
+def predicted_speedup(config: Any, choices: Sequence[LayerChoice], scenario: Scenario, dtype: DType, repeats: int) -> float:
     """Throughput of the child over the parent's, by a profile of the shapes they are made of."""
     names = {kind: tuple(dict.fromkeys(choice.variant(kind) for choice in choices)) for kind in ("attention", "ffn")}  # type: ignore[arg-type]
     space = search_space(config, ("noop", *names["attention"]), ("noop", *names["ffn"]), 8)
-    settings = ProfileConfig(scenario=scenario, repeats=repeats)
+    settings = ProfileConfig(scenario=scenario, dtype=dtype, repeats=repeats)
     with tempfile.TemporaryDirectory() as folder:
         profile = profile_serially(config, space, settings, Store(folder).artifact("profile", {}, {}), Display())
     child, parent = (
@@ -219,8 +220,8 @@ async def measured(
 ) -> list[dict[str, Any]]:
     """All ways in turn, `rounds` times."""
     rows: list[dict[str, Any]] = []
-    reference = load_model(models[CHILD])
-    async with served(models, options.threads) as url:
+    reference = load_model(models[CHILD], getattr(torch, options.dtype))
+    async with served(models, options.threads, options.dtype) as url:
         ways = {
             PARENT: (url, PARENT),
             CHILD: (url, CHILD),
@@ -295,7 +296,11 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of all ways, and of the profile")
+    parser.add_argument("--quick", action="store_true", help="one round of 16 requests")
     options = parser.parse_args()
+    if options.quick:
+        options.rounds, options.requests = 1, 16
     compute_with(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         child = options.child or Path(folder) / "child"
@@ -310,7 +315,7 @@ def main() -> None:
             prompts, tuple(draw.choice([most // 8, most // 4, most // 2, most, 2 * most]) for _ in range(options.requests))
         )
         scenario = Scenario(16, length, most)
-        predicted = predicted_speedup(config, choices_of(read_config(child)), scenario, 5)
+        predicted = predicted_speedup(config, choices_of(read_config(child)), scenario, options.dtype, 5)
         print(f"predicted speedup {predicted:.3f}", flush=True)
         models, others = {PARENT: str(options.parent), CHILD: str(child)}, dict(each.split("=", 1) for each in options.other)
         rows = asyncio.run(measured(models, others, Load(prompts, (most,)), mixed, options))

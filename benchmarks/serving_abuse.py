@@ -112,7 +112,7 @@ async def crowd(url: str, clients: int, seconds: float, careless: bool) -> dict[
 
 
 async def run(model: str, clients: int, seconds: float) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    async with served({MODEL: model}, threads=1) as url:
+    async with served({MODEL: model}, threads=1, dtype="float32") as url:
         await crowd(url, 8, 5.0, careless=True)  # warm
         rows = [await crowd(url, clients, min(seconds, 60.0), careless=False), await crowd(url, clients, seconds, careless=True)]
         async with aiohttp.ClientSession() as session:

@@ -25,10 +25,27 @@ def add_card(child: Any, source: Path, folder: Path, made: Mapping[str, object] 
     history = read_json(before) if before.is_file() else {"parent_params": _stored_params(source), "made": []}
     if made is not None:
         history["made"] = [*history["made"], dict(made)]
+        history.pop("evaluation", None)  # it was of the weights before this step
     history |= {"version": __version__, "params": int(child.num_parameters())}
+    _write(child.config, folder, history)
+
+
+def add_evaluation(config: Any, folder: Path, evaluation: Mapping[str, Any]) -> None:
+    """Adds what was measured of a child to history and card in `folder`. `config`: the child's. `evaluation`: `evaluation_facts`."""
+    _write(config, folder, read_json(folder / HISTORY) | {"evaluation": dict(evaluation)})
+
+
+def evaluation_facts(found: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What of an evaluation (`evaluation.json` of a run) belongs on the card of the child that is called `name` there."""
+    models = {"parent": found["models"]["parent"], "child": found["models"][name]}
+    kept = {each: {key: values[key] for key, *_ in _FIGURES if key in values} for each, values in models.items()}
+    return {"models": kept, "scenario": found["scenario"], "measured_by": found["measured_by"]}
+
+
+def _write(config: Any, folder: Path, history: Mapping[str, Any]) -> None:
     (folder / HISTORY).write_text(json.dumps(history, indent=1) + "\n")
-    choices = [LayerChoice(**layer) for layer in child.config.puzzle_layers]
-    (folder / CARD).write_text(card(child.config, choices, history))
+    choices = [LayerChoice(**layer) for layer in config.puzzle_layers]
+    (folder / CARD).write_text(card(config, choices, history))
 
 
 def _stored_params(folder: Path) -> int | None:
@@ -62,10 +79,37 @@ def card(config: Any, choices: Sequence[LayerChoice], history: Mapping[str, Any]
         "`parent` is the parent's own; `gqa:N` has N key-value heads, `ffn:N` N channels, `linear` is a matrix and `noop` nothing.",
         "",
         *(["## How it was made", *(f"{number}. {step}" for number, step in enumerate(steps, 1)), ""] if steps else []),
+        *_evaluation(history.get("evaluation")),
         "## Loading it",
         *(_LOADING if alone else _LOADING_WITH_PACKAGE),
     ]
     return "\n".join(lines) + "\n"
+
+
+_FIGURES = (
+    ("heldout_loss", "held-out loss, nats a token", "{:.4f}"),
+    ("kl", "KL to the parent, nats a token", "{:.4f}"),
+    ("top1_agreement", "likeliest token is the parent's", "{:.1%}"),
+    ("downstream_accuracy", "questions right", "{:.1%}"),
+    ("throughput_tokens_per_s", "tokens/s", "{:.0f}"),
+    ("batch_size", "at a batch of", "{:.0f}"),
+    ("memory_mib", "weights and cache, MiB", "{:.1f}"),
+    ("heldout_tokens", "held-out tokens", "{:.0f}"),
+)
+
+
+def _evaluation(found: Mapping[str, Any] | None) -> list[str]:
+    """The section about what was measured; nothing where nothing was."""
+    if found is None:
+        return []
+    models, scenario = found["models"], found["scenario"]
+    rows = [
+        "| " + " | ".join([title, *(form.format(models[name][key]) for name in ("parent", "child"))]) + " |"
+        for key, title, form in _FIGURES
+        if all(key in models[name] for name in ("parent", "child"))
+    ]
+    how = f"{scenario['input_tokens']} tokens of prompt and {scenario['output_tokens']} of answer, {found['measured_by']}"
+    return ["## Evaluation", "| | parent | child |", "|---|---|---|", *rows, "", f"Speed: {how}.", ""]
 
 
 _LOADING = (

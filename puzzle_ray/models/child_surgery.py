@@ -12,6 +12,7 @@ from torch import nn
 from puzzle_ray.families.descriptor import Descriptor
 from puzzle_ray.models.child_settings import words_of_layers
 from puzzle_ray.surgery.shapes import reshape_by_words
+from puzzle_ray.surgery.subblocks import part_joined_tokens
 
 
 class ChildLayers:
@@ -27,7 +28,10 @@ class ChildLayers:
         super().__init__(config, *args, **settings)  # type: ignore[call-arg]
         first, _, rest = self.descriptor.layers.partition(".")
         path = self.descriptor.layers if hasattr(self, first) else rest  # without a head, names are shorter
-        self.reshape(self.get_submodule(path), config)  # type: ignore[attr-defined]
+        layers = self.get_submodule(path)  # type: ignore[attr-defined]
+        self.reshape(layers, config)
+        for layer in layers:
+            part_joined_tokens(layer, self.descriptor)
 
     def reshape(self, layers: nn.ModuleList, config: Any) -> None:
         for layer, words in zip(layers, words_of_layers(config), strict=True):

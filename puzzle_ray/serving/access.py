@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import hmac
 import json
+import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -19,21 +20,31 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN_PATHS = ("/health", "/metrics")  # for those who watch the server
+_WHOLE_BODY = 4  # times the time that its next part may take
 
 
 async def read_body(headers: Mapping[str, str], receive: Receive, most_bytes: int, timeout_s: float) -> bytes:
-    """A request's whole body. Raises BodyRefused where it is longer, or where its next part does not come in time."""
+    """A request's whole body. Raises BodyRefused where it is longer, or does not come in time.
+
+    `timeout_s` is for the next part. A client that sends a byte now and then has four times as long for the whole.
+    """
     declared = headers.get("content-length", "")
     too_long = BodyRefused(413, f"the body is longer than {most_bytes} bytes, which is the limit here (max_body_mib)")
     if declared.isdigit() and int(declared[:20]) > most_bytes:
         raise too_long
     parts: list[bytes] = []
-    length = 0
+    length, until = 0, time.monotonic() + _WHOLE_BODY * timeout_s
     while True:
+        left_s = until - time.monotonic()
         try:
-            message = await asyncio.wait_for(receive(), timeout_s)
+            message = await asyncio.wait_for(receive(), min(timeout_s, left_s))
         except (TimeoutError, asyncio.TimeoutError):
-            raise BodyRefused(408, f"the body did not go on within {timeout_s:g} s") from None
+            late = (
+                f"did not go on within {timeout_s:g} s"
+                if left_s > timeout_s
+                else f"was not there after {_WHOLE_BODY * timeout_s:g} s"
+            )
+            raise BodyRefused(408, f"the body {late}") from None
         if message["type"] != "http.request":
             raise BodyRefused(400, "the client has left before its body was there")
         parts.append(message.get("body", b""))

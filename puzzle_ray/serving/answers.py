@@ -56,7 +56,7 @@ class Answer:
         offset = self._offsets.get(index, 0)
         entries: list[TokenLogprob | None] = list(logprobs)
         if begins and self._echo:
-            text = self._texts.decoded(generation.prompt_ids) + text
+            text = self._texts.echoed(generation.prompt_ids) + text
             entries = [*(generation.prompt_logprobs or ()), *entries]
         listed, end = self._logprob_list(generation, entries, offset) if self._logprobs else (None, offset)
         self._offsets[index] = end
@@ -72,9 +72,10 @@ class Answer:
             return {"content": [self._chat_entry(entry) for entry in entries if entry is not None], "refusal": None}, offset
         tokens, offsets = [], []
         for position, entry in enumerate(entries):  # only the prompt's first token has no entry
-            tokens.append(self._texts.text(generation.prompt_ids[position] if entry is None else entry.token_id))
+            token_id = generation.prompt_ids[position] if entry is None else entry.token_id
+            tokens.append(self._texts.text(token_id))
             offsets.append(offset)
-            offset += len(tokens[-1])
+            offset += self._texts.width(token_id)
         alternatives = [None if entry is None else self._alternatives(entry) for entry in entries]
         own = [None if entry is None else _number(entry.logprob) for entry in entries]
         return {"tokens": tokens, "token_logprobs": own, "top_logprobs": alternatives, "text_offset": offsets}, offset

@@ -118,9 +118,7 @@ class Engine:
 
     def submit_all(self, requests: SequenceOf[tuple[SequenceOf[int], SamplingParams]]) -> list[Generation]:
         """Queue several requests, all of them or none; returns at once. Raises ConfigError, EngineBusy or EngineFailed."""
-        if len(requests) > self.max_waiting:
-            problem = f"asks for {len(requests)} answers, and at most {self.max_waiting} may wait here"
-            raise ConfigError("prompt", problem, "send several requests, with fewer prompts or a smaller n")
+        self.check_number(len(requests))
         for prompt_ids, params in requests:
             self._check_fits(prompt_ids, params)
         generations = [Generation(prompt_ids, params) for prompt_ids, params in requests]
@@ -128,6 +126,12 @@ class Engine:
             self._beat = time.monotonic()
         self._waiting.add([Sequence(generation, self.max_length) for generation in generations])
         return generations
+
+    def check_number(self, number: int) -> None:
+        """Raise ConfigError if so many requests can never be submitted together."""
+        if number > self.max_waiting:
+            problem = f"asks for {number} answers, and at most {self.max_waiting} may wait here"
+            raise ConfigError("prompt", problem, "send several requests, with fewer prompts or a smaller n")
 
     def check(self) -> None:
         """Raise EngineFailed if the engine takes no more requests, or does not get on with those it has."""

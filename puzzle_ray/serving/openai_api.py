@@ -84,6 +84,7 @@ class OpenAIService:
         model = self.model(request.model)
         params = request.sampling_params()
         model.engine.check()
+        model.engine.check_number(request.num_prompts * len(params))  # before a million prompts are tokenised
         prompts = await model.prompts.token_ids(request)
         return model.engine.submit_all([(prompt_ids, each) for prompt_ids in prompts for each in params])
 

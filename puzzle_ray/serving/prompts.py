@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from puzzle_ray.errors import ConfigError
@@ -61,11 +60,7 @@ class Prompts:
         self._check_characters(sum(len(turn["content"]) for turn in turns), "messages")
         try:
             text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except (
-            jinja2.TemplateError,
-            TypeError,
-            ValueError,
-        ) as error:  # e.g. a template that wants user and assistant to alternate
+        except Exception as error:  # whatever the template's code raises, e.g. where it wants user and assistant to alternate
             raise ConfigError("messages", f"the model's chat template refuses them: {error}") from None
         return self._encode(str(text), "messages", add_special_tokens=False)  # the template writes special tokens itself
 
@@ -92,6 +87,7 @@ class TokenTexts:
         self._tokenizer = tokenizer
         self._anchor = list(tokenizer(_ANCHOR, add_special_tokens=False)["input_ids"])
         self._known: dict[int, tuple[str, bytes]] = {}
+        self._special_ids = frozenset(tokenizer.all_special_ids)
         self._bytes = {character: byte for byte, character in _byte_letters().items()}
 
     def text(self, token_id: int) -> str:
@@ -101,6 +97,14 @@ class TokenTexts:
     def raw(self, token_id: int) -> list[int]:
         """The token's bytes."""
         return list(self._entry(token_id)[1])
+
+    def echoed(self, token_ids: Sequence[int]) -> str:
+        """A prompt's text. Special tokens are shown as nothing, as they are in answers: who sent a text gets that text."""
+        return self.decoded([token_id for token_id in token_ids if token_id not in self._special_ids])
+
+    def width(self, token_id: int) -> int:
+        """The characters that the token has in a text."""
+        return 0 if token_id in self._special_ids else len(self.text(token_id))
 
     def decoded(self, token_ids: Sequence[int]) -> str:
         """Several tokens' text, special tokens included."""

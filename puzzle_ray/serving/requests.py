@@ -21,6 +21,7 @@ _DEFAULT_MAX_TOKENS = 16  # OpenAI's documented default for completions; chat ha
 _MAX_STOP_STRINGS = 4
 _MAX_CHOICES = 128
 _MAX_BIASES = 1024
+_MAX_STOP_IDS = 1024
 _SEED_STEP = 0x9E3779B97F4A7C15  # between the seeds of a request's choices
 
 Neutral = dict[str, tuple[Any, ...] | None]  # field -> values that change nothing; None: no value changes the answer
@@ -82,6 +83,8 @@ class GenerationRequest(BaseModel):
             raise ConfigError("n", f"is {self.num_choices}", f"give 1 to {_MAX_CHOICES}")
         if len(self.logit_bias or {}) > _MAX_BIASES:
             raise ConfigError("logit_bias", f"names {len(self.logit_bias or {})} tokens", f"give at most {_MAX_BIASES}")
+        if len(self.stop_token_ids or ()) > _MAX_STOP_IDS:
+            raise ConfigError("stop_token_ids", f"holds {len(self.stop_token_ids or ())} ids", f"give at most {_MAX_STOP_IDS}")
         return self
 
     @property
@@ -93,6 +96,11 @@ class GenerationRequest(BaseModel):
     def num_candidates(self) -> int:
         """Answers that are generated to each prompt; the best ones are returned."""
         return self.num_choices
+
+    @property
+    def num_prompts(self) -> int:
+        """Texts to continue."""
+        return 1
 
     def sampling_params(self) -> list[SamplingParams]:
         """The sampling parameters of each candidate for a prompt. The first has the request's own seed. Raises ConfigError."""
@@ -154,6 +162,10 @@ class CompletionRequest(GenerationRequest):
     def num_candidates(self) -> int:
         return self.num_choices if self.best_of is None else self.best_of
 
+    @property
+    def num_prompts(self) -> int:
+        return len(self.prompts())
+
     def prompts(self) -> list[str] | list[list[int]]:
         """The prompts as they were given, in one list. Raises ConfigError."""
         prompt: Any = self.prompt
@@ -176,6 +188,15 @@ class TextPart(BaseModel):
     """A part of a message's content. There are only texts."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_type(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and fields.get("type") not in (None, "text"):
+            raise ConfigError(
+                "messages", f"a part of type {_short(fields['type'])} is not supported", 'send parts of type "text"'
+            )
+        return fields
 
     type: Literal["text"]
     text: str

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as _INTERFACE
+from transformers.pytorch_utils import Conv1D
 
 from puzzle_ray.families.descriptor import Descriptor
 from puzzle_ray.surgery.kv_cache import add_to_cache, cache_among
@@ -88,6 +89,25 @@ class LinearFFN(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         out: Tensor = self.linear_mlp(hidden_states)
         return out
+
+
+class OutputConv1D(Conv1D):
+    """The output projection of an attention that joins heads and channels whatever they are (GPT-2's own forward).
+
+    vLLM's attention function gives `[tokens, hidden_size]`, with heads and channels joined already. Such a forward then joins tokens
+    and channels, to one axis. Here they are parted again.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = super().forward(x.view(1, -1, self.nx) if x.dim() == 1 else x)
+        return out
+
+
+def part_joined_tokens(layer: nn.Module, descriptor: Descriptor) -> None:
+    """Makes an attention's output projection take what vLLM gives, in place. Does nothing for families that need no such care."""
+    output = getattr(layer.get_submodule(descriptor.attention), descriptor.output, None)
+    if isinstance(output, Conv1D):
+        output.__class__ = OutputConv1D
 
 
 def eager_attention_forward(

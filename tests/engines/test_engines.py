@@ -75,13 +75,14 @@ def python_of():
 
     def interpreter(name: str) -> Path:
         folder = root / name
-        if not (folder / "complete").exists():
+        wanted, complete = " ".join(PACKAGES[name]), folder / "complete"
+        if not complete.exists() or complete.read_text() != wanted:
             venv.create(folder, with_pip=True, clear=True)
             pip = [folder / "bin/python", "-m", "pip", "--quiet", "--disable-pip-version-check"]
             subprocess.run([*pip, "install", "--no-compile", *PACKAGES[name]], check=True, timeout=3600)
             if name in REMOVED:
                 subprocess.run([*pip, "uninstall", "--yes", *REMOVED[name]], check=True, timeout=600)
-            (folder / "complete").touch()
+            complete.write_text(wanted)
         return folder / "bin/python"
 
     return interpreter

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
+import psutil
 import pytest
 import torch
 from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
@@ -146,8 +147,9 @@ def test_errors_arrive_as_openais(client, url):
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="wrong").models.list()
     for path, status in [("/nowhere", 404), ("/v1/completions", 405)]:
-        code, _, body = asked_plainly(url + path)
+        code, headers, body = asked_plainly(url + path)
         assert code == status and path in json.loads(body)["error"]["message"]
+        assert headers["Allow"] == ("POST" if status == 405 else None)
     for body, status in [(b"[" * 10**5, 400), (b"{" + b" " * 2**19, 413), (b'{"prompt": "\\ud800"}', 400), (b"\xff", 400)]:
         code, _, answer = asked_plainly(f"{url}/v1/completions", body, **{"Content-Type": "application/json"})
         assert code == status and json.loads(answer)["error"]["message"]
@@ -204,6 +206,39 @@ def test_a_second_application_leaves_the_first_alone(client, url, child_folder):
         code, _, body = asked_plainly(f"{url.removesuffix('/here')}/second/v1/completions", b'{"prompt": "x", "max_tokens": 1}')
         assert (code, json.loads(body)["model"], answers()) == (200, "second", "tiny")
     assert list(serve.status().applications) == ["under-test"] and answers() == "tiny"
+
+
+@pytest.mark.wide
+def test_a_replica_that_is_killed_takes_only_its_own_requests_with_it(client, url, child_folder):
+    """Of the streams that run while one of two replicas is killed some end early; those that begin afterwards are whole."""
+    settings = ServeSettings(models={"pair": str(child_folder)}, max_batch_size=2, kv_cache_mib=32, num_replicas=2)
+    where, tokens = ("127.0.0.1", int(url.split(":")[2].partition("/")[0])), 1500
+    with deployed(settings, "pair", "/pair", where, False, Stops()):
+        assert wait_until_running("pair", WAIT_S, threading.Event())
+        pair = client.with_options(base_url=f"{url.removesuffix('/here')}/pair/v1")
+        asked = {"model": "pair", "prompt": "x", "max_tokens": tokens, "stream": True, "extra_body": {"ignore_eos": True}}
+
+        def begun():
+            stream = iter(pair.completions.create(**asked, stream_options={"include_usage": True}))
+            next(stream)
+            return stream
+
+        def whole(stream):
+            try:
+                *_, last = stream
+                return last.usage is not None and last.usage.completion_tokens == tokens
+            except Exception:  # the connection is cut, in whatever way
+                return False
+
+        with ThreadPoolExecutor(4) as pool:
+            before = list(pool.map(lambda _: begun(), range(4)))
+            replicas = [
+                each for each in psutil.Process().children(recursive=True) if "ServeReplica:pair" in " ".join(each.cmdline())
+            ]
+            assert len(replicas) == 2
+            replicas[0].kill()
+            in_progress, later = list(pool.map(whole, before)), list(pool.map(lambda _: whole(begun()), range(4)))
+        assert 0 < sum(in_progress) < 4 and all(later)
 
 
 def command(*options: str) -> list[str]:

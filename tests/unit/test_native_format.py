@@ -10,14 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from small_models import save_parent, tiny_config
+from transformers import modeling_utils
 
 from puzzle_ray.artifacts import LayerChoice
 from puzzle_ray.errors import ConfigError, ParentError
+from puzzle_ray.export.folders import export_to
 from puzzle_ray.families.registry import complete_config, families
 from puzzle_ray.models.blocks import reshape_layer
 from puzzle_ray.models.child import load_model, new_child, read_config, save_child
 from puzzle_ray.models.child_settings import version_4_rope, words_of_layers
 from puzzle_ray.models.folder_code import Names, write_code
+from puzzle_ray.store import Store
 from puzzle_ray.surgery.shapes import reshape_by_words
 from puzzle_ray.variants.base import layer_words
 
@@ -196,6 +199,45 @@ def test_the_history_goes_on_with_the_child(llama, tmp_path):
     assert history["parent_params"] == json.loads((folder / "puzzle_ray.json").read_text())["parent_params"] > 0
 
 
+@pytest.mark.parametrize("target_format", ["native", "nemotron_nas"])
+def test_an_exported_child_of_a_run_has_the_figures_of_its_evaluation_on_its_card(target_format, tmp_path, monkeypatch):
+    kept = [LayerChoice("noop"), LayerChoice(), LayerChoice()]
+    child, folder = saved_child(tmp_path, choices=kept, intermediate_size=256)
+    store = Store(str(tmp_path / "runs"))
+    distilled = store.artifact("gkd", {}, {"child": "a"})
+    with distilled.folder_to_publish("child") as target:
+        save_child(child, folder, target, {"distilled": "globally"})
+    distilled.finish({})
+    address = distilled.path("child")
+
+    def exported(name):
+        said = export_to(address, tmp_path / name, target_format, ["transformers"])
+        card, history = (tmp_path / name / "README.md").read_text(), json.loads((tmp_path / name / "puzzle_ray.json").read_text())
+        return said, card, history
+
+    assert "## Evaluation" not in exported("before")[1]
+    for number, kl in enumerate((0.5, 0.25)):
+        shared = {"throughput_tokens_per_s": 10.0, "heldout_loss": 3.0, "top1_agreement": 0.5}
+        figures = {"parent": shared | {"kl": 0.0}, "child_before_gkd": shared | {"kl": 9.0}, "child": shared | {"kl": kl}}
+        evaluation = store.artifact("evaluation", {"number": number}, {"gkd": distilled.key, "child": "a"})
+        scenario = {"input_tokens": 7, "output_tokens": 5}
+        evaluation.write_json("evaluation.json", {"models": figures, "scenario": scenario, "measured_by": "a test"})
+        with monkeypatch.context() as clock:  # the latest counts
+            clock.setattr("puzzle_ray.store.artifact.time.strftime", lambda *_, day=number + 1: f"2026-01-0{day}T00:00:00Z")
+            evaluation.finish({})
+    of_another = store.artifact("evaluation", {}, {"gkd": "b", "child": "a"})
+    of_another.write_json("evaluation.json", {})
+    of_another.finish({})
+    said, card, history = exported("after")
+    assert said[-1] == f"the model card has the figures of {evaluation.name}"
+    assert "| KL to the parent, nats a token | 0.0000 | 0.2500 |" in card and "7 tokens of prompt and 5 of answer, a test" in card
+    assert history["evaluation"]["models"]["child"]["kl"] == 0.25
+    assert {oct(file.stat().st_mode & 0o777) for file in (tmp_path / "after").iterdir()} == {"0o644"}
+    (tmp_path / "next").mkdir()
+    save_child(child, tmp_path / "after", tmp_path / "next", {"distilled": "again"})
+    assert "evaluation" not in json.loads((tmp_path / "next/puzzle_ray.json").read_text())
+
+
 def test_a_window_is_refused_where_the_engine_does_not_ask_for_masks(tmp_path):
     child, _ = saved_child(tmp_path, choices=[LayerChoice("window:5")] * 3)
     child.config._attn_implementation = "flex_attention"
@@ -225,3 +267,19 @@ def test_once_the_package_is_imported_no_remote_code_is_needed(first, llama, tmp
     module, total = python(["-c", code], tmp_path).split()
     assert module == "puzzle_ray.models.child_classes"
     assert float(total) == float(child(IDS).logits.double().sum().detach())
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "opt", "phi3"])
+@torch.no_grad()
+def test_its_attention_takes_outputs_whose_heads_are_joined_already_as_vllm_gives_them(model_type, tmp_path, monkeypatch):
+    child, _ = saved_child(tmp_path, model_type, [LayerChoice("gqa:1"), LayerChoice("noop"), LayerChoice()])
+    expected = child(IDS, use_cache=False).logits
+    functions = modeling_utils.ALL_ATTENTION_FUNCTIONS
+
+    def joined(*arguments, **settings):
+        out, weights = functions["sdpa"](*arguments, **settings)
+        return out.reshape(out.shape[1], -1), weights
+
+    monkeypatch.setitem(functions, "joined", joined)
+    child.config._attn_implementation = "joined"  # without masks of its own: attention is causal
+    torch.testing.assert_close(child(IDS, use_cache=False).logits, expected)

@@ -134,8 +134,11 @@ def test_content_in_parts_and_names_reach_the_template(service, chat_template):
     request = ChatRequest(**CHAT | {"messages": turns})
     text = "[user ann] hello\nyou\n[assistant] hi\n[assistant] "
     assert service.model.prompts.read(request) == [service.tokenizer(text).input_ids]
-    for wrong in ({"type": "image_url", "image_url": {"url": "x"}}, {"type": "text"}):
-        with pytest.raises(ValidationError):
+    for wrong, said in (
+        ({"type": "image_url", "image_url": {"url": "x"}}, "'image_url' is not supported"),
+        ({"type": "text"}, "text"),
+    ):
+        with pytest.raises((ConfigError, ValidationError), match=said):
             ChatRequest(**CHAT | {"messages": [{"role": "user", "content": [wrong]}]})
     with pytest.raises(ConfigError, match="tool_calls"):
         ChatRequest(**CHAT | {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]})
@@ -179,6 +182,15 @@ def test_a_prompt_is_echoed_and_scored_as_the_model_scores_it(service):
     assert nothing_new["choices"][0]["text"] == "some text" and len(nothing_new["choices"][0]["logprobs"]["tokens"]) == 9
     assert nothing_new["usage"]["completion_tokens"] == 0
     assert answer(service, CompletionRequest(**ASK | {"max_tokens": 0, "echo": True}))["choices"][0]["logprobs"] is None
+
+
+def test_an_echo_has_the_text_without_the_tokens_that_stand_before_it(service):
+    ids = [0, *service.tokenizer("some text").input_ids]
+    (choice,) = answer(service, CompletionRequest(**ASK | {"prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 0}))[
+        "choices"
+    ]
+    assert choice["text"] == "some text" and choice["logprobs"]["tokens"] == ["<s>", *"some text"]
+    assert choice["logprobs"]["text_offset"] == [0, *range(9)]
 
 
 @pytest.mark.parametrize("echo", [False, True])
@@ -237,6 +249,18 @@ def test_requests_that_cannot_be_served_start_nothing(service, fields, said):
         submit(service, CompletionRequest(**ASK | fields))
     assert service.engine.stats().running == service.engine.stats().waiting == 0
     assert service.engine.stats().finished == finished
+
+
+def test_too_many_prompts_are_refused_before_one_is_tokenised(service, monkeypatch):
+    monkeypatch.setattr(service.model.prompts, "read", lambda request: pytest.fail("read"))
+    with pytest.raises(ConfigError, match="asks for 200000 answers"):
+        submit(service, CompletionRequest(**ASK | {"prompt": ["a"] * 10**5, "n": 2}))
+
+
+def test_whatever_a_template_raises_is_the_requests_error(service, monkeypatch):
+    monkeypatch.setattr(service.tokenizer, "chat_template", "{{ messages | length // 0 }}", raising=False)
+    with pytest.raises(ConfigError, match="messages: the model's chat template refuses them"):
+        submit(service, ChatRequest(**CHAT))
 
 
 def test_several_prompts_are_taken_together_or_not_at_all(service):

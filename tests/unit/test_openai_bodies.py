@@ -41,6 +41,7 @@ UNSUPPORTED = [
     (CompletionRequest, {"n": 3, "best_of": 2}), (CompletionRequest, {"max_tokens": 0}),
     (CompletionRequest, {"logprobs": 21}), (CompletionRequest, {"logit_bias": {"5": 101}}), (CompletionRequest, {"logit_bias": {"x": 1}}),
     (CompletionRequest, {"presence_penalty": float("nan")}), (CompletionRequest, {"stop": list("abcde")}),
+    (CompletionRequest, {"stop_token_ids": [5] * 1025}),
     (ChatRequest, {"response_format": {"type": "json_object"}}), (ChatRequest, {"tool_choice": "required"}),
     (ChatRequest, {"tools": [{"type": "function"}]}), (ChatRequest, {"top_logprobs": 2}), (ChatRequest, {"max_tokens": 0}),
 ]  # fmt: skip
@@ -84,6 +85,7 @@ def test_bodies_are_read_up_to_a_limit_of_bytes_and_time():
         (lambda: read(messages(b"12345", b"67890", b"1")), 413),
         (lambda: read(messages(b""), {"content-length": "11"}), 413),
         (lambda: read(messages(b"", pause_s=5)), 408),
+        (lambda: read(messages(*[b""] * 1000, pause_s=0.01)), 408),  # each part in time, and there is no end of them
     ]:
         with pytest.raises(BodyRefused) as caught:
             refused()
