@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from puzzle_ray.artifacts import Architecture, Measure, Profile, Scores, SearchSpace
+from puzzle_ray.artifacts import Architecture, Choices, Measure, Profile, Scores, SearchSpace
 from puzzle_ray.checks import check
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.config import TINY, RunConfig, load
@@ -303,7 +303,10 @@ def read_architecture(artifact: Artifact) -> Architecture:
 
 
 def child_of(s: Setting, library: Artifact, architecture: Artifact) -> Artifact:
-    choices = read_architecture(architecture).choices
+    return child_with(s, library, read_architecture(architecture).choices)
+
+
+def child_with(s: Setting, library: Artifact, choices: Choices) -> Artifact:
     inputs = {"library": library.key, "parent": s.parent_key, "choices": ", ".join(choice.label for choice in choices)}
     return once(s.store.artifact("child", {}, inputs), lambda artifact: realize(str(s.parent), choices, library, artifact))
 
