@@ -70,7 +70,13 @@ BASE = (
     "profile.scenario={batch_size: 16, input_tokens: 96, output_tokens: 32}", "profile.repeats=7", "search.sweep={speedup: [2.0]}",
     "search.candidates=3", "gkd.num_workers=1", "gkd.learning_rate=0.001", "scoring.tokens=8192",
 )  # fmt: skip
-QUICK = ("profile.repeats=2", "scoring.tokens=2048", "evaluate.tokens=4096", "tiny_parent_steps=40", "library.calibration_tokens=2048")
+QUICK = (
+    "profile.repeats=2",
+    "scoring.tokens=2048",
+    "evaluate.tokens=4096",
+    "tiny_parent_steps=40",
+    "library.calibration_tokens=2048",
+)
 LEARNS_NOTHING = 1e-12  # a learning rate; a block that is no better than its start is kept as it started
 
 

@@ -53,11 +53,11 @@ def call(
 ) -> None:
     from puzzle_ray.config import TINY
     from puzzle_ray.errors import ConfigError
+    from puzzle_ray.export.target import configured_space
     from puzzle_ray.models.checkpoint import locate
     from puzzle_ray.models.child import read_config
     from puzzle_ray.planning.demand import Sizes, demands, works
     from puzzle_ray.planning.hardware import Hardware
-    from puzzle_ray.export.target import configured_space
 
     hardware = Hardware.parse(cluster)
     settings = configured(recipe, config, set_, parent, data, store).config

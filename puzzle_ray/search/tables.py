@@ -9,7 +9,19 @@ from itertools import islice
 
 import numpy as np
 
-from puzzle_ray.artifacts import KINDS, MIB, Architecture, Costs, LayerChoice, LayerSpace, Profile, ProfileRow, Scenario, Scores, SearchSpace
+from puzzle_ray.artifacts import (
+    KINDS,
+    MIB,
+    Architecture,
+    Costs,
+    LayerChoice,
+    LayerSpace,
+    Profile,
+    ProfileRow,
+    Scenario,
+    Scores,
+    SearchSpace,
+)
 from puzzle_ray.errors import ConfigError, Infeasible, OutOfTime, ProfileError
 from puzzle_ray.plugins import did_you_mean
 from puzzle_ray.search.limits import Limits

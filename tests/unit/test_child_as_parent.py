@@ -94,7 +94,9 @@ def test_what_its_subblocks_cost_is_profiled_in_the_shapes_of_the_original(child
     for task in profile_tasks(space, settings):
         sizes[task.layer_type] = {(s.subblock, s.variant): s for s in subblock_sizes(task, config, settings)}
     params = sum(
-        sizes[layer.layer_type][kind, layer.now.variant(kind)].num_params for layer in space.layers for kind in ("attention", "ffn")
+        sizes[layer.layer_type][kind, layer.now.variant(kind)].num_params
+        for layer in space.layers
+        for kind in ("attention", "ffn")
     )
     fixed = next(iter(sizes.values()))["fixed", "fixed"].num_params
     assert params + fixed == load_model(child).num_parameters()
