@@ -8,6 +8,7 @@ For every parent and seed, one profile is measured, one library is trained and s
 - `greedy`, `random`: another search of the same scores; `random` is one random architecture within the budget.
 - `uniform`: every layer alike, the FFN's width and KV heads just as narrow as the speed needs, by importance, no BLD (as Minitron).
 - `depth`: whole layers dropped, those of least influence first. What BLD read, GKD reads besides, here and in `uniform`.
+- `iterative`: `puzzle` in two rounds, each with half of the tokens; the first one's child is the second one's parent.
 
 The budget is a throughput on the measured profile. At the end all children of one speed are timed with their parent in turn. KL and
 loss are on held-out text that no stage has read. Rows are written one by one, and a run goes on where another one ended.
@@ -21,7 +22,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,13 @@ from puzzle_ray.config import RunConfig, load
 from puzzle_ray.distill.settings import GkdConfig
 from puzzle_ray.errors import Infeasible
 from puzzle_ray.evaluation.evaluate import predictions, speeds
-from puzzle_ray.models.child import load_model, quiet_transformers
+from puzzle_ray.models.child import choices_of, load_model, quiet_transformers, read_config
 from puzzle_ray.pipeline import (
     SEQUENCES,
+    Round,
     Setting,
     architecture_of,
+    child_of,
     child_with,
     distilled_of,
     library_of,
@@ -64,11 +67,11 @@ from puzzle_ray.store import Artifact, Store
 TEXTS = {"stories260K": "tinystories/train.txt", "chars105": "tinystories/train.txt", "gutenberg7m": "gutenberg"}
 PARENTS = ("tiny", *TEXTS)
 SPEEDS = (1.25, 1.5, 2.0)
-METHODS = ("puzzle", "no_gkd", "no_cosine", "no_bld", "greedy", "random", "uniform", "depth")
+METHODS = ("puzzle", "no_gkd", "no_cosine", "no_bld", "greedy", "random", "uniform", "depth", "iterative")
 BASE = (
     "data.sequence_length=128", "library.calibration_tokens=8192", "library.learning_rate=0.001", "library.micro_batch_tokens=2048",
     "profile.scenario={batch_size: 16, input_tokens: 96, output_tokens: 32}", "profile.repeats=7", "search.sweep={speedup: [2.0]}",
-    "search.candidates=3", "gkd.num_workers=1", "gkd.learning_rate=0.001", "scoring.tokens=8192",
+    "search.candidates=3", "gkd.num_workers=2", "gkd.micro_batch_tokens=1024", "gkd.learning_rate=0.001", "scoring.tokens=8192",
 )  # fmt: skip
 QUICK = (
     "profile.repeats=2",
@@ -220,6 +223,23 @@ def _uniform(bench: Bench, speed: float) -> Child | None:
     return _full(bench, (choice,) * len(bench.s.space.layers), library_of(s, bench.tokens), bld=False)
 
 
+def _iterative(bench: Bench, speed: float) -> Child:
+    """Two rounds, each with half of the tokens."""
+    config, half = bench.s.config, {"tokens": bench.s.config.library.tokens // 2}
+    changed = bench.with_config(library=half, gkd={"tokens": config.gkd.tokens // 2}, search={"limits": Limits(speedup=speed)})
+    s = Setting(changed.config.model_copy(update={"rounds": 2}), bench.s.store, bench.s.progress)
+    while True:
+        library = library_of(s, bench.tokens)
+        architecture = architecture_of(s, bench.tokens, library, bench.profile, scores_of(s, bench.tokens, library))
+        start = child_of(s, library, architecture)
+        end = distilled_of(s, bench.tokens, start)
+        if s.number == s.config.rounds:
+            break
+        s = replace(s, after=Round(s, library, read_architecture(architecture).choices, end))
+    choices = choices_of(read_config(Path(end.path("child"))))
+    return Child(choices, start, end, 2 * s.config.library.tokens, 2 * s.config.gkd.tokens)
+
+
 MAKERS: dict[str, Callable[[Bench, float], Child | None]] = {
     "puzzle": _puzzle,
     "no_gkd": lambda bench, speed: _puzzle(bench, speed, gkd=False),
@@ -229,6 +249,7 @@ MAKERS: dict[str, Callable[[Bench, float], Child | None]] = {
     "random": _searched_by("random", samples=1),
     "uniform": _uniform,
     "depth": _depth,
+    "iterative": _iterative,
 }
 
 
@@ -243,7 +264,6 @@ def row_of(bench: Bench, speed: float, method: str) -> dict[str, Any]:
         return row | {"problem": "no uniform width is narrow enough"}
     folders = {"parent": str(bench.s.parent), "start": made.start.path("child"), "end": made.end.path("child")}
     batches = parts_of(bench.s, bench.tokens).test.first(bench.s.config.evaluate.tokens, SEQUENCES)
-    compute_with(num_cores())
     with quiet_transformers():
         found = predictions({name: load_model(folder) for name, folder in folders.items()}, batches)
     facts = made.end.facts() if made.gkd_tokens else {}

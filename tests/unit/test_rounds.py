@@ -42,7 +42,10 @@ PROFILE = Profile(
 )
 
 
-def space(now=LayerChoice()):
+ORIGINAL = LayerChoice()
+
+
+def space(now=ORIGINAL):
     return SearchSpace((LayerSpace(("parent", "gqa:1"), ("parent", "ffn:8"), now=now),) * 2)
 
 
@@ -79,7 +82,9 @@ def test_one_round_takes_the_limits_as_they_are():
 
 
 def test_a_library_of_one_parent_is_no_start_for_several():
-    with pytest.raises(ConfigError, match=r"library.narrow_from is about one parent, .* rounds=2 .*; leave it out, or set rounds: 1"):
+    with pytest.raises(
+        ConfigError, match=r"library.narrow_from is about one parent, .* rounds=2 .*; leave it out, or set rounds: 1"
+    ):
         validated({"rounds": 2, "library": {"narrow_from": "sweep.json"}})
 
 
@@ -109,7 +114,7 @@ def test_two_rounds_end_within_the_budget_and_train_no_unchanged_layer_again(tmp
     first = next(p for p in libraries if p != second)
     carried = json.loads(json.loads((second / "artifact.json").read_text())["inputs"]["carried over"].partition(" ")[2])
     whole = choices_of(read_config(_child_of_round(tmp_path / "store", first)))
-    assert carried == [index for index, choice in enumerate(whole) if choice == LayerChoice()]
+    assert carried and carried == [index for index, choice in enumerate(whole) if choice == LayerChoice()]
     for layer in range(3):
         name = variant_file(layer, "attention", "noop")
         file = variant_file(layer, "ffn", "ffn:24")
