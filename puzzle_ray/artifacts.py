@@ -76,10 +76,8 @@ class LayerSpace:
     """The variants that one layer may have. Both lists contain `parent`.
 
     `layer_type` distinguishes layers of different kinds of attention, as in transformers. Where `coupled` is true, attention and FFN
-    of a pair are trained together, and a half of a pair has no weights of its own outside that pair.
-
-    Where the parent is a child itself, `now` is what this layer of it was made of, counted from the original model. The names of
-    variants mean the same shapes for both.
+    of a pair are trained together, and a half of a pair has no weights of its own outside that pair. Where the parent is a child itself,
+    `now` is what this layer of it was made of, counted from the original model; names of variants mean the same shapes for both.
     """
 
     attention: tuple[str, ...]
@@ -119,13 +117,8 @@ class SearchSpace:
 
     @classmethod
     def from_json(cls, data: bytes) -> SearchSpace:
-        raw = json.loads(data)
-        return cls(
-            tuple(
-                LayerSpace(tuple(x["attention"]), tuple(x["ffn"]), x["layer_type"], x["coupled"], LayerChoice(**x["now"]))
-                for x in raw["layers"]
-            ),
-        )
+        layers = json.loads(data)["layers"]
+        return cls(tuple(LayerSpace(**x | {k: tuple(x[k]) for k in KINDS} | {"now": LayerChoice(**x["now"])}) for x in layers))
 
     def subblocks(self) -> Iterable[tuple[int, SubblockKind, str]]:
         """Every (layer, kind, variant) that is not the parent's own."""
