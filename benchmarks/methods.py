@@ -359,7 +359,7 @@ def main() -> None:
 
     def save() -> None:
         kept = [{name: value for name, value in row.items() if name != "child"} for row in rows]
-        write(given.out, kept, summary_of(rows) | {"tokens": given.tokens, "bld_tokens": given.bld_tokens})
+        write(given.out, kept, summary_of(rows) | {"settings": [*BASE, *words]})
 
     with tempfile.TemporaryDirectory() as scratch:
         for seed in given.seeds:
