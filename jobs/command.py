@@ -55,7 +55,10 @@ class Group:
 
 
 def stage_verb(name: str, about: str | None, group: str, work: Callable[[Run], None], needs_ray: bool = True) -> Verb:
-    """A verb with the options that every stage has. `work` is given a checked run, within a Ray session where it needs one."""
+    """A verb with the options that every stage has.
+
+    `work` is given a checked run, within a Ray session where it needs one: its last round, when the others are done.
+    """
 
     def call(
         recipe: Recipe = None,
@@ -72,14 +75,14 @@ def stage_verb(name: str, about: str | None, group: str, work: Callable[[Run], N
 
         if not needs_ray:
             with observed(run, name):
-                work(run)
+                work(run.last_round())
             return
         from jobs.checks import check_cluster
         from jobs.session import connected
 
         with connected(run.config.cluster, window_bytes(run)), observed(run, name):
             check_cluster(run.config)
-            work(run)
+            work(run.last_round())
 
     call.__doc__ = about
     return Verb(name, group, call)

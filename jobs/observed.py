@@ -16,7 +16,7 @@ from typing import Any
 
 from jobs.curves import Curves
 from jobs.endings import SUBMITTED
-from jobs.run import Run
+from jobs.run import OF_ORIGINAL, Run
 from puzzle_ray.config import RunConfig
 from puzzle_ray.progress import Bar
 from puzzle_ray.run_log import RunLog, new_run_id
@@ -62,7 +62,7 @@ class Observer:
         self.failed: set[str] = set()  # what cannot be told, and was said once
         self.closing = threading.Event()
         self.on_cluster = threading.Lock()  # Ray is asked under it, and never again once it is closing
-        self.inner = run.progress
+        self.first, self.inner = run, run.progress
         run.progress, run.listener = self, self
         job = os.environ.get("RAY_JOB_ID") if SUBMITTED in os.environ else None
         who = {"verb": verb, "host": socket.gethostname(), "pid": os.getpid(), "version": __version__, "job": job}
@@ -112,6 +112,11 @@ class Observer:
         if did:
             self._guarded("TensorBoard's curves", lambda: self._draw(artifact))
 
+    def follow(self, run: Run) -> None:
+        """A round begins: the page is about it now, and about what all rounds share."""
+        self.run, self.stages_done = run, self.stages_done & {*OF_ORIGINAL}
+        self.log.event("round_begun", round=run.number, rounds=run.config.rounds)
+
     def done(self, name: str) -> None:
         self.stages_done.add(name)
         self._guarded("the page", self._write_page)
@@ -137,7 +142,7 @@ class Observer:
         self._guarded("TensorBoard's curves", self.curves.close)
         self.log.event("run_ended", how=how, error=error)
         self.log.flush()
-        self.run.progress, self.run.listener = self.inner, None
+        self.first.progress, self.first.listener = self.inner, None
 
     # the cluster
 

@@ -53,18 +53,18 @@ def call(
 ) -> None:
     from puzzle_ray.config import TINY
     from puzzle_ray.errors import ConfigError
+    from puzzle_ray.export.target import configured_space
     from puzzle_ray.models.checkpoint import locate
     from puzzle_ray.models.child import read_config
     from puzzle_ray.planning.demand import Sizes, demands, works
     from puzzle_ray.planning.hardware import Hardware
-    from puzzle_ray.variants.space import search_space
 
     hardware = Hardware.parse(cluster)
     settings = configured(recipe, config, set_, parent, data, store).config
     if settings.parent == TINY:
         raise ConfigError("parent", "the tiny parent is trained first and fits anywhere", "name a parent: a folder or a hub id")
     model_config = read_config(locate(settings.parent, settings.revision), settings.trust_remote_code)
-    space = search_space(model_config, settings.space.attention, settings.space.ffn, settings.space.ffn_multiple_of)
+    space = configured_space(model_config, settings.space, settings.search.target_format)
     sizes = Sizes(model_config, space)
     lines = table(demands(settings, model_config, sizes), works(settings, model_config, sizes), hardware, mfu)
     print("\n".join(lines))

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from puzzle_ray.profiling.engine import Target
 
 
+OF_ORIGINAL = ("tiny_parent", "tokens", "profile", "sweep")  # stages that all rounds share: none of them reads a round's child
+
+
 class NotDone(Exception):
     """What was asked for depends on the result of `stage`, which is not finished."""
 
@@ -72,6 +75,9 @@ class Listener(Protocol):
 
     def done(self, name: str) -> None:
         """A stage of the run itself is finished, and what it made can be read."""
+
+    def follow(self, run: Run) -> None:
+        """From now on, it is this round's stages that are told of."""
 
 
 @lru_cache(maxsize=1)
@@ -133,10 +139,16 @@ def _is_folder(named: str) -> bool:
 
 
 class Run:
-    """One config and its store."""
+    """One config and its store; with `config.rounds`, one round of it.
 
-    def __init__(self, config: RunConfig, progress: Progress | None = None) -> None:
-        self.config = config
+    `after` is the round before, whose child, distilled, is the parent here. All rounds are the same stages. What depends on the original
+    model alone (`OF_ORIGINAL`) is the first round's in all of them.
+    """
+
+    def __init__(self, config: RunConfig, progress: Progress | None = None, after: Run | None = None) -> None:
+        self.config, self.after = config, after
+        self.number: int = 1 if after is None else after.number + 1  # of the round
+        self.original: Run = self if after is None else after.original
         self.progress = progress or Display()
         self.store = Store(config.store)
         self.seconds: dict[str, float] = {}  # that every stage took when it was done
@@ -155,6 +167,8 @@ class Run:
 
     def artifact(self, name: str) -> Artifact:
         """Where a stage's result is kept, finished or not. Raises NotDone where that depends on an unfinished stage's content."""
+        if self.after is not None and name in OF_ORIGINAL:
+            return self.original.artifact(name)
         if name not in self._artifacts:
             stage = stages()[name]
             inputs = {other: self.artifact(other).key for other in stage.inputs if stages()[other].wanted(self.config)}
@@ -170,9 +184,11 @@ class Run:
 
     @cached_property
     def parent(self) -> Parent:
-        """Raises NotDone while the tiny parent is not trained."""
+        """Raises NotDone while the tiny parent is not trained, or the round before is not done."""
         from puzzle_ray.models.checkpoint import locate
 
+        if self.after is not None:
+            return Parent.at(self.after.content("gkd").path("child"))
         named = self.config.parent
         if named == TINY:
             return Parent.at(f"{self.content('tiny_parent').path('parent')}/model")
@@ -182,6 +198,25 @@ class Run:
             return Parent.at(named)
         commit = locate(named, self.config.revision).name  # the hub's cache names a snapshot's folder by its commit
         return Parent.at(f"{named}@{commit}")
+
+    @cached_property
+    def next_round(self) -> Run:
+        """The round after this one. It can be asked for before its parent is there."""
+        assert self.number < self.config.rounds, "this is the last round"
+        following = Run(self.config, self.progress, self)
+        following.listener = self.listener
+        return following
+
+    def last_round(self) -> Run:
+        """Does all rounds but the last up to their distilled child, and returns the last."""
+        run = self
+        while run.number < run.config.rounds:
+            print(f"  round {run.number} of {run.config.rounds}", file=sys.stderr, flush=True)
+            run.done("gkd")
+            run = run.next_round
+            if run.listener is not None:
+                run.listener.follow(run)
+        return run
 
     @cached_property
     def whole_space(self) -> SearchSpace:
@@ -201,6 +236,8 @@ class Run:
     @cached_property
     def profile_config(self) -> ProfileConfig:
         """How to profile, with numbers in place of `auto`."""
+        if self.after is not None:
+            return self.original.profile_config
         from puzzle_ray.profiling.batch_sizes import with_batch_sizes
 
         limit_mib = self.config.search.limits.memory_mib
@@ -261,7 +298,8 @@ class Run:
         return self.artifact(names[-1])
 
     def _do(self, stage: Stage) -> None:
-        artifact = self.finish(self.artifact(stage.name), lambda artifact: stage.work(self, artifact))
+        run = self.original if stage.name in OF_ORIGINAL else self
+        artifact = self.finish(self.artifact(stage.name), lambda artifact: stage.work(run, artifact))
         self._finished.add(stage.name)
         if self.listener is not None:
             self.listener.done(stage.name)

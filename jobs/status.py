@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jobs.command import SEARCHES, Config, Data, Debug, ParentName, Recipe, Settings, StoreRoot, Verb, configured
-from jobs.run import NotDone, Run, Stage, in_order, stages
+from jobs.run import OF_ORIGINAL, NotDone, Run, Stage, in_order, stages
 from jobs.store import is_there
 from puzzle_ray.errors import ClusterError, ProfileError
 from puzzle_ray.store import RECORD, Artifact, Store
@@ -20,7 +20,10 @@ IN_WORDS = ("engine", "target")  # inputs that a reader understands; the others 
 
 @dataclass(frozen=True)
 class Row:
-    """One stage: its state, `finished`, `begun` or `to do`, and in words why it would run or where its result is."""
+    """One stage: its state, `finished`, `begun` or `to do`, and in words why it would run or where its result is.
+
+    Where there are several rounds, `stage` says which one it is of: `2 library`.
+    """
 
     stage: str
     state: str
@@ -28,13 +31,26 @@ class Row:
 
 
 def rows(run: Run) -> list[Row]:
-    """Every stage in the order in which they run. Nothing is done, and nothing is written. Raises StoreError where the store cannot
-    be read."""
+    """Every stage of every round in the order in which they run. Nothing is done, and nothing is written. Raises StoreError where the
+    store cannot be read."""
     is_there(run.store)
+    if run.config.rounds == 1:
+        return _rows_of(run, in_order(stages(), run.config))
+    found: list[Row] = []
+    for number in range(1, run.config.rounds + 1):
+        last = number == run.config.rounds
+        order = in_order(stages() if last else ("gkd",), run.config)
+        own = [stage for stage in order if number == 1 or stage.name not in OF_ORIGINAL or (last and stage.name == "sweep")]
+        found += [replace(row, stage=f"{number} {row.stage}") for row in _rows_of(run, own)]
+        run = run if last else run.next_round
+    return found
+
+
+def _rows_of(run: Run, order: Sequence[Stage]) -> list[Row]:
     found: list[Row] = []
     would_run: set[str] = set()
     of_no_device: set[str] = set()  # nobody is asked for the device again on their behalf
-    for stage in in_order(stages(), run.config):
+    for stage in order:
         try:
             before = sorted(of_no_device & {*stage.inputs, *stage.reads})
             found.append(_needs(stage, before[0]) if before else _row(run, stage, would_run))

@@ -57,6 +57,10 @@ class LayerChoice:
     def variant(self, kind: SubblockKind) -> str:
         return self.attention if kind == "attention" else self.ffn
 
+    def on(self, now: LayerChoice) -> LayerChoice:
+        """The same choice counted from the original model, for a layer of a child that is `now` already."""
+        return LayerChoice(*(now.variant(kind) if self.variant(kind) == PARENT else self.variant(kind) for kind in KINDS))
+
     @property
     def replaced(self) -> tuple[SubblockKind, ...]:
         """The subblocks that are not the parent's own."""
@@ -72,13 +76,15 @@ class LayerSpace:
     """The variants that one layer may have. Both lists contain `parent`.
 
     `layer_type` distinguishes layers of different kinds of attention, as in transformers. Where `coupled` is true, attention and FFN
-    of a pair are trained together, and a half of a pair has no weights of its own outside that pair.
+    of a pair are trained together, and a half of a pair has no weights of its own outside that pair. Where the parent is a child itself,
+    `now` is what this layer of it was made of, counted from the original model; names of variants mean the same shapes for both.
     """
 
     attention: tuple[str, ...]
     ffn: tuple[str, ...]
     layer_type: str = "full_attention"
     coupled: bool = False
+    now: LayerChoice = LayerChoice()
 
     def variants(self, kind: SubblockKind) -> tuple[str, ...]:
         return self.attention if kind == "attention" else self.ffn
@@ -111,10 +117,8 @@ class SearchSpace:
 
     @classmethod
     def from_json(cls, data: bytes) -> SearchSpace:
-        raw = json.loads(data)
-        return cls(
-            tuple(LayerSpace(tuple(x["attention"]), tuple(x["ffn"]), x["layer_type"], x["coupled"]) for x in raw["layers"]),
-        )
+        layers = json.loads(data)["layers"]
+        return cls(tuple(LayerSpace(**x | {k: tuple(x[k]) for k in KINDS} | {"now": LayerChoice(**x["now"])}) for x in layers))
 
     def subblocks(self) -> Iterable[tuple[int, SubblockKind, str]]:
         """Every (layer, kind, variant) that is not the parent's own."""

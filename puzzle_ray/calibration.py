@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from puzzle_ray.artifacts import KINDS, SubblockKind
 from puzzle_ray.families.descriptor import Descriptor
+from puzzle_ray.surgery.subblocks import LinearAttention, LinearFFN, NoopAttention, NoopFFN
 
 # N tokens, D hidden size, F inner activations; O and I the output and input features of a projection
+REPLACED = (LinearAttention, LinearFFN, NoopAttention, NoopFFN)
 INPUTS, HEADS, CHANNELS = "inputs", "heads", "channels"
 ALL_STATISTICS = frozenset({INPUTS, HEADS, CHANNELS})
 
@@ -183,9 +185,13 @@ class Statistics:
             handles.append(entry.register_forward_pre_hook(on_entry, with_kwargs=True))
             handles.append(layer.get_submodule(descriptor.module(kind)).register_forward_hook(on_exit))
 
-        watch_input(getattr(descriptor.core(layer, "ffn"), descriptor.ffn_down), self._add_channels)
-        watch_input(getattr(descriptor.core(layer, "attention"), descriptor.output), self._add_heads)
         for kind in KINDS:
+            if isinstance(layer.get_submodule(descriptor.module(kind)), REPLACED):
+                continue  # a child's own: what can still replace it starts from no statistics
+            if kind == "ffn":
+                watch_input(getattr(descriptor.core(layer, kind), descriptor.ffn_down), self._add_channels)
+            else:
+                watch_input(getattr(descriptor.core(layer, kind), descriptor.output), self._add_heads)
             watch_subblock(kind)
         try:
             yield

@@ -110,8 +110,6 @@ def _checked_parent(config: RunConfig) -> Any:
     folder = locate(config.parent, config.revision)
     model_config = read_config(folder, config.trust_remote_code)
     describe(model_config)
-    if getattr(model_config, "puzzle_layers", None):
-        raise ParentError("parent", f"{config.parent!r} is a child itself", "name a model that is no child")
     if getattr(model_config, "quantization_config", None):
         raise ParentError("parent", f"the weights of {config.parent!r} are quantized", "give the checkpoint they were made from")
     for remark in check_weights(folder, model_config):

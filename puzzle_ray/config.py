@@ -35,6 +35,7 @@ class RunConfig(Section):
     trust_remote_code: bool = False  # code that comes with the parent's checkpoint may run
     store: str = "runs"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    rounds: Annotated[int, Field(ge=1, le=32)] = 1  # to the budget; every round's child, distilled, is the next one's parent
     tiny_parent_steps: Annotated[int, Field(gt=20)] = 500  # of the training of parent tiny, 20 of them warm-up
     data: DataConfig = DataConfig()
     space: SpaceConfig = SpaceConfig()
@@ -84,6 +85,10 @@ class RunConfig(Section):
         if self.library.mode == "coupled" and self.scoring.shortlist == "fisher":
             problem = "scoring.shortlist fisher estimates halves, and library.mode coupled has none that stand for themselves"
             raise ValueError(f"{problem}; set scoring.shortlist to none")
+        if self.rounds > 1 and (self.library.narrow_from or self.library.start_from):
+            named = "narrow_from" if self.library.narrow_from else "start_from"
+            problem = f"library.{named} is about one parent, and every one of rounds={self.rounds} has another"
+            raise ValueError(f"{problem}; leave it out, or set rounds: 1")
         if self.search.sweep_gkd and not self.gkd.trains:
             raise ValueError(
                 "search.sweep_gkd distils the frontier, but gkd.tokens is 0; set gkd.tokens, or search.sweep_gkd=false"

@@ -13,22 +13,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from puzzle_ray.artifacts import Architecture, Measure, Profile, Scores, SearchSpace
+from puzzle_ray.artifacts import Architecture, Choices, Measure, Profile, Scores
 from puzzle_ray.checks import check, check_asked
-from puzzle_ray.cluster import ClusterConfig
-from puzzle_ray.config import TINY, RunConfig, load
+from puzzle_ray.compression import Round, Setting
+from puzzle_ray.config import TINY, load
 from puzzle_ray.data.parts import HeldoutParts, heldout_parts
 from puzzle_ray.data.sources import source_fingerprint
 from puzzle_ray.data.splits import load_tokens, save_tokens, train_tokens_source
 from puzzle_ray.distill.gkd import GkdJob, distill_child
-from puzzle_ray.distill.library import Library, build_serially, starting_library
+from puzzle_ray.distill.library import Library, build_serially, carry_over, starting_library
 from puzzle_ray.distill.realize import realize
 from puzzle_ray.distill.text import LibraryText
 from puzzle_ray.evaluation.child_meter import ChildMeter
@@ -37,26 +35,19 @@ from puzzle_ray.evaluation.quality import Quality, quality_facts
 from puzzle_ray.evaluation.reader import AskHere
 from puzzle_ray.evaluation.requests import ANSWERS
 from puzzle_ray.evaluation.task_names import task_sources
-from puzzle_ray.export.target import configured_space
-from puzzle_ray.models.blocks import LayerStack, load_stack
-from puzzle_ray.models.checkpoint import fingerprint, locate
-from puzzle_ray.models.child import read_config
-from puzzle_ray.models.describe import describe
 from puzzle_ray.models.tokenizer import read_tokenizer
 from puzzle_ray.process import compute_with, num_cores
-from puzzle_ray.profiling.batch_sizes import with_batch_sizes
 from puzzle_ray.profiling.engine import engine_source, target_here
 from puzzle_ray.profiling.measure import PROFILE_TABLE, profile_serially
-from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.progress import Display, Progress
-from puzzle_ray.recipes import tiny_parent
 from puzzle_ray.scoring.downstream import load_questions
 from puzzle_ray.scoring.exact import exact_where_used
 from puzzle_ray.scoring.replacements import SCORES_TABLE
 from puzzle_ray.scoring.serial import SerialScorer, score_serially
 from puzzle_ray.search.budget import check_budget
 from puzzle_ray.search.choose import ARCHITECTURE, Answers, MakeExact, choose, save_choice
-from puzzle_ray.search.narrow import library_space
+from puzzle_ray.search.limits import Limits
+from puzzle_ray.search.rounds import counted_from_original, limits_of_round, unchanged_layers
 from puzzle_ray.search.searcher import searcher_sources
 from puzzle_ray.search.setup import SearchSetup
 from puzzle_ray.store import Artifact, Store, adding_items, do_once
@@ -101,84 +92,28 @@ def compress(
 
 
 def run(s: Setting) -> Compressed:
-    """The method. Every line is a stage; a stage that is finished in the store is read from there."""
+    """The method. Every line is a stage; a stage that is finished in the store is read from there.
+
+    With `rounds`, all stages up to GKD are done as often. Each time the child of the time before is the parent.
+    """
     check_asked(
         s.config, read_tokenizer(s.parent, s.config.trust_remote_code), s.model_config
-    )  # can it read the prompt and the questions?
+    )  # can it read prompt and questions?
     tokens = tokens_of(s)  # the text in the parent's tokens
     LibraryText.of(load_tokens(tokens)[0], s.config.seed, s.config.library)  # is there enough of it?
     profile = profile_of(s)  # what every variant costs on the target
-    check_budget(s.space, read_profile(s, profile), s.profile_config.scenario, s.config.search.limits)  # can it be met at all?
+    costs = read_profile(s, profile)
+    check_budget(s.space, costs, s.profile_config.scenario, limits_of(s, costs))  # can it be met at all?
     library = library_of(s, tokens)  # every variant of every layer, trained to mimic its parent block (BLD)
     scores = scores_of(s, tokens, library)  # the damage of every replacement
     architecture = architecture_of(s, tokens, library, profile, scores)  # one variant per layer within the budget (MIP)
     child = child_of(s, library, architecture)  # put together from parent and library
     distilled = distilled_of(s, tokens, child)  # trained as a whole towards the parent (GKD)
+    if s.number < s.config.rounds:
+        return run(replace(s, after=Round(s, library, read_architecture(architecture).choices, distilled)))
     quality = quality_of(s, tokens, child, distilled)  # what it kept of the parent's answers
     evaluation = evaluation_of(s, tokens, architecture, child, distilled)  # what was lost and gained, measured
     return Compressed(distilled.path("child"), read_architecture(architecture), evaluation, quality)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A config, its store, and what all stages start from."""
-
-    config: RunConfig
-    store: Store
-    progress: Progress
-
-    @cached_property
-    def tiny_parent(self) -> Artifact:
-        """The parent that recipe `tiny` trains."""
-        spec = tiny_parent.TinyParentSpec(seed=self.config.seed, steps=self.config.tiny_parent_steps)
-        artifact = self.store.artifact("tiny_parent", {"fingerprint": tiny_parent.source_fingerprint(spec)}, {})
-        return once(artifact, lambda artifact: tiny_parent.make_tiny_parent(artifact, spec, self.progress))
-
-    @cached_property
-    def parent(self) -> Path:
-        """The parent's folder."""
-        if self.config.parent == TINY:
-            return self.tiny_parent.local_folder("parent") / "model"
-        return locate(self.config.parent, self.config.revision)
-
-    @cached_property
-    def parent_key(self) -> str:
-        return fingerprint(self.parent)
-
-    @cached_property
-    def model_config(self) -> Any:
-        return read_config(self.parent)
-
-    @property
-    def max_positions(self) -> int | None:
-        return getattr(self.model_config, "max_position_embeddings", None)
-
-    @cached_property
-    def whole_space(self) -> SearchSpace:
-        space = self.config.space
-        return configured_space(self.model_config, space, self.config.search.target_format)
-
-    @cached_property
-    def space(self) -> SearchSpace:
-        """What is trained, scored and searched."""
-        return library_space(self.whole_space, self.config.library)
-
-    @cached_property
-    def profile_config(self) -> ProfileConfig:
-        """How to profile, with numbers in place of `auto`."""
-        limit_mib = self.config.search.limits.memory_mib
-        return with_batch_sizes(self.config.profile, self.model_config, self.whole_space, limit_mib)
-
-    @property
-    def cluster(self) -> ClusterConfig:
-        """What of the cluster's settings counts here, where no actor has a GPU."""
-        return self.config.cluster.in_one_process()
-
-    def stack(self) -> LayerStack:
-        """The whole parent, cut into layers that can be exchanged, in the dtype that blocks are scored in."""
-        compute_with(1)  # as every shard computes
-        layers, dtype = self.model_config.num_hidden_layers, getattr(torch, self.config.scoring.dtype)
-        return load_stack(self.parent, describe(self.model_config), self.model_config, 0, layers, dtype)
 
 
 def once(artifact: Artifact, work: Callable[[Artifact], None]) -> Artifact:
@@ -188,6 +123,7 @@ def once(artifact: Artifact, work: Callable[[Artifact], None]) -> Artifact:
 
 
 def tokens_of(s: Setting) -> Artifact:
+    s = s.original  # of which all children have the vocabulary
     text = s.config.data
     if s.config.parent == TINY and text.train is None:
         folder = s.tiny_parent.local_folder("parent")
@@ -212,9 +148,13 @@ def library_of(s: Setting, tokens: Artifact) -> Artifact:
     start = starting_library(config, s.space, s.parent_key)
     inputs = {"parent": s.parent_key} | space_sources(s.space) | train_tokens_source(tokens)
     inputs |= {"start": start.artifact.key} if start else {}
+    kept = unchanged_layers(s.after.choices) if s.after else ()
+    inputs |= {"carried over": f"{s.after.library.key} {list(kept)}"} if s.after and kept else {}
 
     def work(artifact: Artifact) -> None:
         train, _ = load_tokens(tokens)
+        if s.after:
+            carry_over(s.after.library, kept, s.space, artifact)
         build_serially(str(s.parent), s.space, config, train, seed, artifact, s.progress, s.cluster.cpus_per_trainer)
 
     settings = {"library": config.identity(), "seed": seed, "torch": torch_series(), "cluster": s.cluster.library_identity()}
@@ -222,6 +162,7 @@ def library_of(s: Setting, tokens: Artifact) -> Artifact:
 
 
 def profile_of(s: Setting) -> Artifact:
+    s = s.original  # a name means the same shape in all rounds
     config, target = s.profile_config, target_here(s.config.profile, num_cores())
     inputs = {"parent": s.parent_key} | space_sources(s.whole_space) | target.sources() | engine_source(config.engine)
 
@@ -230,6 +171,16 @@ def profile_of(s: Setting) -> Artifact:
         profile_serially(s.model_config, s.whole_space, config, artifact, s.progress, target)
 
     return once(s.store.artifact("profile", {"profile": config.identity()}, inputs), work)
+
+
+def limits_of(s: Setting, profile: Profile) -> Limits:
+    """The limits of a round."""
+    return limits_of_round(s.config.search.limits, s.number, s.config.rounds, s.space, profile, s.profile_config.scenario)
+
+
+def original_source(s: Setting) -> dict[str, str]:
+    """The model that children are distilled towards and compared with, where that is not the parent."""
+    return {"original": s.original.parent_key} if s.after else {}
 
 
 def read_profile(s: Setting, profile: Artifact) -> Profile:
@@ -264,14 +215,19 @@ def architecture_of(s: Setting, tokens: Artifact, library: Artifact, profile: Ar
     config, search, scoring = s.config, s.config.search, s.config.scoring
     settings = {"search": search.identity(), "metric": scoring.metric, "exact": scoring.makes_exact, "seed": config.seed}
     settings |= {"memory": s.profile_config.memory()}
+    settings |= {"round": [s.number, config.rounds]} if config.rounds > 1 else {}
 
     def work(artifact: Artifact) -> None:
         costs = read_profile(s, profile)
+        asked = search.model_copy(update={"limits": limits_of(s, costs)})
         damage = Scores.from_parquet(scores.read(SCORES_TABLE))
         numbers = (s.space, damage, costs, s.profile_config.scenario, scoring.metric)
-        setup = SearchSetup(*numbers, search.searcher, search.time_limit_s, search.limits, config.seed)
+        setup = SearchSetup(*numbers, search.searcher, search.time_limit_s, asked.limits, config.seed)
         make_exact = exact(s, tokens, library, scores) if scoring.makes_exact else None
-        save_choice(choose(setup, search, make_exact, lambda: measuring(s, tokens, library)), artifact)
+        chosen = choose(setup, asked, make_exact, lambda: measuring(s, tokens, library))
+        save_choice(
+            replace(chosen, architecture=counted_from_original(chosen.architecture, setup)) if s.after else chosen, artifact
+        )
 
     inputs = {"profile": profile.key, "scores": scores.key} | searcher_sources([search.searcher])
     if search.measures:
@@ -307,7 +263,10 @@ def read_architecture(artifact: Artifact) -> Architecture:
 
 
 def child_of(s: Setting, library: Artifact, architecture: Artifact) -> Artifact:
-    choices = read_architecture(architecture).choices
+    return child_with(s, library, read_architecture(architecture).choices)
+
+
+def child_with(s: Setting, library: Artifact, choices: Choices) -> Artifact:
     inputs = {"library": library.key, "parent": s.parent_key, "choices": ", ".join(choice.label for choice in choices)}
     return once(s.store.artifact("child", {}, inputs), lambda artifact: realize(str(s.parent), choices, library, artifact))
 
@@ -320,11 +279,12 @@ def distilled_of(s: Setting, tokens: Artifact, child: Artifact) -> Artifact:
         heldout = (
             tuple(ids.numpy() for ids in parts.pick.first(config.heldout_tokens, SEQUENCES)) if config.heldout_tokens else ()
         )
-        distill_child(GkdJob(str(s.parent), child, tokens, artifact, config, seed, heldout=heldout), s.progress)
+        distill_child(GkdJob(str(s.original.parent), child, tokens, artifact, config, seed, heldout=heldout), s.progress)
 
     settings = {"gkd": config.identity(), "seed": seed, "torch": torch_series()}
     inputs = {"child": child.key} | train_tokens_source(tokens)
     inputs |= parts.sources(pick=config.heldout_tokens) if config.heldout_tokens else {}
+    inputs |= original_source(s)
     return once(s.store.artifact("gkd", settings, inputs), work)
 
 
@@ -332,7 +292,7 @@ def evaluation_of(
     s: Setting, tokens: Artifact, architecture: Artifact, child: Artifact, distilled: Artifact
 ) -> Mapping[str, Any]:
     config, profile, scoring, parts = s.config.evaluate, s.profile_config, s.config.scoring, parts_of(s, tokens)
-    folders = {"parent": str(s.parent), "child_before_gkd": child.path("child"), "child": distilled.path("child")}
+    folders = {"parent": str(s.original.parent), "child_before_gkd": child.path("child"), "child": distilled.path("child")}
 
     def work(artifact: Artifact) -> None:
         compute_with(num_cores())
@@ -346,13 +306,14 @@ def evaluation_of(
     settings: dict[str, Any] = {"evaluate": config.identity(), "profile": profile.identity()}
     settings |= {} if scoring.downstream is None else {"downstream_questions": scoring.downstream_questions}
     inputs = {"gkd": distilled.key, "child": child.key, "architecture": architecture.key} | parts.sources(test=config.tokens)
+    inputs |= original_source(s)
     artifact = once(s.store.artifact("evaluation", settings, inputs | questions_source(s)), work)
     return dict(artifact.read_json(EVALUATION))
 
 
 def quality_of(s: Setting, tokens: Artifact, child: Artifact, distilled: Artifact) -> Mapping[str, Any]:
     config, parts = s.config.evaluate, parts_of(s, tokens)
-    folders = {"parent": str(s.parent), "child_before_gkd": child.path("child"), "child": distilled.path("child")}
+    folders = {"parent": str(s.original.parent), "child_before_gkd": child.path("child"), "child": distilled.path("child")}
 
     def work(artifact: Artifact) -> None:
         compute_with(1)  # as every reader computes
@@ -363,6 +324,7 @@ def quality_of(s: Setting, tokens: Artifact, child: Artifact, distilled: Artifac
         artifact.finish(quality_facts(found), drop=[f"{ANSWERS}/{name}" for name in artifact.names(ANSWERS)])
 
     inputs = {"gkd": distilled.key, "child": child.key} | parts.sources(test=config.tokens) | train_tokens_source(tokens)
+    inputs |= original_source(s)
     settings = {"quality": s.config.quality_identity(), "cluster": s.cluster.shards_identity()}
     artifact = once(s.store.artifact("quality", settings, inputs | task_sources(config.tasks)), work)
     return dict(artifact.read_json(QUALITY))

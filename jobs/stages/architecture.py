@@ -4,27 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from jobs.run import Run, Stage
 from jobs.stages import profile, scores, tokens
 from puzzle_ray.artifacts import Architecture, Measure, Scores
 from puzzle_ray.search.choose import ARCHITECTURE, SCORES, choose, save_choice
+from puzzle_ray.search.limits import Limits
 from puzzle_ray.search.pick import PICKED
+from puzzle_ray.search.rounds import counted_from_original, limits_of_round
 from puzzle_ray.search.searcher import searcher_sources
 from puzzle_ray.search.setup import SearchSetup
 from puzzle_ray.store import Artifact, adding_items
 
 
 def settings(run: Run) -> dict[str, Any]:
-    return {"search": run.config.search.identity(), "memory": run.profile_config.memory()} | scores.identity(run)
+    rounds = {"round": [run.number, run.config.rounds]} if run.config.rounds > 1 else {}
+    found = {"search": run.config.search.identity(), "memory": run.profile_config.memory()}
+    return found | scores.identity(run) | rounds
+
+
+def limits(run: Run) -> Limits:
+    """Of this round."""
+    asked, scenario = run.config.search.limits, run.profile_config.scenario
+    return limits_of_round(asked, run.number, run.config.rounds, run.space, profile.read(run), scenario)
 
 
 def setup(run: Run) -> SearchSetup:
     """All that a search of this run's own scenario reads besides its budget."""
     config, search = run.config, run.config.search
     numbers = (run.space, scores.read(run), profile.read(run), run.profile_config.scenario, config.scoring.metric)
-    return SearchSetup(*numbers, search.searcher, search.time_limit_s, search.limits, config.seed)
+    return SearchSetup(*numbers, search.searcher, search.time_limit_s, limits(run), config.seed)
 
 
 @contextmanager
@@ -52,7 +63,12 @@ def measuring(run: Run) -> Iterator[Measure]:
 
 
 def work(run: Run, artifact: Artifact) -> None:
-    save_choice(choose(setup(run), run.config.search, scores.exact(run), lambda: measuring(run)), artifact)
+    own = setup(run)
+    asked = run.config.search.model_copy(update={"limits": own.limits})
+    chosen = choose(own, asked, scores.exact(run), lambda: measuring(run))
+    if run.after is not None:
+        chosen = replace(chosen, architecture=counted_from_original(chosen.architecture, own))
+    save_choice(chosen, artifact)
 
 
 def read(run: Run) -> Architecture:

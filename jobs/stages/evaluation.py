@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jobs.run import Run, Stage
-from jobs.stages import architecture, scores, tokens
+from jobs.stages import architecture, gkd, scores, tokens
 from puzzle_ray.store import Artifact
 
 EVALUATION = "evaluation.json"
@@ -19,7 +19,7 @@ def settings(run: Run) -> dict[str, Any]:
 
 
 def sources(run: Run) -> dict[str, str]:
-    return tokens.parts(run).sources(test=run.config.evaluate.tokens) | scores.downstream_source(run)
+    return tokens.parts(run).sources(test=run.config.evaluate.tokens) | scores.downstream_source(run) | gkd.original_source(run)
 
 
 def _batches(run: Run) -> list[Any]:
@@ -70,7 +70,7 @@ def heldout_of(run: Run, distilled: Artifact) -> Mapping[str, float]:
 
 def work(run: Run, artifact: Artifact) -> None:
     child, distilled = run.content("child"), run.content("gkd")
-    folders = {"parent": run.parent.address, "child_before_gkd": child.path("child"), "child": distilled.path("child")}
+    folders = {"parent": run.original.parent.address, "child_before_gkd": child.path("child"), "child": distilled.path("child")}
     with run.progress.stage("evaluate", 1, "comparison") as bar:
         found = compare(run, folders)
         bar.advance()

@@ -29,7 +29,13 @@ def said(facts: Mapping[str, Any]) -> str:
 def sources(run: Run) -> dict[str, str]:
     """What is trained on, and what training is watched on: held-out text of the part that picks, never of the one that is reported."""
     watched = run.config.gkd.heldout_tokens
-    return tokens.train_source(run) | (tokens.parts(run).sources(pick=watched) if watched else {})
+    found = tokens.train_source(run) | (tokens.parts(run).sources(pick=watched) if watched else {})
+    return found | original_source(run)
+
+
+def original_source(run: Run) -> dict[str, str]:
+    """The model that children are distilled towards and compared with, where that is not the parent."""
+    return {"original": run.original.parent.key} if run.after else {}
 
 
 def job_of(run: Run, child: Artifact, artifact: Artifact) -> GkdJob:
@@ -40,7 +46,7 @@ def job_of(run: Run, child: Artifact, artifact: Artifact) -> GkdJob:
     heldout = (
         tuple(tokens.batches(tokens.parts(run).pick, config.gkd.heldout_tokens, SEQUENCES)) if config.gkd.heldout_tokens else ()
     )
-    return GkdJob(run.parent.address, child, run.content("tokens"), artifact, config.gkd, config.seed, heldout=heldout)
+    return GkdJob(run.original.parent.address, child, run.content("tokens"), artifact, config.gkd, config.seed, heldout=heldout)
 
 
 def distil(run: Run, child: Artifact, artifact: Artifact) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jobs.run import Run, Stage
-from jobs.stages import profile, tokens
+from jobs.stages import architecture, profile, tokens
 from puzzle_ray.store import Artifact
 from puzzle_ray.version import torch_series
 
@@ -27,17 +27,29 @@ def sources(run: Run) -> dict[str, str]:
 
     start = _start(run)
     found = {"parent": run.parent.key} | space_sources(run.space) | tokens.train_source(run)
-    return found | ({"start": start.artifact.key} if start else {})
+    found |= {"start": start.artifact.key} if start else {}
+    kept = _unchanged(run)
+    return found | ({"carried over": f"{run.after.content('library').key} {list(kept)}"} if run.after and kept else {})
+
+
+def _unchanged(run: Run) -> tuple[int, ...]:
+    """The layers whose variants are those of the round before."""
+    from puzzle_ray.search.rounds import unchanged_layers
+
+    return unchanged_layers(architecture.read(run.after).choices) if run.after else ()
 
 
 def work(run: Run, artifact: Artifact) -> None:
     from actors.library_stream import build_library
+    from puzzle_ray.distill.library import carry_over
 
     config, start = run.config.library, _start(run)
     if start:
         config = config.model_copy(update={"start_from": start.artifact.url})  # every node finds it there
     profile.check_budget(run)
     train, _ = tokens.read(run)
+    if run.after:
+        carry_over(run.after.content("library"), _unchanged(run), run.space, artifact)
     build_library(run.parent.address, run.space, config, run.config.cluster, train, run.config.seed, artifact, run.progress)
 
 

@@ -53,13 +53,16 @@ def said(facts: Any) -> str:
 def check_budget(run: Run) -> None:
     """Raises Infeasible where costs are known already and no architecture meets the budget: before blocks are trained for it."""
     from puzzle_ray.search.budget import check_budget
+    from puzzle_ray.search.rounds import limits_of_round
 
     try:
         there = run.artifact("profile").finished
     except (ClusterError, ProfileError):  # no node has the device now: what it costs there is not known, and not needed here
         return
     if there:
-        check_budget(run.space, read(run), run.profile_config.scenario, run.config.search.limits)
+        asked, scenario = run.config.search.limits, run.profile_config.scenario
+        limits = limits_of_round(asked, run.number, run.config.rounds, run.space, read(run), scenario)
+        check_budget(run.space, read(run), scenario, limits)
 
 
 def read(run: Run) -> Profile:

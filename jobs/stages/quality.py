@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jobs.run import Run, Stage
-from jobs.stages import tokens
+from jobs.stages import gkd, tokens
 from puzzle_ray.store import Artifact
 
 QUALITY = "quality.json"
@@ -20,7 +20,8 @@ def sources(run: Run) -> dict[str, str]:
     from puzzle_ray.evaluation.task_names import task_sources
 
     config = run.config.evaluate
-    return tokens.parts(run).sources(test=config.tokens) | tokens.train_source(run) | task_sources(config.tasks)
+    found = tokens.parts(run).sources(test=config.tokens) | tokens.train_source(run) | task_sources(config.tasks)
+    return found | gkd.original_source(run)
 
 
 def work(run: Run, artifact: Artifact) -> None:
@@ -30,7 +31,7 @@ def work(run: Run, artifact: Artifact) -> None:
 
     config = run.config
     folders = {
-        "parent": run.parent.address,
+        "parent": run.original.parent.address,
         "child_before_gkd": run.content("child").path("child"),
         "child": run.content("gkd").path("child"),
     }

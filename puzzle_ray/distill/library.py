@@ -10,7 +10,7 @@ import io
 import json
 import re
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -55,6 +55,15 @@ def unfinished_layers(space: SearchSpace, artifact: Artifact) -> list[int]:
     """Layers that have an entry whose file does not exist yet."""
     existing = set(artifact.names())
     return sorted({entry[0] for entry in space.entries() if variant_file(*entry) not in existing})
+
+
+def carry_over(earlier: Artifact, layers: Collection[int], space: SearchSpace, artifact: Artifact) -> None:
+    """Takes the entries of some layers from an earlier library as they are, so that they are not trained again."""
+    existing = set(artifact.names())
+    for entry in space.entries():
+        name = variant_file(*entry)
+        if entry[0] in layers and name not in existing:
+            artifact.write(name, earlier.read(name))
 
 
 class GroupTrainer:

@@ -14,7 +14,6 @@ from puzzle_ray.errors import ParentError
 from puzzle_ray.models.blocks import logits_layer_by_layer, swapped
 from puzzle_ray.models.checkpoint import locate
 from puzzle_ray.models.child import quiet_transformers, read_config
-from puzzle_ray.models.child_classes import child_classes
 from puzzle_ray.models.child_files import StatesOf, write_child
 from puzzle_ray.models.describe import describe
 from puzzle_ray.store import Artifact
@@ -58,6 +57,4 @@ def _exchanged(folder: Path, config: Any, choices: Sequence[LayerChoice], states
 def _saved(folder: Path, dtype: torch.dtype) -> Tensor:
     """The logits of the child in a folder, in the same way."""
     config = read_config(folder)
-    descriptor = describe(config)
-    _, model_class = child_classes(descriptor.model_type)
-    return logits_layer_by_layer(folder, descriptor, config, dtype, _probe(config), model_class=model_class)
+    return logits_layer_by_layer(folder, describe(config), config, dtype, _probe(config))

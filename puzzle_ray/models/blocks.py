@@ -20,17 +20,11 @@ from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice, SubblockKind
 from puzzle_ray.families.descriptor import Descriptor
 from puzzle_ray.families.registry import layer_type
 from puzzle_ray.models.checkpoint import Checkpoint, as_stored
+from puzzle_ray.models.child_classes import child_classes
 from puzzle_ray.models.head import Head
-from puzzle_ray.variants.base import find_variant
+from puzzle_ray.variants.base import reshape_layer
 
 CPU = torch.device("cpu")
-
-
-def reshape_layer(layer: nn.Module, choice: LayerChoice, descriptor: Descriptor, config: Any) -> None:
-    """Gives one layer the modules of a choice, in place. The weights of replaced subblocks are undefined afterwards."""
-    for kind in KINDS:
-        variant, argument = find_variant(choice.variant(kind), kind)
-        variant.reshape(layer, argument, kind, descriptor, config)
 
 
 def subblock_state(layer: nn.Module, kind: SubblockKind, descriptor: Descriptor) -> dict[str, Tensor]:
@@ -193,6 +187,12 @@ def _materialise(
         own[names[full_name]].copy_(value.to(dtype))
 
 
+def model_class_of(config: Any, descriptor: Descriptor) -> Any:
+    """The class that builds the model of a config: the family's own, or that of its children."""
+    is_child = str(config.model_type).startswith("puzzle_")
+    return child_classes(descriptor.model_type)[1] if is_child else getattr(transformers, descriptor.model_class)
+
+
 def stack_without_weights(
     descriptor: Descriptor,
     config: Any,
@@ -201,16 +201,12 @@ def stack_without_weights(
     dtype: torch.dtype,
     *,
     ends: bool = True,
-    model_class: Any = None,
 ) -> tuple[LayerStack, Any]:
-    """A stack whose weights have shapes and dtypes only (device meta), and the whole model that it is a part of.
-
-    `model_class` is by default the parent's own; children have another.
-    """
+    """A stack whose weights have shapes and dtypes only (device meta), and the whole model that it is a part of."""
     config = copy.deepcopy(config)
     config._attn_implementation = descriptor.attn_implementation
     with torch.device("meta"):
-        model = (model_class or getattr(transformers, descriptor.model_class))._from_config(config, dtype=dtype)
+        model = model_class_of(config, descriptor)._from_config(config, dtype=dtype)
     return LayerStack(model, descriptor, config, first, last, ends=ends), model
 
 
@@ -264,7 +260,6 @@ def logits_layer_by_layer(
     dtype: torch.dtype,
     input_ids: Tensor,
     *,
-    model_class: Any = None,
     exchange: Callable[[nn.Module, int], nn.Module] = lambda layer, index: layer,
 ) -> Tensor:
     """The logits of a whole model for ids `[batch, tokens]`, with one layer in memory at a time besides embedding and head.
@@ -272,7 +267,7 @@ def logits_layer_by_layer(
     `exchange(layer, index)` gives the layer to run in a layer's place.
     """
     checkpoint, depth = Checkpoint(folder), config.num_hidden_layers
-    stack, model = stack_without_weights(descriptor, as_stored(config, checkpoint), 0, depth, dtype, model_class=model_class)
+    stack, model = stack_without_weights(descriptor, as_stored(config, checkpoint), 0, depth, dtype)
     _fill(stack, model, range(0), checkpoint, CPU)
     hidden = stack.embed(input_ids)
     for index in range(depth):

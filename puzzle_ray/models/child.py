@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice, SubblockKind
@@ -31,6 +32,7 @@ from puzzle_ray.models.checkpoint import (
     read_json,
 )
 from puzzle_ray.models.child_classes import FILE_MODE, child_classes, register_children
+from puzzle_ray.models.child_settings import OURS, version_4_rope
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -45,13 +47,29 @@ TOKENIZER_FILES = (
 )
 
 
-def child_config(parent_config: Any, choices: Sequence[LayerChoice]) -> Any:
-    """The child's config: all settings of the parent, and the choice for each layer."""
-    config_class, model_class = child_classes(descriptor_of(parent_config).model_type)
-    settings = complete_config(copy.deepcopy(parent_config)).to_dict()
-    for name in ("model_type", "architectures", "transformers_version"):
+_ABOUT = ("model_type", "architectures", "transformers_version")  # in a config: what says whose it is
+
+
+def original_config(config: Any) -> Any:
+    """The config of the model that a child was made of in the first place: its family's own, all layers alike. A plain one as it is."""
+    if not getattr(config, "puzzle_layers", None):
+        return config
+    descriptor, settings = descriptor_of(config), config.to_dict()
+    own = (*_ABOUT, *OURS, "puzzle_layers", "per_layer_config", "auto_map", *(version_4_rope(settings)))
+    for name in (*own, "logit_scale") if descriptor.logits_divisor else own:
         settings.pop(name, None)
-    layers = [{"attention": c.attention, "ffn": c.ffn} for c in choices]
+    return getattr(transformers, descriptor.config_class)(**settings)
+
+
+def child_config(parent_config: Any, choices: Sequence[LayerChoice]) -> Any:
+    """The child's config: all settings of the parent, and the choice for each layer. Where the parent is a child itself, choices are
+    counted from the original model."""
+    config_class, model_class = child_classes(descriptor_of(parent_config).model_type)
+    settings = complete_config(copy.deepcopy(original_config(parent_config))).to_dict()
+    for name in _ABOUT:
+        settings.pop(name, None)
+    whole = [choice.on(now) for choice, now in zip(choices, choices_of(parent_config), strict=True)]
+    layers = [{"attention": c.attention, "ffn": c.ffn} for c in whole]
     return config_class(puzzle_layers=layers, architectures=[model_class.__name__], **settings)
 
 
@@ -78,7 +96,7 @@ def new_child(parent_config: Any, choices: Sequence[LayerChoice], dtype: torch.d
     """
     child = _skeleton(parent_config, choices, dtype)
     descriptor = descriptor_of(child.config)
-    for choice, layer in zip(choices, child.get_submodule(descriptor.layers), strict=True):
+    for choice, layer in zip(choices_of(child.config), child.get_submodule(descriptor.layers), strict=True):
         for kind in KINDS:
             if choice.variant(kind) == PARENT:
                 continue

@@ -12,11 +12,11 @@ from typing import Any
 from puzzle_ray.artifacts import LayerChoice
 from puzzle_ray.families.descriptor import Descriptor
 from puzzle_ray.families.registry import families, llama_like
-from puzzle_ray.models.blocks import reshape_layer
 from puzzle_ray.models.checkpoint import read_json
 from puzzle_ray.models.child_configs import child_config_class, register_config
 from puzzle_ray.models.child_surgery import ChildLayers
 from puzzle_ray.models.folder_code import Names, write_code
+from puzzle_ray.variants.base import reshape_layer
 
 MAX_SHARD_SIZE = "5GB"
 FILE_MODE = 0o644

@@ -14,6 +14,7 @@ from typing import Any
 
 from puzzle_ray.errors import ParentError
 from puzzle_ray.families.registry import descriptor_of
+from puzzle_ray.models.blocks import model_class_of
 from puzzle_ray.models.checkpoint import (
     FLOATS,
     Checkpoint,
@@ -25,7 +26,6 @@ from puzzle_ray.models.checkpoint import (
     read_json,
     some,
 )
-from puzzle_ray.models.child_classes import child_classes
 
 _LAYER_NUMBER = re.compile(r"(?:^|\.)(\d{1,9})\.")
 
@@ -91,11 +91,9 @@ def _check_depth(folder: Path, checkpoint: Checkpoint, config: Any) -> None:
 def _without_memory(folder: Path, config: Any) -> Any:
     """The config's model on the meta device."""
     import torch
-    import transformers
 
     descriptor = descriptor_of(config)
-    child = str(config.model_type).startswith("puzzle_")
-    model_class: Any = child_classes(descriptor.model_type)[1] if child else getattr(transformers, descriptor.model_class)
+    model_class = model_class_of(config, descriptor)
     config._attn_implementation = descriptor.attn_implementation
     try:
         with torch.device("meta"):

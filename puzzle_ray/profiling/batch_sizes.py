@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from puzzle_ray.artifacts import FIXED, KINDS, MIB, PARENT, SearchSpace
+from puzzle_ray.artifacts import FIXED, KINDS, MIB, PARENT, LayerSpace, SearchSpace, SubblockKind
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.profiling.devices import device_of
 from puzzle_ray.profiling.measure import SubblockSize, activation_bytes, profile_tasks, subblock_sizes
@@ -65,6 +65,10 @@ def _sizes_by_type(config: ProfileConfig, model_config: Any, space: SearchSpace)
     return {t.layer_type: {(s.subblock, s.variant): s for s in subblock_sizes(t, model_config, config)} for t in tasks}
 
 
+def _size(by_type: SizesByType, layer: LayerSpace, kind: SubblockKind, variant: str) -> SubblockSize:
+    return by_type[layer.layer_type][kind, layer.now.variant(kind) if variant == PARENT else variant]
+
+
 def _mib(size: SubblockSize, config: ProfileConfig, batch_size: int) -> float:
     return (size.weight_bytes + batch_size * config.scenario.kv_tokens_per_sequence * size.kv_bytes_per_token) / MIB
 
@@ -72,7 +76,7 @@ def _mib(size: SubblockSize, config: ProfileConfig, batch_size: int) -> float:
 def _least_mib(by_type: SizesByType, space: SearchSpace, config: ProfileConfig, batch_size: int) -> float:
     """Weights and KV cache of the smallest architecture."""
     layers = (
-        min(_mib(by_type[layer.layer_type][kind, variant], config, batch_size) for variant in layer.variants(kind))
+        min(_mib(_size(by_type, layer, kind, variant), config, batch_size) for variant in layer.variants(kind))
         for layer in space.layers
         for kind in KINDS
     )
@@ -81,7 +85,7 @@ def _least_mib(by_type: SizesByType, space: SearchSpace, config: ProfileConfig, 
 
 def _parent_mib(by_type: SizesByType, space: SearchSpace, config: ProfileConfig, batch_size: int) -> float:
     """Weights and KV cache of the parent."""
-    layers = (_mib(by_type[layer.layer_type][kind, PARENT], config, batch_size) for layer in space.layers for kind in KINDS)
+    layers = (_mib(_size(by_type, layer, kind, PARENT), config, batch_size) for layer in space.layers for kind in KINDS)
     return _fixed_mib(by_type, config) + sum(layers)
 
 

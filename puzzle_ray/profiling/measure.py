@@ -43,6 +43,7 @@ from puzzle_ray.artifacts import (
     SubblockKind,
 )
 from puzzle_ray.errors import ProfileError
+from puzzle_ray.models.child import original_config
 from puzzle_ray.models.describe import describe
 from puzzle_ray.profiling.engine import Series, Target, Timing, engine_of, find_engine, is_estimate, measure_side_by_side, spread
 from puzzle_ray.profiling.memory import Weights, fixed_weights, kept_tokens, peak_bytes, subblock_weights
@@ -85,7 +86,7 @@ def profile_tasks(space: SearchSpace, config: ProfileConfig) -> list[ProfileTask
     for batch_size in sorted({config.scenario.batch_size, *config.batch_sizes}):
         for layer_type in dict.fromkeys(layer.layer_type for layer in space.layers):
             layers = [layer for layer in space.layers if layer.layer_type == layer_type]
-            a, f = (tuple(dict.fromkeys(v for x in layers for v in x.variants(kind))) for kind in KINDS)
+            a, f = (tuple(dict.fromkeys(v for x in layers for v in (*x.variants(kind), x.now.variant(kind)))) for kind in KINDS)
             tasks.append(ProfileTask(layer_type, batch_size, a, f))
     return tasks
 
@@ -166,8 +167,8 @@ class Measurement:
 
 
 def stack_config(model_config: Any, layer_type: str, num_layers: int) -> Any:
-    """The family's config with `num_layers` layers of one type."""
-    config = copy.deepcopy(model_config)
+    """The family's config with `num_layers` layers of one type. All layers are the original's where the parent is a child itself."""
+    config = copy.deepcopy(original_config(model_config))
     config.num_hidden_layers = num_layers
     if getattr(config, "layer_types", None) is not None:
         config.layer_types = [layer_type] * num_layers

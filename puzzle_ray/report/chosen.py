@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from puzzle_ray.artifacts import KINDS, PARENT, Architecture, SubblockKind
+from puzzle_ray.artifacts import KINDS, PARENT, Architecture, LayerChoice, SubblockKind
 from puzzle_ray.report.charts import Axes
 from puzzle_ray.report.contents import KIND_NAMES, UNITS, ReportData, SweepPoint, runtime_ms, shown
 from puzzle_ray.report.markup import (
@@ -212,6 +212,9 @@ def architecture(data: ReportData) -> list[Html] | None:
     text += ". For other variants, it is the share of parameters." if chosen - {PARENT, "noop"} else "."
     if runtimes:
         text += f" Time is the layer's {data.costs_are} runtime as a share of the parent's."
+    made = [f"{i}: {x.now.label}" for i, x in enumerate(data.space.layers if data.space else ()) if x.now != LayerChoice()]
+    if made:
+        text += f" The parent is an earlier round's child. Its layers that are not the original's own are {', '.join(made)}."
     counts = (tag("p", tag("b", KIND_NAMES[kind], ": "), _counts(data.architecture, kind), class_="counts") for kind in KINDS)
     return [*counts, tag("figure", picture, legend(*key)), note(text)]
 

@@ -12,6 +12,7 @@ from puzzle_ray.artifacts import (
     Architecture,
     Choices,
     LayerChoice,
+    LayerSpace,
     Profile,
     ProfileRow,
     Scenario,
@@ -186,9 +187,10 @@ class ReportData:
         """The cost of a subblock at the architecture's batch size. None where it was not profiled."""
         if self.profile is None or self.architecture is None:
             return None
-        layer_type = self.space.layers[layer].layer_type if self.space else "full_attention"
+        own = self.space.layers[layer] if self.space else LayerSpace((PARENT,), (PARENT,))
+        name = own.now.variant(kind) if variant == PARENT else variant
         try:
-            return self.profile.row(layer_type, kind, variant, self.architecture.predicted.batch_size)
+            return self.profile.row(own.layer_type, kind, name, self.architecture.predicted.batch_size)
         except KeyError:
             return None
 

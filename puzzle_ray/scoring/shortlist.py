@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 from puzzle_ray.artifacts import KINDS, LayerChoice, LayerSpace, ScoreRow, SearchSpace, SubblockKind
 from puzzle_ray.families.descriptor import Descriptor
-from puzzle_ray.models.blocks import swapped
+from puzzle_ray.models.blocks import model_class_of, swapped
 from puzzle_ray.profiling.memory import subblock_weights
 from puzzle_ray.scoring.fisher import Estimates, estimate_key
 from puzzle_ray.scoring.metrics import mean, standard_error
@@ -31,7 +30,7 @@ Footprints = Mapping[tuple[LayerSpace, SubblockKind, str], Footprint]
 def footprints(space: SearchSpace, descriptor: Descriptor, config: Any) -> Footprints:
     """The footprint of every subblock variant in the space. No weights are allocated."""
     with torch.device("meta"):
-        model = getattr(transformers, descriptor.model_class)._from_config(config)
+        model = model_class_of(config, descriptor)._from_config(config)
         by_variant: dict[tuple[LayerSpace, SubblockKind, str], Footprint] = {}
         for index, layer_space in enumerate(space.layers):
             parent = model.get_submodule(f"{descriptor.layers}.{index}")

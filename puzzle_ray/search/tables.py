@@ -9,7 +9,19 @@ from itertools import islice
 
 import numpy as np
 
-from puzzle_ray.artifacts import KINDS, MIB, Architecture, Costs, LayerChoice, Profile, ProfileRow, Scenario, Scores, SearchSpace
+from puzzle_ray.artifacts import (
+    KINDS,
+    MIB,
+    Architecture,
+    Costs,
+    LayerChoice,
+    LayerSpace,
+    Profile,
+    ProfileRow,
+    Scenario,
+    Scores,
+    SearchSpace,
+)
 from puzzle_ray.errors import ConfigError, Infeasible, OutOfTime, ProfileError
 from puzzle_ray.plugins import did_you_mean
 from puzzle_ray.search.limits import Limits
@@ -49,9 +61,10 @@ def kv_head_bytes(profile: Profile, layer_type: str, batch_size: int) -> float:
     return 0.0
 
 
-def _profile_rows(profile: Profile, layer_type: str, choice: LayerChoice, batch_size: int) -> list[ProfileRow]:
+def _profile_rows(profile: Profile, layer: LayerSpace, choice: LayerChoice, batch_size: int) -> list[ProfileRow]:
+    """Of attention and FFN."""
     try:
-        return [profile.row(layer_type, kind, choice.variant(kind), batch_size) for kind in KINDS]
+        return [profile.row(layer.layer_type, kind, choice.on(layer.now).variant(kind), batch_size) for kind in KINDS]
     except KeyError as error:
         raise ProfileError(
             "profile",
@@ -82,7 +95,7 @@ def predicted_costs(space: SearchSpace, profile: Profile, scenario: Scenario, ch
     """What a whole model costs at the scenario's batch size. Raises ProfileError where a part was not profiled."""
     rows = [_fixed_row(profile, scenario)]
     for layer, choice in zip(space.layers, choices, strict=True):
-        rows.extend(_profile_rows(profile, layer.layer_type, choice, scenario.batch_size))
+        rows.extend(_profile_rows(profile, layer, choice, scenario.batch_size))
     runtime_ms, prefill_ms, decode_ms, memory_mib, num_params, _ = costs_of(rows, scenario)
     tokens = scenario.batch_size * scenario.tokens_per_sequence
     throughput = 1000.0 * tokens / runtime_ms if runtime_ms > 0 else math.inf
@@ -201,10 +214,10 @@ def table_at_batch_size(
     for row, (layers, shared) in enumerate(groups):
         for v, choice in enumerate(shared):
             score[row, v] = math.fsum(_score(scores, layer, choice, metric) for layer in layers)
-            parts = [r for x in layers for r in _profile_rows(profile, space.layers[x].layer_type, choice, size)]
+            parts = [r for x in layers for r in _profile_rows(profile, space.layers[x], choice, size)]
             costs[: len(COST_NAMES), row, v] = costs_of(parts, scenario)
             if counts_kv_heads:
-                attentions = (profile.row(space.layers[x].layer_type, "attention", choice.attention, size) for x in layers)
+                attentions = parts[::2]
                 costs[-1, row, v] = sum(round(r.kv_bytes_per_token / head_bytes[r.layer_type]) for r in attentions)
     constants = np.zeros(len(names))
     constants[: len(COST_NAMES)] = costs_of([_fixed_row(profile, scenario)], scenario)

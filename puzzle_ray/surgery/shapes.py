@@ -24,9 +24,12 @@ SKIP, LINEAR, HEADS, WINDOW = "skip", "linear", "num_key_value_heads", "window"
 
 def remove_attention(layer: nn.Module, descriptor: Descriptor) -> None:
     """Leaves out the attention and its norms, in place."""
-    index = getattr(layer.get_submodule(descriptor.attention), descriptor.layer_index)
-    new = NoopAttention(descriptor.core(layer, "attention").config, index)
-    _put_attention(layer, new, descriptor)
+    old: Any = layer.get_submodule(descriptor.attention)
+    if isinstance(old, NoopAttention | LinearAttention):
+        config, index = old.config, old.layer_idx
+    else:
+        config, index = descriptor.core(layer, "attention").config, getattr(old, descriptor.layer_index)
+    _put_attention(layer, NoopAttention(config, index), descriptor)
     for norm in descriptor.norms("attention"):
         setattr(layer, norm, nn.Identity())
 

@@ -195,6 +195,13 @@ def layer_words(choice: LayerChoice, descriptor: Descriptor) -> dict[str, Any] |
     return found
 
 
+def reshape_layer(layer: nn.Module, choice: LayerChoice, descriptor: Descriptor, config: Any) -> None:
+    """Gives one layer the modules of a choice, in place. The weights of replaced subblocks are undefined afterwards."""
+    for kind in KINDS:
+        variant, argument = find_variant(choice.variant(kind), kind)
+        variant.reshape(layer, argument, kind, descriptor, config)
+
+
 def needed_statistics(names: Iterable[str], kind: SubblockKind) -> frozenset[str]:
     """The names of the statistics that these variants need; all statistics where a variant does not name them."""
     from puzzle_ray.calibration import ALL_STATISTICS

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from puzzle_ray.artifacts import KINDS, PARENT, LayerSpace, SearchSpace, SubblockKind, to_json
+from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice, LayerSpace, SearchSpace, SubblockKind, to_json
 from puzzle_ray.families.registry import complete_config, layer_type
 from puzzle_ray.settings import Count, Section
-from puzzle_ray.variants.base import resolve_variant, variant_source
+from puzzle_ray.variants.base import resolve_variant, split_variant_name, variant_source
 
 
 def search_space(config: Any, attention: tuple[str, ...], ffn: tuple[str, ...], multiple_of: int) -> SearchSpace:
@@ -22,6 +23,29 @@ def search_space(config: Any, attention: tuple[str, ...], ffn: tuple[str, ...], 
 
     a, f = resolved(attention, "attention"), resolved(ffn, "ffn")
     return SearchSpace(tuple(LayerSpace(a, f, layer_type(config, i)) for i in range(config.num_hidden_layers)))
+
+
+_NARROWED = {"gqa": "heads", "gqa_prune": "heads", "ffn": "width", "ffn_iterative": "width"}  # variants that say one size
+
+
+def _is_less(variant: str, now: str) -> bool:
+    """Whether a subblock that is `now` already can become `variant`, both counted from the original model."""
+    (name, size), (own, own_size) = split_variant_name(variant), split_variant_name(now)
+    if now == PARENT or variant == PARENT:
+        return True
+    if own == "noop" or name == own == "linear":
+        return False
+    if name == "noop" or (name == "linear" and (own in _NARROWED or own == "window")):
+        return True
+    if name not in _NARROWED or _NARROWED[name] != _NARROWED.get(own) or int(size) >= int(own_size):
+        return False
+    return _NARROWED[name] == "width" or int(own_size) % int(size) == 0
+
+
+def onward(layer: LayerSpace, now: LayerChoice) -> LayerSpace:
+    """What is left of a layer's variants where the parent is a child itself, whose layer is `now`: what is less than that."""
+    kept = {kind: tuple(v for v in layer.variants(kind) if _is_less(v, now.variant(kind))) for kind in KINDS}
+    return replace(layer, attention=kept["attention"], ffn=kept["ffn"], now=now)
 
 
 def space_sources(space: SearchSpace) -> dict[str, str]:

@@ -1,0 +1,384 @@
+"""Ways to make a child of one measured speed, compared at equal tokens: python -m benchmarks.methods --data ../shared/data --out FILE.json
+
+For every parent and seed, one profile is measured, one library is trained and scored, and all methods share them. For every speed:
+
+- `puzzle`: block distillation (BLD), the MIP with its best answers measured, global distillation (GKD) by KLD and cosine.
+- `no_gkd`: the same child before GKD. `no_cosine`: the same child, GKD by KLD alone.
+- `no_bld`: blocks as they start, before training, with scores and a search of their own. What BLD read, GKD reads besides.
+- `greedy`, `random`: another search of the same scores; `random` is one random architecture within the budget.
+- `uniform`: every layer alike, the FFN's width and KV heads just as narrow as the speed needs, by importance, no BLD (as Minitron).
+- `depth`: whole layers dropped, those of least influence first. What BLD read, GKD reads besides, here and in `uniform`.
+- `iterative`: `puzzle` in two rounds, each with half of the tokens; the first one's child is the second one's parent.
+
+The budget is a throughput on the measured profile. At the end all children of one speed are timed with their parent in turn. KL and
+loss are on held-out text that no stage has read. Rows are written one by one, and a run goes on where another one ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.record import write
+from puzzle_ray.artifacts import PARENT, Choices, LayerChoice, Scores
+from puzzle_ray.config import RunConfig, load
+from puzzle_ray.distill.settings import GkdConfig
+from puzzle_ray.errors import Infeasible
+from puzzle_ray.evaluation.evaluate import predictions, speeds
+from puzzle_ray.models.child import choices_of, load_model, quiet_transformers, read_config
+from puzzle_ray.pipeline import (
+    SEQUENCES,
+    Round,
+    Setting,
+    architecture_of,
+    child_of,
+    child_with,
+    distilled_of,
+    library_of,
+    parts_of,
+    profile_of,
+    read_architecture,
+    read_profile,
+    scores_of,
+    tokens_of,
+)
+from puzzle_ray.process import compute_with, num_cores
+from puzzle_ray.profiling.engine import measure_side_by_side
+from puzzle_ray.profiling.engines.torch_engine import ENGINE
+from puzzle_ray.progress import Quiet
+from puzzle_ray.scoring.replacements import SCORES_TABLE
+from puzzle_ray.search.limits import Limits
+from puzzle_ray.search.searcher import Options
+from puzzle_ray.search.setup import SearchSetup
+from puzzle_ray.search.tables import predicted_costs
+from puzzle_ray.store import Artifact, Store
+
+TEXTS = {"stories260K": "tinystories/train.txt", "chars105": "tinystories/train.txt", "gutenberg7m": "gutenberg"}
+PARENTS = ("tiny", *TEXTS)
+SPEEDS = (1.25, 1.5, 2.0)
+METHODS = ("puzzle", "no_gkd", "no_cosine", "no_bld", "greedy", "random", "uniform", "depth", "iterative")
+BASE = (
+    "data.sequence_length=128", "library.calibration_tokens=8192", "library.learning_rate=0.001", "library.micro_batch_tokens=2048",
+    "profile.scenario={batch_size: 16, input_tokens: 96, output_tokens: 32}", "profile.repeats=7", "search.sweep={speedup: [2.0]}",
+    "search.candidates=3", "gkd.num_workers=2", "gkd.micro_batch_tokens=1024", "gkd.learning_rate=0.001", "scoring.tokens=8192",
+)  # fmt: skip
+QUICK = (
+    "profile.repeats=2",
+    "scoring.tokens=2048",
+    "evaluate.tokens=4096",
+    "tiny_parent_steps=40",
+    "library.calibration_tokens=2048",
+)
+LEARNS_NOTHING = 1e-12  # a learning rate; a block that is no better than its start is kept as it started
+
+
+@dataclass(frozen=True)
+class Child:
+    """What a method made: `start` is the child before GKD, `end` after it, with the tokens that each of them cost."""
+
+    choices: Choices
+    start: Artifact
+    end: Artifact
+    bld_tokens: int
+    gkd_tokens: int
+
+
+class Bench:
+    """One parent and seed: what all methods share."""
+
+    def __init__(self, parent: str, data: Path, seed: int, store: str, overrides: Iterable[str]) -> None:
+        where = [] if parent == "tiny" else [f"parent={data / parent}", f"data.train={data / TEXTS[parent]}"]
+        self.parent, self.seed = parent, seed
+        self.s = Setting(load("tiny", None, (*BASE, *where, *overrides, f"seed={seed}", f"store={store}")), Store(store), Quiet())
+
+    def with_config(self, **sections: Mapping[str, Any]) -> Setting:
+        """The setting with other values in some sections."""
+        config: RunConfig = self.s.config
+        changed = {name: getattr(config, name).model_copy(update=dict(values)) for name, values in sections.items()}
+        return Setting(config.model_copy(update=changed), self.s.store, self.s.progress)
+
+    @cached_property
+    def tokens(self) -> Artifact:
+        return tokens_of(self.s)
+
+    @cached_property
+    def profile(self) -> Artifact:
+        return profile_of(self.s)
+
+    @cached_property
+    def library(self) -> Artifact:
+        return library_of(self.s, self.tokens)
+
+    @cached_property
+    def untrained(self) -> Setting:
+        config = self.s.config.library
+        return self.with_config(library={"tokens": config.micro_batch_tokens, "learning_rate": LEARNS_NOTHING})
+
+    def setup(self, scores: Artifact, speed: float) -> SearchSetup:
+        search = self.s.config.search
+        found, costs = Scores.from_parquet(scores.read(SCORES_TABLE)), read_profile(self.s, self.profile)
+        numbers = (self.s.space, found, costs, self.s.profile_config.scenario, self.s.config.scoring.metric)
+        return SearchSetup(*numbers, search.searcher, search.time_limit_s, Limits(speedup=speed), self.seed)
+
+    def searched(self, setup: SearchSetup, searcher: str, samples: int = 1000) -> Choices:
+        options = Options(time_limit_s=setup.time_limit_s, seed=self.seed, samples=samples)
+        return setup.tables.search(setup.limits, searcher=searcher, options=options)[0].architecture.choices
+
+    def picked(self, s: Setting, library: Artifact, scores: Artifact, speed: float) -> Choices:
+        """The MIP's best answers, measured."""
+        search = s.config.search.model_copy(update={"limits": Limits(speedup=speed)})
+        other = Setting(s.config.model_copy(update={"search": search}), s.store, s.progress)
+        return read_architecture(architecture_of(other, self.tokens, library, self.profile, scores)).choices
+
+    def distilled(self, start: Artifact, preset: str, tokens: int) -> Artifact:
+        given = self.s.config.gkd.model_dump(exclude={"kl_weight", "cosine_weight", "lm_weight", "preset"})
+        gkd = GkdConfig.model_validate(given | {"preset": preset, "tokens": tokens})
+        s = Setting(self.s.config.model_copy(update={"gkd": gkd}), self.s.store, self.s.progress)
+        return distilled_of(s, self.tokens, start)
+
+    def predicted_speedup(self, choices: Choices) -> float:
+        """On the measured profile."""
+        costs, scenario, space = read_profile(self.s, self.profile), self.s.profile_config.scenario, self.s.whole_space
+        parent, child = (predicted_costs(space, costs, scenario, c) for c in ([LayerChoice()] * len(choices), choices))
+        return child.throughput_tokens_per_s / parent.throughput_tokens_per_s
+
+
+def uniform_choice(bench: Bench, speed: float) -> LayerChoice | None:
+    """The mildest narrowing of every layer alike that reaches a speed: fewer KV heads only where the FFN alone, at a tenth of its width,
+    would not do. The time of a width is interpolated between those profiled. None where no narrowing is enough."""
+    costs, scenario, space = read_profile(bench.s, bench.profile), bench.s.profile_config.scenario, bench.s.whole_space
+    layer_type, depth, size = space.layers[0].layer_type, len(space.layers), scenario.batch_size
+    whole = bench.s.model_config.intermediate_size
+
+    def runtime_ms(kind: Any, variant: str) -> float:
+        row = costs.row(layer_type, kind, variant, size)
+        return row.prefill_ms + (scenario.output_tokens - 1) * row.decode_ms
+
+    parent = predicted_costs(space, costs, scenario, [LayerChoice()] * depth).runtime_ms
+    saving = (parent - parent / speed) / depth
+    names = [v for v in space.layers[0].ffn if v == PARENT or v.startswith("ffn:")]
+    widths = sorted((whole if v == PARENT else int(v[4:]), runtime_ms("ffn", v)) for v in names)
+    for attention in (PARENT, *(v for v in space.layers[0].attention if v.startswith("gqa:"))):
+        target = runtime_ms("ffn", PARENT) - saving + runtime_ms("attention", PARENT) - runtime_ms("attention", attention)
+        if target >= widths[0][1]:
+            width = float(np.interp(target, np.maximum.accumulate([ms for _, ms in widths]), [w for w, _ in widths]))
+            multiple = bench.s.config.space.ffn_multiple_of
+            return LayerChoice(attention, f"ffn:{max(multiple, int(width) // multiple * multiple)}")
+    return None
+
+
+# methods: each makes a child of a speed, or none where it cannot
+
+
+def _full(bench: Bench, choices: Choices, library: Artifact, *, bld: bool, gkd: bool = True, preset: str = "kld+cosine") -> Child:
+    """A child of a library, distilled by the tokens of GKD, and by those of BLD too where `bld` is false."""
+    config = bench.s.config
+    tokens = (config.gkd.tokens + (0 if bld else config.library.tokens)) if gkd else 0
+    start = child_with(bench.s, library, choices)
+    end = bench.distilled(start, preset, tokens) if gkd else start
+    return Child(choices, start, end, config.library.tokens if bld else 0, tokens)
+
+
+def _puzzle(bench: Bench, speed: float, **how: Any) -> Child:
+    scores = scores_of(bench.s, bench.tokens, bench.library)
+    return _full(bench, bench.picked(bench.s, bench.library, scores, speed), bench.library, bld=True, **how)
+
+
+def _searched_by(searcher: str, samples: int = 1000) -> Callable[[Bench, float], Child]:
+    def make(bench: Bench, speed: float) -> Child:
+        setup = bench.setup(scores_of(bench.s, bench.tokens, bench.library), speed)
+        return _full(bench, bench.searched(setup, searcher, samples), bench.library, bld=True)
+
+    return make
+
+
+def _no_bld(bench: Bench, speed: float) -> Child:
+    library = library_of(bench.untrained, bench.tokens)
+    scores = scores_of(bench.untrained, bench.tokens, library)
+    return _full(bench, bench.picked(bench.untrained, library, scores, speed), library, bld=False)
+
+
+def _depth(bench: Bench, speed: float) -> Child:
+    setup = bench.setup(scores_of(bench.s, bench.tokens, bench.library), speed)
+    return _full(bench, bench.searched(setup, "depth"), bench.library, bld=False)  # what it drops has no weights
+
+
+def _uniform(bench: Bench, speed: float) -> Child | None:
+    choice = uniform_choice(bench, speed)
+    if choice is None:
+        return None
+    space = bench.s.config.space.model_copy(update={"attention": (PARENT, choice.attention), "ffn": (PARENT, choice.ffn)})
+    s = Setting(bench.untrained.config.model_copy(update={"space": space}), bench.s.store, bench.s.progress)
+    return _full(bench, (choice,) * len(bench.s.space.layers), library_of(s, bench.tokens), bld=False)
+
+
+def _iterative(bench: Bench, speed: float) -> Child:
+    """Two rounds, each with half of the tokens."""
+    config, half = bench.s.config, {"tokens": bench.s.config.library.tokens // 2}
+    changed = bench.with_config(library=half, gkd={"tokens": config.gkd.tokens // 2}, search={"limits": Limits(speedup=speed)})
+    s = Setting(changed.config.model_copy(update={"rounds": 2}), bench.s.store, bench.s.progress)
+    while True:
+        library = library_of(s, bench.tokens)
+        architecture = architecture_of(s, bench.tokens, library, bench.profile, scores_of(s, bench.tokens, library))
+        start = child_of(s, library, architecture)
+        end = distilled_of(s, bench.tokens, start)
+        if s.number == s.config.rounds:
+            break
+        s = replace(s, after=Round(s, library, read_architecture(architecture).choices, end))
+    choices = choices_of(read_config(Path(end.path("child"))))
+    return Child(choices, start, end, 2 * s.config.library.tokens, 2 * s.config.gkd.tokens)
+
+
+MAKERS: dict[str, Callable[[Bench, float], Child | None]] = {
+    "puzzle": _puzzle,
+    "no_gkd": lambda bench, speed: _puzzle(bench, speed, gkd=False),
+    "no_cosine": lambda bench, speed: _puzzle(bench, speed, preset="kld"),
+    "no_bld": _no_bld,
+    "greedy": _searched_by("greedy"),
+    "random": _searched_by("random", samples=1),
+    "uniform": _uniform,
+    "depth": _depth,
+    "iterative": _iterative,
+}
+
+
+def row_of(bench: Bench, speed: float, method: str) -> dict[str, Any]:
+    """One child, made and compared with its parent on held-out text. `kl` is None where the method reaches no child of this speed."""
+    row: dict[str, Any] = {"parent": bench.parent, "seed": bench.seed, "speed": speed, "method": method, "kl": None}
+    try:
+        made = MAKERS[method](bench, speed)
+    except Infeasible as error:
+        return row | {"problem": str(error)}
+    if made is None:
+        return row | {"problem": "no uniform width is narrow enough"}
+    folders = {"parent": str(bench.s.parent), "start": made.start.path("child"), "end": made.end.path("child")}
+    batches = parts_of(bench.s, bench.tokens).test.first(bench.s.config.evaluate.tokens, SEQUENCES)
+    with quiet_transformers():
+        found = predictions({name: load_model(folder) for name, folder in folders.items()}, batches)
+    facts = made.end.facts() if made.gkd_tokens else {}
+    parent, start, end = (found[name] for name in folders)
+    row |= {"kl_before": start["kl"], "kl": end["kl"], "top1": end["top1_agreement"], "heldout_tokens": end["heldout_tokens"]}
+    row |= {"loss_parent": parent["heldout_loss"], "loss_before": start["heldout_loss"], "loss": end["heldout_loss"]}
+    row |= {"predicted_speedup": bench.predicted_speedup(made.choices), "measured_speedup": None, "child": made.end.path("child")}
+    row |= {"bld_tokens": made.bld_tokens, "gkd_tokens": made.gkd_tokens, "layers": [choice.label for choice in made.choices]}
+    return row | {name: facts.get(name) for name in ("kept", "returns", "learning_rate")}
+
+
+def measure_speeds(bench: Bench, rows: Sequence[dict[str, Any]], repeats: int) -> None:
+    """Times the children of one speed and their parent in turn, in the profile's scenario, and writes the ratios into the rows."""
+    folders = {row["child"]: row["child"] for row in rows if row["kl"] is not None}
+    scenario = bench.s.profile_config.scenario
+    compute_with(num_cores())
+    with quiet_transformers():
+        models = {name: load_model(folder, torch.float32) for name, folder in {"parent": str(bench.s.parent), **folders}.items()}
+    rates = speeds(measure_side_by_side(models, scenario, repeats, ENGINE), scenario)
+    parent = rates["parent"]["throughput_tokens_per_s"]
+    for row in rows:
+        if row["kl"] is not None:
+            row["measured_speedup"] = rates[row["child"]]["throughput_tokens_per_s"] / parent
+
+
+def show(row: Mapping[str, Any]) -> None:
+    about = f"{row['parent']:12} seed {row['seed']} {row['speed']:4.2f} x {row['method']:10}"
+    if row["kl"] is None:
+        print(f"{about} none: {row['problem']}", flush=True)
+        return
+    measured = f"{row['measured_speedup']:.3f}" if row["measured_speedup"] else "-"
+    print(
+        f"{about} KL {row['kl_before']:.4f} -> {row['kl']:.4f}  loss {row['loss']:.4f} (parent {row['loss_parent']:.4f})  top-1 "
+        f"{row['top1']:.3f}  predicted {row['predicted_speedup']:.3f} x  measured {measured} x  kept {row['kept']}",
+        flush=True,
+    )
+
+
+ROUNDS = ("iterative",)  # methods of more than one round: no rivals of one
+
+
+def summary_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over seeds; a case is one parent at one speed."""
+    cases: dict[tuple[str, float], dict[str, list[float]]] = {}
+    for row in rows:
+        if row["kl"] is not None:
+            cases.setdefault((row["parent"], row["speed"]), {}).setdefault(row["method"], []).append(row["kl"])
+    kl = {f"{p} {s:g}": {m: statistics.mean(v) for m, v in found.items()} for (p, s), found in cases.items()}
+    kl_stderr = {
+        f"{p} {s:g}": {m: statistics.stdev(v) / len(v) ** 0.5 for m, v in found.items() if len(v) > 1}
+        for (p, s), found in cases.items()
+    }
+    wins = {
+        f"{case}: {method}": value - found["puzzle"]
+        for case, found in kl.items()
+        for method, value in found.items()
+        if "puzzle" in found and method not in ROUNDS and value < found["puzzle"]
+    }
+    ran = [row for row in rows if row["kl"] is not None and row["gkd_tokens"]]
+    worse = [f"{r['parent']} {r['speed']:g} seed {r['seed']} {r['method']}" for r in ran if r["kl"] > r["kl_before"]]
+    speeds_measured = [r["measured_speedup"] / r["speed"] for r in rows if r["kl"] is not None and r["measured_speedup"]]
+    return {
+        "puzzle_best_everywhere": not wins,
+        "rivals_below_puzzle": wins,
+        "kl": kl,
+        "kl_stderr_over_seeds": kl_stderr,
+        "gkd_runs": len(ran),
+        "gkd_worse_than_its_start": worse,
+        "gkd_never_worse": not worse,
+        "gkd_kept_the_start": sum(row["kept"] == "start" for row in ran),
+        "measured_over_asked_speed": [min(speeds_measured), max(speeds_measured)] if speeds_measured else None,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the folder of parents and texts")
+    parser.add_argument("--parents", nargs="+", default=PARENTS, choices=PARENTS)
+    parser.add_argument("--speeds", nargs="+", type=float, default=SPEEDS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=tuple(MAKERS))
+    parser.add_argument("--tokens", type=int, default=102_400, help="of every GKD")
+    parser.add_argument("--bld-tokens", type=int, default=40_960, help="of the library")
+    parser.add_argument("--store", help="a folder to keep (default: a temporary one, so that nothing is reused)")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", help="settings of all methods: section.key=value")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file of rows; those in it are not made again")
+    parser.add_argument("--quick", action="store_true", help="few tokens, one seed, one speed")
+    given = parser.parse_args()
+    words: tuple[str, ...] = (f"gkd.tokens={given.tokens}", f"library.tokens={given.bld_tokens}", *given.overrides)
+    if given.quick:
+        words, given.seeds, given.speeds = (*words, *QUICK, "gkd.tokens=10240", "library.tokens=8192"), given.seeds[:1], [1.5]
+    rows: list[dict[str, Any]] = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
+
+    def save() -> None:
+        kept = [{name: value for name, value in row.items() if name != "child"} for row in rows]
+        write(given.out, kept, summary_of(rows) | {"settings": [*BASE, *words]})
+
+    with tempfile.TemporaryDirectory() as scratch:
+        for seed in given.seeds:
+            for parent in given.parents:
+                bench = Bench(parent, given.data, seed, given.store or scratch, words)
+                for speed in given.speeds:
+                    made = {r["method"]: r for r in rows if (r["parent"], r["seed"], r["speed"]) == (parent, seed, speed)}
+                    new = [method for method in given.methods if method not in made]
+                    for method in new:
+                        rows.append(row_of(bench, speed, method))
+                        show(rows[-1])
+                        save()
+                    timed = [row for row in rows[len(rows) - len(new) :] if row["kl"] is not None]
+                    if timed:
+                        measure_speeds(bench, timed, 3 if given.quick else 9)
+                        print(" ".join(f"{row['method']} {row['measured_speedup']:.3f} x" for row in timed), flush=True)
+                        save()
+    json.dump(summary_of(rows), sys.stdout, indent=1)
+
+
+if __name__ == "__main__":
+    main()
