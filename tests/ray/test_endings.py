@@ -60,7 +60,7 @@ class Building:
     def positions(self) -> dict[str, int]:
         """How many micro-batches the layers' checkpoints of this run know."""
         found = {}
-        for path in self.checkpoints():
+        for path in (path for path in self.checkpoints() if "~" not in path.name):  # else it is being written
             with safe_open(path, "pt") as file:
                 found[path.stem] = int(file.metadata()["position"])
         return found
