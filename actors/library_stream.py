@@ -22,6 +22,7 @@ from ray.exceptions import (
 )
 
 from actors.block_trainer import BlockTrainer
+from actors.colocated_shard import ColocatedShard
 from actors.data_plane import MIB, Flow
 from actors.leaving import LeavingNodes
 from actors.metrics import note
@@ -135,6 +136,19 @@ class Stream:
         self.reservation.release([*self.shards, *self.trainers])
 
 
+class ColocatedStream(Stream):
+    """The same where every shard trains its own layers: `trainers` are those shards that have some."""
+
+    def send(self, position: int, ids: Any) -> list[ObjectRef[Any]]:
+        entering: Any = ids
+        pending = []
+        options = find_transport(self.cluster.transport).method_options
+        for shard in self.shards:
+            entering, loss = shard.forward_and_train.options(num_returns=2, **options).remote(position, entering)
+            pending.append(loss)
+        return pending
+
+
 def open_stream(
     parent: str, layers: Sequence[int], space: SearchSpace, config: LibraryConfig, cluster: ClusterConfig, artifact: Artifact
 ) -> Stream:
@@ -152,23 +166,37 @@ def open_stream(
         say(
             f"at most {largest / MIB:.1f} MiB in a node's object store, {flow.window} micro-batches of {flow.tokens} tokens in flight"
         )
-        threads = cluster.cpus_per_trainer
+        trains = (cluster.cpus_per_trainer, cluster.transport, cluster.gpus_per_trainer)
         for plan, bundle, bundles in zip(plans, reservation.shards, reservation.trainers, strict=True):
-            options = {"num_cpus": 0, "num_gpus": cluster.gpus_per_shard}
-            named = actor_name(f"parent shard, {layers_in_words(plan.layers)}")
-            shard = ParentShard.options(**options, **named, **reservation.options(bundle))  # type: ignore[attr-defined]
             how = (config.parent_dtype, config.activation_dtype, 1, cluster.transport, cluster.gpus_per_shard)
-            shards.append(shard.remote(parent, plan.layers.start, plan.layers.stop, *how))
-            for group, own in zip(plan.groups, bundles, strict=True):
+            shard_of = (parent, plan.layers.start, plan.layers.stop, *how)
+            of_groups = [(parent, group, space, config, artifact, *trains) for group in plan.groups]
+            named = actor_name(f"parent shard, {layers_in_words(plan.layers)}")
+            if cluster.colocate:
+                placed = named | reservation.options(bundles[0] if bundles else bundle) | shard_options(cluster, bool(bundles))
+                both = ColocatedShard.options(**placed)  # type: ignore[attr-defined]
+                shards.append(both.remote(shard_of, of_groups[0] if of_groups else None, plan is plans[-1]))
+                trainers += shards[-1:] if of_groups else []
+                continue
+            options = {"num_cpus": 0, "num_gpus": cluster.gpus_per_shard}
+            shard = ParentShard.options(**options, **named, **reservation.options(bundle))  # type: ignore[attr-defined]
+            shards.append(shard.remote(*shard_of))
+            for group, own, arguments in zip(plan.groups, bundles, of_groups, strict=True):
                 named = actor_name(f"block trainer, {layers_in_words(group)}") | reservation.options(own)
                 trainer = BlockTrainer.options(**trainer_options(cluster), **named)  # type: ignore[attr-defined]
-                trains = (threads, cluster.transport, cluster.gpus_per_trainer)
-                trainers.append(trainer.remote(parent, group, space, config, artifact, *trains))
+                trainers.append(trainer.remote(*arguments))
         wait_ready([*shards, *trainers], "parent shards and block trainers", cluster.placement_timeout_s)
     except BaseException:
         reservation.release([*shards, *trainers])
         raise
-    return Stream(plans, shards, trainers, reservation, flow, cluster)
+    kind = ColocatedStream if cluster.colocate else Stream
+    return kind(plans, shards, trainers, reservation, flow, cluster)
+
+
+def shard_options(cluster: ClusterConfig, trains: bool) -> dict[str, Any]:
+    """What a shard with its trainers asks for: what those ask for, and its own share of a GPU."""
+    own = trainer_options(cluster) if trains else {"num_cpus": 0}
+    return own | {"num_gpus": own.get("num_gpus", 0) + cluster.gpus_per_shard}
 
 
 def flow(

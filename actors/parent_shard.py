@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,19 +107,32 @@ class Shard:
         import torch
 
         with torch.inference_mode():
-            if self.stack.embedding is not None:
-                hidden = self.stack.embed(torch.from_numpy(entering.copy()).to(self.stack.device)).to(self.travels)
-                leaving = [self.transport.pack(hidden, self.travels)]
-            else:
-                hidden, leaving = self._arrived(entering, self.travels), []
-            for index in range(self.stack.first, self.stack.last):
-                entered = hidden.to(self.stack.dtype)  # rounded as it travels, so that where shards end makes no difference
-                hidden = self.stack.run_layer(self.stack.layer(index), index, entered).to(self.travels)
-                leaving.append(self.transport.pack(hidden, self.travels))
-        self.sent_bytes += sum(packed.nbytes for packed in leaving)
-        self.sent_tokens += hidden.shape[0] * hidden.shape[1]
-        note_gpu_memory(f"parent shard, {self.words}", self.stack.device)
+            states = self._states(entering)
+            first = next(states)
+            leaving = [] if self.stack.embedding is None else [self.transport.pack(first, self.travels)]
+            leaving += [self.transport.pack(hidden, self.travels) for hidden in states]
+        self._sent_some(leaving)
         return leaving if len(leaving) > 1 else leaving[0]
+
+    def _states(self, entering: Container) -> Iterator[Any]:
+        """The input of the first layer and every layer's output, on the device, rounded as they travel; in inference mode."""
+        import torch
+
+        if self.stack.embedding is not None:
+            hidden = self.stack.embed(torch.from_numpy(entering.copy()).to(self.stack.device)).to(self.travels)
+        else:
+            hidden = self._arrived(entering, self.travels)
+        yield hidden
+        for index in range(self.stack.first, self.stack.last):
+            entered = hidden.to(self.stack.dtype)  # rounded as it travels, so that where shards end makes no difference
+            hidden = self.stack.run_layer(self.stack.layer(index), index, entered).to(self.travels)
+            yield hidden
+
+    def _sent_some(self, leaving: Sequence[Container]) -> None:
+        """Counts hidden states of one micro-batch that leave this process."""
+        self.sent_bytes += sum(packed.nbytes for packed in leaving)
+        self.sent_tokens += leaving[-1].shape[0] * leaving[-1].shape[1] if leaving else 0
+        note_gpu_memory(f"parent shard, {self.words}", self.stack.device)
 
     def _arrived(self, packed: Container, dtype: Any) -> Any:
         """A tensor that was sent here, where this shard computes."""

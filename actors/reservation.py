@@ -42,6 +42,13 @@ class ShardPlan:
 
     layers: range
     groups: tuple[tuple[int, ...], ...]
+    colocated: bool = False
+
+    @property
+    def states(self) -> set[int]:
+        """The hidden states that are in an object store for it: all that its layers read and write, or those at its ends alone."""
+        ends = {self.layers.start, self.layers.stop}
+        return ends if self.colocated else {*self.layers, *ends}
 
 
 def plan_shards(layers: Sequence[int], cluster: ClusterConfig) -> list[ShardPlan]:
@@ -51,7 +58,7 @@ def plan_shards(layers: Sequence[int], cluster: ClusterConfig) -> list[ShardPlan
     shard is too many, there are fewer shards, which is said.
     """
     wanted = num_shards = min(cluster.num_shards, max(layers) + 1)
-    auto = cluster.blocks_per_trainer == "auto"
+    auto = cluster.blocks_per_trainer == "auto" or cluster.colocate
     if cluster.gpus_per_shard:
         require({"num_gpus": cluster.gpus_per_shard}, "a parent shard", "library", cluster.autoscaling)
     places = require(trainer_options(cluster), "a block trainer", "library", cluster.autoscaling)
@@ -64,7 +71,10 @@ def plan_shards(layers: Sequence[int], cluster: ClusterConfig) -> list[ShardPlan
         say(f"{num_shards} shards in place of {wanted}: the cluster holds no trainer for each of more")
     shards = runs(max(layers) + 1, num_shards)
     own = [[layer for layer in layers if layer in shard] for shard in shards]
-    counts = [len(part) if auto else -(-len(part) // int(cluster.blocks_per_trainer)) for part in own]
+    if cluster.colocate:
+        counts = [min(1, len(part)) for part in own]
+    else:
+        counts = [len(part) if auto else -(-len(part) // int(cluster.blocks_per_trainer)) for part in own]
     while auto and sum(counts) > max(room, num_shards):
         several = [n for n, count in enumerate(counts) if count > 1]
         counts[min(several, key=lambda n: len(own[n]) / (counts[n] - 1))] -= 1
@@ -77,7 +87,7 @@ def plan_shards(layers: Sequence[int], cluster: ClusterConfig) -> list[ShardPlan
         remedy = "ask for smaller shares of a GPU" if auto else "raise it, lower cluster.num_shards, or leave it at auto"
         raise ClusterError("cluster.blocks_per_trainer", problem, remedy)
     return [
-        ShardPlan(shard, tuple(tuple(part[i] for i in run) for run in runs(len(part), count)) if part else ())
+        ShardPlan(shard, tuple(tuple(part[i] for i in run) for run in runs(len(part), count)) if part else (), cluster.colocate)
         for shard, part, count in zip(shards, own, counts, strict=True)
     ]
 
@@ -209,7 +219,7 @@ def check_stores(flow: Flow, plans: Sequence[ShardPlan], shards_of_nodes: Mappin
     for node, shards in shards_of_nodes.items():
         if node not in stores:  # it died just now: what was there is placed anew
             continue
-        states = {index for n in shards for index in (*plans[n].layers, plans[n].layers.stop)}
+        states = {index for n in shards for index in plans[n].states}
         needed = flow.bound_bytes(len(states))
         most = max(most, needed)
         if needed > SPILLS_AT * stores[node]:

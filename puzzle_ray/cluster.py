@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from pydantic import model_validator
+
 from puzzle_ray.settings import Count, GpuShare, Positive, Section
 
 
@@ -15,6 +17,7 @@ class ClusterConfig(Section):
     placement_timeout_s: Positive = 300.0
     num_shards: Count = 2
     blocks_per_trainer: Count | Literal["auto"] = "auto"
+    colocate: bool = False  # trainers in their shard's process; then blocks_per_trainer is not read
     cpus_per_trainer: Count = 1
     gpus_per_trainer: GpuShare = 0
     gpus_per_shard: GpuShare = 0
@@ -22,6 +25,14 @@ class ClusterConfig(Section):
     max_recoveries: Count = 20
     autoscaling: bool = False  # nodes are added on demand: what none has yet is waited for, up to placement_timeout_s
     transport: str = "object_store"  # of hidden states
+
+    @model_validator(mode="after")
+    def _one_process_on_one_gpu(self) -> ClusterConfig:
+        both = self.gpus_per_shard + self.gpus_per_trainer
+        if self.colocate and both > 1 and both != int(both):
+            problem = f"gpus_per_shard and gpus_per_trainer are {both:g} together, and with colocate one process asks for both"
+            raise ValueError(f"{problem}; give it at most 1")
+        return self
 
     def library_identity(self) -> dict[str, Any]:
         """The settings that the bits of a library depend on. A product's sums are split by threads, and a GPU sums in another order.

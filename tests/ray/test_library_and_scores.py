@@ -163,6 +163,21 @@ def test_killing_a_shard_and_a_trainer_and_stopping_the_driver_change_nothing(lo
     assert seen.done == 36, "counted from the checkpoint, shown as a whole"
 
 
+def test_shards_with_their_trainers_in_one_process_and_one_of_them_killed_change_nothing(local_ray, setting, monkeypatch):
+    streams = []
+    start = library_stream.open_stream
+    monkeypatch.setattr(library_stream, "open_stream", lambda *a: streams.append(start(*a)) or streams[-1])
+
+    def kill():
+        (stream,) = streams
+        assert stream.shards == stream.trainers and len(stream.shards) == 2
+        os.kill(ray.get(stream.shards[0].pid.remote(), timeout=30), signal.SIGKILL)
+
+    seen = At(15, kill)
+    assert_same(setting[-1], build(setting, "colocated", seen, colocate=True))
+    assert seen.act is None and seen.done == 36
+
+
 def test_killing_a_shard_while_scoring_changes_nothing(local_ray, setting, monkeypatch):
     """Of candidates that are estimated first; the promising ones are scored exactly, each only as long as it is in doubt."""
     doubts = {"racing": True, "racing_stderr": 0.05, "shortlist": "fisher", "shortlist_keep": 0.5, "fisher_samples": 1}

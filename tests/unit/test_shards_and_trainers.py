@@ -18,6 +18,7 @@ from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
 from small_models import save_parent
 
 from actors.block_trainer import Trainer
+from actors.colocated_shard import Colocated
 from actors.parent_shard import EvaluationData, Shard
 from actors.placement import runs
 from puzzle_ray.artifacts import LayerChoice, Scores, SearchSpace
@@ -160,6 +161,49 @@ def test_pairs_with_every_option_are_the_same(pairs, pairs_library):
     config = CONFIG.model_copy(update=EVERYTHING)
     assert_same(pairs_library, stream(pairs, config, 2, TWO_BY_TWO))
     assert_same(pairs_library, stream(pairs, config, 2, TWO_BY_TWO, restart_at=14))
+
+
+def stream_colocated(setting: Setting, config: LibraryConfig, num_shards: int, restart_at: int | None = None) -> Library:
+    """The library by shards that train their own layers."""
+    parent, artifact, schedule = str(setting.folder), setting.artifact("library"), Schedule.of(config)
+
+    def started():
+        how = (config.parent_dtype, config.activation_dtype, 1, TRANSPORT)
+        of_shards = runs(LAYERS, num_shards)
+        return [
+            Colocated(
+                (parent, layers.start, layers.stop, *how),
+                (parent, tuple(layers), setting.space, config, artifact, 1, TRANSPORT),
+                layers is of_shards[-1],
+            )
+            for layers in of_shards
+        ]
+
+    shards = started()
+    position = 0
+    while position < schedule.positions:
+        if position == restart_at:
+            shards = started()
+            position, restart_at = min(shard.last() for shard in shards) + 1, None
+        entering = setting.tokens.batch(SEED, schedule.data_number(position), 2).numpy()
+        for shard in shards:
+            left, _ = shard.forward_and_train(position, entering)
+            entering = None if left is None else travelled(left)
+        assert entering is None, "nothing reads the last layer's output outside its process"
+        position += 1
+    sent = [shard.usage().sent_bytes for shard in shards]
+    assert sent[-1] == 0 and all(sent[:-1])
+    return finish_library(setting.space, artifact)
+
+
+@pytest.mark.parametrize(("num_shards", "restart_at"), [(1, None), (3, 14)])
+def test_trainers_in_their_shards_processes_change_nothing(setting, library, num_shards, restart_at):
+    assert_same(library, stream_colocated(setting, CONFIG, num_shards, restart_at))
+
+
+def test_they_round_to_16_bits_as_if_states_had_travelled(pairs):
+    config = CONFIG.model_copy(update=EVERYTHING | {"activation_dtype": "bfloat16", "parent_dtype": "bfloat16"})
+    assert_same(pairs.serially(config), stream_colocated(pairs, config, 2))
 
 
 @pytest.mark.parametrize("restart_at", [1, 11, 14])
