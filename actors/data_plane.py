@@ -20,9 +20,9 @@ class Flow:
     dtype_bytes: int
 
     @classmethod
-    def of(cls, config: LibraryConfig, hidden_size: int) -> Flow:
+    def of(cls, config: LibraryConfig, hidden_size: int, num_shards: int) -> Flow:
         dtype_bytes = 4 if config.activation_dtype == "float32" else 2
-        return cls(config.window, config.micro_batch_tokens, hidden_size, dtype_bytes)
+        return cls(config.in_flight(num_shards), config.micro_batch_tokens, hidden_size, dtype_bytes)
 
     @property
     def state_bytes(self) -> int:

@@ -157,7 +157,7 @@ def open_stream(
     Raises ClusterError when they cannot be placed, or when a node's store cannot hold what flows through it.
     """
     plans = plan_shards(layers, cluster)
-    flow = Flow.of(config, read_config(locate(parent)).hidden_size)
+    flow = Flow.of(config, read_config(locate(parent)).hidden_size, len(plans))
     reservation = Reservation.make(plans, cluster)
     shards: list[ActorHandle[Any]] = []
     trainers: list[ActorHandle[Any]] = []
@@ -249,7 +249,7 @@ def build_library(
         try:
             with progress.stage("library", text.schedule.positions, "micro-batch") as bar:
                 counting = _Counting(bar)
-                while not _followed(stream, text, config.window, counting):
+                while not _followed(stream, text, stream.flow.window, counting):
                     stream.save()
                     stream.release()
                     layers = unfinished_layers(space, artifact)

@@ -142,7 +142,7 @@ class OnRay:
     def run(self, count: int) -> None:
         """The next `count` micro-batches; none is in flight when it returns."""
         positions = range(self.done, self.done + count)
-        self.flow(self.stream, positions, self.text, self.config.window, NoBar())
+        self.flow(self.stream, positions, self.text, self.stream.flow.window, NoBar())
         self.done += count
 
     def end(self) -> dict[str, Any]:

@@ -123,4 +123,5 @@ def window_bytes(run: Run) -> int:
     if run.config.parent == TINY:
         return 0
     model_config: Any = run.parent.model_config
-    return Flow.of(run.config.library, model_config.hidden_size).bound_bytes(model_config.num_hidden_layers + 1)
+    shards = min(run.config.cluster.num_shards, model_config.num_hidden_layers)
+    return Flow.of(run.config.library, model_config.hidden_size, shards).bound_bytes(model_config.num_hidden_layers + 1)

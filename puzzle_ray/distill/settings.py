@@ -66,7 +66,7 @@ class LibraryConfig(Section):
     weight_decay: NonNegative = 0.0
     gradient_clip: Positive = 1.0
     checkpoint_every: Count = 50  # micro-batches
-    window: Count = 3  # micro-batches in flight
+    window: Count | Literal["auto"] = "auto"  # micro-batches in flight; auto: two more than shards, so that none of them waits
     parent_dtype: DType = "float32"  # in which the parent computes its activations
     activation_dtype: DType = "float32"  # in which activations go from the parent to the trainers
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast; weights, optimizer and loss stay float32
@@ -77,6 +77,10 @@ class LibraryConfig(Section):
             problem = "mode coupled trains whole pairs, too many of them in a whole search space"
             raise ValueError(f"{problem}; set narrow_from to an architecture.json or a sweep of a decoupled run")
         return self
+
+    def in_flight(self, num_shards: int) -> int:
+        """Micro-batches at the most."""
+        return num_shards + 2 if self.window == "auto" else self.window
 
     def identity(self) -> dict[str, Any]:
         """The settings that a library's content depends on. What names another artifact stands among the inputs, by its key."""

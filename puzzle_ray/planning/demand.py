@@ -203,7 +203,7 @@ def works(config: RunConfig, model_config: Any, sizes: Sizes) -> list[Work]:
             library.tokens * (2.0 * sum(sizes.layers) + trained),
             library.compute_dtype,
             store,
-            store * library.micro_batch_tokens * library.window,
+            store * library.micro_batch_tokens * library.in_flight(min(config.cluster.num_shards, depth)),
             checkpoint,
         ),
         Work("scores", config.scoring.tokens * scored, config.scoring.dtype),

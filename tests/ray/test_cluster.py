@@ -375,11 +375,11 @@ def test_slow_trainers_hold_the_shard_back_and_a_store_that_spills_is_a_warning(
         sampler.join()
     assert re.search("warning: the object store of node .* is full: .* MiB went to its disk", "".join(said))
     assert not [thread for thread in threading.enumerate() if thread.name == "spill watch"], "it ends with its stage"
-    flow = Flow.of(config, 32)
-    full = config.window * 5 * flow.state_bytes
+    flow = Flow.of(config, 32, 1)
+    full = flow.window * 5 * flow.state_bytes
     assert full <= max(used) <= flow.bound_bytes(5) < 1.1 * full
     ahead = np.cumsum([1 if word == "sent" else -1 for word in log.read_text().split()])
-    assert ahead.max() == config.window
+    assert ahead.max() == flow.window
 
 
 def test_a_store_that_is_too_small_is_refused_before_work(several_nodes, parent, tmp_path):
@@ -392,7 +392,7 @@ def test_a_store_that_is_too_small_is_refused_before_work(several_nodes, parent,
         library_stream.build_library(folder, space, config, CLUSTER, tokens, 0, step, Quiet())
     assert not step.names()
     until(lambda: ray.available_resources().get("CPU") == 1, "what was reserved is free again")
-    assert check_stores(Flow.of(config, 32), [ShardPlan(range(4), ())], {"a node that died just now": {0}}) == 0
+    assert check_stores(Flow.of(config, 32, 1), [ShardPlan(range(4), ())], {"a node that died just now": {0}}) == 0
 
 
 def test_trainers_that_fit_no_node_together_are_packed_and_what_finds_no_place_is_an_error(several_nodes, parent, capsys):

@@ -290,7 +290,7 @@ def test_the_worked_examples_arithmetic():
     layers, hidden = 32, 4096
     per_token = (layers + 1) * hidden * 2
     assert f"{per_token / 1024:.0f} KiB" in text
-    in_flight = config.library.window * config.library.micro_batch_tokens * per_token / 2**30
+    in_flight = config.library.in_flight(config.cluster.num_shards) * config.library.micro_batch_tokens * per_token / 2**30
     assert f"{in_flight:.1f} GiB in the object store" in text
     variants = len(config.space.attention) + len(config.space.ffn) - 2
     assert f"{variants * layers} replacements" in text
