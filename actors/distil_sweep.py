@@ -67,7 +67,7 @@ class Rows:
         return bool(decided.goes_on)
 
 
-class Halving(FIFOScheduler):  # type: ignore[misc]
+class Halving(FIFOScheduler):
     """Ends the trials of children that do not go on from a rung."""
 
     def __init__(self, rows: Rows) -> None:
@@ -89,7 +89,7 @@ class Halving(FIFOScheduler):  # type: ignore[misc]
         return str(TrialScheduler.CONTINUE if going else TrialScheduler.STOP)
 
 
-class Watch(Callback, Stopper):  # type: ignore[misc]
+class Watch(Callback, Stopper):
     """Shows how far the trials are. Ends them all where none starts, or says anything, for too long, or where `rows` failed."""
 
     def __init__(self, cluster: ClusterConfig, bar: Bar, rows: Rows) -> None:
