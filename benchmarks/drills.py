@@ -257,7 +257,7 @@ def differing(found: Mapping[str, str], expected: Mapping[str, str]) -> str:
 
 
 def all_drills(only: set[str]) -> list[tuple[str, str]]:
-    return [(s, f) for s in VERBS for f in PLAIN if (s, f) not in LEFT_OUT and (not only or {s, f, f"{s}:{f}"} & only)]
+    return [(s, f) for f in PLAIN for s in VERBS if (s, f) not in LEFT_OUT and (not only or {s, f, f"{s}:{f}"} & only)]
 
 
 def main() -> None:
