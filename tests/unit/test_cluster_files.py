@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 
 import jobs
 from puzzle_ray.config import load
+from puzzle_ray.variants.space import search_space
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -284,14 +285,19 @@ def test_the_walk_names_files_verbs_and_options_that_there_are(capsys):
     assert len(settings) >= 5 and load("llama31_8b", overrides=tuple(dict.fromkeys(settings))).cluster.autoscaling
 
 
-def test_the_worked_examples_arithmetic():
-    text = (CLUSTER / "README.md").read_text()
-    config = load("llama31_8b")
-    layers, hidden = 32, 4096
-    per_token = (layers + 1) * hidden * 2
-    assert f"{per_token / 1024:.0f} KiB" in text
-    in_flight = config.library.in_flight(config.cluster.num_shards) * config.library.micro_batch_tokens * per_token / 2**30
-    assert f"{in_flight:.1f} GiB in the object store" in text
-    variants = len(config.space.attention) + len(config.space.ffn) - 2
-    assert f"{variants * layers} replacements" in text
+def test_the_worked_example_shows_what_plan_says():
+    from transformers import AutoConfig
+
+    from jobs.plan import table
+    from puzzle_ray.planning.demand import Sizes, demands, works
+    from puzzle_ray.planning.hardware import Hardware
+
+    text, config = (CLUSTER / "README.md").read_text(), load("llama31_8b")
+    shape = {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    shape |= {"num_key_value_heads": 8, "vocab_size": 128_256, "max_position_embeddings": 131_072, "tie_word_embeddings": False}
+    parent = AutoConfig.for_model("llama", dtype="bfloat16", **shape)
+    space = search_space(parent, config.space.attention, config.space.ffn, config.space.ffn_multiple_of)
+    sizes = Sizes(parent, space)
+    shown = table(demands(config, parent, sizes), works(config, parent, sizes), Hardware.parse("1x8 H100-80GB"), 0.4)
+    assert "\n".join(f"    {line}" if line else "" for line in shown) in text
     assert config.library.tokens == 250_000_000 and config.gkd.tokens == 1_000_000_000 and config.scoring.tokens == 131_072
