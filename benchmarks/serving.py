@@ -217,8 +217,8 @@ def random_child(parent: Path, folder: Path) -> None:
 
 async def measured(
     models: dict[str, str], others: dict[str, str], load: Load, mixed: Load, options: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """All ways in turn, `rounds` times."""
+) -> AsyncIterator[list[dict[str, Any]]]:
+    """All ways in turn, `rounds` times: the rows so far, after every round."""
     rows: list[dict[str, Any]] = []
     reference = load_model(models[CHILD], getattr(torch, options.dtype))
     async with served(models, options.threads, options.dtype) as url:
@@ -234,7 +234,7 @@ async def measured(
             for users in USERS:
                 for name, (where, model) in sorted(ways.items(), key=lambda item: (turn % 2 == 0) == (item[0] == PARENT)):
                     before = engine_cpu_s()
-                    asked = await closed_loop(where, model, load, users, max(1, options.requests // users))
+                    asked = await closed_loop(where, model, load, users, max(1, options.requests // max(4, users)))
                     after = engine_cpu_s() if name in (PARENT, CHILD) else None
                     cpu_s = None if after is None or before is None else after - before
                     rows.append(row_of(name, f"{users} users", asked, cpu_s) | {"round": turn})
@@ -245,13 +245,13 @@ async def measured(
             rows.append(generated(reference, load, 16, max(16, options.requests // 16 * 16)) | {"round": turn})
             print(_line(rows[-1]), flush=True)
             draw = random.Random(turn)
-            arrivals = np.cumsum([draw.expovariate(rate) for _ in range(options.requests)]).tolist()
+            arrivals = np.cumsum([draw.expovariate(rate) for _ in range(2 * options.requests)]).tolist()
             asked = await open_loop(url, CHILD, mixed, arrivals)
             rows.append(row_of(CHILD, "poisson", asked, None) | {"round": turn, "requests_per_s": rate})
             print(_line(rows[-1]), flush=True)
             rows.append(generated_as_they_come(reference, mixed, arrivals, 16) | {"round": turn, "requests_per_s": rate})
             print(_line(rows[-1]), flush=True)
-    return rows
+            yield rows
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -291,7 +291,7 @@ def main() -> None:
     parser.add_argument("--other", action="append", default=[], help="NAME=URL of another server")
     parser.add_argument("--other-model", help="what other servers call the checkpoint")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--requests", type=int, default=64, help="of one run")
+    parser.add_argument("--requests", type=int, default=64, help="of one run; a quarter for a user alone, twice as many arrive")
     parser.add_argument("--rate", type=float, default=0.0, help="Poisson arrivals a second; 0: 1.5 x what the child can do")
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -318,10 +318,14 @@ def main() -> None:
         predicted = predicted_speedup(config, choices_of(read_config(child)), scenario, options.dtype, 5)
         print(f"predicted speedup {predicted:.3f}", flush=True)
         models, others = {PARENT: str(options.parent), CHILD: str(child)}, dict(each.split("=", 1) for each in options.other)
-        rows = asyncio.run(measured(models, others, Load(prompts, (most,)), mixed, options))
-    summary = summary_of(rows, predicted)
-    print(json.dumps(summary, indent=1))
-    write(options.out, rows, summary)
+
+        async def run() -> None:
+            async for rows in measured(models, others, Load(prompts, (most,)), mixed, options):
+                summary = summary_of(rows, predicted)
+                write(options.out, rows, summary)
+            print(json.dumps(summary, indent=1))
+
+        asyncio.run(run())
 
 
 if __name__ == "__main__":

@@ -177,12 +177,12 @@ class Generation:
 
 
 class _News:
-    """Tells a reader on an event loop of changes: at once where one ends, else at most every `interval_s` seconds."""
+    """Tells a reader on an event loop of changes: at once where one ends, else at most every `interval_s()` seconds."""
 
-    def __init__(self, interval_s: float) -> None:
+    def __init__(self, interval_s: Callable[[], float]) -> None:
         self._loop = asyncio.get_running_loop()
         self._interval_s = interval_s
-        self._quiet_until = 0.0 if interval_s != float("inf") else float("inf")
+        self._quiet_until = 0.0 if interval_s() != float("inf") else float("inf")
         self._event = asyncio.Event()
 
     def tell(self, done: bool) -> None:
@@ -196,15 +196,16 @@ class _News:
 
     def handed_on(self) -> None:
         """What was new has been read."""
-        if 0 < self._interval_s < float("inf"):
-            self._quiet_until = self._loop.time() + self._interval_s
-            self._loop.call_later(self._interval_s, self._event.set)
+        interval_s = self._interval_s()
+        if 0 < interval_s < float("inf"):
+            self._quiet_until = self._loop.time() + interval_s
+            self._loop.call_later(interval_s, self._event.set)
 
 
 async def stream_deltas(
-    generations: Sequence[Generation], interval_s: float = 0.0
+    generations: Sequence[Generation], interval_s: Callable[[], float] = lambda: 0.0
 ) -> AsyncGenerator[tuple[int, list[Delta]], None]:
-    """(index, new deltas) of several requests. The first come at once, the following at most every `interval_s` seconds.
+    """(index, new deltas) of several requests. The first come at once, the following at most every `interval_s()` seconds.
 
     Leaving early cancels all requests. Raises EngineFailed.
     """
@@ -235,6 +236,6 @@ async def stream_deltas(
 
 async def wait_for_all(generations: Sequence[Generation]) -> None:
     """Until all have ended. A call that is cancelled cancels them. Raises EngineFailed."""
-    async with contextlib.aclosing(stream_deltas(generations, float("inf"))) as stream:
+    async with contextlib.aclosing(stream_deltas(generations, lambda: float("inf"))) as stream:
         async for _ in stream:
             pass

@@ -18,6 +18,8 @@ from puzzle_ray.serving.metrics import Source, exposition
 from puzzle_ray.serving.prompts import Prompts, TokenTexts
 from puzzle_ray.serving.requests import ChatRequest, CompletionRequest
 
+_EVENTS_PER_S = 200  # of all streams together, about: each costs the server's processes half a millisecond
+
 
 class ServedModel:
     """A model under a name: its engine, and what turns requests into tokens and tokens into answers."""
@@ -38,12 +40,17 @@ class ServedModel:
 class OpenAIService:
     """Answers requests for the models it has. It raises PuzzleErrors before the first token (see `error_response`).
 
-    stream_interval_s: tokens that come faster are put together into one event. The first and the last one never wait.
+    stream_interval_s: tokens that come faster are put together into one event. The first and the last one never wait. Where many
+    streams run, their tokens wait longer: events take time that the model needs. 0: each token has an event, whatever that takes.
     """
 
     def __init__(self, models: Sequence[ServedModel], stream_interval_s: float = 0.02) -> None:
         self._models: Mapping[str, ServedModel] = {model.name: model for model in models}
         self._stream_interval_s = stream_interval_s
+        self._streams = 0  # that are open now
+
+    def _interval_s(self) -> float:
+        return max(self._stream_interval_s, self._streams / _EVENTS_PER_S) if self._stream_interval_s else 0.0
 
     def check(self) -> None:
         """Raises EngineFailed if an engine has stopped or is stuck."""
@@ -109,8 +116,9 @@ class OpenAIService:
         has_usage = request.stream_options is not None and request.stream_options.include_usage
         # With `include_usage`, every chunk has the field `usage`. It is null except in the last chunk.
         head = {**answer.head(), "usage": None} if has_usage else answer.head()
+        self._streams += 1
         try:
-            async with contextlib.aclosing(stream_deltas(generations, self._stream_interval_s)) as stream:
+            async with contextlib.aclosing(stream_deltas(generations, self._interval_s)) as stream:
                 async for index, deltas in stream:
                     if (choice := answer.chunk(index, generations[index], deltas)) is not None:
                         yield event({**head, "choices": [choice]})
@@ -118,4 +126,6 @@ class OpenAIService:
                 yield event({**head, "choices": [], "usage": usage(generations, request.num_candidates)})
         except PuzzleError as error:  # the status line was sent already, so the error becomes the last event
             yield event(error_response(error)[1])
+        finally:
+            self._streams -= 1
         yield "data: [DONE]\n\n"

@@ -211,8 +211,8 @@ def test_a_second_application_leaves_the_first_alone(client, url, child_folder):
 @pytest.mark.wide
 def test_a_replica_that_is_killed_takes_only_its_own_requests_with_it(client, url, child_folder):
     """Of the streams that run while one of two replicas is killed some end early; those that begin afterwards are whole."""
-    settings = ServeSettings(models={"pair": str(child_folder)}, max_batch_size=2, kv_cache_mib=32, num_replicas=2)
-    where, tokens = ("127.0.0.1", int(url.split(":")[2].partition("/")[0])), 1500
+    settings = ServeSettings(models={"pair": str(child_folder)}, max_batch_size=8, kv_cache_mib=32, num_replicas=2)
+    where, tokens = ("127.0.0.1", int(url.split(":")[2].partition("/")[0])), 4000
     with deployed(settings, "pair", "/pair", where, False, Stops()):
         assert wait_until_running("pair", WAIT_S, threading.Event())
         pair = client.with_options(base_url=f"{url.removesuffix('/here')}/pair/v1")
@@ -230,15 +230,15 @@ def test_a_replica_that_is_killed_takes_only_its_own_requests_with_it(client, ur
             except Exception:  # the connection is cut, in whatever way
                 return False
 
-        with ThreadPoolExecutor(4) as pool:
-            before = list(pool.map(lambda _: begun(), range(4)))
+        with ThreadPoolExecutor(8) as pool:
+            before = list(pool.map(lambda _: begun(), range(8)))
             replicas = [
                 each for each in psutil.Process().children(recursive=True) if "ServeReplica:pair" in " ".join(each.cmdline())
             ]
             assert len(replicas) == 2
             replicas[0].kill()
             in_progress, later = list(pool.map(whole, before)), list(pool.map(lambda _: whole(begun()), range(4)))
-        assert 0 < sum(in_progress) < 4 and all(later)
+        assert 0 < sum(in_progress) < 8 and all(later)
 
 
 def command(*options: str) -> list[str]:

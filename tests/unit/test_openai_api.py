@@ -344,6 +344,22 @@ def test_a_failure_in_mid_stream_is_the_last_event(service):
         failing.api.health()
 
 
+def test_where_many_streams_run_each_has_fewer_events(service):
+    api = OpenAIService([service.model], stream_interval_s=0.02)
+
+    async def run():
+        streams = [await api.answer_stream(CompletionRequest(**ASK, stream=True)) for _ in range(10)]
+        assert api._interval_s() == 0.02
+        for stream in streams:
+            await anext(stream)
+        assert api._interval_s() == pytest.approx(10 / 200)
+        for stream in streams:
+            await stream.aclose()
+
+    asyncio.run(run())
+    assert api._interval_s() == 0.02
+
+
 def test_what_comes_faster_than_the_interval_is_one_event(service):
     slow = OpenAIService([service.model], stream_interval_s=3600.0)
     service_of = Served(service.engine, service.tokenizer)
