@@ -209,7 +209,12 @@ def scores_of(s: Setting, tokens: Artifact, library: Artifact) -> Artifact:
 
 def architecture_of(s: Setting, tokens: Artifact, library: Artifact, profile: Artifact, scores: Artifact) -> Artifact:
     config, search, scoring = s.config, s.config.search, s.config.scoring
-    settings = {"search": search.identity(), "metric": scoring.metric, "exact": scoring.makes_exact, "seed": config.seed}
+    settings: dict[str, Any] = {
+        "search": search.identity(),
+        "metric": scoring.metric,
+        "exact": scoring.makes_exact,
+        "seed": config.seed,
+    }
     settings |= {"round": [s.number, config.rounds]} if config.rounds > 1 else {}
 
     def work(artifact: Artifact) -> None:
