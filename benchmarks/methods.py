@@ -374,7 +374,7 @@ def main() -> None:
                         save()
                     timed = [row for row in rows[len(rows) - len(new) :] if row["kl"] is not None]
                     if timed:
-                        measure_speeds(bench, timed, 3 if given.quick else 9)
+                        measure_speeds(bench, timed, 3 if given.quick else 15)
                         print(" ".join(f"{row['method']} {row['measured_speedup']:.3f} x" for row in timed), flush=True)
                         save()
     json.dump(summary_of(rows), sys.stdout, indent=1)
