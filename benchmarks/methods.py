@@ -276,17 +276,18 @@ def row_of(bench: Bench, speed: float, method: str) -> dict[str, Any]:
 
 
 def measure_speeds(bench: Bench, rows: Sequence[dict[str, Any]], repeats: int) -> None:
-    """Times the children of one speed and their parent in turn, in the profile's scenario, and writes the ratios into the rows."""
-    folders = {row["child"]: row["child"] for row in rows if row["kl"] is not None}
+    """Times the children of one speed and their parent in turn, in the profile's scenario, and writes the ratios into the rows. Children
+    of the same shapes are as fast as each other: one of them is timed."""
+    made = [row for row in rows if row["kl"] is not None]
+    folders = {" | ".join(row["layers"]): row["child"] for row in made}
     scenario = bench.s.profile_config.scenario
     compute_with(num_cores())
     with quiet_transformers():
         models = {name: load_model(folder, torch.float32) for name, folder in {"parent": str(bench.s.parent), **folders}.items()}
     rates = speeds(measure_side_by_side(models, scenario, repeats, ENGINE), scenario)
     parent = rates["parent"]["throughput_tokens_per_s"]
-    for row in rows:
-        if row["kl"] is not None:
-            row["measured_speedup"] = rates[row["child"]]["throughput_tokens_per_s"] / parent
+    for row in made:
+        row["measured_speedup"] = rates[" | ".join(row["layers"])]["throughput_tokens_per_s"] / parent
 
 
 def show(row: Mapping[str, Any]) -> None:
@@ -374,7 +375,7 @@ def main() -> None:
                         save()
                     timed = [row for row in rows[len(rows) - len(new) :] if row["kl"] is not None]
                     if timed:
-                        measure_speeds(bench, timed, 3 if given.quick else 15)
+                        measure_speeds(bench, timed, 3 if given.quick else 25)
                         print(" ".join(f"{row['method']} {row['measured_speedup']:.3f} x" for row in timed), flush=True)
                         save()
     json.dump(summary_of(rows), sys.stdout, indent=1)
