@@ -367,7 +367,7 @@ def main() -> None:
             given.out,
             kept,
             summary_of(rows)
-            | {"settings": [*BASE, *words], "gkd_learning_rates": {p: RATES.get(p, RATE) for p in given.parents}},
+            | {"settings": [*BASE, *words], "gkd_learning_rates": {r["parent"]: RATES.get(r["parent"], RATE) for r in rows}},
         )
 
     with tempfile.TemporaryDirectory() as scratch:
