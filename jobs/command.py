@@ -54,10 +54,13 @@ class Group:
     verbs: tuple[Verb, ...]
 
 
-def stage_verb(name: str, about: str | None, group: str, work: Callable[[Run], None], needs_ray: bool = True) -> Verb:
+def stage_verb(
+    name: str, about: str | None, group: str, work: Callable[[Run], None], needs_ray: bool = True, rounds: bool = True
+) -> Verb:
     """A verb with the options that every stage has.
 
-    `work` is given a checked run, within a Ray session where it needs one: its last round, when the others are done.
+    `work` is given a checked run, within a Ray session where it needs one: its last round, when the others are done, or its first one
+    where `rounds` is false.
     """
 
     def call(
@@ -75,14 +78,14 @@ def stage_verb(name: str, about: str | None, group: str, work: Callable[[Run], N
 
         if not needs_ray:
             with observed(run, name):
-                work(run.last_round())
+                work(run.last_round() if rounds else run)
             return
         from jobs.checks import check_cluster
         from jobs.session import connected
 
         with connected(run.config.cluster, window_bytes(run)), observed(run, name):
             check_cluster(run.config)
-            work(run.last_round())
+            work(run.last_round() if rounds else run)
 
     call.__doc__ = about
     return Verb(name, group, call)

@@ -11,7 +11,7 @@ def work(run: Run) -> None:
     print(run.parent.address)
 
 
-VERB = stage_verb("make-tiny-parent", __doc__, STAGES, work, needs_ray=False)
+VERB = stage_verb("make-tiny-parent", __doc__, STAGES, work, needs_ray=False, rounds=False)
 
 if __name__ == "__main__":
     from jobs.app import main

@@ -37,7 +37,7 @@ def work(run: Run) -> None:
     print(f"tables: {artifact.path('sweep.csv')} and sweep.parquet")
 
 
-VERB = stage_verb("sweep-budgets", __doc__, SEARCHES, work)
+VERB = stage_verb("sweep-budgets", __doc__, SEARCHES, work, rounds=False)
 
 if __name__ == "__main__":
     from jobs.app import main

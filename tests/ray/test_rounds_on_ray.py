@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from small_runs import SMALL, save_parent_with_text
 
 from jobs.run import Run
@@ -27,7 +28,8 @@ def config_of(parent_with_text, store):
         "parent": str(folder),
         "data": {"train": str(text), "sequence_length": 16},
         "store": str(store),
-        "search": SMALL["search"] | {"limits": limits, "sweep": {"speedup": None, "params_fraction": [0.8]}},
+        "scoring": SMALL["scoring"] | {"shortlist": "none"},
+        "search": {"limits": limits, "sweep": {"speedup": None, "params_fraction": [0.8]}},
         "profile": SMALL["profile"] | {"engine": "roofline", "device": "H100"},
         "cluster": {"num_shards": 1},
     }
@@ -38,7 +40,9 @@ def keys(store):
     return {path.parent.name for stage in STAGES for path in store.glob(f"{stage}-*/artifact.json")}
 
 
-def test_rounds_on_ray_are_rounds_in_one_process(local_ray, tmp_path):
+@pytest.mark.wide
+def test_rounds_on_ray_are_rounds_in_one_process(local_ray, tmp_path, monkeypatch):
+    monkeypatch.setattr("puzzle_ray.pipeline.num_cores", lambda: 4)  # as that Ray has: GKD's bits depend on its threads
     parent = save_parent_with_text(tmp_path / "parent")
     first = Run(config_of(parent, tmp_path / "on_ray"), Quiet())
     first.done("gkd")

@@ -14,7 +14,7 @@ from puzzle_ray.errors import ParentError
 from puzzle_ray.families.registry import families
 from puzzle_ray.models import child_files
 from puzzle_ray.models.blocks import logits_layer_by_layer, subblock_state
-from puzzle_ray.models.child import assemble, child_classes, load_model, new_child, read_config, save_child
+from puzzle_ray.models.child import assemble, load_model, new_child, read_config, save_child
 from puzzle_ray.models.child_files import write_child
 from puzzle_ray.models.describe import describe
 
@@ -59,10 +59,7 @@ def test_files_are_those_of_transformers(family, tmp_path, monkeypatch):
         logits = child(IDS).logits
         assert torch.equal(again(IDS).logits, logits)
     saved = read_config(tmp_path / "parts")
-    _, model_class = child_classes(descriptor.model_type)
-    assert torch.equal(
-        logits_layer_by_layer(tmp_path / "parts", describe(saved), saved, dtype, IDS, model_class=model_class), logits
-    )
+    assert torch.equal(logits_layer_by_layer(tmp_path / "parts", describe(saved), saved, dtype, IDS), logits)
 
 
 def test_what_is_missing_or_of_another_shape_is_said(parent_folder, tmp_path):

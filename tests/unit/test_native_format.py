@@ -16,13 +16,12 @@ from puzzle_ray.artifacts import LayerChoice
 from puzzle_ray.errors import ConfigError, ParentError
 from puzzle_ray.export.folders import export_to
 from puzzle_ray.families.registry import complete_config, families
-from puzzle_ray.models.blocks import reshape_layer
 from puzzle_ray.models.child import load_model, new_child, read_config, save_child
 from puzzle_ray.models.child_settings import version_4_rope, words_of_layers
 from puzzle_ray.models.folder_code import Names, write_code
 from puzzle_ray.store import Store
 from puzzle_ray.surgery.shapes import reshape_by_words
-from puzzle_ray.variants.base import layer_words
+from puzzle_ray.variants.base import layer_words, reshape_layer
 
 ROOT = Path(__file__).parents[2]
 IDS = torch.arange(24).remainder(96).reshape(1, 24)
