@@ -56,7 +56,7 @@ def call(
     from puzzle_ray.models.checkpoint import locate
     from puzzle_ray.models.child import read_config
     from puzzle_ray.planning.demand import Sizes, demands, works
-    from puzzle_ray.planning.hardware import Hardware
+    from puzzle_ray.planning.hardware import MIB, Hardware
     from puzzle_ray.variants.space import search_space
 
     hardware = Hardware.parse(cluster)
@@ -66,7 +66,8 @@ def call(
     model_config = read_config(locate(settings.parent, settings.revision), settings.trust_remote_code)
     space = search_space(model_config, settings.space.attention, settings.space.ffn, settings.space.ffn_multiple_of)
     sizes = Sizes(model_config, space)
-    lines = table(demands(settings, model_config, sizes), works(settings, model_config, sizes), hardware, mfu)
+    found = demands(settings, model_config, sizes, int(hardware.device.memory_mib * MIB))
+    lines = table(found, works(settings, model_config, sizes), hardware, mfu)
     print("\n".join(lines))
 
 

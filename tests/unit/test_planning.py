@@ -64,7 +64,7 @@ def test_a_distilling_workers_bytes_are_those_of_its_tensors():
     child, parent = (sum(p.numel() for p in model.parameters()) for model in (real.child, real.parent))
     found = worker_parts(child, parent, "float32", RunConfig(gkd=GKD, data={"sequence_length": 16}), real.child.config)
     assert found["child"] == sum(p.nbytes for p in real.parameters.values())
-    assert found["gradients"] == real.gradients.nbytes
+    assert found["gradients"] == real.gradients.flat.nbytes
     assert found["optimizer"] == sum(
         real.optimizer.state[p][m].nbytes for p in real.parameters.values() for m in ("exp_avg", "exp_avg_sq")
     )
@@ -119,6 +119,16 @@ def test_llamas_plan_is_what_hand_arithmetic_says(name):
     hardware = Hardware.parse("8x8 H100-80GB")
     words = problems(list(found.values()), hardware)
     assert [line for line in words if line.startswith("gkd: a worker needs")], "16 bytes a parameter are more than one GPU has"
+    sharded = planned(llama(name), **(how | {"gkd": gkd | {"parallel": "fsdp", "num_workers": 64}}))[0]["gkd", "worker"]
+    held = sum(sharded.parts[part] for part in ("child", "gradients", "optimizer", "best weights", "parent"))
+    assert 22 * n <= 64 * held < 22 * n + 64 * 5, "16 bytes a parameter, 4 of the best weights, 2 of the parent"
+    assert sharded.parts["gathered"] == 2 * (3 * (2 * ends + d) + 3 * layer) + 4 * ends
+    assert not problems([sharded], hardware)
+    config = RunConfig.model_validate(how)
+    assert demands(config, llama(name), sizes, 80 * GIB)[3].parts.keys() == sharded.parts.keys(), (
+        "auto, where half of 80 GiB is less"
+    )
+    assert "gathered" not in demands(config, llama(name), sizes, 8000 * GIB)[3].parts
     assert hardware.hours(work["gkd"], 0.4) == pytest.approx(8 * n * 1e9 / (64 * 989.4e12 * 0.4) / 3600)
 
 
