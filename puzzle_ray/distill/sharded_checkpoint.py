@@ -13,7 +13,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from puzzle_ray.distill.gkd_trainer import GkdTrainer
 from puzzle_ray.errors import StoreError
@@ -28,8 +31,8 @@ def save_shards(trainer: GkdTrainer, folder: Path) -> None:
 
     target, tensors = folder / SHARDS, trainer.weight_tensors()
     target.mkdir(parents=True, exist_ok=True)
-    writer = dcp.HuggingFaceStorageWriter(str(target), _file_numbers(tensors), save_distributed=True)
-    dcp.save(tensors, storage_writer=writer)
+    writer = HuggingFaceStorageWriter(str(target), _file_numbers(tensors), save_distributed=True)
+    save(tensors, storage_writer=writer)
     if distributed.get_rank() == 0:
         save_file(trainer.small_tensors(), folder / RUN)
 
@@ -53,14 +56,14 @@ def load_shards(trainer: GkdTrainer, folder: Path) -> None:
     """
     from safetensors.torch import load_file
 
-    reader = dcp.HuggingFaceStorageReader(str(folder / SHARDS))
+    reader = HuggingFaceStorageReader(str(folder / SHARDS))
     if not (folder / RUN).is_file():
         raise StoreError("checkpoint", f"{folder} has no {RUN}", "remove the checkpoint")
     trainer.load_small_tensors(load_file(folder / RUN))
     wanted = trainer.weight_tensors()
     found = {}
     for name, stored in reader.read_metadata().state_dict_metadata.items():
-        assert isinstance(stored, dcp.metadata.TensorStorageMetadata)
+        assert isinstance(stored, TensorStorageMetadata)
         parts = sum(math.prod(chunk.sizes) for chunk in stored.chunks)
         found[name] = tuple(stored.size) if parts == math.prod(stored.size) else f"incomplete ({parts} numbers)"
     expected = {name: tuple(value.shape) for name, value in wanted.items()}
@@ -68,7 +71,7 @@ def load_shards(trainer: GkdTrainer, folder: Path) -> None:
         name = min(name for name, _ in found.items() ^ expected.items())
         problem = f"{folder}: {name} is {found.get(name)}, this child has {expected.get(name)}"
         raise StoreError("checkpoint", problem, "remove the checkpoint")
-    dcp.load(wanted, storage_reader=reader)
+    load(wanted, storage_reader=reader)
 
 
 class FolderCheckpoints:
