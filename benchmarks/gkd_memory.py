@@ -2,7 +2,8 @@
 
 Every row is a group of processes over gloo on this machine, without Ray. They load a random Llama and a child of it of about as many
 parameters, look at held-out text, take steps, save a checkpoint and write the child. `peak_mib` is what the worker that needs most had at
-the most beside what it had before it loaded anything: anonymous memory, so without the pages of files, looked at every 5 ms.
+the most beside what it had before it loaded anything: anonymous memory, so without the pages of files, looked at every 5 ms. What is freed
+goes back to the system at once here, so that it is what tensors take and not what the allocator keeps.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from puzzle_ray.data.splits import TOKENS
 from puzzle_ray.distill.gkd import CHILD, GkdJob, StoredCheckpoint, load_gkd_trainer, publish_distilled
 from puzzle_ray.distill.settings import GkdConfig
 from puzzle_ray.models.child import new_child, save_child
-from puzzle_ray.process import compute_with
 from puzzle_ray.store import Store
 
 MIB = 1 << 20
@@ -94,7 +94,7 @@ def work(folder: Path, config: GkdConfig, rank: int) -> dict[str, Any]:
 
     from puzzle_ray.distill.sharded_checkpoint import save_shards
 
-    compute_with(1)
+    torch.set_num_threads(1)
     sharded, workers = config.parallel == "fsdp", config.num_workers
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet-{config.parallel}", rank=rank, world_size=workers)
     job, peak, after = job_of(folder, config), Peak(), {}
@@ -138,7 +138,7 @@ def main() -> None:
         print(json.dumps(work(Path(folder), config(parallel), int(rank))))
         return
     loopback = next(name for name in psutil.net_if_addrs() if name in ("lo", "lo0"))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback, "MALLOC_MMAP_THRESHOLD_": "65536"}
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         num_params = prepare(Path(scratch), given.hidden_size, given.layers, config("ddp"))

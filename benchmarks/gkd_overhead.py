@@ -54,7 +54,8 @@ def prepare(folder: Path, parent: Path, config: GkdConfig, sequences: int) -> No
     (folder / "parent").symlink_to(parent.absolute())
     job, model_config = job_of(folder, config), read_config(locate(str(parent)))
     torch.manual_seed(0)
-    child = new_child(model_config, [LayerChoice("gqa:50%", "ffn:50%")] * model_config.num_hidden_layers, torch.float32)
+    half = LayerChoice(f"gqa:{max(1, model_config.num_key_value_heads // 2)}", f"ffn:{model_config.intermediate_size // 2}")
+    child = new_child(model_config, [half] * model_config.num_hidden_layers, torch.float32)
     with job.child.folder_to_publish(CHILD) as target:
         save_child(child, parent, target)
     tokens = np.random.default_rng(0).integers(0, model_config.vocab_size, (sequences, LENGTH)).astype(np.int32)
@@ -152,6 +153,7 @@ def ray_group(folder: Path, config: GkdConfig, rounds: int, steps: int) -> None:
     """Ray and its group in this process's children, until all turns are taken."""
     from jobs.session import start_here
 
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # as of actors.gkd
     start_here(config.num_workers, 256 << 20)
     from ray import train
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -197,15 +199,14 @@ def measured(folder: Path, config: GkdConfig, rounds: int, steps: int) -> list[d
                 done = await_all([folder / f"{kind}-done-{turn}-{rank}" for rank in workers], everything)
                 used = spent(before, cpu_s([p for root in roots for p in tree(root)]))
                 wall = max(each["wall_s"] for each in done)
-                rows.append(
-                    {
-                        "round": turn,
-                        "way": kind,
-                        "wall_s": wall / steps,
-                        "cpu_s": sum(used.values()) / steps,
-                        "first_kl": kl[kind],
-                    }
-                )
+                row = {
+                    "round": turn,
+                    "way": kind,
+                    "wall_s": wall / steps,
+                    "cpu_s": sum(used.values()) / steps,
+                    "first_kl": kl[kind],
+                }
+                rows.append(row | {"cpu_s_by_process": {name: seconds / steps for name, seconds in used.items()}})
                 print(
                     f"round {turn}  {kind:13} wall {wall / steps:.3f} s  CPU {sum(used.values()) / steps:.3f} s a step",
                     flush=True,

@@ -168,11 +168,7 @@ class GkdTrainer:
 
     def loss_terms(self, input_ids: Tensor) -> Terms:
         """See `ChildLoss.terms`."""
-        if self.shards is None:
-            return self.loss.terms(self.child, self.parent, input_ids)
-        terms = self.loss.terms(self.child, self.parent, input_ids, self.shards.states)
-        self.shards.release(self.parent)
-        return terms
+        return self.loss.terms(self.child, self.parent, input_ids, self.shards.states if self.shards else final_states)
 
     @contextmanager
     def _heldout_states(self) -> Iterator[States]:
@@ -181,7 +177,7 @@ class GkdTrainer:
             yield final_states
             return
         yield self.shards.states
-        self.shards.release(self.child, self.parent)
+        self.shards.release(self.child)  # the parent's may stay gathered, for they never change
 
     @property
     def needs_rate(self) -> bool:

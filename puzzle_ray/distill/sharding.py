@@ -22,7 +22,7 @@ class Whole(nn.Module):
     """The root of a sharded model. Its forward ends at the final norm, and leaves the root's own weights gathered.
 
     These are all that are in no layer: embedding, final norm and head. So the head can be used a few tokens at a time afterwards. They
-    are sharded again by the backward pass, or by `Shards.release`.
+    are sharded again by the backward pass, or by `Shards.release`, which must be called before weights change.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -112,11 +112,10 @@ class Shards:
         final: Tensor = self._roots[id(model)](input_ids)
         return final
 
-    def release(self, *models: Any) -> None:
+    def release(self, model: Any) -> None:
         """Shards what `states` left gathered."""
-        for model in models:
-            root: FSDPModule = self._roots[id(model)]
-            root.reshard()
+        root: FSDPModule = self._roots[id(model)]
+        root.reshard()
 
     def whole_tensors(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
         """Every weight as a whole, on the CPU, one after the other. All processes must go through all of them."""

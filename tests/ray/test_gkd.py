@@ -152,13 +152,14 @@ class Reported(Midway):
             self.actions.pop(0)()
 
 
-def test_sharded_workers_that_are_killed_and_interrupted_go_on_as_one(local_ray, job, tmp_path):
-    """Two workers, each with its shard. One is killed, then the driver is interrupted, then there is room for one worker only."""
+@pytest.mark.parametrize("actions", [(interrupt,), pytest.param((kill_a_worker, interrupt), marks=pytest.mark.wide)])
+def test_sharded_workers_that_are_disturbed_go_on_as_one(local_ray, job, actions):
+    """Two workers, each with its shard. The driver is interrupted, before that one may be killed; then there is room for one only."""
     changes = {"learning_rate": 1e-2, "tokens": 60 * 64, "checkpoint_every": 10, "parallel": "fsdp", "min_workers": 1}
-    expected = another(job, "sharded, serial", **changes)
+    expected = another(job, f"sharded, serial, {len(actions)}", **changes)
     distill_child(expected, Quiet())
-    mine = another(job, "sharded", **changes)
-    progress = Reported(mine.artifact, kill_a_worker, interrupt)
+    mine = another(job, f"sharded, {len(actions)}", **changes)
+    progress = Reported(mine.artifact, *actions)
     with pytest.raises(KeyboardInterrupt):
         run_gkd(mine, cluster=CLUSTER, progress=progress, cpus_per_worker=1)
     assert not progress.actions and not mine.artifact.finished
