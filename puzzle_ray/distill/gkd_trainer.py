@@ -105,7 +105,7 @@ class GkdTrainer:
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate.peak, betas=(0.9, 0.95), fused=True)
         for parameter in self.parameters.values():
             state = {name: torch.zeros_like(parameter) for name in _MOMENTS}
-            optimizer.state[parameter] = {"step": torch.zeros((), device=self.device), **state}
+            optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **state}
         return optimizer
 
     @property
