@@ -1,7 +1,9 @@
-"""Global distillation on Ray Train: one process per worker, gradients added up over all of them, rank 0 alone writes.
+"""Global distillation on Ray Train: one process per worker, gradients added up over all of them.
 
-Ray Train restarts the whole group when a worker dies; every worker then continues from the checkpoint in our own store,
-which is the only state there is. So it does not matter whether a worker, the group, the driver or the cluster is lost.
+Ray Train restarts the whole group when a worker dies; every worker then continues from the last checkpoint, which is the only state
+there is. So it does not matter whether a worker, the group, the driver or the cluster is lost. Workers that hold the whole child have
+one checkpoint in our own store, which rank 0 writes. Workers that hold a shard each (FSDP) report theirs to Ray Train, which keeps them
+in a folder of the artifact: see `actors.gkd_checkpoints`.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ import math
 import os
 import socket
 import time
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,16 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from actors.names import actor_name
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.distill.curriculum import gkd_steps
-from puzzle_ray.distill.gkd import GkdJob, load_gkd_trainer, publish_distilled, say_epochs, steps_saved, train_to_end
+from puzzle_ray.distill.gkd import (
+    GkdJob,
+    StoredCheckpoint,
+    load_gkd_trainer,
+    publish_distilled,
+    say_epochs,
+    steps_saved,
+    train_to_end,
+)
+from puzzle_ray.distill.parallel import looks_sharded, may_shard
 from puzzle_ray.errors import ClusterError, PuzzleError
 from puzzle_ray.models.checkpoint import first_line
 from puzzle_ray.progress import Bar, Progress, Quiet
@@ -32,7 +42,7 @@ PING_EVERY_S = 0.2
 POLL_EVERY_S = 0.3
 STOP_TIMEOUT_S = 20.0
 CONTINUE = "the same command continues from the last checkpoint"
-STORAGE = ".ray-train"  # Ray Train wants a folder; it holds a marker file
+STORAGE = ".ray-train"  # Ray Train's folder: its notes of the run, and the checkpoints that were reported to it
 
 
 class Stopped(PuzzleError):
@@ -101,56 +111,81 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     from ray.train.torch import get_device
     from torch import distributed
 
+    from actors.gkd_checkpoints import ReportedCheckpoints, ReportedProgress
     from puzzle_ray.process import compute_with
 
     job: GkdJob = config["job"]
-    rank = train.get_context().get_world_rank()
+    context = train.get_context()
+    rank, workers = context.get_world_rank(), context.get_world_size()
     progress = _Pings(config["run"]) if rank == 0 else Quiet()
     compute_with(config["cpus"])
-    trainer = load_gkd_trainer(job, ranks=[rank], all_reduce=distributed.all_reduce, device=str(get_device()))
-    train_to_end(trainer, job.artifact, progress, writes=rank == 0)
-    if rank == 0:
-        publish_distilled(trainer, job)
+    device, add_up = str(get_device()), distributed.all_reduce
+    sharded = looks_sharded(job, device, workers, add_up)
+    ranks = range(rank, job.config.num_workers, workers)
+    trainer = load_gkd_trainer(job, ranks=ranks, all_reduce=add_up, device=device, sharded=sharded)
+    stored = StoredCheckpoint(job.artifact, rank == 0)
+    kept = ReportedCheckpoints() if sharded else ReportedProgress(stored)
+    train_to_end(trainer, job.artifact, progress, checkpoints=kept)
+    if sharded or rank == 0:
+        publish_distilled(trainer, job, writes=rank == 0)
 
 
 def _trainer(job: GkdJob, cpus: int, step_timeout_s: float, run: Any) -> Any:
-    """The TorchTrainer. Its name is new each time: Ray Train would take up a run of the same name where it ended."""
+    """The TorchTrainer. Ray Train takes up a run of the same name where it ended, with the checkpoints that it keeps."""
     import fsspec
     from ray import train
     from ray.train.torch import TorchConfig, TorchTrainer
 
     class GiveUp(train.UserCallback):
-        """No retry for what would fail again, or fails again and again."""
+        """No retry for what would fail again, or fails again and again. What a preempted node takes with it is no failure."""
 
         failures = Failures(job.config.max_failures)
+        reported = 0
+
+        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+            self.reported = max(self.reported, int(metrics[0]["step"]))
 
         def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
             for error in worker_exceptions.values():
                 if isinstance(error, PuzzleError):
                     raise error
-            self.failures.add(steps_saved(job.artifact), first_line(next(iter(worker_exceptions.values()))))
+            if not any(map(preempted, worker_exceptions.values())):
+                saved = max(self.reported, steps_saved(job.artifact))
+                self.failures.add(saved, first_line(next(iter(worker_exceptions.values()))))
 
-    resources = {"CPU": cpus} | ({"GPU": 1} if job.config.use_gpu else {})
+    config = job.config
+    resources = {"CPU": cpus} | ({"GPU": 1} if config.use_gpu else {})
     storage: dict[str, Any] = {"storage_path": job.artifact.path(STORAGE)}
     if not job.artifact.store.is_local:
         from pyarrow.fs import FSSpecHandler, PyFileSystem
 
         storage["storage_path"] = fsspec.core.url_to_fs(job.artifact.path(STORAGE))[1]
         storage["storage_filesystem"] = PyFileSystem(FSSpecHandler(job.artifact.store.filesystem))
+    backend = "nccl" if config.use_gpu else "gloo"
+    workers: Any = config.num_workers
+    if config.min_workers is not None and config.min_workers < workers:
+        workers = (config.min_workers, workers)
     return TorchTrainer(
         train_loop_per_worker,
         train_loop_config={"job": job, "run": run, "cpus": cpus},
-        torch_config=TorchConfig(backend="nccl" if job.config.use_gpu else "gloo", timeout_s=math.ceil(step_timeout_s)),
-        scaling_config=train.ScalingConfig(
-            num_workers=job.config.num_workers, use_gpu=job.config.use_gpu, resources_per_worker=resources
+        torch_config=TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if config.cpu_offload else backend, timeout_s=math.ceil(step_timeout_s)
         ),
+        scaling_config=train.ScalingConfig(num_workers=workers, use_gpu=config.use_gpu, resources_per_worker=resources),
         run_config=train.RunConfig(
-            name=f"gkd-{job.artifact.key}-{uuid.uuid4().hex[:8]}",
+            name=f"gkd-{job.artifact.key}",
             failure_config=train.FailureConfig(max_failures=-1),  # GiveUp counts them: Train would count over the whole run
+            checkpoint_config=train.CheckpointConfig(num_to_keep=1),
             callbacks=[GiveUp()],
             **storage,
         ),
     )
+
+
+def preempted(error: BaseException) -> bool:
+    """Whether a worker died with a node that was taken away, as announced."""
+    cause = getattr(error, "cause", error)
+    return any(isinstance(found, RayActorError) and found.preempted for found in (error, cause))
 
 
 @ray.remote(num_cpus=0, max_restarts=0, max_concurrency=4)
@@ -196,13 +231,16 @@ def _environment() -> dict[str, str]:
     """Of the run's actor, inherited by the controller and the workers. What the user has set stays."""
     environment = {
         "RAY_ADDRESS": ray.get_runtime_context().gcs_address,  # Ray Train's clean-up would look for any cluster here
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less; a preempted worker is one that died
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     }
     # Gloo listens on the address the host's name resolves to, which a laptop or container need not have.
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
-    if loopback and sum(node["Alive"] for node in ray.nodes()) == 1:
-        environment["GLOO_SOCKET_IFNAME"] = loopback[0]
+    if sum(node["Alive"] for node in ray.nodes()) == 1:
+        environment["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = (
+            "0"  # one process less: who loses its only node is not there to see it
+        )
+        if loopback:
+            environment["GLOO_SOCKET_IFNAME"] = loopback[0]
     kept = environment.keys() - {"RAY_ADDRESS"}
     return environment | {name: os.environ[name] for name in kept if name in os.environ}
 
@@ -220,6 +258,8 @@ def run_gkd(job: GkdJob, *, cluster: ClusterConfig, progress: Progress, cpus_per
     if folder.is_dir():  # workers have a working directory of their own
         job = replace(job, parent=str(folder.absolute()))
     say_epochs(job)
+    if not may_shard(job.config):
+        job.artifact.remove(STORAGE)  # what a driver left that was killed: there is nothing to take up
     cpus = cpus_per_worker or _cpus_per_worker(job.config.num_workers)
     named = actor_name(f"GKD, {job.config.num_workers} workers")
     run = GkdRun.options(runtime_env={"env_vars": _environment()}, **named).remote()  # type: ignore[attr-defined]
@@ -236,7 +276,8 @@ def run_gkd(job: GkdJob, *, cluster: ClusterConfig, progress: Progress, cpus_per
         raise ClusterError("gkd", f"the run's actor is gone ({type(error).__name__})", CONTINUE) from None
     finally:
         _end(run, ended)
-        job.artifact.remove(STORAGE)
+        if job.artifact.finished or not may_shard(job.config):
+            job.artifact.remove(STORAGE)
 
 
 def _died(error: BaseException) -> bool:

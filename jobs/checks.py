@@ -26,7 +26,11 @@ def check_cluster(config: RunConfig) -> None:
     from jobs.session import joins
 
     have = int(ray.cluster_resources().get("CPU", 0))
-    needs = {"gkd.num_workers": config.gkd.num_workers, "cluster.cpus_per_trainer": config.cluster.cpus_per_trainer}
+    workers = "gkd.num_workers" if config.gkd.min_workers is None else "gkd.min_workers"
+    needs = {
+        workers: config.gkd.min_workers or config.gkd.num_workers,
+        "cluster.cpus_per_trainer": config.cluster.cpus_per_trainer,
+    }
     for where, wanted in needs.items():
         if wanted > have and not config.cluster.autoscaling:
             raise ClusterError(where, f"{wanted} CPUs are needed and the cluster has {have}", f"lower {where}, or add nodes")

@@ -42,7 +42,8 @@ class Curves:
     def add_gkd(self, artifact: Artifact) -> None:
         """The losses of a finished global distillation."""
         from puzzle_ray.artifacts import rows_from_parquet
-        from puzzle_ray.distill.gkd import CURVE, GkdRow
+        from puzzle_ray.distill.gkd import CURVE
+        from puzzle_ray.distill.gkd_trainer import GkdRow
 
         rows, _ = rows_from_parquet(artifact.read(CURVE), GkdRow)
         for _, row in thinned(rows):

@@ -57,7 +57,7 @@ def call(
     from puzzle_ray.models.checkpoint import locate
     from puzzle_ray.models.child import read_config
     from puzzle_ray.planning.demand import Sizes, demands, works
-    from puzzle_ray.planning.hardware import Hardware
+    from puzzle_ray.planning.hardware import MIB, Hardware
 
     hardware = Hardware.parse(cluster)
     settings = configured(recipe, config, set_, parent, data, store).config
@@ -66,7 +66,8 @@ def call(
     model_config = read_config(locate(settings.parent, settings.revision), settings.trust_remote_code)
     space = configured_space(model_config, settings.space, settings.search.target_format)
     sizes = Sizes(model_config, space)
-    lines = table(demands(settings, model_config, sizes), works(settings, model_config, sizes), hardware, mfu)
+    found = demands(settings, model_config, sizes, int(hardware.device.memory_mib * MIB))
+    lines = table(found, works(settings, model_config, sizes), hardware, mfu)
     print("\n".join(lines))
 
 

@@ -46,6 +46,10 @@ AIMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     ("shards and trainers on GPUs", ("cluster.gpus_per_shard=0.5", "cluster.gpus_per_trainer=0.25")),
     ("GKD on eight GPUs", ("gkd.use_gpu=true", "gkd.num_workers=8")),
+    (
+        "GKD of a child that one GPU cannot hold",
+        ("gkd.use_gpu=true", "gkd.num_workers=8", "gkd.parallel=fsdp", "gkd.activation_checkpointing=true"),
+    ),
     ("profiles of one kind of GPU", ("profile.num_gpus=1", "profile.label_selector={ray.io/accelerator-type: H100}")),
     ("nodes that are added on demand", ("cluster.autoscaling=true", "cluster.placement_timeout_s=1800")),
     (
@@ -95,7 +99,7 @@ MEANINGS: Mapping[str, str] = {
     "search.searcher": "mip, or another one of `puzzle_ray/search/searchers`, or package.module:ATTRIBUTE",
     "search.time_limit_s": "of one solve",
     "gkd.tokens": "of the whole training, over all workers; 0: no GKD",
-    "gkd.num_workers": "processes that share a step",
+    "gkd.num_workers": "processes that share a step, a micro-batch each",
     "gkd.learning_rate": "at its peak",
     "gkd.warmup_fraction": "share of the steps",
     "gkd.weight_decay": "of AdamW",

@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from puzzle_ray.artifacts import LayerChoice
 from puzzle_ray.data.order import Tokens
-from puzzle_ray.distill.gkd import GkdTrainer
+from puzzle_ray.distill.gkd_trainer import GkdTrainer
 from puzzle_ray.distill.settings import GkdConfig
 from puzzle_ray.models.child import new_child
 

@@ -48,7 +48,8 @@ def restored(folder, cut, **settings) -> LayerTrainer:
     """A trainer that takes over after `cut` positions from another one's checkpoint, and ends."""
     first, second = trainer(folder, **settings), trainer(folder, **settings)
     run(first, range(cut))
-    second.restore(*first.checkpoint())
+    tensors, about = first.checkpoint()
+    second.restore(tensors | first.start_tensors(), about)
     assert second.position == cut - 1
     return run(second)  # what is done already is ignored
 

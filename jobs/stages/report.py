@@ -69,7 +69,8 @@ def _of_architecture(run: Run) -> dict[str, Any]:
 
 
 def _of_gkd(run: Run) -> dict[str, Any]:
-    from puzzle_ray.distill.gkd import CURVE, LOOKS, GkdRow
+    from puzzle_ray.distill.gkd import CURVE, LOOKS
+    from puzzle_ray.distill.gkd_trainer import GkdRow
     from puzzle_ray.distill.guard import HeldoutRow
 
     distilled = run.content("gkd")

@@ -249,7 +249,7 @@ class LayerTrainer:
         return out
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-        """Tensors and metadata to continue from.
+        """Tensors and metadata to continue from, beside `start_tensors`.
 
         None while the trainer is still calibrating: there are no candidates yet, and calibration starts over.
         """
@@ -263,8 +263,13 @@ class LayerTrainer:
             records.append(record)
         return tensors, {"position": str(self.position), "records": json.dumps(records)}
 
+    def start_tensors(self) -> dict[str, Tensor]:
+        """The weights from before training, by the names that `restore` knows. They do not change while it trains."""
+        named = ((number, name, value) for number, c in enumerate(self.candidates) for name, value in c.start.items())
+        return {f"{number}/start/{name}": value for number, name, value in named}
+
     def restore(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """The inverse of `checkpoint`."""
+        """The inverse of `checkpoint` and `start_tensors` together."""
         self.candidates = []
         for number, (choice, record) in enumerate(zip(self.space.trained, json.loads(metadata["records"]), strict=True)):
             candidate = Candidate.of(choice, self.stack, self.index, self.config)

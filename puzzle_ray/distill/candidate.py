@@ -158,12 +158,11 @@ class Candidate:
             self.optimizer.state.clear()
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and a JSON-able training record to continue from. The tensors are live: write them before the next step.
+        """Tensors and a JSON-able training record to continue from, beside `start`. The tensors are live.
 
         The loss curve is a tensor, `curve`, since a safetensors header has room for 100 MB only.
         """
-        tensors = {f"start/{name}": value for name, value in self.start.items()}
-        tensors |= {f"now/{name}": value for name, value in self._live_weights().items()}
+        tensors = {f"now/{name}": value for name, value in self._live_weights().items()}
         for number, slots in (self.optimizer.state_dict()["state"] if self.optimizer else {}).items():
             tensors |= {f"adam/{number}/{slot}": torch.as_tensor(value) for slot, value in slots.items()}
         record = asdict(self.record)
@@ -171,7 +170,7 @@ class Candidate:
         return tensors, record
 
     def restore(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """The inverse of `checkpoint`."""
+        """The inverse of `checkpoint`; `tensors` has the start weights, too."""
 
         def part(word: str) -> dict[str, Tensor]:
             return {key.removeprefix(f"{word}/"): value for key, value in tensors.items() if key.startswith(f"{word}/")}

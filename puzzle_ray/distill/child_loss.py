@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,11 +14,12 @@ from puzzle_ray.distill.chosen_tokens import Markers, in_answers
 from puzzle_ray.distill.head_losses import head_losses, label_log_probs, layers_cosine_distance, layers_cosine_distances
 from puzzle_ray.distill.layer_weights import layer_weights
 from puzzle_ray.distill.losses import NO_LABEL, next_labels
-from puzzle_ray.distill.settings import GkdConfig
+from puzzle_ray.distill.settings import AUTO, GkdConfig
 from puzzle_ray.models.describe import describe
 from puzzle_ray.models.head import Head, final_states
 
 Terms = tuple[Tensor, Tensor, Tensor, Tensor]
+States = Callable[[Any, Tensor], Tensor]  # the output of a model's final norm for some ids, as of `final_states`
 
 
 @contextmanager
@@ -38,6 +39,13 @@ def layer_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
+def computes_in_half(config: GkdConfig, device: torch.device, parent_dtype: torch.dtype) -> bool:
+    """Whether the child computes in bfloat16; its weights are float32."""
+    if config.compute_dtype == AUTO:
+        return device.type != "cpu" and parent_dtype != torch.float32
+    return config.compute_dtype == "bfloat16"
+
+
 class ChildLoss:
     """The loss of one child as its settings weigh it. `markers` are the ids of `gkd.lm_tokens.after` and `until`.
 
@@ -50,15 +58,18 @@ class ChildLoss:
         if config.lm_tokens is not None and config.lm_tokens.after and markers is None:
             raise ValueError("gkd.lm_tokens.after needs the ids of its markers; see answer_markers")
 
-    def terms(self, child: Any, parent: Any, input_ids: Tensor) -> Terms:
-        """(weighted sum, KL, cosine distance, next-token loss) of ids `[batch, tokens]`. A term of weight 0 gives no gradient."""
+    def terms(self, child: Any, parent: Any, input_ids: Tensor, states: States = final_states) -> Terms:
+        """(weighted sum, KL, cosine distance, next-token loss) of ids `[batch, tokens]`. A term of weight 0 gives no gradient.
+
+        `states` runs a model; afterwards the weights of its head must be at hand.
+        """
         config, device = self.config, input_ids.device
-        half = device.type != "cpu" and parent.dtype != torch.float32
+        half = computes_in_half(config, device, parent.dtype)
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             with torch.no_grad(), layer_outputs(parent) as parent_hidden:
-                parent_final = final_states(parent, input_ids)
+                parent_final = states(parent, input_ids)
             with layer_outputs(child) as child_hidden:
-                child_final = final_states(child, input_ids)
+                child_final = states(child, input_ids)
             labels = self._labels(input_ids, Head.of(parent), parent_final)
             weights = (config.kl_weight, config.lm_weight, config.temperature)
             total, kl, lm = head_losses(Head.of(child), child_final, Head.of(parent), parent_final, labels, *weights)

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from puzzle_ray.distill.losses import kl_per_sequence, next_token_loss_per_sequence
+from puzzle_ray.distill.child_loss import States
+from puzzle_ray.distill.losses import kl_per_token
+from puzzle_ray.models.head import Head, final_states
 
 MAX_RETURNS = 3
 
@@ -32,6 +34,23 @@ class HeldoutRow:
     returned: int = 0
 
 
+@torch.no_grad()
+def heldout_losses(child: Any, parent: Any, input_ids: Tensor, states: States = final_states) -> tuple[Tensor, Tensor]:
+    """(KL(parent || child), next-token loss) of ids `[sequences, tokens]`, means over the tokens of each sequence: `[sequences]`.
+
+    In float32, from the logits of a few tokens at a time.
+    """
+    parent_final, child_final = states(parent, input_ids), states(child, input_ids)
+    heads, flat = (Head.of(parent), Head.of(child)), parent_final.flatten(0, 1)
+    following = input_ids.roll(-1, dims=1).flatten().unsqueeze(1)  # of a sequence's last token no loss is taken
+    kl, loss = torch.empty(2, len(flat), dtype=torch.float32, device=flat.device)
+    for part, own_NV in heads[1].chunks(child_final):
+        log_probs = own_NV.float().log_softmax(-1)
+        kl[part] = kl_per_token(heads[0].logits(flat[part]).float().log_softmax(-1), log_probs)
+        loss[part] = -log_probs.gather(1, following[part]).squeeze(1)
+    return kl.view(input_ids.shape).mean(-1), loss.view(input_ids.shape)[:, :-1].mean(-1)
+
+
 class HeldoutGuard:
     """Measures KL(parent || child) on fixed batches of ids `[sequences, tokens]`, and remembers the best weights."""
 
@@ -43,11 +62,11 @@ class HeldoutGuard:
         batches: Sequence[Tensor],
         every_steps: int,
         agree: Callable[[Sequence[float]], list[float]] = list,
+        running: Callable[[], AbstractContextManager[States]] = lambda: nullcontext(final_states),
     ) -> None:
-        """`agree` makes one answer of what several processes measured."""
-        self.child, self.parent, self.parameters, self.agree = child, parent, parameters, agree
-        device = next(iter(parameters.values())).device
-        self.batches, self.every_steps = [ids.to(device) for ids in batches], every_steps
+        """`agree` makes one answer of what several processes measured. `running` tells how models are run while it is open."""
+        self.child, self.parent, self.parameters, self.agree, self.running = child, parent, parameters, agree, running
+        self.batches, self.every_steps = batches, every_steps
         self.rows: list[HeldoutRow] = []
         self.best: dict[str, Tensor] = {}
         self.rate_factor = 1.0
@@ -74,12 +93,11 @@ class HeldoutGuard:
         """(KL, next-token loss) on the held-out text, means over sequences, in float32."""
         kl: list[float] = []
         loss: list[float] = []
-        for ids in self.batches:
-            parent, child = (
-                functional.log_softmax(model(ids, use_cache=False).logits.float(), dim=-1) for model in (self.parent, self.child)
-            )
-            kl += kl_per_sequence(parent, child).tolist()
-            loss += next_token_loss_per_sequence(child, ids).tolist()
+        with self.running() as states:
+            for ids in self.batches:
+                own_kl, own_loss = heldout_losses(self.child, self.parent, ids, states)
+                kl += own_kl.tolist()
+                loss += own_loss.tolist()
         mean_kl, mean_loss = self.agree([math.fsum(kl) / len(kl), math.fsum(loss) / len(loss)])
         return mean_kl, mean_loss
 
@@ -105,17 +123,16 @@ class HeldoutGuard:
             parameter.copy_(self.best[name])
         return self.best_row.step
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """What has to be in a checkpoint."""
+    def small_tensors(self) -> dict[str, Tensor]:
+        """What has to be in a checkpoint beside the best weights."""
         rows = torch.tensor([astuple(row) for row in self.rows], dtype=torch.float64).view(-1, len(fields(HeldoutRow)))
-        factor = torch.tensor([self.rate_factor], dtype=torch.float64)
-        return {f"best.{name}": value.cpu() for name, value in self.best.items()} | {"rows": rows, "rate_factor": factor}
+        return {"rows": rows, "rate_factor": torch.tensor([self.rate_factor], dtype=torch.float64)}
 
-    def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of `state_tensors`."""
+    def load_small_tensors(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `small_tensors`. The best weights are to be filled afterwards, where there are any."""
         self.rows = [HeldoutRow(int(r[0]), r[1], r[2], r[3], int(r[4])) for r in state["rows"].tolist()]
         self.rate_factor = float(state["rate_factor"])
-        self.best = {name: state[f"best.{name}"].to(parameter.device) for name, parameter in self.parameters.items() if self.rows}
+        self.best = {name: torch.zeros_like(p.detach()) for name, p in self.parameters.items()} if self.rows else {}
 
     def facts(self) -> dict[str, Any]:
         """What the artifact says about it."""

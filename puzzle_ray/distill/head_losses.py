@@ -65,7 +65,7 @@ class _HeadLosses(torch.autograd.Function):
         tokens = len(final_ND)
         labelled = max(1, int((labels_N != NO_LABEL).sum()))
         gradient = torch.empty_like(final_ND)
-        sums = [torch.zeros_like(weight) for weight in weights]
+        sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
         kl, lm = torch.zeros(2, dtype=torch.float32, device=final_ND.device)
         for part, parent_NV in parent.chunks(parent_ND.unsqueeze(0)):
             with torch.enable_grad():

@@ -22,6 +22,7 @@ from puzzle_ray.artifacts import BLOCK, LayerChoice, SearchSpace, SubblockKind, 
 from puzzle_ray.data.order import Tokens
 from puzzle_ray.distill.bld import LayerTrainer, LibraryRow, Schedule
 from puzzle_ray.distill.candidate import states_by_kind
+from puzzle_ray.distill.library_checkpoints import LibraryCheckpoints
 from puzzle_ray.distill.outliers import stands_out
 from puzzle_ray.distill.settings import LibraryConfig
 from puzzle_ray.distill.text import LibraryText
@@ -45,10 +46,6 @@ def variant_file(layer: int, kind: str, variant: str) -> str:
     """The file of one entry of a library. Where `kind` is `block`, `variant` is the label of a coupled pair."""
     words = re.sub("[^A-Za-z0-9_.+]+", "-", variant.replace(" + ", "+"))
     return f"layer_{layer:03d}.{kind}.{words}.safetensors"
-
-
-def checkpoint_file(layer: int) -> str:
-    return f"checkpoints/layer_{layer:03d}.safetensors"
 
 
 def unfinished_layers(space: SearchSpace, artifact: Artifact) -> list[int]:
@@ -87,12 +84,12 @@ class GroupTrainer:
         self.positions = Schedule.of(config).positions
         unfinished = unfinished_layers(space, artifact)  # a process that is started again may have finished some of its layers
         starts = starting_library(config, space)
+        self.checkpoints = LibraryCheckpoints(artifact, config)
         self.trainers = []
         for index in (index for index in layers if index in unfinished):
             stack = load_stack(folder, descriptor, model_config, index, index + 1, torch.float32, ends=False, device=device)
             trainer = LayerTrainer(index, stack, space.layers[index], config, starts.states if starts else None)
-            if artifact.exists(checkpoint_file(index)):
-                trainer.restore(*artifact.read_tensors(checkpoint_file(index)))
+            self.checkpoints.restore(trainer)
             self.trainers.append(trainer)
 
     @property
@@ -112,28 +109,21 @@ class GroupTrainer:
                 losses.append(loss)
             if trainer.finished:
                 self._publish(trainer)
-            elif (position + 1) % self.config.checkpoint_every == 0:
-                self._save(trainer)
+        self.checkpoints.after(position, self.trainers)
         return sum(losses) / len(losses) if losses else None
 
     def save(self) -> None:
         """Writes a checkpoint of every layer that is not finished."""
-        for trainer in self.trainers:
-            if not trainer.finished:
-                self._save(trainer)
-
-    def _save(self, trainer: LayerTrainer) -> None:
-        saved = trainer.checkpoint()
-        if saved is not None:
-            self.artifact.write_tensors(checkpoint_file(trainer.index), *saved)
+        self.checkpoints.save(self.trainers)
 
     def _publish(self, trainer: LayerTrainer) -> None:
+        self.checkpoints.settle()
         for row, state, curve in trainer.results():
             name = variant_file(row.layer, row.kind, row.variant)
             if not self.artifact.exists(name):
                 tensors = {**state, CURVE: torch.tensor(curve, dtype=torch.float64)}
                 self.artifact.write_tensors(name, tensors, {"row": json.dumps(asdict(row))})
-        self.artifact.remove(checkpoint_file(trainer.index))
+        self.checkpoints.forget(trainer.index)
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,12 @@ from typing import Any
 from puzzle_ray.distill.gkd import (
     LOOKS,
     GkdJob,
-    GkdTrainer,
+    StoredCheckpoint,
     load_gkd_trainer,
     publish_distilled,
     train_until,
 )
+from puzzle_ray.distill.gkd_trainer import GkdTrainer
 from puzzle_ray.distill.guard import HeldoutRow
 from puzzle_ray.progress import Progress
 from puzzle_ray.store import Artifact
@@ -105,11 +106,12 @@ def _train(trainer: GkdTrainer, job: GkdJob, rungs: int, progress: Progress, fir
     guard, total = trainer.guard, trainer.total_steps
     assert guard is not None, "children are compared by held-out KL"
     steps = rung_steps(total, guard.every_steps, rungs)
-    trainer.resume(job.artifact)
+    kept = StoredCheckpoint(job.artifact)
+    kept.load(trainer)
     for number in range(first, len(steps)):
         with progress.stage(f"distill, rung {number + 1}", total, "steps") as bar:
             bar.advance(trainer.next_step)
-            train_until(trainer, steps[number], job.artifact, bar)
+            train_until(trainer, steps[number], kept, bar)
         if number == len(steps) - 1:
             guard.restore_best()
             publish_distilled(trainer, job)

@@ -65,7 +65,8 @@ class LibraryConfig(Section):
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     weight_decay: NonNegative = 0.0
     gradient_clip: Positive = 1.0
-    checkpoint_every: Count = 50  # micro-batches
+    checkpoint_every: Count | None = None  # micro-batches between two checkpoints; unset, they go by time
+    checkpoint_minutes: Positive = 10.0  # between two checkpoints, which are written in the background
     window: Count | Literal["auto"] = "auto"  # micro-batches in flight; auto: two more than shards, so that none of them waits
     parent_dtype: DType = "float32"  # in which the parent computes its activations
     activation_dtype: DType = "float32"  # in which activations go from the parent to the trainers
@@ -84,7 +85,7 @@ class LibraryConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """The settings that a library's content depends on. What names another artifact stands among the inputs, by its key."""
-        without_effect = {"window", "checkpoint_every", "max_pairs"}
+        without_effect = {"window", "checkpoint_every", "checkpoint_minutes", "max_pairs"}
         return self.model_dump(mode="json", exclude=without_effect | {"narrow_from", "start_from"})
 
 
@@ -154,6 +155,11 @@ class GkdConfig(Section):
 
     Training is watched on `heldout_tokens` of held-out text: the best weights are published, those of the start where nothing was
     better. A rise of the KL over the start goes back and halves the rate, at most three times.
+
+    `parallel`: with `ddp` every worker holds the whole child, its gradients and optimizer, and the whole parent. With `fsdp` (FSDP2)
+    each holds its part of them, and gathers one layer at a time. `auto` takes `fsdp` where there are two GPU workers or more, and what
+    one of them would hold of weights, gradients and optimizer takes more than half of its GPU's memory; else `ddp`, and on CPUs always.
+    Both do the same work and differ in rounding.
     """
 
     preset: Preset | None = None
@@ -178,8 +184,13 @@ class GkdConfig(Section):
     )
     heldout_looks: Count = 10  # over the whole training
     checkpoint_every: Count = 50  # steps
-    max_failures: Annotated[int, Field(ge=-1)] = 3  # of workers, between two checkpoints; -1: any number
+    max_failures: Annotated[int, Field(ge=-1)] = 3  # of workers, between two checkpoints; -1: any number; a preempted node's not
     use_gpu: bool = False
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the child; auto: bfloat16 on GPUs beside a parent in half
+    activation_checkpointing: bool = False  # layers keep only their inputs, and run again in the backward pass
+    cpu_offload: bool = False  # fsdp: weights, gradients and optimizer lie in the host's memory
+    min_workers: Count | None = None  # it starts with so many where num_workers find no room; fewer share the same micro-batches
 
     @model_validator(mode="before")
     @classmethod
@@ -224,13 +235,28 @@ class GkdConfig(Section):
             raise ValueError("all weights of gkd.cosine_layers are 0; set gkd.cosine_weight=0 instead")
         return self
 
+    @model_validator(mode="after")
+    def _workers_that_can_be(self) -> GkdConfig:
+        if self.cpu_offload and not (self.use_gpu and self.parallel == "fsdp"):
+            raise ValueError(
+                "cpu_offload moves what FSDP shards from GPUs to the host; set gkd.use_gpu=true and gkd.parallel=fsdp"
+            )
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            problem = f"min_workers={self.min_workers} is more than num_workers={self.num_workers}"
+            raise ValueError(f"{problem}; lower gkd.min_workers")
+        return self
+
     @property
     def trains(self) -> bool:
         return bool(self.tokens or self.stages)
 
     def identity(self) -> dict[str, Any]:
-        """The settings that a distilled child depends on. A preset counts by what it stands for."""
-        without_effect = {"checkpoint_every", "max_failures", "preset"} | (
-            {"tokens", "micro_batch_tokens"} if self.stages else set()
-        )
+        """The settings that a distilled child depends on.
+
+        A preset counts by what it stands for. `auto` chooses by the devices, which no key has, between ways that differ in rounding.
+        """
+        without_effect = {"checkpoint_every", "max_failures", "preset", "activation_checkpointing", "cpu_offload", "min_workers"}
+        without_effect |= {"tokens", "micro_batch_tokens"} if self.stages else set()
+        without_effect |= {"parallel"} if self.parallel != "fsdp" else set()
+        without_effect |= {"compute_dtype"} if self.compute_dtype == AUTO else set()
         return self.model_dump(mode="json", exclude=without_effect)

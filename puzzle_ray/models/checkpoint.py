@@ -9,7 +9,7 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -213,8 +213,12 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return self.stored_name(name) is not None
 
-    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """The named tensors, file by file. Raises ParentError for a name the checkpoint lacks, and for weights that are no floats."""
+    def read(self, names: Iterable[str], rows: Mapping[str, slice] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors, file by file; of those in `rows` these rows alone.
+
+        Raises ParentError for a name the checkpoint lacks, and for weights that are no floats.
+        """
+        part = rows or {}
         by_file: dict[Path, list[tuple[str, str]]] = {}
         for name in names:
             stored = self.stored_name(name)
@@ -225,7 +229,8 @@ class Checkpoint:
             with _opened(path) as opened:
                 for name, stored in wanted:
                     try:
-                        dtype, value = opened.get_slice(stored).get_dtype(), opened.get_tensor(stored)
+                        found = opened.get_slice(stored)
+                        dtype, value = found.get_dtype(), found[part[name]] if name in part else opened.get_tensor(stored)
                     except Exception as error:  # whatever the library raises
                         raise broken(path, error) from None
                     if dtype not in FLOATS:

@@ -205,6 +205,20 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
     return model.eval()
 
 
+def model_without_weights(folder: Path, dtype: torch.dtype | None = None) -> Any:
+    """The causal LM of a folder with shapes and dtypes only (device meta), in `dtype` or by default in its own."""
+    from transformers import AutoModelForCausalLM
+
+    config = read_config(folder)
+    known = families().get(config.model_type.removeprefix("puzzle_"))
+    settings = {
+        "dtype": dtype or config.dtype or torch.float32,
+        "attn_implementation": known.attn_implementation if known else "sdpa",
+    }
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **settings)
+
+
 def choices_of(config: Any) -> tuple[LayerChoice, ...]:
     """The choice of every layer of a model; `parent` everywhere for a model that is no child."""
     layers = getattr(config, "puzzle_layers", None) or [{}] * config.num_hidden_layers

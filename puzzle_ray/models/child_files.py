@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,14 +44,26 @@ def write_child(
     checkpoint = Checkpoint(parent)
     config = as_stored(parent_config, checkpoint)
     model = child_without_weights(config, choices, dtype)
-    shapes: dict[str, Tensor] = model.state_dict()
-    if config.tie_word_embeddings:  # the embedding, once more
-        shapes.pop(f"{descriptor_of(config).head}.weight", None)
+    descriptor = descriptor_of(config)
+    found = _tensors(checkpoint, _stored(model), choices, states_of, descriptor)
+    return write_model(model, found, dtype, parent, folder, made)
+
+
+def write_model(
+    model: Any, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, source: Path, folder: Path,
+    made: Mapping[str, object] | None = None,
+) -> int:  # fmt: skip
+    """Writes `tensors` into `folder` in `dtype`, one after the other, as `save_child` would write `model`, which needs no weights.
+
+    `source` is the folder that tokenizer and history come from. Returns the number of parameters. Raises ParentError where a weight of
+    the model is missing.
+    """
+    shapes = _stored(model)
     places = _write_headers(shapes, folder)
     with ExitStack() as stack:
         files = {name: stack.enter_context((folder / name).open("r+b")) for name in {p.file for p in places.values()}}
         written = set()
-        for name, value in _tensors(checkpoint, shapes, choices, states_of, descriptor_of(config)):
+        for name, value in tensors:
             if name not in shapes or shapes[name].shape != value.shape:
                 own = f"{tuple(shapes[name].shape)}" if name in shapes else "nothing of that name"
                 raise ParentError("parent", f"{name} is {tuple(value.shape)}, the child has {own}")
@@ -60,8 +72,16 @@ def write_child(
     if missing := shapes.keys() - written:
         raise ParentError("parent", f"no weights for {sorted(missing)[:3]} of the child")
     _write_settings(model, dtype, folder)
-    add_what_goes_with(model, parent, folder, made)
+    add_what_goes_with(model, source, folder, made)
     return int(model.num_parameters())
+
+
+def _stored(model: Any) -> dict[str, Tensor]:
+    """What is stored of a model, by name."""
+    shapes: dict[str, Tensor] = model.state_dict()
+    if model.config.tie_word_embeddings:  # the embedding, once more
+        shapes.pop(f"{descriptor_of(model.config).head}.weight", None)
+    return shapes
 
 
 def _tensors(

@@ -15,6 +15,7 @@ import torch
 
 from puzzle_ray.artifacts import LayerChoice, SearchSpace
 from puzzle_ray.config import RunConfig
+from puzzle_ray.distill.parallel import is_sharded
 from puzzle_ray.families.descriptor import Descriptor
 from puzzle_ray.models.blocks import stack_without_weights, swapped
 from puzzle_ray.models.describe import describe
@@ -113,8 +114,26 @@ def worker_parts(num_params: int, parent_params: int, parent_dtype: str, config:
     return parts | ({"best weights": num_params * _FLOAT32_BYTES} if config.gkd.heldout_tokens else {})
 
 
-def demands(config: RunConfig, model_config: Any, sizes: Sizes) -> list[Demand]:
-    """What every kind of process needs, of each the one that needs most. The child counts as large as the parent."""
+def sharded_worker_parts(sizes: Sizes, parent_dtype: str, config: RunConfig, model_config: Any) -> dict[str, int]:
+    """The same where every worker holds its share (`gkd.parallel: fsdp`), and gathers what it computes with.
+
+    Gathered are the weights that are in no layer (embedding, norm, head) of both models and their gradients, and two layers with the
+    gradients of one: the layer that computes, and the one that is fetched meanwhile.
+    """
+    whole = worker_parts(sizes.total, sizes.total, parent_dtype, config, model_config)
+    workers, outputs = config.gkd.num_workers, whole.pop("layer outputs")
+    half = parent_dtype != "float32" if config.gkd.compute_dtype == "auto" else config.gkd.compute_dtype == "bfloat16"
+    compute_bytes = 2 if half else _FLOAT32_BYTES
+    ends, layer = sizes.total - sum(sizes.layers), max(sizes.layers)
+    gathered = (2 * ends + 3 * layer) * compute_bytes + ends * _bytes(parent_dtype) + sizes.head * _FLOAT32_BYTES
+    return {name: -(-size // workers) for name, size in whole.items()} | {"layer outputs": outputs, "gathered": gathered}
+
+
+def demands(config: RunConfig, model_config: Any, sizes: Sizes, gpu_bytes: int = 0) -> list[Demand]:
+    """What every kind of process needs, of each the one that needs most. The child counts as large as the parent.
+
+    `gpu_bytes` is the memory of a GPU, which `gkd.parallel: auto` looks at; without it GKD's workers hold everything.
+    """
     cluster, library, depth = config.cluster, config.library, model_config.num_hidden_layers
     num_shards = min(cluster.num_shards, depth)
     edges = [depth * n // num_shards for n in range(num_shards + 1)]
@@ -135,11 +154,10 @@ def demands(config: RunConfig, model_config: Any, sizes: Sizes) -> list[Demand]:
     scoring = [shard_bytes(model_config, sizes.descriptor, layers, config.scoring, tokens, free) for layers in runs]
     heaviest = max(scoring, key=lambda found: found.total)
     own = str(getattr(model_config, "dtype", None) or torch.float32).removeprefix("torch.")
-    gkd = worker_parts(sizes.total, sizes.total, own if config.gkd.use_gpu else "float32", config, model_config)
+    gkd = _gkd_worker(config, model_config, sizes, own if config.gkd.use_gpu else "float32", gpu_bytes)
     per_trainer = 1 if cluster.blocks_per_trainer == "auto" else int(cluster.blocks_per_trainer)
     trainer = {name: per_trainer * size for name, size in largest([trainer_parts(sizes, n) for n in range(depth)]).items()}
     timed = 2 * sizes.total * _bytes(config.profile.dtype)
-    on_gpu = float(config.gkd.use_gpu)
     more_shards = "raise cluster.num_shards"
     return [
         Demand("library", "parent shard", num_shards, largest([shard(r) for r in runs]), cluster.gpus_per_shard, more_shards),
@@ -164,14 +182,7 @@ def demands(config: RunConfig, model_config: Any, sizes: Sizes) -> list[Demand]:
             cluster.gpus_per_shard,
             f"{more_shards}, set scoring.dtype to bfloat16, or lower scoring.micro_batch_tokens",
         ),
-        Demand(
-            "gkd",
-            "worker",
-            config.gkd.num_workers,
-            gkd,
-            on_gpu,
-            "every worker holds the whole child and the whole parent: name a device with more memory",
-        ),
+        gkd,
         Demand(
             "evaluation",
             "worker",
@@ -181,6 +192,16 @@ def demands(config: RunConfig, model_config: Any, sizes: Sizes) -> list[Demand]:
             "models that do not fit together are timed one after the other",
         ),
     ]
+
+
+def _gkd_worker(config: RunConfig, model_config: Any, sizes: Sizes, parent_dtype: str, gpu_bytes: int) -> Demand:
+    parts, workers = worker_parts(sizes.total, sizes.total, parent_dtype, config, model_config), config.gkd.num_workers
+    remedy = "every worker holds the whole child and the whole parent: set gkd.parallel to fsdp, and raise gkd.num_workers"
+    held = sum(parts.values()) - parts["layer outputs"]
+    if is_sharded(config.gkd, held, gpu_bytes or held << 1, workers):
+        parts = sharded_worker_parts(sizes, parent_dtype, config, model_config)
+        remedy = "raise gkd.num_workers, so that each holds less, or lower gkd.micro_batch_tokens"
+    return Demand("gkd", "worker", workers, parts, float(config.gkd.use_gpu), remedy)
 
 
 def works(config: RunConfig, model_config: Any, sizes: Sizes) -> list[Work]:

@@ -37,7 +37,8 @@ from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.config import load
 from puzzle_ray.data.order import Tokens
 from puzzle_ray.distill.bld import Schedule
-from puzzle_ray.distill.library import Library, build_serially, checkpoint_file
+from puzzle_ray.distill.library import Library, build_serially
+from puzzle_ray.distill.library_checkpoints import checkpoint_file
 from puzzle_ray.distill.settings import LibraryConfig
 from puzzle_ray.errors import ClusterError
 from puzzle_ray.models.child import read_config

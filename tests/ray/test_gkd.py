@@ -11,11 +11,16 @@ import psutil
 import pytest
 import torch
 from gkd_jobs import gkd_jobs
+from pickles import pickles_in
+from ray.exceptions import RayActorError
 
-from actors.gkd import Failures, run_gkd
+from actors.gkd import STORAGE, Failures, preempted, run_gkd
+from puzzle_ray.artifacts import rows_from_parquet
 from puzzle_ray.cluster import ClusterConfig
-from puzzle_ray.distill.gkd import CHILD, CURVE, LOOKS, Diverged, distill_child, steps_saved
+from puzzle_ray.distill.gkd import CHILD, CURVE, LOOKS, distill_child, steps_saved
+from puzzle_ray.distill.gkd_trainer import Diverged, GkdRow
 from puzzle_ray.distill.settings import GkdConfig
+from puzzle_ray.distill.sharded_checkpoint import RUN
 from puzzle_ray.errors import ClusterError
 from puzzle_ray.models.child import load_model
 from puzzle_ray.progress import Quiet
@@ -105,6 +110,53 @@ def test_an_interrupted_driver_and_a_killed_worker_change_nothing(local_ray, job
     run_gkd(mine, cluster=CLUSTER, progress=progress, cpus_per_worker=1)
     assert len(progress.acted_at) == kills and progress.acted_at[-1] < STEPS and progress.steps_shown == STEPS
     assert_same(published(mine.artifact), serial)
+
+
+class Reported(Midway):
+    """Progress that does something whenever Ray Train has another checkpoint of the workers' shards, one action after the other."""
+
+    def __init__(self, artifact, *actions):
+        super().__init__(artifact, None)
+        self.actions = list(actions)
+
+    @contextmanager
+    def stage(self, name, total, unit):
+        yield self
+
+    def advance(self, count=1, **facts):
+        self.steps_shown += count
+        found = {path.name for path in Path(self.artifact.path(STORAGE)).glob("*/checkpoint_*")}
+        if self.actions and found - set(self.acted_at):
+            self.acted_at += found
+            self.actions.pop(0)()
+
+
+@pytest.mark.parametrize("actions", [(interrupt,), pytest.param((kill_a_worker, interrupt), marks=pytest.mark.wide)])
+def test_sharded_workers_that_are_disturbed_go_on_as_one(local_ray, job, actions):
+    """Two workers, each with its shard. The driver is interrupted, before that one may be killed; then there is room for one only."""
+    changes = {"learning_rate": 1e-2, "tokens": 60 * 64, "checkpoint_every": 10, "parallel": "fsdp", "min_workers": 1}
+    expected = another(job, f"sharded, serial, {len(actions)}", **changes)
+    distill_child(expected, Quiet())
+    mine = another(job, f"sharded, {len(actions)}", **changes)
+    progress = Reported(mine.artifact, *actions)
+    with pytest.raises(KeyboardInterrupt):
+        run_gkd(mine, cluster=CLUSTER, progress=progress, cpus_per_worker=1)
+    assert not progress.actions and not mine.artifact.finished
+    kept = Path(mine.artifact.path(STORAGE))
+    assert list(kept.rglob(RUN)) and not pickles_in(kept)
+    run_gkd(mine, cluster=CLUSTER, progress=Quiet(), cpus_per_worker=3)
+    assert mine.artifact.finished and not mine.artifact.exists(STORAGE)
+    curves = [rows_from_parquet(each.artifact.read(CURVE), GkdRow)[0] for each in (mine, expected)]
+    assert [row.step for row in curves[0]] == list(range(60))
+    assert max(abs(a.loss - b.loss) for a, b in zip(*curves, strict=True)) < 1e-4
+    facts = [each.artifact.facts() for each in (mine, expected)]
+    assert facts[0]["kept"] == facts[1]["kept"] and facts[0]["heldout_kl"] == pytest.approx(facts[1]["heldout_kl"], abs=1e-4)
+    weights = [load_model(each.artifact.local_folder(CHILD)).state_dict() for each in (mine, expected)]
+    assert all(torch.allclose(value, weights[1][name], atol=2e-3) for name, value in weights[0].items())
+
+
+def test_what_a_preempted_node_takes_with_it_is_no_failure():
+    assert preempted(RayActorError(preempted=True)) and not preempted(RayActorError()) and not preempted(ValueError())
 
 
 def test_a_diverging_run_is_not_tried_again(local_ray, job):

@@ -12,7 +12,8 @@ from small_models import save_parent
 
 from puzzle_ray.artifacts import LayerChoice, SearchSpace
 from puzzle_ray.data.order import Tokens
-from puzzle_ray.distill.library import LIBRARY_TABLE, build_serially, checkpoint_file, unfinished_layers
+from puzzle_ray.distill.library import LIBRARY_TABLE, build_serially, unfinished_layers
+from puzzle_ray.distill.library_checkpoints import checkpoint_file
 from puzzle_ray.distill.losses import normalised_mse
 from puzzle_ray.distill.schedule import LearningRate, Schedule
 from puzzle_ray.distill.text import LibraryText

@@ -86,7 +86,8 @@ def test_training_together_beats_putting_trained_halves_together(parent_folder):
 
 def pair_trainer_like(folder, t):
     other = pair_trainer(folder, t.config)
-    other.restore(*t.checkpoint())
+    tensors, about = t.checkpoint()
+    other.restore(tensors | t.start_tensors(), about)
     return other
 
 

@@ -290,7 +290,7 @@ def test_the_worked_example_shows_what_plan_says():
 
     from jobs.plan import table
     from puzzle_ray.planning.demand import Sizes, demands, works
-    from puzzle_ray.planning.hardware import Hardware
+    from puzzle_ray.planning.hardware import MIB, Hardware
 
     text, config = (CLUSTER / "README.md").read_text(), load("llama31_8b")
     shape = {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32}
@@ -298,6 +298,8 @@ def test_the_worked_example_shows_what_plan_says():
     parent = AutoConfig.for_model("llama", dtype="bfloat16", **shape)
     space = search_space(parent, config.space.attention, config.space.ffn, config.space.ffn_multiple_of)
     sizes = Sizes(parent, space)
-    shown = table(demands(config, parent, sizes), works(config, parent, sizes), Hardware.parse("1x8 H100-80GB"), 0.4)
+    hardware = Hardware.parse("1x8 H100-80GB")
+    found = demands(config, parent, sizes, int(hardware.device.memory_mib * MIB))
+    shown = table(found, works(config, parent, sizes), hardware, 0.4)
     assert "\n".join(f"    {line}" if line else "" for line in shown) in text
     assert config.library.tokens == 250_000_000 and config.gkd.tokens == 1_000_000_000 and config.scoring.tokens == 131_072

@@ -103,7 +103,7 @@ def test_a_resumed_run_does_not_repeat_the_trials_and_ends_in_the_same_bits(tmp_
     artifact = Store(str(tmp_path)).artifact("gkd", {"cut": 1}, {})
     with pytest.raises(Cut):
         train_to_end(watched(AUTO), artifact, Cutting())
-    monkeypatch.setattr("puzzle_ray.distill.gkd.range_test", None)
+    monkeypatch.setattr("puzzle_ray.distill.gkd_trainer.range_test", None)
     second = watched(AUTO)
     train_to_end(second, artifact, Quiet())
     assert second.trials == whole.trials and second.curve == whole.curve

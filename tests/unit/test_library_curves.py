@@ -18,10 +18,10 @@ from puzzle_ray.distill.library import (
     GroupTrainer,
     Library,
     build_serially,
-    checkpoint_file,
     finish_library,
     variant_file,
 )
+from puzzle_ray.distill.library_checkpoints import checkpoint_file
 from puzzle_ray.models.child import read_config
 from puzzle_ray.progress import Quiet
 from puzzle_ray.store import Store
@@ -67,7 +67,7 @@ def test_no_header_of_a_checkpoint_grows_with_the_number_of_steps(parent_folder,
         alone = group.trainers[0]
         end = alone.schedule.positions - 1
         run(alone, range(end))
-        group._save(alone)
+        group.checkpoints.after(end, [alone])
         sizes.append(header_size(step, checkpoint_file(1)))
         tensors, about = step.read_tensors(checkpoint_file(1))
         curves = [tensors[f"{n}/curve"] for n in range(len(alone.candidates))]

@@ -7,7 +7,7 @@ import torch
 from gkd_trainers import CONFIG as GKD
 from gkd_trainers import new_trainer
 from layer_trainers import SPACE, run, trainer
-from small_models import save_parent
+from small_models import save_parent, tiny_config
 from typer.testing import CliRunner
 
 from puzzle_ray.config import RunConfig
@@ -64,7 +64,7 @@ def test_a_distilling_workers_bytes_are_those_of_its_tensors():
     child, parent = (sum(p.numel() for p in model.parameters()) for model in (real.child, real.parent))
     found = worker_parts(child, parent, "float32", RunConfig(gkd=GKD, data={"sequence_length": 16}), real.child.config)
     assert found["child"] == sum(p.nbytes for p in real.parameters.values())
-    assert found["gradients"] == real.gradients.nbytes
+    assert found["gradients"] == real.gradients.flat.nbytes
     assert found["optimizer"] == sum(
         real.optimizer.state[p][m].nbytes for p in real.parameters.values() for m in ("exp_avg", "exp_avg_sq")
     )
@@ -119,7 +119,21 @@ def test_llamas_plan_is_what_hand_arithmetic_says(name):
     hardware = Hardware.parse("8x8 H100-80GB")
     words = problems(list(found.values()), hardware)
     assert [line for line in words if line.startswith("gkd: a worker needs")], "16 bytes a parameter are more than one GPU has"
+    many = RunConfig.model_validate(how | {"gkd": gkd | {"parallel": "fsdp", "num_workers": 64}})
+    sharded = demands(many, llama(name), sizes)[3]
+    held = sum(sharded.parts[part] for part in ("child", "gradients", "optimizer", "best weights", "parent"))
+    assert 22 * n <= 64 * held < 22 * n + 64 * 5, "16 bytes a parameter, 4 of the best weights, 2 of the parent"
+    assert sharded.parts["gathered"] == 2 * (3 * (2 * ends + d) + 3 * layer) + 4 * ends and not problems([sharded], hardware)
     assert hardware.hours(work["gkd"], 0.4) == pytest.approx(8 * n * 1e9 / (64 * 989.4e12 * 0.4) / 3600)
+
+
+def test_gkds_workers_are_sharded_where_a_device_is_too_small():
+    config = RunConfig(gkd={"use_gpu": True, "num_workers": 2, "tokens": 10**6}, data={"sequence_length": 16})
+    small = tiny_config()
+    sizes = Sizes(small, search_space(small, ("noop",), ("noop",), 8))
+    held = 24 * sizes.total  # with the best weights and a float32 parent
+    for memory, sharded in ((0, False), (2 * held, False), (2 * held - 2, True)):
+        assert ("gathered" in demands(config, small, sizes, memory)[3].parts) == sharded, memory
 
 
 def test_a_cluster_in_words():
