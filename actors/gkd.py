@@ -231,7 +231,7 @@ def _environment() -> dict[str, str]:
     """Of the run's actor, inherited by the controller and the workers. What the user has set stays."""
     environment = {
         "RAY_ADDRESS": ray.get_runtime_context().gcs_address,  # Ray Train's clean-up would look for any cluster here
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # a report waits for the next one; each takes CPU time of every worker
     }
     # Gloo listens on the address the host's name resolves to, which a laptop or container need not have.
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]

@@ -153,7 +153,7 @@ def ray_group(folder: Path, config: GkdConfig, rounds: int, steps: int) -> None:
     """Ray and its group in this process's children, until all turns are taken."""
     from jobs.session import start_here
 
-    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # as of actors.gkd
+    os.environ.update({"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"})  # as of actors.gkd
     start_here(config.num_workers, 256 << 20)
     from ray import train
     from ray.train.torch import TorchConfig, TorchTrainer
