@@ -371,12 +371,8 @@ def main() -> None:
         rows = [row for row in rows if row["kl"] is None or row["measured_speedup"]]
 
     def save() -> None:
-        write(
-            given.out,
-            rows,
-            summary_of(rows)
-            | {"settings": [*BASE, *words], "gkd_learning_rates": {r["parent"]: RATES.get(r["parent"], RATE) for r in rows}},
-        )
+        rates = {row["parent"]: RATES.get(row["parent"], RATE) for row in rows}
+        write(given.out, rows, summary_of(rows) | {"settings": [*BASE, *words], "gkd_learning_rates": rates})
 
     with tempfile.TemporaryDirectory() as scratch:
         for seed in given.seeds:
