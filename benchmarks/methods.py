@@ -34,7 +34,7 @@ from benchmarks.record import write
 from puzzle_ray.artifacts import PARENT, Choices, LayerChoice, Scores
 from puzzle_ray.config import RunConfig, load
 from puzzle_ray.distill.settings import GkdConfig
-from puzzle_ray.errors import Infeasible
+from puzzle_ray.errors import Infeasible, ProfileError
 from puzzle_ray.evaluation.evaluate import predictions, speeds
 from puzzle_ray.models.child import choices_of, load_model, quiet_transformers, read_config
 from puzzle_ray.pipeline import (
@@ -150,10 +150,13 @@ class Bench:
         s = Setting(self.s.config.model_copy(update={"gkd": gkd}), self.s.store, self.s.progress)
         return distilled_of(s, self.tokens, start)
 
-    def predicted_speedup(self, choices: Choices) -> float:
-        """On the measured profile."""
+    def predicted_speedup(self, choices: Choices) -> float | None:
+        """On the measured profile; None where it has not all of these shapes, as with a uniform width."""
         costs, scenario, space = read_profile(self.s, self.profile), self.s.profile_config.scenario, self.s.whole_space
-        parent, child = (predicted_costs(space, costs, scenario, c) for c in ([LayerChoice()] * len(choices), choices))
+        try:
+            parent, child = (predicted_costs(space, costs, scenario, c) for c in ([LayerChoice()] * len(choices), choices))
+        except ProfileError:
+            return None
         return child.throughput_tokens_per_s / parent.throughput_tokens_per_s
 
 
@@ -273,7 +276,11 @@ def row_of(bench: Bench, speed: float, method: str) -> dict[str, Any]:
     parent, start, end = (found[name] for name in folders)
     row |= {"kl_before": start["kl"], "kl": end["kl"], "top1": end["top1_agreement"], "heldout_tokens": end["heldout_tokens"]}
     row |= {"loss_parent": parent["heldout_loss"], "loss_before": start["heldout_loss"], "loss": end["heldout_loss"]}
-    row |= {"predicted_speedup": bench.predicted_speedup(made.choices), "measured_speedup": None, "child": made.end.path("child")}
+    row |= {
+        "predicted_speedup": bench.predicted_speedup(made.choices),
+        "measured_speedup": None,
+        "child": f"{made.end.name}/child",
+    }
     row |= {"bld_tokens": made.bld_tokens, "gkd_tokens": made.gkd_tokens, "layers": [choice.label for choice in made.choices]}
     return row | {name: facts.get(name) for name in ("kept", "returns", "learning_rate")}
 
@@ -282,7 +289,7 @@ def measure_speeds(bench: Bench, rows: Sequence[dict[str, Any]], repeats: int) -
     """Times the children of one speed and their parent in turn, in the profile's scenario, and writes the ratios into the rows. Children
     of the same shapes are as fast as each other: one of them is timed."""
     made = [row for row in rows if row["kl"] is not None]
-    folders = {" | ".join(row["layers"]): row["child"] for row in made}
+    folders = {" | ".join(row["layers"]): f"{bench.s.store.root}/{row['child']}" for row in made}
     scenario = bench.s.profile_config.scenario
     compute_with(num_cores())
     with quiet_transformers():
@@ -298,10 +305,10 @@ def show(row: Mapping[str, Any]) -> None:
     if row["kl"] is None:
         print(f"{about} none: {row['problem']}", flush=True)
         return
-    measured = f"{row['measured_speedup']:.3f}" if row["measured_speedup"] else "-"
+    predicted, measured = (f"{row[name]:.3f}" if row[name] else "-" for name in ("predicted_speedup", "measured_speedup"))
     print(
         f"{about} KL {row['kl_before']:.4f} -> {row['kl']:.4f}  loss {row['loss']:.4f} (parent {row['loss_parent']:.4f})  top-1 "
-        f"{row['top1']:.3f}  predicted {row['predicted_speedup']:.3f} x  measured {measured} x  kept {row['kept']}",
+        f"{row['top1']:.3f}  predicted {predicted} x  measured {measured} x  kept {row['kept']}",
         flush=True,
     )
 
@@ -360,29 +367,27 @@ def main() -> None:
     if given.quick:
         words, given.seeds, given.speeds = (*words, *QUICK, "gkd.tokens=10240", "library.tokens=8192"), given.seeds[:1], [1.5]
     rows: list[dict[str, Any]] = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
+    if not given.store:  # a child that was not timed is not there any more
+        rows = [row for row in rows if row["kl"] is None or row["measured_speedup"]]
 
     def save() -> None:
-        kept = [{name: value for name, value in row.items() if name != "child"} for row in rows]
-        write(
-            given.out,
-            kept,
-            summary_of(rows)
-            | {"settings": [*BASE, *words], "gkd_learning_rates": {r["parent"]: RATES.get(r["parent"], RATE) for r in rows}},
-        )
+        rates = {row["parent"]: RATES.get(row["parent"], RATE) for row in rows}
+        write(given.out, rows, summary_of(rows) | {"settings": [*BASE, *words], "gkd_learning_rates": rates})
 
     with tempfile.TemporaryDirectory() as scratch:
         for seed in given.seeds:
             for parent in given.parents:
                 bench = Bench(parent, given.data, seed, given.store or scratch, words)
                 for speed in given.speeds:
-                    made = {r["method"]: r for r in rows if (r["parent"], r["seed"], r["speed"]) == (parent, seed, speed)}
-                    new = [method for method in given.methods if method not in made]
-                    for method in new:
-                        rows.append(row_of(bench, speed, method))
+                    this = [r for r in rows if (r["parent"], r["seed"], r["speed"]) == (parent, seed, speed)]
+                    there = {row["method"] for row in this}
+                    for method in (method for method in given.methods if method not in there):
+                        this.append(row_of(bench, speed, method))
+                        rows.append(this[-1])
                         show(rows[-1])
                         save()
-                    timed = [row for row in rows[len(rows) - len(new) :] if row["kl"] is not None]
-                    if timed:
+                    timed = [row for row in this if row["kl"] is not None]
+                    if any(row["measured_speedup"] is None for row in timed):
                         measure_speeds(bench, timed, 3 if given.quick else 25)
                         print(" ".join(f"{row['method']} {row['measured_speedup']:.3f} x" for row in timed), flush=True)
                         save()
