@@ -3,7 +3,8 @@
 The loop by hand is FSDP2 as its documentation shows it: `--workers` processes over gloo without Ray, whole logits, the same models, data,
 losses and optimizer. Both stand ready beside each other, and take turns of `--steps` steps in one run. CPU seconds are those of all
 processes of a turn, Ray's own among them; wall seconds those of the slowest worker. `step_ratio` is a median over rounds, each of
-neighbouring turns. `--quick` is one round of few steps.
+neighbouring turns; `step_ratio_workers` counts Ray's workers alone, without its other processes, whose use goes with time and not with
+steps. `--quick` is one round of few steps.
 """
 
 from __future__ import annotations
@@ -221,14 +222,15 @@ def measured(folder: Path, config: GkdConfig, rounds: int, steps: int) -> list[d
 
 
 def summarised(rows: list[dict[str, Any]]) -> dict[str, float]:
-    def ratio(what: str) -> float:
-        both = [[row[what] for row in rows if row["way"] == way] for way in (RAY, PLAIN)]
+    def ratio(what: Callable[[dict[str, Any]], float]) -> float:
+        both = [[what(row) for row in rows if row["way"] == way] for way in (RAY, PLAIN)]
         return statistics.median(a / b for a, b in zip(*both, strict=True))
 
     middle = {way: statistics.median(row["wall_s"] for row in rows if row["way"] == way) for way in (PLAIN, RAY)}
     return {
-        "step_ratio": ratio("cpu_s"),
-        "step_ratio_wall": ratio("wall_s"),
+        "step_ratio": ratio(lambda row: row["cpu_s"]),
+        "step_ratio_workers": ratio(lambda row: row["cpu_s_by_process"].get("ray::RayTrainWorker", row["cpu_s"])),
+        "step_ratio_wall": ratio(lambda row: row["wall_s"]),
         "plain_step_s": middle[PLAIN],
         "ray_step_s": middle[RAY],
     }

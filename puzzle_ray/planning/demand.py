@@ -149,10 +149,6 @@ def demands(config: RunConfig, model_config: Any, sizes: Sizes, gpu_bytes: int =
     def largest(parts: list[dict[str, int]]) -> dict[str, int]:
         return max(parts, key=lambda part: sum(part.values()))
 
-    free = 0 if cluster.gpus_per_shard else None
-    tokens = config.scoring.micro_batch_tokens
-    scoring = [shard_bytes(model_config, sizes.descriptor, layers, config.scoring, tokens, free) for layers in runs]
-    heaviest = max(scoring, key=lambda found: found.total)
     own = str(getattr(model_config, "dtype", None) or torch.float32).removeprefix("torch.")
     gkd = _gkd_worker(config, model_config, sizes, own if config.gkd.use_gpu else "float32", gpu_bytes)
     per_trainer = 1 if cluster.blocks_per_trainer == "auto" else int(cluster.blocks_per_trainer)
@@ -173,12 +169,7 @@ def demands(config: RunConfig, model_config: Any, sizes: Sizes, gpu_bytes: int =
             "scores",
             "parent shard",
             num_shards,
-            {
-                "weights": heaviest.weights,
-                "parent's activations": heaviest.kept,
-                "candidates": heaviest.candidates,
-                "working": heaviest.working,
-            },
+            _scoring_parts(config, model_config, sizes, runs),
             cluster.gpus_per_shard,
             f"{more_shards}, set scoring.dtype to bfloat16, or lower scoring.micro_batch_tokens",
         ),
@@ -192,6 +183,14 @@ def demands(config: RunConfig, model_config: Any, sizes: Sizes, gpu_bytes: int =
             "models that do not fit together are timed one after the other",
         ),
     ]
+
+
+def _scoring_parts(config: RunConfig, model_config: Any, sizes: Sizes, runs: list[range]) -> dict[str, int]:
+    """Of the shard that needs most, of those that hold these runs of layers."""
+    free, tokens = (0 if config.cluster.gpus_per_shard else None), config.scoring.micro_batch_tokens
+    found = [shard_bytes(model_config, sizes.descriptor, layers, config.scoring, tokens, free) for layers in runs]
+    most = max(found, key=lambda each: each.total)
+    return {"weights": most.weights, "parent's activations": most.kept, "candidates": most.candidates, "working": most.working}
 
 
 def _gkd_worker(config: RunConfig, model_config: Any, sizes: Sizes, parent_dtype: str, gpu_bytes: int) -> Demand:
