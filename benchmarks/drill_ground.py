@@ -96,14 +96,15 @@ class Run:
             self.process = subprocess.Popen(
                 command, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True, env=environment
             )
-        self.silence_s, self._heard, self._size = 0.0, time.monotonic(), 0
+        self.silence_s, self._heard, self._size, self._silent_at = 0.0, time.monotonic(), 0, 0
 
     def step(self) -> int | None:
         """Looks at it; its exit code, or None while it runs."""
         size, now = self.path.stat().st_size, time.monotonic()
         if size != self._size:
             self._size, self._heard = size, now
-        self.silence_s = max(self.silence_s, now - self._heard)
+        if now - self._heard > self.silence_s:
+            self.silence_s, self._silent_at = now - self._heard, size
         return self.process.poll()
 
     def wait(self, until: Callable[[], bool] = lambda: False, limit_s: float = LIMIT_S) -> int | None:
@@ -115,6 +116,12 @@ class Run:
                 raise TimeoutError(f"nothing within {limit_s:g} s; it said last: {self.last_lines()[-1:]}")
             time.sleep(0.05)
         return self.process.poll()
+
+    @property
+    def silent_after(self) -> str:
+        """The line before its longest silence."""
+        said = self.path.read_bytes()[: self._silent_at].decode(errors="replace").strip()
+        return said.splitlines()[-1].strip() if said else "nothing yet"
 
     def last_lines(self) -> list[str]:
         """What it said besides progress."""

@@ -82,6 +82,7 @@ class Outcome:
     finished_items: int = 0
     redone: int = 0
     longest_silence_s: float = 0.0
+    silent_after: str = ""  # what was said before it
     seconds: float = 0.0
     commit: str = ""
 
@@ -199,6 +200,8 @@ def disturb(outcome: Outcome, run: Run, place: Place, folder: Path, tools: Tools
             outcome.did = tools.cluster().kill_one(stage, rng)
         elif outcome.fault == "drained":
             outcome.did = tools.cluster().drain_one(stage, rng)
+            if run.step() is not None:  # its node outlived it
+                outcome.did = ""
         elif outcome.fault == "gcs":
             outcome.did = faults.kill_named(pid, "gcs_server")
         elif outcome.fault == "driver":
@@ -219,7 +222,10 @@ def disturb(outcome: Outcome, run: Run, place: Place, folder: Path, tools: Tools
 def _note(outcome: Outcome, codes: list[int], runs: tuple[Run, ...], place: Place, before: Mapping[str, tuple[int, str]]) -> None:
     """Codes, silences, what was said at the end, and what of the finished was done again."""
     outcome.codes += codes
-    outcome.longest_silence_s = round(max([outcome.longest_silence_s, *(run.silence_s for run in runs)]), 1)
+    quietest = max(runs, key=lambda run: run.silence_s)
+    if quietest.silence_s > outcome.longest_silence_s:
+        outcome.longest_silence_s = round(quietest.silence_s, 1)
+        outcome.silent_after = f"run {len(outcome.codes) - len(codes) + 1 + runs.index(quietest)}: {quietest.silent_after}"
     for code, run in zip(codes, runs, strict=True):
         if code not in (0, -signal.SIGKILL):
             outcome.said += run.last_lines()
