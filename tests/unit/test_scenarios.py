@@ -290,7 +290,7 @@ def test_a_run_profiles_the_sizes_that_were_found_and_a_check_says_what_is_missi
     model_config = tiny_config()
     space = search_space(model_config, ("noop",), ("noop",), 8)
     config = validated({"profile": {"batch_sizes": "auto", "memory_mib": 2.0}, "search": {"limits": {"speedup": 2}}})
-    run = SimpleNamespace(config=config, parent=SimpleNamespace(model_config=model_config), whole_space=space)
+    run = SimpleNamespace(config=config, parent=SimpleNamespace(model_config=model_config), whole_space=space, after=None)
     found = Run.profile_config.func(run)
     assert found == with_batch_sizes(config.profile, model_config, space, config.search.limits.memory_mib) and found.batch_sizes[
         :2

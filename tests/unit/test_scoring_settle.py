@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from search_inputs import PROFILE, SCENARIO, SCORES, SPACE
 
 from jobs.run import Run
-from jobs.stages import architecture
+from jobs.stages import scores
 from puzzle_ray.artifacts import LayerChoice, ScoreRow, Scores
 from puzzle_ray.config import load
 from puzzle_ray.errors import Infeasible
@@ -92,7 +92,7 @@ def test_an_impossible_budget_is_said_and_nothing_is_scored():
 
 def test_what_is_settled_keys_a_search_only_where_there_is_a_shortlist():
     def key_part(*overrides):
-        return architecture.settings(Run(load(None, None, overrides)))
+        return scores.identity(Run(load(None, None, overrides)))
 
     assert key_part("scoring.shortlist_settle=false") == key_part()
     fisher = "scoring.shortlist=fisher"
