@@ -3,8 +3,8 @@
 The sum of replace-one scores takes damages of layers as if they added up. In a whole child a layer's damage is larger or smaller than
 alone, since others are replaced too. So every layer gets a factor: KL of a child = sum over layers of factor x score. The factors are
 fitted to the children that were measured, by least squares of the relative error, drawn towards one common factor. The search is solved
-again with the corrected scores, and its best answer that is not measured yet is measured and joins the others. That ends where no such
-answer is predicted to be better than the best that was measured, where its KL is as predicted, or after a number of steps.
+again with the corrected scores, its answer is measured and joins the others. That ends where the answer was measured before, where its
+KL is as predicted, or after a number of steps.
 """
 
 from __future__ import annotations

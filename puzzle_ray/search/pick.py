@@ -154,10 +154,8 @@ def _fitted(
             break
         problems = [replace(t.problem, score=corrected(t.problem.score, correction)) for t in tables.tables]
         changed = replace(tables, tables=tuple(replace(t, problem=p) for t, p in zip(tables.tables, problems, strict=True)))
-        seen = {c.answer.architecture.choices for c in known}
-        answers = changed.search(limits, searcher=picking.searcher, count=len(seen) + 1, options=searching)
-        answer = next((a for a in answers if a.architecture.choices not in seen), None)
-        if answer is None or answer.architecture.objective >= min(c.measured.kl for c in known):
+        answer = changed.search(limits, searcher=picking.searcher, options=searching)[0]
+        if any(answer.architecture.choices == c.answer.architecture.choices for c in known):
             break
         predicted, table = answer.architecture.objective, plain[answer.table.scenario]
         measured = measure([answer.architecture.choices])[0]
