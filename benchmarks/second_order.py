@@ -3,7 +3,7 @@
     python -m benchmarks.second_order --data ../shared/data --out FILE.json
 
 For every parent a library is trained and scored, and its profile measured. At five budgets the architecture is picked in three ways:
-`today`, the tiny recipe's (three answers that differ, and four rivals); `corrected`, by two answers that differ and up to `STEPS` of
+`today`, the tiny recipe's (three answers that differ, and four rivals); `corrected`, by the best answer and up to `STEPS` answers of
 scores that are corrected by what was measured; `first`, the best answer, of which nothing is measured. KL is on the tokens that the pick
 is made by, and on others.
 """
@@ -28,10 +28,10 @@ from puzzle_ray.pipeline import measuring, parts_of, scores_of
 from puzzle_ray.search.pick import PickOptions, pick
 
 BUDGETS = (1.2, 1.35, 1.5, 1.75, 2.0)
-STEPS = 1
+STEPS = 2
 WAYS = {
     "today": PickOptions("mip", 3, 2, ("greedy", "depth", "uniform", "max_params")),
-    "corrected": PickOptions("mip", 2, 2, fit_steps=STEPS),
+    "corrected": PickOptions("mip", 1, fit_steps=STEPS),
     "first": PickOptions("mip", 1),
 }
 
@@ -79,14 +79,14 @@ def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
     cases = [key[:3] for key in by if key[3] == "today" and (*key[:3], "corrected") in by]
 
     def ratio(way: str, column: str) -> float:
-        return math.exp(statistics.mean(math.log(by[(*c, way)][column] / by[(*c, "today")][column]) for c in cases))
+        return math.exp(statistics.mean(math.log(by[*c, way][column] / by[*c, "today"][column]) for c in cases))
 
-    children = {way: sum(by[(*c, way)]["children"] for c in cases) for way in WAYS}
+    children = {way: sum(by[*c, way]["children"] for c in cases) for way in WAYS}
     return {
         "cases": len(cases),
         "children_measured": children,
-        "not_above_today": sum(by[(*c, "corrected")]["kl"] <= by[(*c, "today")]["kl"] for c in cases),
-        "first_not_above_today": sum(by[(*c, "first")]["kl"] <= by[(*c, "today")]["kl"] for c in cases),
+        "not_above_today": sum(by[*c, "corrected"]["kl"] <= by[*c, "today"]["kl"] for c in cases),
+        "first_not_above_today": sum(by[*c, "first"]["kl"] <= by[*c, "today"]["kl"] for c in cases),
         "kl_over_today": {way: ratio(way, "kl") for way in ("corrected", "first")},
         "kl_unseen_over_today": {way: ratio(way, "kl_unseen") for way in ("corrected", "first")},
     }
