@@ -18,7 +18,6 @@ import numpy as np
 
 from puzzle_ray.artifacts import Architecture, Choices, LayerChoice, Measure, Measured
 from puzzle_ray.errors import ConfigError, Infeasible, OutOfTime
-from puzzle_ray.search.fitted import corrected, fitted_correction
 from puzzle_ray.search.limits import Limits
 from puzzle_ray.search.problem import Choice, Floats, Problem
 from puzzle_ray.search.searcher import Options
@@ -35,8 +34,7 @@ PAIRED = 800  # single exchanges that are combined into pairs: those that change
 
 @dataclass(frozen=True)
 class PickOptions:
-    """What is measured: `count` answers of `searcher`, one answer of each rival, then up to `fit_steps` answers by scores that are
-    corrected by what was measured, then `steps` steps of local search.
+    """What is measured: `count` answers of `searcher`, one answer of each rival, then `steps` steps of local search.
 
     The answers of `searcher` differ from each other in at least `min_different_layers` layers.
     `interaction_blocks`: all pairs of this many of the most used blocks are measured too.
@@ -46,7 +44,6 @@ class PickOptions:
     count: int = 1
     min_different_layers: int = 1
     rivals: tuple[str, ...] = ()
-    fit_steps: int = 0
     steps: int = 0
     interaction_blocks: int = 0
 
@@ -72,7 +69,6 @@ def pick(
     answers, origins, left_out = _candidates(tables, limits, picking, searching)
     measured = measure([answer.architecture.choices for answer in answers])
     candidates = [MeasuredAnswer(*x) for x in zip(origins, answers, measured, strict=True)]
-    candidates += _fitted(tables, limits, picking, searching, measure, candidates)
     best = min(candidates, key=lambda c: c.rank)
     trail: list[dict[str, Any]] = []
     best = _local_search(tables, best, picking.steps, measure, trail)
@@ -135,38 +131,6 @@ def _candidates(
     return answers, origins, left_out
 
 
-def _fitted(
-    tables: Tables,
-    limits: Limits,
-    picking: PickOptions,
-    searching: Options,
-    measure: Measure,
-    candidates: Sequence[MeasuredAnswer],
-) -> list[MeasuredAnswer]:
-    """Further answers, each measured, by scores corrected by all children measured before it; see `puzzle_ray.search.fitted`."""
-    found: list[MeasuredAnswer] = []
-    plain = {table.scenario: table for table in tables.within(limits)}
-    for _ in range(picking.fit_steps):
-        known = [*candidates, *found]
-        rows = [c.answer.table.problem.score[np.arange(len(c.answer.choice)), c.answer.choice] for c in known]
-        correction = fitted_correction(rows, [c.measured.kl for c in known])
-        if correction is None:
-            break
-        problems = [replace(t.problem, score=corrected(t.problem.score, correction)) for t in tables.tables]
-        changed = replace(tables, tables=tuple(replace(t, problem=p) for t, p in zip(tables.tables, problems, strict=True)))
-        seen = {c.answer.architecture.choices for c in known}
-        answers = changed.search(limits, searcher=picking.searcher, count=len(seen) + 1, options=searching)
-        answer = next((a for a in answers if a.architecture.choices not in seen), None)
-        if answer is None or answer.architecture.objective >= min(c.measured.kl for c in known):
-            break
-        predicted, table = answer.architecture.objective, plain[answer.table.scenario]
-        measured = measure([answer.architecture.choices])[0]
-        found.append(MeasuredAnswer("corrected", _exchanged(tables, replace(answer, table=table), answer.choice), measured))
-        if abs(predicted - measured.kl) <= 2 * measured.stderr:
-            break
-    return found
-
-
 def _origin(searcher: str, number: int) -> str:
     return searcher if number == 1 else f"{searcher} #{number}"
 
@@ -191,7 +155,6 @@ def _pick_options(search: SearchConfig) -> PickOptions:
         search.candidates,
         search.min_different_layers,
         search.rivals,
-        search.fit_steps,
         search.local_search_steps,
         search.interaction_blocks,
     )

@@ -14,10 +14,9 @@ from puzzle_ray.settings import Count, Positive, Section
 class SearchConfig(Section):
     """The budget, how it is searched, and whether whole children are measured before one is picked.
 
-    Children are measured where `candidates` > 1, `fit_steps` > 0 or `local_search_steps` > 0, on `measure_tokens` held-out tokens.
-    Measured are the `candidates` best answers, which differ from each other in at least `min_different_layers` layers, and one answer
-    of each searcher in `rivals`. Then scores are corrected by what was measured, and up to `fit_steps` further answers are searched by
-    them and measured. Then a local search exchanges blocks as long as the measured KL falls.
+    Children are measured where `candidates` > 1 or `local_search_steps` > 0, on `measure_tokens` held-out tokens. Measured are the
+    `candidates` best answers, which differ from each other in at least `min_different_layers` layers, and one answer of each searcher
+    in `rivals`. Then a local search exchanges blocks as long as the measured KL falls.
     With `target_format: nemotron_nas` the search space has only what vLLM runs in that format: no linear, no windows, no no-op
     attention in the first layer, and FFN widths that are multiples of 256.
     `sweep` maps an axis to a list of values. An axis is a limit's name, `batch_size`, `input_tokens` or `output_tokens`. All
@@ -35,7 +34,6 @@ class SearchConfig(Section):
     candidates: Count = 1
     min_different_layers: Count = 1
     rivals: tuple[str, ...] = ("greedy", "depth", "uniform", "max_params")
-    fit_steps: Annotated[int, Field(ge=0)] = 0  # children measured by corrected scores: see `puzzle_ray.search.fitted`
     local_search_steps: Annotated[int, Field(ge=0)] = 0
     interaction_blocks: Annotated[int, Field(ge=0)] = 4  # KLs of all pairs of this many of the most used blocks are measured
     measure_tokens: Count = 8_192
@@ -63,7 +61,7 @@ class SearchConfig(Section):
     @property
     def measures(self) -> bool:
         """Whether children are measured before one is picked."""
-        return self.candidates > 1 or self.fit_steps > 0 or self.local_search_steps > 0
+        return self.candidates > 1 or self.local_search_steps > 0
 
     @property
     def grid(self) -> dict[str, tuple[float, ...]]:
@@ -81,14 +79,12 @@ class SearchConfig(Section):
             "candidates",
             "min_different_layers",
             "rivals",
-            "fit_steps",
             "local_search_steps",
             "interaction_blocks",
             "measure_tokens",
         }
         without_effect = {"sweep", "sweep_measure", "sweep_gkd", "sweep_rungs", "target_format"}
         without_effect |= set() if self.measures else only_measured
-        without_effect |= set() if self.fit_steps else {"fit_steps"}
         return self.model_dump(mode="json", exclude=without_effect)
 
     def sweep_identity(self) -> dict[str, Any]:

@@ -31,7 +31,6 @@ from puzzle_ray.models.blocks import load_stack
 from puzzle_ray.models.child import assemble, load_model, read_config
 from puzzle_ray.models.describe import describe
 from puzzle_ray.progress import Quiet
-from puzzle_ray.search.fitted import fitted_correction
 from puzzle_ray.search.limits import Limits
 from puzzle_ray.search.pick import (
     PickOptions,
@@ -239,35 +238,3 @@ def test_what_a_meter_kept_of_the_child_before_changes_nothing(trained):
     assert used == [ChildMeter(stack, library, batches).measure(child) for child in children]
     parent = meter.measure((LayerChoice(),) * 3)
     assert replace(parent, tokens=0) == Measured(0.0, 0.0, 0.0, 1.0, 0)
-
-
-def test_a_layers_damage_that_always_counts_alike_is_found_exactly():
-    damages = [np.array([1.0, 2.0, 0.0]), np.array([0.0, 1.0, 3.0])]
-    correction = fitted_correction(damages, [1.5 * d.sum() for d in damages])
-    assert correction is not None
-    assert correction.factors == pytest.approx([1.5, 1.5, 1.5])
-
-
-def test_a_layer_that_costs_more_in_company_gets_a_larger_factor():
-    correction = fitted_correction([np.array([1.0, 1.0, 0.0]), np.array([0.0, 1.0, 1.0])], [4.0, 2.0])
-    assert correction is not None
-    assert correction.factors[0] > correction.factors[1] > correction.factors[2] > 0
-    assert fitted_correction([np.zeros(3)], [0.0]) is None
-
-
-def test_corrected_scores_lead_to_a_better_child_with_few_measured(monkeypatch):
-    factors = (1.0, 1.0, 4.0, 4.0, 1.0)  # what layers 2 and 3 cost in company
-    costlier = lambda choices: sum(f * SCORES.value(i, c, "kl") for (i, c), f in zip(enumerate(choices), factors, strict=True))  # noqa: E731
-    monkeypatch.setitem(globals(), "true_kl", costlier)
-    plain, *_ = run(count=2, min_different_layers=2)
-    architecture, report, meter = run(count=2, min_different_layers=2, fit_steps=6)
-    assert true_kl(architecture.choices) < true_kl(plain.choices)
-    assert [row["origin"] for row in report["candidates"]] == ["mip", "mip #2"] + ["corrected"] * (len(meter.asked) - 2)
-    assert architecture.objective == pytest.approx(sum(SCORES.value(i, c, "kl") for i, c in enumerate(architecture.choices)))
-    assert 2 < len(meter.asked) <= 8
-
-
-def test_nothing_more_is_measured_where_scores_add_up(monkeypatch):
-    monkeypatch.setitem(globals(), "true_kl", lambda choices: sum(SCORES.value(i, c, "kl") for i, c in enumerate(choices)))
-    _, _, meter = run(count=1, fit_steps=6)
-    assert len(meter.asked) == 1
