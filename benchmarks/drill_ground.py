@@ -166,7 +166,8 @@ class Place:
     def earlier_done_again(self, but: str) -> list[str]:
         """Artifacts besides the stage's own, and besides those of `but`, that are not as they were before the drill."""
         changed = {name.partition("/")[0] for name, _ in self.earlier.items() ^ self._all().items()}
-        return sorted(name for name in changed if name.rpartition("-")[0] not in (self.stage, but))
+        stages = {name: name.rpartition("-")[0] for name in changed}  # what is no artifact, such as the log, has none
+        return sorted(name for name, stage in stages.items() if stage not in ("", self.stage, but))
 
     def files(self) -> dict[str, tuple[int, str]]:
         """Finished pieces of the stage's artifact: name -> (size, when or which version)."""

@@ -49,6 +49,7 @@ PLAIN = (
 LEFT_OUT = {
     ("profile", "drained"),
     ("scores", "drained"),
+    ("gkd", "drained"),  # so small a child is distilled before the node goes
     ("profile", "flipped bit"),
     ("profile", "object store"),
     ("gkd", "object store"),
