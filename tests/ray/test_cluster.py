@@ -276,6 +276,7 @@ def test_losing_a_node_with_a_shard_and_its_trainers_changes_nothing(several_nod
     until(lambda: ray.available_resources().get("CPU") == 4, "what was reserved is free again")
 
 
+@pytest.mark.wide  # losing a node that others can stand in for is above
 def test_trainers_that_find_no_other_node_are_an_error(several_nodes, parent, tmp_path, monkeypatch):
     only = several_nodes.add(num_cpus=1)
     streams = []

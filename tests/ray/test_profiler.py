@@ -79,6 +79,7 @@ def test_the_profile_covers_what_one_processes_does(local_ray, setting, tmp_path
     assert on_ray.device.endswith(f"{int(ray.cluster_resources()['CPU'])} threads")  # the whole node is the profiler's
 
 
+@pytest.mark.wide  # a killed profiler and a killed run from end to end are in the plain tests
 def test_a_driver_that_is_stopped_measures_only_the_rest(local_ray, setting, tmp_path):
     folder, space = setting
     step = Store(str(tmp_path)).artifact("profile", {}, {})
