@@ -123,6 +123,7 @@ class Memory(threading.Thread):
         super().__init__(daemon=True)
         self.root, self.ended = psutil.Process(pid), threading.Event()
         self.by_kind: dict[str, int] = defaultdict(int)
+        self.pids: dict[str, set[int]] = defaultdict(set)
         self.total = 0
 
     def run(self) -> None:
@@ -139,6 +140,7 @@ class Memory(threading.Thread):
                 shared = max(shared, store)
                 kind = next((kind for kind in KINDS if kind in words), "driver" if process == self.root else "other")
                 self.by_kind[kind] = max(self.by_kind[kind], private)
+                self.pids[kind].add(process.pid)
             self.total = max(self.total, total + shared)
 
 
@@ -216,11 +218,13 @@ def main() -> None:
         row: dict[str, Any] = {"process": kind, "peak_gib": peak / 2**30}
         if kind in KINDS:
             key, module = KINDS[kind]
-            idle = idle_bytes(module)
-            row |= {"idle_gib": idle / 2**30, "planned_gib": plan[key] / 2**30}
-            over[kind] = peak / (idle + plan[key])
-            if plan[key] >= 256 << 20:
-                errors[kind] = abs(peak - idle - plan[key]) / plan[key]
+            idle, holds = idle_bytes(module), plan[key]
+            if kind == "BlockTrainer":  # the plan is of one layer; on few cores a trainer has several
+                holds *= -(-shape["num_hidden_layers"] // len(memory.pids[kind]))
+            row |= {"processes": len(memory.pids[kind]), "idle_gib": idle / 2**30, "planned_gib": holds / 2**30}
+            over[kind] = peak / (idle + holds)
+            if holds >= 256 << 20:
+                errors[kind] = abs(peak - idle - holds) / holds
         rows.append(row)
     for row in rows:
         print("  ".join(f"{name} {value:.2f}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()))
