@@ -54,13 +54,13 @@ class Building:
         self.process.wait(30)
 
     def checkpoints(self) -> list[Path]:
-        found = self.store.glob("library-*/checkpoints/*")
+        found = self.store.glob("library-*/checkpoints/layer_*.safetensors")  # else it is being written
         return [path for path in found if path.stat().st_mtime > self.began]
 
     def positions(self) -> dict[str, int]:
         """How many micro-batches the layers' checkpoints of this run know."""
         found = {}
-        for path in (path for path in self.checkpoints() if "~" not in path.name):  # else it is being written
+        for path in self.checkpoints():
             with safe_open(path, "pt") as file:
                 found[path.stem] = int(file.metadata()["position"])
         return found
