@@ -60,7 +60,7 @@ class Rows:
         if row.rung <= len(own):  # told again, by a trial that was started again or of an earlier run
             return bool(own[row.rung - 1].goes_on)
         before = [(self.climbers[other], self.of[other][row.rung - 1].kl) for other in self.came.get(row.rung, [])]
-        decided = replace(row, goes_on=goes_on(self.climbers[name], row.kl, before))
+        decided = replace(row, goes_on=row.is_last or goes_on(self.climbers[name], row.kl, before))
         own.append(decided)
         self.came.setdefault(row.rung, []).append(name)
         self.artifact.write_json(f"{ROWS}/{name}.json", [to_json(each) for each in own])
@@ -81,7 +81,7 @@ class Halving(FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: Mapping[str, Any]) -> str:
         if "rung" not in result:
             return str(TrialScheduler.CONTINUE)
-        row = RungRow(result["rung"], result["step"], result["tokens"], result["kl"])
+        row = RungRow(result["rung"], result["step"], result["tokens"], result["kl"], is_last=result["is_last"])
         try:
             going = self.rows.decided(trial.config["child"], row)
         except Exception as error:  # Tune would make a traceback's text of it

@@ -120,7 +120,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     progress = _Pings(config["run"]) if rank == 0 else Quiet()
     compute_with(config["cpus"])
     device, add_up = str(get_device()), distributed.all_reduce
-    sharded = looks_sharded(job, device, workers, add_up)
+    sharded = looks_sharded(job, device, add_up)
     ranks = range(rank, job.config.num_workers, workers)
     trainer = load_gkd_trainer(job, ranks=ranks, all_reduce=add_up, device=device, sharded=sharded)
     stored = StoredCheckpoint(job.artifact, rank == 0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,16 +116,24 @@ class Stream:
         deadline = time.monotonic() + self.cluster.placement_timeout_s
         while True:
             try:
-                return min(ray.get([t.last.remote() for t in self.trainers], timeout=max(0.1, deadline - time.monotonic())))
+                asked = [trainer.last.remote() for trainer in self.trainers]
+                found = ray.get([*asked, *self.also_awaited()], timeout=max(0.1, deadline - time.monotonic()))
+                return min(found[: len(asked)])
             except (*DIED, GetTimeoutError):
                 if time.monotonic() > deadline:
                     raise not_placed("trainers that died", self.cluster.placement_timeout_s) from None
                 time.sleep(0.2)
 
+    def also_awaited(self) -> list[ObjectRef[Any]]:
+        """Calls that are answered once all others that micro-batches need are back: none, calls of shards wait for them."""
+        return []
+
     def save(self) -> None:
-        """What the trainers know, before they are ended."""
-        with suppress(*LOST):  # who is gone already goes on from what it saved last
+        """What the trainers know, before they are ended. Who is gone, or cannot save, goes on from what it saved last."""
+        try:
             ray.get([trainer.save.remote() for trainer in self.trainers], timeout=self.cluster.step_timeout_s)
+        except RayError as error:
+            say(f"not all trainers were saved ({str(error).strip().splitlines()[-1]}); they go on from their last checkpoints")
 
     def usage(self) -> list[ShardUsage]:
         """Of every shard's process."""
@@ -138,6 +145,10 @@ class Stream:
 
 class ColocatedStream(Stream):
     """The same where every shard trains its own layers: `trainers` are those shards that have some."""
+
+    def also_awaited(self) -> list[ObjectRef[Any]]:
+        """Of shards that train nothing, too: a call of one that is being started again fails at once."""
+        return [shard.pid.remote() for shard in self.shards]
 
     def send(self, position: int, ids: Any) -> list[ObjectRef[Any]]:
         entering: Any = ids
@@ -204,6 +215,7 @@ def flow(
 ) -> bool:
     """These positions, at most `window` of them in flight; none is when it returns. False where `stop` came first."""
     in_flight: deque[list[ObjectRef[Any]]] = deque()
+    left = False
     check_stores(stream.flow, stream.plans, stream.reservation.shards_of_nodes())
 
     def await_oldest() -> None:
@@ -214,6 +226,7 @@ def flow(
     try:
         for position in positions:
             if stop():
+                left = True
                 break
             while len(in_flight) >= window:
                 await_oldest()
@@ -224,7 +237,7 @@ def flow(
     except _Interrupted:
         stream.drain(in_flight)
         raise
-    return not stop()
+    return not left
 
 
 def build_library(

@@ -119,6 +119,9 @@ def _checked_parent(config: RunConfig) -> Any:
     check_text(config.data, tokenizer)
     answer_markers(config.gkd.lm_tokens, tokenizer)
     check_asked(config, tokenizer, model_config)
+    if config.rounds > 1 and getattr(model_config, "puzzle_layers", None):
+        problem = f"{config.rounds} rounds count costs from their first parent, and {config.parent!r} is a child itself"
+        raise ConfigError("rounds", problem, "set rounds to 1, or name the model that it was made from")
     return model_config
 
 

@@ -79,6 +79,9 @@ class RunConfig(Section):
             if stage.sequence_length % length and length % stage.sequence_length:
                 problem = f"gkd.stages[{number}].sequence_length={stage.sequence_length} is neither a multiple nor a part of"
                 raise ValueError(f"{problem} data.sequence_length={length}")
+        if self.gkd.parallel == "fsdp" and self.search.sweep_rungs > 1:
+            problem = "search.sweep_rungs distils every child in one process, and gkd.parallel fsdp shards it over several"
+            raise ValueError(f"{problem}; set search.sweep_rungs to 1, or gkd.parallel to ddp")
         if self.library.mode == "coupled" and self.scoring.granularity == "subblock":
             problem = "scoring.granularity subblock adds up halves, and library.mode coupled has none that stand for themselves"
             raise ValueError(f"{problem}; set scoring.granularity to block")

@@ -29,6 +29,7 @@ from puzzle_ray.distill.gkd import GkdJob, distill_child
 from puzzle_ray.distill.library import Library, build_serially, carry_over, starting_library
 from puzzle_ray.distill.realize import realize
 from puzzle_ray.distill.text import LibraryText
+from puzzle_ray.errors import ConfigError
 from puzzle_ray.evaluation.child_meter import ChildMeter
 from puzzle_ray.evaluation.evaluate import evaluate
 from puzzle_ray.evaluation.quality import Quality, quality_facts
@@ -87,6 +88,9 @@ def compress(
     named = {"parent": parent, "data.train": data, "store": store}
     words = {**(settings or {}), **{name: value for name, value in named.items() if value is not None}}
     config = load(recipe, file, tuple(f"{name}={json.dumps(value)}" for name, value in words.items()))
+    if config.gkd.parallel == "fsdp":
+        problem = "fsdp shards a child over several processes, and this is one"
+        raise ConfigError("gkd.parallel", problem, "leave it at auto, or use puzzle-ray compress")
     check(config, Store(config.store))
     return run(Setting(config, Store(config.store), progress or Display()))
 
@@ -103,7 +107,8 @@ def run(s: Setting) -> Compressed:
     LibraryText.of(load_tokens(tokens)[0], s.config.seed, s.config.library)  # is there enough of it?
     profile = profile_of(s)  # what every variant costs on the target
     costs = read_profile(s, profile)
-    check_budget(s.space, costs, s.profile_config.scenario, limits_of(s, costs))  # can it be met at all?
+    wanted = s.config.search.limits if s.after is None else limits_of(s, costs)  # of all rounds, before the first one
+    check_budget(s.space, costs, s.profile_config.scenario, wanted)  # can it be met at all?
     library = library_of(s, tokens)  # every variant of every layer, trained to mimic its parent block (BLD)
     scores = scores_of(s, tokens, library)  # the damage of every replacement
     architecture = architecture_of(s, tokens, library, profile, scores)  # one variant per layer within the budget (MIP)

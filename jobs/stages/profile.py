@@ -61,8 +61,9 @@ def check_budget(run: Run) -> None:
         return
     if there:
         asked, scenario = run.config.search.limits, run.profile_config.scenario
-        limits = limits_of_round(asked, run.number, run.config.rounds, run.space, read(run), scenario)
-        check_budget(run.space, read(run), scenario, limits)
+        if run.after:  # the first round looks at what all rounds together are to reach
+            asked = limits_of_round(asked, run.number, run.config.rounds, run.space, read(run), scenario)
+        check_budget(run.space, read(run), scenario, asked)
 
 
 def read(run: Run) -> Profile:

@@ -38,8 +38,12 @@ def may_shard(config: GkdConfig) -> bool:
     return is_sharded(config, 1, 0, config.num_workers)
 
 
-def looks_sharded(job: GkdJob, device: str, workers: int, add_up: AllReduce) -> bool:
-    """`is_sharded` for this worker and the others, who call it too and are told the same."""
+def looks_sharded(job: GkdJob, device: str, add_up: AllReduce) -> bool:
+    """`is_sharded` for this worker and the others, who call it too and are told the same.
+
+    By the number of workers that were asked for: with fewer (`gkd.min_workers`) the checkpoints are of the same kind.
+    """
+    workers = job.config.num_workers
     if job.config.parallel != "auto" or not may_shard(job.config):
         return is_sharded(job.config, 0, 0, workers)
     folder = locate(job.parent, job.revision)

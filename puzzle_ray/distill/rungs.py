@@ -32,13 +32,17 @@ REDUCTION = 3  # each rung has this many times the tokens of the one below
 
 @dataclass(frozen=True)
 class RungRow:
-    """A child at a rung: the held-out KL of its best weights after `step` steps. `goes_on` is None until it is decided."""
+    """A child at a rung: the held-out KL of its best weights after `step` steps. `goes_on` is None until it is decided.
+
+    At the last rung nothing is decided: who comes there is distilled.
+    """
 
     rung: int
     step: int
     tokens: int
     kl: float
     goes_on: bool | None = None
+    is_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,8 @@ def climb(
     yield from known
     if job.artifact.finished:
         looks, facts = read_looks(job.artifact), job.artifact.facts()
-        steps = rung_steps(facts["steps"], _every(looks, facts["steps"]), rungs)
+        every = max(1, facts["steps"] // job.config.heldout_looks)  # as it was watched
+        steps = rung_steps(facts["steps"], every, rungs)
         yield from (_row(looks, steps, number, facts["tokens"]) for number in range(len(known), len(steps)))
         return
     trainer = load_gkd_trainer(job, device=device)
@@ -120,7 +125,8 @@ def _train(trainer: GkdTrainer, job: GkdJob, rungs: int, progress: Progress, fir
 
 def _row(looks: Sequence[HeldoutRow], steps: Sequence[int], number: int, tokens: int) -> RungRow:
     step, total = steps[number], steps[-1]
-    return RungRow(number + 1, step, round(tokens * step / total), min(look.kl for look in looks if look.step <= step))
+    kl = min(look.kl for look in looks if look.step <= step)
+    return RungRow(number + 1, step, round(tokens * step / total), kl, is_last=step == total)
 
 
 def read_looks(artifact: Artifact) -> list[HeldoutRow]:
@@ -130,11 +136,6 @@ def read_looks(artifact: Artifact) -> list[HeldoutRow]:
     names = {field.name for field in fields(HeldoutRow)}
     rows = pq.read_table(io.BytesIO(artifact.read(LOOKS))).to_pylist()
     return [HeldoutRow(**{name: value for name, value in row.items() if name in names}) for row in rows]
-
-
-def _every(looks: Sequence[HeldoutRow], total_steps: int) -> int:
-    """Steps between two looks."""
-    return min((look.step for look in looks if look.step > 0), default=total_steps)
 
 
 def to_json(row: RungRow) -> dict[str, Any]:

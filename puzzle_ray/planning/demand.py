@@ -7,6 +7,7 @@ out.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -155,7 +156,7 @@ def demands(config: RunConfig, model_config: Any, sizes: Sizes, gpu_bytes: int =
     trainer = {name: per_trainer * size for name, size in largest([trainer_parts(sizes, n) for n in range(depth)]).items()}
     timed = 2 * sizes.total * _bytes(config.profile.dtype)
     more_shards = "raise cluster.num_shards"
-    return [
+    of_library = [
         Demand("library", "parent shard", num_shards, largest([shard(r) for r in runs]), cluster.gpus_per_shard, more_shards),
         Demand(
             "library",
@@ -165,6 +166,13 @@ def demands(config: RunConfig, model_config: Any, sizes: Sizes, gpu_bytes: int =
             cluster.gpus_per_trainer,
             "lower cluster.blocks_per_trainer, give trainers a larger share of a GPU, or name fewer variants in space",
         ),
+    ]
+    if cluster.colocate:
+        together = [dict(sum((Counter(trainer_parts(sizes, n)) for n in layers), Counter(shard(layers)))) for layers in runs]
+        share = cluster.gpus_per_shard + cluster.gpus_per_trainer
+        of_library = [Demand("library", "shard, trainers", num_shards, largest(together), share, more_shards)]
+    return [
+        *of_library,
         Demand(
             "scores",
             "parent shard",

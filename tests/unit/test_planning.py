@@ -156,3 +156,15 @@ def test_the_verb_prints_a_plan_and_starts_nothing(tmp_path):
     assert done.exit_code == 0, done.output
     assert "block trainer" in done.output and "every process fits" in done.output and not list((tmp_path / "empty").iterdir())
     assert json.loads((folder / "config.json").read_text())
+
+
+def test_a_shard_and_its_trainers_in_one_process_are_counted_together():
+    model_config = tiny_config(num_hidden_layers=4)
+    apart, together = (planned(model_config, parent="x", cluster={"num_shards": 2, "colocate": c})[0] for c in (False, True))
+    shard, one_layer, both = (
+        apart["library", "parent shard"],
+        apart["library", "block trainer"],
+        together["library", "shard, trainers"],
+    )
+    assert (shard.count, one_layer.count, both.count) == (2, 4, 2) and ("library", "block trainer") not in together
+    assert shard.total + 2 * one_layer.total == both.total, "two layers each"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
 from small_models import save_parent
 from small_runs import SMALL
@@ -12,9 +13,9 @@ from small_runs import SMALL
 from puzzle_ray.artifacts import LayerChoice, LayerSpace, Profile, ProfileRow, Scenario, SearchSpace
 from puzzle_ray.config import validated
 from puzzle_ray.distill.library import variant_file
-from puzzle_ray.errors import ConfigError
-from puzzle_ray.models.child import choices_of, load_model, read_config
-from puzzle_ray.pipeline import Setting, run
+from puzzle_ray.errors import ConfigError, Infeasible
+from puzzle_ray.models.child import choices_of, load_model, new_child, read_config, save_child
+from puzzle_ray.pipeline import Setting, compress, run
 from puzzle_ray.progress import Quiet
 from puzzle_ray.search.limits import Limits
 from puzzle_ray.search.rounds import limits_of_round
@@ -120,6 +121,39 @@ def test_two_rounds_end_within_the_budget_and_train_no_unchanged_layer_again(tmp
         file = variant_file(layer, "ffn", "ffn:24")
         if (second / file).exists() and (second / name).exists():
             assert ((first / file).read_bytes() == (second / file).read_bytes()) == (layer in carried)
+
+
+def test_what_no_round_can_reach_is_said_before_the_first_one(tmp_path):
+    """The limits of the first rounds alone could be met."""
+    parent = save_parent(tmp_path / "parent", vocab_size=VOCAB_SIZE + 7)
+    byte_tokenizer().save_pretrained(parent)
+    (parent / "text.txt").write_text("a text of some length " * 50)
+    values = SMALL | {
+        "rounds": 3,
+        "parent": str(parent),
+        "data": {"train": str(parent / "text.txt"), "sequence_length": 16},
+        "store": str(tmp_path / "store"),
+        "profile": SMALL["profile"] | {"engine": "roofline", "device": "H100"},
+        "search": SMALL["search"] | {"limits": {"speedup": 400}},
+    }
+    config = validated(json.loads(json.dumps(values)))
+    with pytest.raises(Infeasible, match="speedup"):
+        run(Setting(config, Store(config.store), Quiet()))
+    assert not list((tmp_path / "store").glob("library-*"))
+
+
+def test_rounds_begin_with_a_model_that_is_no_child_and_one_process_shards_nothing(tmp_path):
+    parent = save_parent(tmp_path / "parent", vocab_size=VOCAB_SIZE + 7)
+    byte_tokenizer().save_pretrained(parent)
+    child = new_child(read_config(parent), [LayerChoice("gqa:1", "noop")] * 3, torch.float32)
+    save_child(child, parent, tmp_path / "child")
+    (tmp_path / "text.txt").write_text("a text of some length " * 50)
+    named = {"parent": str(tmp_path / "child"), "data": str(tmp_path / "text.txt"), "store": str(tmp_path / "store")}
+    settings = {"data.sequence_length": 16, "profile.scenario": {"input_tokens": 16, "output_tokens": 4}}
+    with pytest.raises(ConfigError, match="2 rounds count costs from their first parent, .* is a child itself; set rounds to 1"):
+        compress(**named, settings=settings | {"rounds": 2, "space.attention": ["parent"], "space.ffn": ["parent", "noop"]})
+    with pytest.raises(ConfigError, match="gkd.parallel: fsdp shards a child over several processes, and this is one"):
+        compress(**named, settings=settings | {"gkd.parallel": "fsdp"})
 
 
 def _child_of_round(store, library):

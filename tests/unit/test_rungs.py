@@ -7,10 +7,12 @@ import pytest
 from gkd_jobs import gkd_jobs
 
 from actors.distil_sweep import Rows
+from puzzle_ray.config import load
 from puzzle_ray.distill import rungs
 from puzzle_ray.distill.gkd import CHECKPOINT, CHILD, CURVE, LOOKS, distill_child
 from puzzle_ray.distill.rungs import Climber, RungRow, climb, goes_on, rung_steps
 from puzzle_ray.distill.settings import GkdConfig
+from puzzle_ray.errors import ConfigError
 from puzzle_ray.models.child import load_model
 from puzzle_ray.progress import Quiet
 from puzzle_ray.store import Store
@@ -94,4 +96,16 @@ def test_decisions_are_kept_and_made_once(tmp_path):
     again = Rows.read(children, artifact)
     assert again.of == rows.of and [row.goes_on for row in again.of["slow"]] == [False]
     assert not again.decided("slow", RungRow(1, 9, 90, 0.1)), "what was decided stays"
-    assert again.of == rows.of and dataclasses.astuple(again.of["fast"][0]) == (1, 9, 90, 0.5, True)
+    assert again.of == rows.of and dataclasses.astuple(again.of["fast"][0]) == (1, 9, 90, 0.5, True, False)
+
+
+def test_who_comes_to_the_last_rung_is_not_turned_down(tmp_path):
+    rows = Rows.read([climber("slow", 3.0), climber("fast", 1.0)], Store(str(tmp_path)).artifact("sweep", {}, {}))
+    assert rows.decided("fast", RungRow(1, 27, 270, 0.5, is_last=True))
+    assert rows.decided("slow", RungRow(1, 27, 270, 0.7, is_last=True)), "it is distilled to its end"
+
+
+def test_rungs_need_whole_children():
+    settings = ("gkd.parallel=fsdp", "search.sweep_gkd=true", "search.sweep_rungs=2")
+    with pytest.raises(ConfigError, match="set search.sweep_rungs to 1, or gkd.parallel to ddp"):
+        load("tiny", None, settings)
