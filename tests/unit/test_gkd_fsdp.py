@@ -1,6 +1,7 @@
 """Global distillation with sharded models (FSDP2 over gloo): it does what one process does, and its checkpoints fit any number of them."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors import safe_open
 from small_models import save_parent
 from torch import distributed, multiprocessing
 
+from puzzle_ray.distill import parallel
 from puzzle_ray.distill.parallel import ddp_bytes, is_sharded
 from puzzle_ray.distill.settings import GkdConfig
 from puzzle_ray.distill.sharded_checkpoint import RUN, SHARDS, FolderCheckpoints
@@ -173,3 +175,15 @@ def test_what_a_worker_would_hold_decides_and_the_key_tells_what_was_asked_for(t
 def test_settings_that_cannot_be_are_refused(settings, problem):
     with pytest.raises(ValueError, match=problem):
         GkdConfig(**settings)
+
+
+def test_a_group_that_is_smaller_for_a_while_shards_as_the_whole_one(monkeypatch):
+    """Else it would not find the other kind's checkpoints when it is whole again."""
+    config = GkdConfig(use_gpu=True, num_workers=8, min_workers=1)
+    child = SimpleNamespace(local_folder=lambda name: name)
+    job = SimpleNamespace(config=config, parent="p", revision=None, child=child, heldout=())
+    monkeypatch.setattr(parallel, "locate", lambda *_: None)
+    monkeypatch.setattr(parallel, "Checkpoint", lambda _: None)
+    monkeypatch.setattr(parallel, "ddp_bytes", lambda *_: 100)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=100))
+    assert parallel.looks_sharded(job, "cpu", lambda votes: None)

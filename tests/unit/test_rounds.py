@@ -89,18 +89,19 @@ def test_a_library_of_one_parent_is_no_start_for_several():
         validated({"rounds": 2, "library": {"narrow_from": "sweep.json"}})
 
 
-def test_two_rounds_end_within_the_budget_and_train_no_unchanged_layer_again(tmp_path):
+def config_of(tmp_path, **changes):
+    """A whole run's settings on a small random parent, and the folder of that parent."""
     parent = save_parent(tmp_path / "parent", vocab_size=VOCAB_SIZE + 7)
     byte_tokenizer().save_pretrained(parent)
     (parent / "text.txt").write_text("a text of some length " * 50)
-    values = SMALL | {
-        "rounds": 2,
-        "parent": str(parent),
-        "data": {"train": str(parent / "text.txt"), "sequence_length": 16},
-        "store": str(tmp_path / "store"),
-        "search": SMALL["search"] | {"limits": {"speedup": None, "params_fraction": 0.8}},
-    }
-    config = validated(json.loads(json.dumps(values)))
+    data = {"train": str(parent / "text.txt"), "sequence_length": 16}
+    values = SMALL | {"parent": str(parent), "data": data, "store": str(tmp_path / "store")} | changes
+    return validated(json.loads(json.dumps(values))), parent
+
+
+def test_two_rounds_end_within_the_budget_and_train_no_unchanged_layer_again(tmp_path):
+    limits = {"speedup": None, "params_fraction": 0.8}
+    config, parent = config_of(tmp_path, rounds=2, search=SMALL["search"] | {"limits": limits})
     store = Store(config.store)
     found = run(Setting(config, store, Quiet()))
     of_parent, of_child = load_model(parent).num_parameters(), load_model(found.child).num_parameters()
@@ -125,18 +126,8 @@ def test_two_rounds_end_within_the_budget_and_train_no_unchanged_layer_again(tmp
 
 def test_what_no_round_can_reach_is_said_before_the_first_one(tmp_path):
     """The limits of the first rounds alone could be met."""
-    parent = save_parent(tmp_path / "parent", vocab_size=VOCAB_SIZE + 7)
-    byte_tokenizer().save_pretrained(parent)
-    (parent / "text.txt").write_text("a text of some length " * 50)
-    values = SMALL | {
-        "rounds": 3,
-        "parent": str(parent),
-        "data": {"train": str(parent / "text.txt"), "sequence_length": 16},
-        "store": str(tmp_path / "store"),
-        "profile": SMALL["profile"] | {"engine": "roofline", "device": "H100"},
-        "search": SMALL["search"] | {"limits": {"speedup": 400}},
-    }
-    config = validated(json.loads(json.dumps(values)))
+    estimated = SMALL["profile"] | {"engine": "roofline", "device": "H100"}
+    config, _ = config_of(tmp_path, rounds=3, profile=estimated, search=SMALL["search"] | {"limits": {"speedup": 400}})
     with pytest.raises(Infeasible, match="speedup"):
         run(Setting(config, Store(config.store), Quiet()))
     assert not list((tmp_path / "store").glob("library-*"))
