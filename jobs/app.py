@@ -20,6 +20,7 @@ from jobs import endings
 from jobs.command import DEBUG_VARIABLE, Group, Verb
 from puzzle_ray.errors import PluginError, PuzzleError
 from puzzle_ray.plugins import declared
+from puzzle_ray.process import start_quickly
 
 UsageError: Any = typer.BadParameter.__base__  # click's own, which newer Typers hold inside
 MINE, WORKERS = 2, 1
@@ -62,6 +63,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def main(verb: str | None = None) -> None:
     """The `puzzle-ray` script; with `verb`, `python -m jobs.<verb>`."""
+    start_quickly()
     endings.keep_stderr()
     endings.ended(run([*([verb] if verb else []), *sys.argv[1:]]))
 

@@ -75,3 +75,16 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, torch.get_num
 def test_a_quota_on_cpu_time_is_read_as_cores(files, cores):
     """Control groups of version 2 and 1, and of a group above this process' own."""
     assert cpu_quota(files.get) == cores
+
+
+def test_a_worker_looks_for_dead_cycles_less_often_until_it_computes():
+    script = """
+import gc
+usual = gc.get_threshold()
+import actors.parent_shard
+assert gc.isenabled() and gc.get_threshold()[0] > 10 * usual[0], gc.get_threshold()
+from puzzle_ray.process import compute_with
+compute_with(1)
+assert gc.get_threshold() == usual, gc.get_threshold()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
