@@ -2,7 +2,8 @@
 
 The parent has random weights in bfloat16 and a small byte-level tokenizer; the text is the standard library's own sources. `compress`
 runs as a user runs it, with a few thousand tokens, in a process of its own. Every half second the memory of that process and of all
-below it is read: private memory (resident less what is file-backed or shared), and the object store's shared memory once.
+below it is read: private memory (resident less what is file-backed or shared), and the object store's shared memory once. Of a process
+by itself, mapped files count too, because weights are mapped from them.
 
 A row for every stage has its seconds; a row for every kind of process has its private peak, what a process of that kind has before it
 holds anything (`idle`, measured), and what `puzzle-ray plan` says that it holds by design. `plan_error` is the largest relative
@@ -91,7 +92,14 @@ SETTINGS: dict[str, Any] = {
     },
     "scoring": {"tokens": 256, "micro_batch_tokens": 256, "dtype": "bfloat16", "shortlist": "fisher", "shortlist_keep": 0.1},
     "search": {"limits": {"speedup": None, "params_fraction": 0.75}},
-    "gkd": {"tokens": 1024, "micro_batch_tokens": 256, "heldout_tokens": 256, "heldout_looks": 2, "checkpoint_every": 1000},
+    "gkd": {
+        "parent_dtype": "bfloat16",
+        "tokens": 1024,
+        "micro_batch_tokens": 256,
+        "heldout_tokens": 256,
+        "heldout_looks": 2,
+        "checkpoint_every": 1000,
+    },
     "evaluate": {"tokens": 256, "micro_batch_tokens": 256, "repeats": 1, "sample_tokens": 2, "samples": 1},
     "cluster": {"num_shards": 2},
 }
@@ -116,6 +124,12 @@ def make_parent(folder: Path, shape: dict[str, Any], text_bytes: int) -> None:
     (folder / "text.jsonl").write_text(rows)
 
 
+def own_bytes(pid: int) -> int:
+    """Resident memory of a process without the object store: its own, and mapped files."""
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return sum(int(fields[name].split()[0]) << 10 for name in ("RssAnon", "RssFile") if name in fields)
+
+
 class Memory(threading.Thread):
     """Peaks of a process and all below it, in bytes: private memory by kind of process, and of all together with shared memory."""
 
@@ -133,32 +147,32 @@ class Memory(threading.Thread):
                 try:
                     memory, words = process.memory_info(), " ".join(process.cmdline()[:1] or [process.name()])
                     store = sum(m.rss for m in process.memory_maps() if m.path.startswith("/dev/shm")) if "raylet" in words else 0
-                except (psutil.NoSuchProcess, psutil.AccessDenied):
+                    own = own_bytes(process.pid)
+                except (psutil.NoSuchProcess, psutil.AccessDenied, FileNotFoundError, ProcessLookupError):
                     continue
-                private = memory.rss - memory.shared
-                total += private
+                total += memory.rss - memory.shared
                 shared = max(shared, store)
                 kind = next((kind for kind in KINDS if kind in words), "driver" if process == self.root else "other")
-                self.by_kind[kind] = max(self.by_kind[kind], private)
+                self.by_kind[kind] = max(self.by_kind[kind], own)
                 self.pids[kind].add(process.pid)
             self.total = max(self.total, total + shared)
 
 
 def idle_bytes(module: str) -> int:
-    """Private memory of a process that has loaded what an actor loads, and nothing else."""
-    code = f"import {module}, torch, psutil; torch.ones(64, 64) @ torch.ones(64, 64)"
-    code += "; memory = psutil.Process().memory_info(); print(memory.rss - memory.shared)"
+    """Memory of a process that has loaded what an actor loads, and nothing else."""
+    code = f"import {module}, torch; from benchmarks.rehearsal import own_bytes; import os"
+    code += "; torch.ones(64, 64) @ torch.ones(64, 64); print(own_bytes(os.getpid()))"
     return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
 
 
-def planned(folder: Path, config_file: Path, store: str) -> dict[tuple[str, str], int]:
+def planned(folder: Path, config_file: Path, store: str, layers_per_trainer: int) -> dict[tuple[str, str], int]:
     """What the plan says that a process of each kind holds by design, for the child that was found."""
     from puzzle_ray.config import load
     from puzzle_ray.models.child import read_config
     from puzzle_ray.planning.demand import Sizes, demands
     from puzzle_ray.variants.space import search_space
 
-    config = load(None, str(config_file), ())
+    config = load(None, str(config_file), (f"cluster.blocks_per_trainer={layers_per_trainer}",))
     model_config = read_config(folder / "parent")
     sizes = Sizes(
         model_config, search_space(model_config, config.space.attention, config.space.ffn, config.space.ffn_multiple_of)
@@ -168,7 +182,7 @@ def planned(folder: Path, config_file: Path, store: str) -> dict[tuple[str, str]
     choice = json.loads(record.read_text())
     kept = choice["predicted"]["num_params"] / choice["parent_predicted"]["num_params"]
     parts = next(d.parts for d in demands(config, model_config, sizes) if d.stage == "gkd")
-    of_child = ("child", "gradients", "optimizer", "best weights")
+    of_child = ("child", "gradients", "optimizer", "best weights", "activations")
     found["gkd", "worker"] = int(sum(size * (kept if name in of_child else 1) for name, size in parts.items()))
     library = ("library", "parent shard"), ("scores", "parent shard")
     found[library[0]] = max(found[each] for each in library)  # the same kind of process, in both stages
@@ -210,7 +224,8 @@ def main() -> None:
         for record in sorted(Path(store).glob("*/artifact.json"), key=lambda path: path.stat().st_mtime):
             facts = json.loads(record.read_text())
             stages[facts["stage"]] = round(facts.get("seconds") or 0.0, 1)
-        plan = planned(folder, config_file, store)
+        trainers = len(memory.pids["BlockTrainer"]) or 1
+        plan = planned(folder, config_file, store, -(-shape["num_hidden_layers"] // trainers))
     rows: list[dict[str, Any]] = [{"stage": stage, "seconds": took} for stage, took in stages.items()]
     errors = {}
     over = {}
@@ -219,8 +234,6 @@ def main() -> None:
         if kind in KINDS:
             key, module = KINDS[kind]
             idle, holds = idle_bytes(module), plan[key]
-            if kind == "BlockTrainer":  # the plan is of one layer; on few cores a trainer has several
-                holds *= -(-shape["num_hidden_layers"] // len(memory.pids[kind]))
             row |= {"processes": len(memory.pids[kind]), "idle_gib": idle / 2**30, "planned_gib": holds / 2**30}
             over[kind] = peak / (idle + holds)
             if holds >= 256 << 20:

@@ -26,7 +26,7 @@ from puzzle_ray.distill.gradients import AllReduce
 from puzzle_ray.distill.guard import HeldoutRow
 from puzzle_ray.distill.range_test import trial_facts
 from puzzle_ray.distill.recomputing import recompute_layers
-from puzzle_ray.distill.settings import GkdConfig
+from puzzle_ray.distill.settings import AUTO, GkdConfig
 from puzzle_ray.models.checkpoint import locate
 from puzzle_ray.models.child import load_model, model_without_weights, quiet_transformers, read_config, save_child
 from puzzle_ray.models.child_files import write_model
@@ -155,12 +155,14 @@ def load_gkd_trainer(
 ) -> GkdTrainer:  # fmt: skip
     """Reads both models and the tokens.
 
-    On the CPU everything is float32. On another device the parent keeps its own dtype. The child's weights are float32 there, and
-    it computes in bfloat16 where the parent is in half precision. With `sharded`, this process and the others of the default group
-    hold a part of both models each.
+    The parent is in `gkd.parent_dtype`, by default in float32 on the CPU, and in its own dtype on another device. The child's weights
+    are float32, and on another device it computes in bfloat16 where the parent is in half precision. With `sharded`, this process and
+    the others of the default group hold a part of both models each.
     """
     config, source, folder = job.config, job.child.local_folder(CHILD), locate(job.parent, job.revision)
     parent_dtype, shards = (torch.float32 if device == "cpu" else None), None
+    if config.parent_dtype != AUTO:
+        parent_dtype = getattr(torch, config.parent_dtype)
     with quiet_transformers():
         if sharded:
             from puzzle_ray.distill.sharding import Shards

@@ -109,8 +109,15 @@ class HeldoutGuard:
             return False
         self.rows.append(HeldoutRow(step, kl, loss, self.rate_factor))
         if self.best_row is self.rows[-1]:
-            self.best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+            self._keep()
         return True
+
+    def _keep(self) -> None:
+        if not self.best:
+            self.best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+            return
+        for name, parameter in self.parameters.items():
+            self.best[name].copy_(parameter)
 
     def diverged(self, step: int) -> None:
         """The loss of a step was not finite: training must go back."""

@@ -76,8 +76,8 @@ class _HeadLosses(torch.autograd.Function):
             lm += own_lm
             at_hidden, *at_weights = torch.autograd.grad(logits, (hidden, *weights), slope.to(logits.dtype))
             gradient[part] = at_hidden
-            for total, own in zip(sums, at_weights, strict=True):
-                total += own
+            for total in reversed(sums):
+                total += at_weights.pop()  # gone before the next tokens' is made: it is as large as the head
         ctx.gradients = (gradient, *sums)
         ctx.mark_non_differentiable(kl, lm)
         return terms.kl * kl + terms.lm * lm, kl, lm
@@ -85,6 +85,7 @@ class _HeadLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         gradient, *sums = (each.mul_(outer[0]) for each in ctx.gradients)
+        ctx.gradients = ()  # so that what a tied embedding adds is added in place
         return gradient, *[None] * 5, *sums
 
 

@@ -188,6 +188,7 @@ class GkdConfig(Section):
     use_gpu: bool = False
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the child; auto: bfloat16 on GPUs beside a parent in half
+    parent_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on CPUs, on GPUs the parent's own
     activation_checkpointing: bool = False  # layers keep only their inputs, and run again in the backward pass
     cpu_offload: bool = False  # fsdp: weights, gradients and optimizer lie in the host's memory
     min_workers: Count | None = None  # it starts with so many where num_workers find no room; fewer share the same micro-batches
