@@ -20,8 +20,6 @@ from puzzle_ray.distill.parallel import is_sharded
 from puzzle_ray.families.descriptor import Descriptor
 from puzzle_ray.models.blocks import stack_without_weights, swapped
 from puzzle_ray.models.describe import describe
-from puzzle_ray.models.head import chunk_tokens
-from puzzle_ray.planning.activations import activation_bytes, layers_remember
 from puzzle_ray.profiling.memory import subblock_weights, weights_of
 from puzzle_ray.scoring.plan import shard_bytes
 from puzzle_ray.scoring.replacements import all_replacements
@@ -105,36 +103,16 @@ def trainer_parts(sizes: Sizes, layer: int) -> dict[str, int]:
 
 
 def worker_parts(num_params: int, parent_params: int, parent_dtype: str, config: RunConfig, model_config: Any) -> dict[str, int]:
-    """A GKD worker's memory: float32 weights, gradients and moments of the child, the parent, and what one micro-batch leaves.
-
-    That are every layer's output of both models, what the child's layers remember for their backward pass, the logits of a few tokens
-    (six tensors of them, see `puzzle_ray.distill.head_losses`), and the gradient of the embedding or head twice, before it is added.
-    """
-    gkd = config.gkd
-    tokens = max([stage.micro_batch_tokens for stage in gkd.stages], default=gkd.micro_batch_tokens)
-    states, device = model_config.num_hidden_layers * tokens * model_config.hidden_size, "cuda" if gkd.use_gpu else "cpu"
-    computed = torch.bfloat16 if _computes_in_half(config, parent_dtype) else torch.float32
-    vocabulary = model_config.vocab_size
-    logits = min(tokens, chunk_tokens(vocabulary, torch.device(device))) * vocabulary
+    """A GKD worker's memory: float32 weights, gradients and moments of the child, the parent, every layer's output of both."""
+    states = model_config.num_hidden_layers * config.gkd.micro_batch_tokens * model_config.hidden_size
     parts = {
         "child": num_params * _FLOAT32_BYTES,
         "gradients": num_params * _FLOAT32_BYTES,
         "optimizer": 2 * num_params * _FLOAT32_BYTES,
         "parent": parent_params * _bytes(parent_dtype),
         "layer outputs": 2 * states * _bytes(parent_dtype),
-        "activations": activation_bytes(model_config, tokens, computed, gkd.activation_checkpointing),
-        "logits": 6 * logits * _FLOAT32_BYTES,
-        "gradients of the ends": 2 * vocabulary * model_config.hidden_size * _FLOAT32_BYTES,
     }
-    return parts | ({"best weights": num_params * _FLOAT32_BYTES} if gkd.heldout_tokens else {})
-
-
-_HELD = ("child", "gradients", "optimizer", "best weights", "parent")
-_OF_A_MICRO_BATCH = ("layer outputs", "activations", "logits")
-
-
-def _computes_in_half(config: RunConfig, parent_dtype: str) -> bool:
-    return parent_dtype != "float32" if config.gkd.compute_dtype == "auto" else config.gkd.compute_dtype == "bfloat16"
+    return parts | ({"best weights": num_params * _FLOAT32_BYTES} if config.gkd.heldout_tokens else {})
 
 
 def sharded_worker_parts(sizes: Sizes, parent_dtype: str, config: RunConfig, model_config: Any) -> dict[str, int]:
@@ -144,12 +122,12 @@ def sharded_worker_parts(sizes: Sizes, parent_dtype: str, config: RunConfig, mod
     gradients of one: the layer that computes, and the one that is fetched meanwhile.
     """
     whole = worker_parts(sizes.total, sizes.total, parent_dtype, config, model_config)
-    workers, of_a_micro_batch = config.gkd.num_workers, {name: whole.pop(name) for name in _OF_A_MICRO_BATCH}
-    del whole["gradients of the ends"]  # they are among what is gathered
-    compute_bytes = 2 if _computes_in_half(config, parent_dtype) else _FLOAT32_BYTES
+    workers, outputs = config.gkd.num_workers, whole.pop("layer outputs")
+    half = parent_dtype != "float32" if config.gkd.compute_dtype == "auto" else config.gkd.compute_dtype == "bfloat16"
+    compute_bytes = 2 if half else _FLOAT32_BYTES
     ends, layer = sizes.total - sum(sizes.layers), max(sizes.layers)
     gathered = (2 * ends + 3 * layer) * compute_bytes + ends * _bytes(parent_dtype) + sizes.head * _FLOAT32_BYTES
-    return {name: -(-size // workers) for name, size in whole.items()} | of_a_micro_batch | {"gathered": gathered}
+    return {name: -(-size // workers) for name, size in whole.items()} | {"layer outputs": outputs, "gathered": gathered}
 
 
 def demands(config: RunConfig, model_config: Any, sizes: Sizes, gpu_bytes: int = 0) -> list[Demand]:
@@ -173,16 +151,9 @@ def demands(config: RunConfig, model_config: Any, sizes: Sizes, gpu_bytes: int =
         return max(parts, key=lambda part: sum(part.values()))
 
     own = str(getattr(model_config, "dtype", None) or torch.float32).removeprefix("torch.")
-    if config.gkd.parent_dtype != "auto":
-        own = config.gkd.parent_dtype
-    elif not config.gkd.use_gpu:
-        own = "float32"
-    gkd = _gkd_worker(config, model_config, sizes, own, gpu_bytes)
+    gkd = _gkd_worker(config, model_config, sizes, own if config.gkd.use_gpu else "float32", gpu_bytes)
     per_trainer = 1 if cluster.blocks_per_trainer == "auto" else int(cluster.blocks_per_trainer)
     trainer = {name: per_trainer * size for name, size in largest([trainer_parts(sizes, n) for n in range(depth)]).items()}
-    of_a_token = max(layers_remember(model_config, getattr(torch, library.compute_dtype)))
-    activations = {"activations": round(of_a_token * library.micro_batch_tokens)}  # of one variant after the other
-    trainer |= activations
     timed = 2 * sizes.total * _bytes(config.profile.dtype)
     more_shards = "raise cluster.num_shards"
     of_library = [
@@ -197,9 +168,7 @@ def demands(config: RunConfig, model_config: Any, sizes: Sizes, gpu_bytes: int =
         ),
     ]
     if cluster.colocate:
-        together = [
-            dict(sum((Counter(trainer_parts(sizes, n)) for n in layers), Counter(shard(layers) | activations))) for layers in runs
-        ]
+        together = [dict(sum((Counter(trainer_parts(sizes, n)) for n in layers), Counter(shard(layers)))) for layers in runs]
         share = cluster.gpus_per_shard + cluster.gpus_per_trainer
         of_library = [Demand("library", "shard, trainers", num_shards, largest(together), share, more_shards)]
     return [
@@ -235,14 +204,10 @@ def _scoring_parts(config: RunConfig, model_config: Any, sizes: Sizes, runs: lis
 def _gkd_worker(config: RunConfig, model_config: Any, sizes: Sizes, parent_dtype: str, gpu_bytes: int) -> Demand:
     parts, workers = worker_parts(sizes.total, sizes.total, parent_dtype, config, model_config), config.gkd.num_workers
     remedy = "every worker holds the whole child and the whole parent: set gkd.parallel to fsdp, and raise gkd.num_workers"
-    held = sum(parts[name] for name in _HELD if name in parts)
+    held = sum(parts.values()) - parts["layer outputs"]
     if is_sharded(config.gkd, held, gpu_bytes or held << 1, workers):
         parts = sharded_worker_parts(sizes, parent_dtype, config, model_config)
         remedy = "raise gkd.num_workers, so that each holds less, or lower gkd.micro_batch_tokens"
-    if not config.gkd.activation_checkpointing and parts["activations"] > sum(parts.values()) / 4:
-        remedy = (
-            f"set gkd.activation_checkpointing, for {parts['activations'] / 2**30:.0f} GiB are what layers remember; or {remedy}"
-        )
     return Demand("gkd", "worker", workers, parts, float(config.gkd.use_gpu), remedy)
 
 
