@@ -143,7 +143,7 @@ class Candidate:
         self.step_loss = own if self.step_loss is None else self.step_loss + own
 
     def finish_step(self, rate: float, gradient_clip: float) -> float | None:
-        """One step of the optimizer on what has accumulated. Returns its loss; None, and no step, where loss or gradients are not finite."""
+        """One step of the optimizer on what has accumulated. Returns its loss; None, without a step, where that is not finite."""
         assert self.optimizer is not None and self.step_loss is not None
         self.optimizer.param_groups[0]["lr"] = rate * 0.5**self.record.returns
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, gradient_clip)

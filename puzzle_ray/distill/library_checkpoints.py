@@ -101,7 +101,9 @@ class LibraryCheckpoints:
         ]
         for entry, candidate in of_variants:
             if not self.artifact.exists(start_file(*entry)):
-                about = {"variant": entry[2]}  # safetensors cannot read a file without tensors and metadata, as a no-op's would be
+                about = {
+                    "variant": entry[2]
+                }  # safetensors cannot read a file without tensors and metadata, as a no-op's would be
                 yield start_file(*entry), candidate.start_tensors(), about
             yield checkpoint_file(*entry), *candidate.checkpoint()
 

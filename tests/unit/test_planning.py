@@ -6,7 +6,7 @@ import pytest
 import torch
 from gkd_trainers import CONFIG as GKD
 from gkd_trainers import new_trainer
-from layer_trainers import SPACE, run, trainer
+from layer_trainers import SPACE, changed, run, trainer
 from small_models import save_parent, tiny_config
 from typer.testing import CliRunner
 
@@ -54,8 +54,19 @@ def test_a_block_trainers_bytes_are_those_of_its_tensors(parent_folder):
     assert found["start weights"] == sum(v.nbytes for c in real.candidates for v in c.start.values())
     moments = [slot for c in real.candidates if c.optimizer for state in c.optimizer.state.values() for slot in state.values()]
     assert found["optimizer"] == sum(slot.nbytes for slot in moments if slot.dim())
-    trained = [p for c in real.candidates if c.optimizer for group in c.optimizer.param_groups for p in group["params"]]
-    assert found["gradients"] == sum(p.nbytes for p in trained)
+    trained = [sum(p.nbytes for p in c.parameters) for c in real.candidates]
+    assert found["gradients"] == max(trained), "of one variant at a time"
+    assert not any(p.grad is not None for c in real.candidates for p in c.parameters)
+    kept = trainer(parent_folder, changed(gradient_accumulation=2))
+    run(kept, range(kept.schedule.calibrate + kept.schedule.validate + 3))
+    there = sum(p.grad.nbytes for c in kept.candidates for p in c.parameters)
+    assert trainer_parts(sizes, 1, accumulate=2)["gradients"] == there == sum(trained), "they stay until the step ends"
+    halves = [trainer(parent_folder, part=(n, 2)) for n in range(2)]
+    for half in halves:
+        run(half, range(half.schedule.calibrate))
+    assert trainer_parts(sizes, 1, trainers=2)["variants"] == max(
+        sum(v.nbytes for c in half.candidates for v in c.weights().values()) for half in halves
+    )
     assert found["parent layer"] == sum(p.nbytes for p in real.layer.parameters())
 
 
