@@ -100,10 +100,9 @@ class LayerTrainer:
     def finished(self) -> bool:
         return self.position == self.schedule.positions - 1
 
-    @property
-    def in_step(self) -> bool:
-        """Whether it is in the middle of an optimizer step. Its checkpoints then have gradients, too."""
-        return any(candidate.step_loss is not None for candidate in self.candidates)
+    def in_step(self, position: int) -> bool:
+        """Whether after this position it is in the middle of an optimizer step. Its checkpoints then have gradients, too."""
+        return any(candidate.step_loss is not None and candidate.position == position for candidate in self.candidates)
 
     def step(self, position: int, x: Tensor, y: Tensor) -> float | None:
         """Does one position. A position that is already done is ignored.

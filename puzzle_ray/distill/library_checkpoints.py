@@ -63,7 +63,7 @@ class LibraryCheckpoints:
             self.settle()
         every, now = self.config.checkpoint_every, self.clock()
         self._counted = self._counted or (every is not None and (position + 1) % every == 0)
-        if any(trainer.in_step for trainer in trainers):
+        if any(trainer.in_step(position) for trainer in trainers):
             return
         if every is not None:
             if self._counted:
@@ -92,7 +92,10 @@ class LibraryCheckpoints:
             self.artifact.remove(name)
 
     def _due(self, trainers: Iterable[LayerTrainer]) -> Iterable[Saved]:
-        """None of those that are still calibrating: that starts over."""
+        """None of those that are still calibrating: that starts over.
+
+        A start's file has the variant's name as metadata: safetensors cannot read a file that has nothing, as a no-op's would.
+        """
         of_variants: list[tuple[tuple[int, str, str], Candidate]] = [
             ((trainer.index, *trainer.space.entry(candidate.choice)), candidate)
             for trainer in trainers
@@ -101,10 +104,7 @@ class LibraryCheckpoints:
         ]
         for entry, candidate in of_variants:
             if not self.artifact.exists(start_file(*entry)):
-                about = {
-                    "variant": entry[2]
-                }  # safetensors cannot read a file without tensors and metadata, as a no-op's would be
-                yield start_file(*entry), candidate.start_tensors(), about
+                yield start_file(*entry), candidate.start_tensors(), {"variant": entry[2]}
             yield checkpoint_file(*entry), *candidate.checkpoint()
 
     def _write(self, files: Iterable[Saved]) -> None:

@@ -68,7 +68,7 @@ def test_learning_rate_curve_and_tokens_count_whole_optimizer_steps(parent_folde
 
 @pytest.mark.parametrize(("cut", "in_step"), [(7, False), (8, True), (9, True), (10, False)])
 def test_a_trainer_restored_in_the_middle_of_a_step_ends_with_the_same_bits(parent_folder, cut, in_step):
-    assert run(trainer(parent_folder, THREE), range(cut)).in_step == in_step
+    assert run(trainer(parent_folder, THREE), range(cut)).in_step(cut - 1) == in_step
     assert_same(run(trainer(parent_folder, THREE)), restored(parent_folder, cut, config=THREE))
 
 

@@ -166,11 +166,6 @@ def test_shards_and_the_grouping_of_layers_change_nothing(setting, library, num_
     assert_same(library, stream(setting, CONFIG, num_shards, grouping))
 
 
-def test_pairs_with_every_option_are_the_same(pairs, pairs_library):
-    config = CONFIG.model_copy(update=EVERYTHING)
-    assert_same(pairs_library, stream(pairs, config, 2, TWO_BY_TWO))
-
-
 def stream_colocated(setting: Setting, config: LibraryConfig, num_shards: int, restart_at: int | None = None) -> Library:
     """The library by shards that train their own layers."""
     parent, artifact, schedule = str(setting.folder), setting.artifact("library"), Schedule.of(config)
@@ -222,13 +217,12 @@ def test_what_is_started_again_goes_on_from_its_checkpoint(setting, library, res
 SPLIT = [(0, (0, 2)), (0, (1, 2)), (1,), (2, (0, 3)), (2, (1, 3)), (2, (2, 3)), (3,)]  # more trainers than layers
 
 
-@pytest.mark.parametrize(("grouping", "then"), [(SPLIT, TWO_BY_TWO), (TWO_BY_TWO, SPLIT)], ids=["split first", "split then"])
-def test_a_layers_variants_are_split_over_trainers_and_others_go_on_from_their_checkpoints(setting, library, grouping, then):
-    assert_same(library, stream(setting, CONFIG, 2, grouping, 11, then))
+def test_a_layers_variants_are_split_over_trainers_and_others_go_on_from_their_checkpoints(setting, library):
+    assert_same(library, stream(setting, CONFIG, 2, SPLIT, 11, TWO_BY_TWO))
 
 
-def test_pairs_are_split_in_the_middle_of_an_optimizer_step(pairs, pairs_library):
-    """Checkpoints are of ends of steps; an odd position is in the middle of one."""
+def test_pairs_with_every_option_are_the_same_and_are_split_in_the_middle_of_an_optimizer_step(pairs, pairs_library):
+    """Checkpoints are of ends of steps; position 13 is in the middle of one."""
     config = CONFIG.model_copy(update=EVERYTHING | {"checkpoint_every": 3})
     assert_same(pairs_library, stream(pairs, config, 1, TWO_BY_TWO, 13, [(n, (m, 2)) for n in range(LAYERS) for m in range(2)]))
 
