@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import ray
 
 from actors.metrics import note_gpu_memory
-from actors.names import layers_in_words
+from actors.names import part_in_words
 from actors.transport import Container
 from puzzle_ray.artifacts import SearchSpace
 from puzzle_ray.distill.settings import LibraryConfig
@@ -16,7 +16,7 @@ from puzzle_ray.store import Artifact
 
 
 class Trainer:
-    """Layers `layers` of the library. Continues from its own checkpoints when it is started again."""
+    """Layers `layers` of the library, or with `part` a part of their variants. Continues from checkpoints when it is started again."""
 
     def __init__(
         self,
@@ -28,6 +28,7 @@ class Trainer:
         num_threads: int,
         transport: str,
         num_gpus: float = 0,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         import torch
 
@@ -35,11 +36,11 @@ class Trainer:
         from puzzle_ray.distill.library import GroupTrainer
         from puzzle_ray.process import device_for
 
-        self.words = layers_in_words(layers)  # first: Ray asks for the words of an actor whose constructor raised, too
+        self.words = part_in_words(layers, part)  # first: Ray asks for the words of an actor whose constructor raised, too
         self.device = device_for(num_gpus)
         self.transport = find_transport(transport)
         self.travels = getattr(torch, config.activation_dtype)
-        self.group = GroupTrainer(parent, layers, space, config, artifact, num_threads, self.device)
+        self.group = GroupTrainer(parent, layers, space, config, artifact, num_threads, self.device, part)
 
     def __repr__(self) -> str:
         return f"BlockTrainer({self.words})"
@@ -56,7 +57,7 @@ class Trainer:
         return self.group.last
 
     def save(self) -> None:
-        """Writes a checkpoint of every layer here."""
+        """Writes a checkpoint of every variant here."""
         self.group.save()
 
     def step(self, position: int, indices: Sequence[int], *hidden_states: Container) -> float | None:

@@ -25,7 +25,7 @@ from actors.colocated_shard import ColocatedShard
 from actors.data_plane import MIB, Flow
 from actors.leaving import LeavingNodes
 from actors.metrics import note
-from actors.names import actor_name, layers_in_words
+from actors.names import actor_name, layers_in_words, part_in_words
 from actors.parent_shard import ParentShard, ShardUsage
 from actors.placement import DIED, not_placed, trainer_options, wait_ready
 from actors.reservation import Reservation, ShardPlan, check_stores, plan_shards, room_elsewhere, say
@@ -60,15 +60,16 @@ class Stream:
     reservation: Reservation
     flow: Flow
     cluster: ClusterConfig
+    space: SearchSpace
 
     @property
     def layers(self) -> list[int]:
         """Those that are trained."""
-        return [layer for group in self.groups for layer in group]
+        return sorted({layer for group in self.groups for layer in group})
 
     @property
     def groups(self) -> list[tuple[int, ...]]:
-        """Layers of each trainer."""
+        """Layers of each trainer; a layer has several where its variants are split."""
         return [group for plan in self.plans for group in plan.groups]
 
     def send(self, position: int, ids: Any) -> list[ObjectRef[Any]]:
@@ -167,7 +168,7 @@ def open_stream(
 
     Raises ClusterError when they cannot be placed, or when a node's store cannot hold what flows through it.
     """
-    plans = plan_shards(layers, cluster)
+    plans = plan_shards(layers, cluster, space)
     flow = Flow.of(config, read_config(locate(parent)).hidden_size, len(plans))
     reservation = Reservation.make(plans, cluster)
     shards: list[ActorHandle[Any]] = []
@@ -192,16 +193,16 @@ def open_stream(
             options = {"num_cpus": 0, "num_gpus": cluster.gpus_per_shard}
             shard = ParentShard.options(**options, **named, **reservation.options(bundle))  # type: ignore[attr-defined]
             shards.append(shard.remote(*shard_of))
-            for group, own, arguments in zip(plan.groups, bundles, of_groups, strict=True):
-                named = actor_name(f"block trainer, {layers_in_words(group)}") | reservation.options(own)
+            for group, part, own, arguments in zip(plan.groups, plan.parts, bundles, of_groups, strict=True):
+                named = actor_name(f"block trainer, {part_in_words(group, part)}") | reservation.options(own)
                 trainer = BlockTrainer.options(**trainer_options(cluster), **named)  # type: ignore[attr-defined]
-                trainers.append(trainer.remote(*arguments))
+                trainers.append(trainer.remote(*arguments, part))
         wait_ready([*shards, *trainers], "parent shards and block trainers", cluster.placement_timeout_s)
     except BaseException:
         reservation.release([*shards, *trainers])
         raise
     kind = ColocatedStream if cluster.colocate else Stream
-    return kind(plans, shards, trainers, reservation, flow, cluster)
+    return kind(plans, shards, trainers, reservation, flow, cluster, space)
 
 
 def shard_options(cluster: ClusterConfig, trains: bool) -> dict[str, Any]:
@@ -254,6 +255,7 @@ def build_library(
 
     Raises ClusterError when the actors cannot be placed, or when more of them die than `cluster.max_recoveries`.
     """
+    config = config.for_parent(read_config(locate(parent)))
     layers = unfinished_layers(space, artifact)
     if layers:
         text = LibraryText.of(tokens, seed, config)
@@ -297,7 +299,7 @@ def _leaving(stream: Stream) -> LeavingNodes:
     """Watches for nodes that leave, as long as the stream is open; one from which there is no way to go is said."""
 
     def move(node_id: str) -> bool:
-        away = room_elsewhere(stream.layers, stream.cluster)
+        away = room_elsewhere(stream.layers, stream.cluster, stream.space)
         then = "shards and trainers move" if away else "no other node has room, so it is worked on until it is gone"
         say(f"node {node_id[:8]} is being drained: {then}")
         return away

@@ -30,6 +30,12 @@ def layers_in_words(layers: Sequence[int]) -> str:
     return f"layer{'s' if len(layers) != 1 else ''} {', '.join(parts)}"
 
 
+def part_in_words(layers: Sequence[int], part: tuple[int, int]) -> str:
+    """`layers 0-3`, or `layer 5 part 1 of 2` where the layer's variants are split (parts count from 0, words from 1)."""
+    number, count_ = part
+    return layers_in_words(layers) + (f" part {number + 1} of {count_}" if count_ > 1 else "")
+
+
 def count_by_kind(names: Sequence[str]) -> dict[str, int]:
     """How many actors there are of each kind: what stands before the comma or the number of their names."""
     kinds = (name.partition(SEPARATOR)[0].partition(",")[0] for name in names)

@@ -7,6 +7,7 @@ import resource
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import ray
@@ -109,8 +110,8 @@ class Shard:
         with torch.inference_mode():
             states = self._states(entering)
             first = next(states)
-            leaving = [] if self.stack.embedding is None else [self.transport.pack(first, self.travels)]
-            leaving += [self.transport.pack(hidden, self.travels) for hidden in states]
+            ours = states if self.stack.embedding is None else chain([first], states)  # what entered is there already
+            leaving = self.transport.pack_all(ours, self.travels)
         self._sent_some(leaving)
         return leaving if len(leaving) > 1 else leaving[0]
 

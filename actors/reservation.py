@@ -26,9 +26,12 @@ from actors.placement import (
     runs,
     trainer_options,
 )
+from puzzle_ray.artifacts import SearchSpace
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.errors import ClusterError
 
+Part = tuple[int, int]  # number, of how many
+WHOLE: Part = (0, 1)
 SPILLS_AT = 0.8  # of a store: Ray's default of when it begins to move objects to disk
 
 
@@ -43,6 +46,14 @@ class ShardPlan:
     layers: range
     groups: tuple[tuple[int, ...], ...]
     colocated: bool = False
+    splits: tuple[
+        Part, ...
+    ] = ()  # for each trainer (number of its part of the variants, number of parts); empty where all have all
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Of each trainer."""
+        return self.splits or (WHOLE,) * len(self.groups)
 
     @property
     def states(self) -> set[int]:
@@ -51,11 +62,11 @@ class ShardPlan:
         return ends if self.colocated else {*self.layers, *ends}
 
 
-def plan_shards(layers: Sequence[int], cluster: ClusterConfig) -> list[ShardPlan]:
+def plan_shards(layers: Sequence[int], cluster: ClusterConfig, space: SearchSpace | None = None) -> list[ShardPlan]:
     """Cuts layers 0 to the last of `layers`, which are to be trained, into shards, and each shard's into trainers.
 
-    With `blocks_per_trainer: auto` there is a trainer for every place the nodes have, up to one per layer; where even one for each
-    shard is too many, there are fewer shards, which is said.
+    With `blocks_per_trainer: auto` there is a trainer for every place the nodes have, up to `trainers_per_layer` for each; where even
+    one for each shard is too many, there are fewer shards, which is said. A layer has no more trainers than `space` has variants for it.
     """
     wanted = num_shards = min(cluster.num_shards, max(layers) + 1)
     auto = cluster.blocks_per_trainer == "auto" or cluster.colocate
@@ -74,22 +85,39 @@ def plan_shards(layers: Sequence[int], cluster: ClusterConfig) -> list[ShardPlan
     if cluster.colocate:
         counts = [min(1, len(part)) for part in own]
     else:
-        counts = [len(part) if auto else -(-len(part) // int(cluster.blocks_per_trainer)) for part in own]
+        each = 1 if auto else int(cluster.blocks_per_trainer)
+        most = {layer: _most_trainers(layer, cluster, space) for layer in layers}
+        counts = [sum(most[layer] for layer in part) if each == 1 else -(-len(part) // each) for part in own]
     while auto and sum(counts) > max(room, num_shards):
         several = [n for n, count in enumerate(counts) if count > 1]
         counts[min(several, key=lambda n: len(own[n]) / (counts[n] - 1))] -= 1
     if sum(counts) > room and not cluster.autoscaling:
-        each = f"{cluster.cpus_per_trainer} CPUs" + (
+        asked = f"{cluster.cpus_per_trainer} CPUs" + (
             f" and {cluster.gpus_per_trainer:g} GPUs" if cluster.gpus_per_trainer else ""
         )
         beside = f" beside {num_shards} shards of {cluster.gpus_per_shard:g}" if cluster.gpus_per_shard else ""
-        problem = f"{sum(counts)} trainers of {each}, and the cluster holds {room}{beside}: it has {nodes_in_words()}"
+        problem = f"{sum(counts)} trainers of {asked}, and the cluster holds {room}{beside}: it has {nodes_in_words()}"
         remedy = "ask for smaller shares of a GPU" if auto else "raise it, lower cluster.num_shards, or leave it at auto"
         raise ClusterError("cluster.blocks_per_trainer", problem, remedy)
-    return [
-        ShardPlan(shard, tuple(tuple(part[i] for i in run) for run in runs(len(part), count)) if part else (), cluster.colocate)
-        for shard, part, count in zip(shards, own, counts, strict=True)
-    ]
+    return [_plan(shard, part, count, cluster, space) for shard, part, count in zip(shards, own, counts, strict=True)]
+
+
+def _most_trainers(layer: int, cluster: ClusterConfig, space: SearchSpace | None) -> int:
+    """That a layer's variants are split over at the most."""
+    return min(cluster.trainers_per_layer, len(space.layers[layer].trained)) if space else cluster.trainers_per_layer
+
+
+def _plan(shard: range, layers: Sequence[int], count: int, cluster: ClusterConfig, space: SearchSpace | None) -> ShardPlan:
+    """Divides a shard's `layers` that are to be trained among `count` trainers: whole layers, or where there are more trainers, parts."""
+    if count <= len(layers):
+        groups = tuple(tuple(layers[i] for i in run) for run in runs(len(layers), count)) if layers else ()
+        return ShardPlan(shard, groups, cluster.colocate)
+    shares = dict.fromkeys(layers, 1)
+    for _ in range(count - len(layers)):
+        more = [layer for layer in layers if shares[layer] < _most_trainers(layer, cluster, space)]
+        shares[max(more, key=lambda n: (len(space.layers[n].trained) if space else 1) / shares[n])] += 1
+    parts = [(layer, (number, share)) for layer, share in shares.items() for number in range(share)]
+    return ShardPlan(shard, tuple((layer,) for layer, _ in parts), splits=tuple(part for _, part in parts))
 
 
 def _room_beside(num_shards: int, places: int, cluster: ClusterConfig) -> int:
@@ -179,10 +207,10 @@ class Reservation:
         await_free_cpus()
 
 
-def room_elsewhere(layers: Sequence[int], cluster: ClusterConfig) -> bool:
+def room_elsewhere(layers: Sequence[int], cluster: ClusterConfig, space: SearchSpace) -> bool:
     """Whether the nodes that stay could hold the workers for these layers, or nodes for them would come."""
     try:
-        return cluster.autoscaling or fit(_bundles(plan_shards(layers, cluster), cluster)[1], nodes())
+        return cluster.autoscaling or fit(_bundles(plan_shards(layers, cluster, space), cluster)[1], nodes())
     except ClusterError:  # there is no place for them
         return False
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,8 +25,48 @@ class Transport(Protocol):
     def pack(self, tensor: Tensor, dtype: torch.dtype) -> Any:
         """What travels of `tensor`, in `dtype`; it has `nbytes`."""
 
+    def pack_all(self, tensors: Iterable[Tensor], dtype: torch.dtype) -> list[Any]:
+        """The same for tensors that are computed one after the other."""
+
     def unpack(self, packed: Any, dtype: torch.dtype) -> Tensor:
         """The tensor again, in the `dtype` it was packed in. It may be shared with other receivers: never write to it."""
+
+
+class HostCopies:
+    """Copies from a GPU to the host while the GPU goes on computing; a tensor of the host is its own copy.
+
+    They go over a stream of their own into pinned memory, one buffer for each of a round. The next round fills the same buffers: what
+    came of a round is to be sent before, as Ray does with what an actor's method returns.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: list[Tensor] = []
+        self._used = 0
+        self._stream: torch.cuda.Stream | None = None
+
+    def start(self, tensor: Tensor) -> Tensor:
+        """The copy. It is whole after `wait`."""
+        if tensor.device.type != "cuda":
+            return tensor
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(tensor.device)
+        buffer = self._buffers[self._used] if self._used < len(self._buffers) else None
+        if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
+            with torch.inference_mode(False):
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._buffers[self._used : self._used + 1] = [buffer]
+        self._used += 1
+        self._stream.wait_stream(torch.cuda.current_stream(tensor.device))
+        with torch.cuda.stream(self._stream):
+            buffer.copy_(tensor, non_blocking=True)
+        tensor.record_stream(self._stream)  # its memory is not given to another tensor before it is copied
+        return buffer
+
+    def wait(self) -> None:
+        """Ends a round: all its copies are whole."""
+        if self._stream is not None:
+            self._stream.synchronize()
+        self._used = 0
 
 
 class ObjectStore:
@@ -34,10 +74,19 @@ class ObjectStore:
 
     method_options: Mapping[str, Any] = {}
 
+    def __init__(self) -> None:
+        self.copies = HostCopies()
+
     def pack(self, tensor: Tensor, dtype: torch.dtype) -> Container:
         """16-bit floats travel as uint16, which numpy knows."""
         tensor = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
         return tensor.numpy() if dtype == torch.float32 else tensor.view(torch.uint16).numpy()
+
+    def pack_all(self, tensors: Iterable[Tensor], dtype: torch.dtype) -> list[Container]:
+        """While a GPU computes one of them, those before it are copied."""
+        on_host = [self.copies.start(tensor.detach().to(dtype).contiguous()) for tensor in tensors]
+        self.copies.wait()
+        return [self.pack(tensor, dtype) for tensor in on_host]
 
     def unpack(self, packed: Container, dtype: torch.dtype) -> Tensor:
         """Shares the container's memory."""

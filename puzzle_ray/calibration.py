@@ -37,9 +37,15 @@ def _sum_to(total: Tensor | None, part: Tensor) -> Tensor:
     return part if total is None else total + part
 
 
-def _second_moment(x_ND: Tensor) -> Tensor:
-    """X'X, `[features, features]` in float64, of activations `[tokens, features]`."""
-    return (x_ND.T @ x_ND).double()
+def _with_product(total: Tensor | None, x_NI: Tensor, y_NO: Tensor) -> Tensor:
+    """`total` and X'Y, `[I, O]`, of float32 activations X `[tokens, I]` and Y `[tokens, O]`, on their device; in place of `total`.
+
+    The product is taken in float32 and added up in float64. The rounding of a product is random, and falls with the number of tokens. A
+    float32 sum would round every product again, at the scale of the whole sum, and least squares with a damping of 1e-6 divide by what is
+    a millionth of that scale.
+    """
+    product = x_NI.T @ y_NO
+    return product.double() if total is None else total.add_(product)
 
 
 def with_ridge(moment: Tensor, share: float = 1e-6) -> Tensor:
@@ -65,8 +71,8 @@ class Moments:
         """Adds tokens: inputs and outputs, each `[tokens, hidden_size]` in any dtype."""
         x_ND = torch.nn.functional.pad(x_ND.float(), (0, 1), value=1.0)
         y_ND = y_ND.float()
-        self.xx = _sum_to(self.xx, _second_moment(x_ND))
-        self.xy = _sum_to(self.xy, (x_ND.T @ y_ND).double())
+        self.xx = _with_product(self.xx, x_ND, x_ND)
+        self.xy = _with_product(self.xy, x_ND, y_ND)
         self.yy += float(y_ND.square().sum(dtype=torch.float64))
 
     def __add__(self, other: Moments) -> Moments:
@@ -207,7 +213,8 @@ def _halves_of(tokens: int) -> tuple[slice, slice]:
 
 def _add_halves(halves: list[Tensor | None], x_NF: Tensor) -> None:
     for number, part in enumerate(_halves_of(len(x_NF))):
-        halves[number] = _sum_to(halves[number], _second_moment(x_NF[part].float()))
+        own = x_NF[part].float()
+        halves[number] = _with_product(halves[number], own, own)
 
 
 def _whole(halves: Sequence[Tensor | None]) -> Tensor | None:

@@ -17,6 +17,7 @@ class ClusterConfig(Section):
     placement_timeout_s: Positive = 300.0
     num_shards: Count = 2
     blocks_per_trainer: Count | Literal["auto"] = "auto"
+    trainers_per_layer: Count = 1  # at the most; more than one split the layer's variants among them
     colocate: bool = False  # trainers in their shard's process; then blocks_per_trainer is not read
     cpus_per_trainer: Count = 1
     gpus_per_trainer: GpuShare = 0
@@ -32,6 +33,17 @@ class ClusterConfig(Section):
         if self.colocate and both > 1 and both != int(both):
             problem = f"gpus_per_shard and gpus_per_trainer are {both:g} together, and with colocate one process asks for both"
             raise ValueError(f"{problem}; give it at most 1")
+        return self
+
+    @model_validator(mode="after")
+    def _layers_or_parts_of_them(self) -> ClusterConfig:
+        if self.trainers_per_layer > 1 and self.colocate:
+            problem = f"trainers_per_layer={self.trainers_per_layer} splits a layer, and with colocate its shard trains all of it"
+            raise ValueError(f"{problem}; leave out one of them, or raise num_shards")
+        if self.trainers_per_layer > 1 and self.blocks_per_trainer not in ("auto", 1):
+            problem = f"trainers_per_layer={self.trainers_per_layer} splits layers"
+            problem += f", and blocks_per_trainer={self.blocks_per_trainer} joins them"
+            raise ValueError(f"{problem}; leave blocks_per_trainer at auto or 1")
         return self
 
     def library_identity(self) -> dict[str, Any]:

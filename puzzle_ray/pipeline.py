@@ -104,7 +104,8 @@ def run(s: Setting) -> Compressed:
         s.config, read_tokenizer(s.parent, s.config.trust_remote_code), s.model_config
     )  # can it read prompt and questions?
     tokens = tokens_of(s)  # the text in the parent's tokens
-    LibraryText.of(load_tokens(tokens)[0], s.config.seed, s.config.library)  # is there enough of it?
+    of_library = s.config.library.for_parent(s.model_config)
+    LibraryText.of(load_tokens(tokens)[0], s.config.seed, of_library)  # is there enough of it?
     profile = profile_of(s)  # what every variant costs on the target
     costs = read_profile(s, profile)
     wanted = s.config.search.limits if s.after is None else limits_of(s, costs)  # of all rounds, before the first one
@@ -149,7 +150,7 @@ def parts_of(s: Setting, tokens: Artifact) -> HeldoutParts:
 
 
 def library_of(s: Setting, tokens: Artifact) -> Artifact:
-    config, seed = s.config.library, s.config.seed
+    config, seed = s.config.library.for_parent(s.model_config), s.config.seed
     start = starting_library(config, s.space, s.parent_key)
     inputs = {"parent": s.parent_key} | space_sources(s.space) | train_tokens_source(tokens)
     inputs |= {"start": start.artifact.key} if start else {}

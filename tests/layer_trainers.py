@@ -22,10 +22,11 @@ def changed(**changes) -> LibraryConfig:
     return LibraryConfig.model_validate(CONFIG.model_dump() | changes)
 
 
-def trainer(folder, config=CONFIG, index=1, space=SPACE, layer_space=None) -> LayerTrainer:
+def trainer(folder, config=CONFIG, index=1, space=SPACE, layer_space=None, part=(0, 1)) -> LayerTrainer:
     model_config = read_config(folder)
     stack = load_stack(folder, describe(model_config), model_config, index, index + 1, torch.float32, ends=False)
-    return LayerTrainer(index, stack, layer_space or search_space(model_config, *space, 8).layers[index], config)
+    layer_space = layer_space or search_space(model_config, *space, 8).layers[index]
+    return LayerTrainer(index, stack, layer_space, config, choices=layer_space.trained[part[0] :: part[1]])
 
 
 def stream(t: LayerTrainer, positions):
@@ -48,10 +49,16 @@ def restored(folder, cut, **settings) -> LayerTrainer:
     """A trainer that takes over after `cut` positions from another one's checkpoint, and ends."""
     first, second = trainer(folder, **settings), trainer(folder, **settings)
     run(first, range(cut))
-    tensors, about = first.checkpoint()
-    second.restore(tensors | first.start_tensors(), about)
+    hand_over(first, second)
     assert second.position == cut - 1
     return run(second)  # what is done already is ignored
+
+
+def hand_over(first: LayerTrainer, second: LayerTrainer) -> None:
+    """The second one continues from checkpoints of the first one's candidates."""
+    for candidate in first.candidates:
+        tensors, about = candidate.checkpoint()
+        second.restore(candidate.choice, tensors | candidate.start_tensors(), about)
 
 
 def assert_same(a: LayerTrainer, b: LayerTrainer) -> None:

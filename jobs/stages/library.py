@@ -13,7 +13,7 @@ from puzzle_ray.version import torch_series
 def settings(run: Run) -> dict[str, Any]:
     config = run.config
     about = {"seed": config.seed, "torch": torch_series(), "cluster": config.cluster.library_identity()}
-    return {"library": config.library.identity()} | about
+    return {"library": config.library.for_parent(run.parent.model_config).identity()} | about
 
 
 def _start(run: Run) -> Any:
@@ -57,7 +57,7 @@ def foreseen(run: Run) -> None:
     """Raises DataError where validation would leave no text to train on."""
     from puzzle_ray.distill.text import LibraryText
 
-    LibraryText.of(tokens.read(run)[0], run.config.seed, run.config.library)
+    LibraryText.of(tokens.read(run)[0], run.config.seed, run.config.library.for_parent(run.parent.model_config))
 
 
 def said(facts: Any) -> str:

@@ -4,13 +4,14 @@ A trainer is a state machine over positions 0, 1, 2, ... Each position is one mi
 statistics and initialises every variant from them. Then it measures each variant on validation micro-batches, trains it, and measures
 it again. What it does at a position depends on that position and on the positions before it, and on nothing else. A trainer that
 dies therefore continues from its checkpoint to the same bits.
+
+No variant depends on another one. So a layer's variants may be split over several trainers, and each has a checkpoint of its own.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -66,35 +67,49 @@ class LibraryRow:
 
 
 class LayerTrainer:
-    """Trains everything that a library holds of one layer.
+    """Trains everything that a library holds of one layer, or some `choices` of it.
 
     Call `step` for positions 0, 1, 2, ... in order. `starts(layer, choice)` gives the weights that a choice starts from. Without it
     every variant initialises itself from the parent layer and from calibration statistics.
     """
 
     def __init__(
-        self, index: int, stack: LayerStack, space: LayerSpace, config: LibraryConfig, starts: StartingStates | None = None
+        self,
+        index: int,
+        stack: LayerStack,
+        space: LayerSpace,
+        config: LibraryConfig,
+        starts: StartingStates | None = None,
+        choices: Sequence[LayerChoice] | None = None,
     ) -> None:
         self.index, self.stack, self.space, self.config, self.starts = index, stack, space, config, starts
+        self.choices = space.trained if choices is None else tuple(choices)
         self.schedule = Schedule.of(config)
-        self.learning_rate = LearningRate.of_bld(config.learning_rate, self.schedule.train, config.warmup_fraction)
+        self.learning_rate = LearningRate.of_bld(config.learning_rate, self.schedule.steps, config.warmup_fraction)
         self.layer = stack.layer(index).requires_grad_(False)
-        needed = needed_statistics(space.attention, "attention") | needed_statistics(space.ffn, "ffn")
-        self.statistics = Statistics(needed if starts is None else ())
+        self.statistics = Statistics(self._needed() if starts is None else ())
         self.candidates: list[Candidate] = []
-        self.position = -1  # the last position that is done
+        self.position = -1  # the last position that every choice has done
         self.parent = {k: swapped(self.layer, LayerChoice.half(k, PARENT), stack.descriptor, stack.config) for k in KINDS}
+
+    def _needed(self) -> frozenset[str]:
+        names = {kind: {choice.variant(kind) for choice in self.choices} for kind in KINDS}
+        return needed_statistics(names["attention"], "attention") | needed_statistics(names["ffn"], "ffn")
 
     @property
     def finished(self) -> bool:
         return self.position == self.schedule.positions - 1
 
+    def in_step(self, position: int) -> bool:
+        """Whether after this position it is in the middle of an optimizer step. Its checkpoints then have gradients, too."""
+        return any(candidate.step_loss is not None and candidate.position == position for candidate in self.candidates)
+
     def step(self, position: int, x: Tensor, y: Tensor) -> float | None:
         """Does one position. A position that is already done is ignored.
 
         `x` and `y` are the parent layer's input and output, each `[batch, tokens, hidden_size]`. Returns the mean training loss over
-        candidates, or None where nothing trained. Raises OutOfOrder where a position was left out, and NotFinite where the parent's
-        own activations are not finite.
+        candidates, or None where no optimizer step was finished. Raises OutOfOrder where a position was left out, and NotFinite where
+        the parent's own activations are not finite.
         """
         if position <= self.position:
             return None
@@ -110,7 +125,7 @@ class LayerTrainer:
                 self.stack.run_layer(self.layer, self.index, x, arguments)
             if number == self.schedule.calibrate - 1:
                 self._start_candidates()
-        elif phase != "train" or any(c.still_trains for c in self.candidates):
+        elif phase != "train" or any(c.still_trains for c in self._behind(position)):
             with torch.no_grad(), self._autocast(x):
                 middle = self.stack.run_layer(self.parent["attention"], self.index, x, arguments)
             parent = LayerPass(x, middle, y)
@@ -119,22 +134,36 @@ class LayerTrainer:
                 self._validate(phase, position, parent, arguments)
         if position == self.schedule.positions - 1:
             self._measure_sensitivity(x[:1], y[:1])
+        for candidate in self._behind(position):
+            candidate.position = position
         self.position = position
         return loss
+
+    def _behind(self, position: int) -> list[Candidate]:
+        """Those that have not done a position yet: others may be further, from a checkpoint."""
+        return [candidate for candidate in self.candidates if candidate.position < position]
 
     def _autocast(self, x: Tensor) -> AbstractContextManager[object]:
         """The dtype that forwards compute in. Weights, statistics, losses and the optimizer stay float32."""
         return torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.config.compute_dtype == "bfloat16")
 
     def _start_candidates(self) -> None:
-        for choice in self.space.trained:
+        """Those that no checkpoint had."""
+        restored = {candidate.choice for candidate in self.candidates}
+        for choice in self.choices:
+            if choice in restored:
+                continue
             candidate = Candidate.of(choice, self.stack, self.index, self.config)
             if self.starts is None:
                 candidate.initialise(self.layer, self.statistics)
             else:
                 candidate.start_from_trained(self.starts(self.index, choice))
-            self.candidates.append(candidate)
+            self._take(candidate)
         self.statistics = Statistics()
+
+    def _take(self, candidate: Candidate) -> None:
+        """Candidates stand in the order of choices, whenever they came."""
+        self.candidates = sorted([*self.candidates, candidate], key=lambda c: self.choices.index(c.choice))
 
     def _run(self, candidate: Candidate, parent: LayerPass, arguments: dict[str, Any]) -> LayerPass:
         """Runs the candidate on the parent's input.
@@ -149,25 +178,22 @@ class LayerTrainer:
         return LayerPass(parent.start, middle, end)
 
     def _train(self, number: int, position: int, parent: LayerPass, arguments: dict[str, Any]) -> float | None:
-        rate = self.learning_rate.at(number)
+        step, place = divmod(number, self.schedule.accumulate)
         losses = []
-        for candidate in self.candidates:
-            if candidate.optimizer is None or not candidate.still_trains:
+        for candidate in self._behind(position):
+            if not candidate.still_trains:
                 continue
-            group, record = candidate.optimizer.param_groups[0], candidate.record
-            group["lr"] = rate * 0.5**record.returns
-            child = self._run(candidate, parent, arguments)
+            child, record = self._run(candidate, parent, arguments), candidate.record
             loss = training_loss(self.config.loss, candidate.choice.replaced, child, parent)
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(group["params"], self.config.gradient_clip)
-            if not (torch.isfinite(loss) and torch.isfinite(norm)):
-                candidate.go_back(str(NotFinite("the loss", self.index, self._name(candidate), position)))
-                candidate.optimizer.zero_grad(set_to_none=True)
+            candidate.accumulate(loss / self.schedule.accumulate)
+            if place + 1 < self.schedule.accumulate:
                 continue
-            candidate.optimizer.step()
-            candidate.optimizer.zero_grad(set_to_none=True)
-            losses.append(float(loss.detach()))
-            record.curve.append(losses[-1])
+            mean = candidate.finish_step(self.learning_rate.at(step), self.config.gradient_clip)
+            if mean is None:
+                candidate.go_back(str(NotFinite("the loss", self.index, self._name(candidate), position)))
+                continue
+            losses.append(mean)
+            record.curve.append(mean)
             if has_risen(record.curve, record.attempt_from, self.schedule.rise_window, record.start_training_loss):
                 candidate.go_back(f"the loss rose above its start at micro-batch {position}; lower library.learning_rate")
             elif self._is_flat(record.curve, record.attempt_from):
@@ -177,13 +203,13 @@ class LayerTrainer:
     def _is_flat(self, curve: list[float], attempt_from: int) -> bool:
         rule = self.config.early_stop
         begin = max(self.learning_rate.warmup_steps, attempt_from)
-        if rule is None or len(curve) == self.schedule.train or (len(curve) - begin) % rule.window:
+        if rule is None or len(curve) == self.schedule.steps or (len(curve) - begin) % rule.window:
             return False
         return is_flat(curve[begin:], rule)
 
     @torch.no_grad()
     def _validate(self, phase: Phase, position: int, parent: LayerPass, arguments: dict[str, Any]) -> None:
-        for candidate in self.candidates:
+        for candidate in self._behind(position):
             record = candidate.record
             child = self._run(candidate, parent, arguments)
             loss = float(block_loss(child, parent))
@@ -226,10 +252,11 @@ class LayerTrainer:
         """
         assert self.finished, "the last position is not done"
         out, parent = [], ParentNorms(self.layer, self.stack.descriptor)
+        step_tokens = self.schedule.accumulate * self.config.micro_batch_tokens
         for c in self.candidates:
             record = c.record
             better = c.is_better
-            spared = self.schedule.train - len(record.curve) if record.stopped else 0
+            spared = self.schedule.steps - len(record.curve) if record.stopped else 0
             row = LibraryRow(
                 self.index,
                 *self.space.entry(c.choice),
@@ -237,9 +264,9 @@ class LayerTrainer:
                 record.start_loss,
                 record.final_loss,
                 "trained" if better else "start",
-                len(record.curve) * self.config.micro_batch_tokens,
+                len(record.curve) * step_tokens,
                 record.failure,
-                spared * self.config.micro_batch_tokens,
+                spared * step_tokens,
                 record.returns,
                 *norms(c.halves, parent),
                 record.sensitivity,
@@ -248,32 +275,13 @@ class LayerTrainer:
             out.append((row, c.weights() if better else c.start, record.curve))
         return out
 
-    def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-        """Tensors and metadata to continue from, beside `start_tensors`.
+    def restore(self, choice: LayerChoice, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Continues with one of its choices from the checkpoint of a candidate, wherever that was trained.
 
-        None while the trainer is still calibrating: there are no candidates yet, and calibration starts over.
+        Those that have none begin anew, and those that are further wait for them.
         """
-        if not self.candidates:
-            return None
-        tensors: dict[str, Tensor] = {}
-        records = []
-        for number, candidate in enumerate(self.candidates):
-            own, record = candidate.checkpoint()
-            tensors |= {f"{number}/{key}": value for key, value in own.items()}
-            records.append(record)
-        return tensors, {"position": str(self.position), "records": json.dumps(records)}
-
-    def start_tensors(self) -> dict[str, Tensor]:
-        """The weights from before training, by the names that `restore` knows. They do not change while it trains."""
-        named = ((number, name, value) for number, c in enumerate(self.candidates) for name, value in c.start.items())
-        return {f"{number}/start/{name}": value for number, name, value in named}
-
-    def restore(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """The inverse of `checkpoint` and `start_tensors` together."""
-        self.candidates = []
-        for number, (choice, record) in enumerate(zip(self.space.trained, json.loads(metadata["records"]), strict=True)):
-            candidate = Candidate.of(choice, self.stack, self.index, self.config)
-            own = {k.removeprefix(f"{number}/"): v for k, v in tensors.items() if k.startswith(f"{number}/")}
-            candidate.restore(own, record)
-            self.candidates.append(candidate)
-        self.position = int(metadata["position"])
+        candidate = Candidate.of(choice, self.stack, self.index, self.config)
+        candidate.restore(tensors, metadata)
+        self._take(candidate)
+        if len(self.candidates) == len(self.choices):
+            self.position = min(c.position for c in self.candidates)

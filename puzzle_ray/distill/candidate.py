@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -22,10 +23,10 @@ from puzzle_ray.variants.base import find_variant
 class TrainingRecord:
     """What has happened to a candidate so far.
 
-    `curve` is the training loss of every micro-batch. `start_loss` and `final_loss` are means over the validation micro-batches;
+    `curve` is the training loss of every optimizer step. `start_loss` and `final_loss` are means over the validation micro-batches;
     `start_training_loss` is the same as `start_loss`, of the loss that is trained on.
     `stopped` says that training ended early because the loss was flat. `failure` says what went wrong; it is empty otherwise.
-    `returns` counts how often training went back to the start, and `attempt_from` is the micro-batch after the last time. `sensitivity`
+    `returns` counts how often training went back to the start, and `attempt_from` is the optimizer step after the last time. `sensitivity`
     and `parent_sensitivity` are as of `puzzle_ray.distill.conditioning`, of the weights that are kept.
     """
 
@@ -56,7 +57,8 @@ class Candidate:
     """A choice in training.
 
     `halves` has, for every replaced subblock, a layer whose other half is a no-op. `start` has the weights before training, by
-    `<kind>/<name inside the layer>`. `optimizer` is None where nothing can be trained.
+    `<kind>/<name inside the layer>`. `optimizer` is None where nothing can be trained. `position` is the last one that is done.
+    `step_loss` is the loss of the micro-batches so far of an optimizer step; None between two steps.
     """
 
     choice: LayerChoice
@@ -65,6 +67,8 @@ class Candidate:
     optimizer: torch.optim.AdamW | None
     record: TrainingRecord = field(default_factory=TrainingRecord)
     start: dict[str, Tensor] = field(default_factory=dict)
+    position: int = -1
+    step_loss: Tensor | None = None
 
     @classmethod
     def of(cls, choice: LayerChoice, stack: LayerStack, index: int, config: LibraryConfig) -> Candidate:
@@ -127,6 +131,29 @@ class Candidate:
         for kind, half in self.halves.items():
             load_subblock(half, kind, self.descriptor, states.get(kind, {}))
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that are trained."""
+        return [] if self.optimizer is None else list(self.optimizer.param_groups[0]["params"])
+
+    def accumulate(self, loss: Tensor) -> None:
+        """Adds a micro-batch's share of an optimizer step's loss, and its gradients."""
+        loss.backward()
+        own = loss.detach()
+        self.step_loss = own if self.step_loss is None else self.step_loss + own
+
+    def finish_step(self, rate: float, gradient_clip: float) -> float | None:
+        """One step of the optimizer on what has accumulated. Returns its loss; None, without a step, where that is not finite."""
+        assert self.optimizer is not None and self.step_loss is not None
+        self.optimizer.param_groups[0]["lr"] = rate * 0.5**self.record.returns
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, gradient_clip)
+        loss, self.step_loss = self.step_loss, None
+        finite = bool(torch.isfinite(loss) and torch.isfinite(norm))
+        if finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(loss) if finite else None
+
     def stop(self) -> None:
         """Ends training. The optimizer's moments are dropped."""
         self.record.stopped = True
@@ -157,25 +184,35 @@ class Candidate:
             self.optimizer.zero_grad(set_to_none=True)
             self.optimizer.state.clear()
 
-    def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and a JSON-able training record to continue from, beside `start`. The tensors are live.
+    def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors and metadata to continue from, beside `start_tensors`. The tensors are live.
 
-        The loss curve is a tensor, `curve`, since a safetensors header has room for 100 MB only.
+        The loss curve is a tensor, `curve`, since a safetensors header has room for 100 MB only. In the middle of an optimizer step
+        the gradients are there, too.
         """
         tensors = {f"now/{name}": value for name, value in self._live_weights().items()}
         for number, slots in (self.optimizer.state_dict()["state"] if self.optimizer else {}).items():
             tensors |= {f"adam/{number}/{slot}": torch.as_tensor(value) for slot, value in slots.items()}
+        if self.step_loss is not None:
+            tensors["step_loss"] = self.step_loss
+            tensors |= {f"gradient/{n}": p.grad for n, p in enumerate(self.parameters) if p.grad is not None}
         record = asdict(self.record)
         tensors["curve"] = torch.tensor(record.pop("curve"), dtype=torch.float64)
-        return tensors, record
+        return tensors, {"position": str(self.position), "record": json.dumps(record)}
 
-    def restore(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """The inverse of `checkpoint`; `tensors` has the start weights, too."""
+    def start_tensors(self) -> dict[str, Tensor]:
+        """The weights from before training, by the names that `restore` knows. They do not change while it trains."""
+        return {f"start/{name}": value for name, value in self.start.items()}
+
+    def restore(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """The inverse of `checkpoint` and `start_tensors` together."""
 
         def part(word: str) -> dict[str, Tensor]:
             return {key.removeprefix(f"{word}/"): value for key, value in tensors.items() if key.startswith(f"{word}/")}
 
+        record: dict[str, Any] = json.loads(metadata["record"])
         self.record, self.start = TrainingRecord(**record, curve=tensors["curve"].tolist()), part("start")
+        self.position = int(metadata["position"])
         self._load(part("now"))
         slots: dict[int, dict[str, Tensor]] = {}
         for key, value in part("adam").items():
@@ -183,3 +220,9 @@ class Candidate:
             slots.setdefault(int(number), {})[slot] = value
         if self.optimizer is not None and slots:
             self.optimizer.load_state_dict({"state": slots, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        if "step_loss" in tensors:
+            parameters, gradients = self.parameters, part("gradient")
+            self.step_loss = tensors["step_loss"].to(parameters[0].device)
+            for n, gradient in gradients.items():
+                parameter = parameters[int(n)]
+                parameter.grad = torch.empty_like(parameter).copy_(gradient)  # in the parameter's layout, as autograd keeps them

@@ -1,14 +1,13 @@
 """The block library: its files, the trainers of a group of layers, and the whole stage in one process.
 
 A file holds the weights of one variant, or of both halves of a coupled pair, by `<kind>/<name inside the layer>`. Its tensor `curve`
-is the training loss of every micro-batch, in float64. Its header has the row alone: a header ends at 100 MB.
+is the training loss of every optimizer step, in float64. Its header has the row alone: a header ends at 100 MB.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import re
 from array import array
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from puzzle_ray.artifacts import BLOCK, LayerChoice, SearchSpace, SubblockKind, 
 from puzzle_ray.data.order import Tokens
 from puzzle_ray.distill.bld import LayerTrainer, LibraryRow, Schedule
 from puzzle_ray.distill.candidate import states_by_kind
-from puzzle_ray.distill.library_checkpoints import LibraryCheckpoints
+from puzzle_ray.distill.library_checkpoints import LibraryCheckpoints, variant_file
 from puzzle_ray.distill.outliers import stands_out
 from puzzle_ray.distill.settings import LibraryConfig
 from puzzle_ray.distill.text import LibraryText
@@ -40,12 +39,8 @@ LIBRARY_TABLE = "library.parquet"
 CURVES_TABLE = "curves.parquet"  # layer, kind, variant, losses; one row group per variant
 CURVE = "curve"  # the tensor of a variant's file that is no weight
 Entry = tuple[int, str, str]  # layer, kind, variant
-
-
-def variant_file(layer: int, kind: str, variant: str) -> str:
-    """The file of one entry of a library. Where `kind` is `block`, `variant` is the label of a coupled pair."""
-    words = re.sub("[^A-Za-z0-9_.+]+", "-", variant.replace(" + ", "+"))
-    return f"layer_{layer:03d}.{kind}.{words}.safetensors"
+Part = tuple[int, int]  # number of a part, how many there are
+WHOLE: Part = (0, 1)
 
 
 def unfinished_layers(space: SearchSpace, artifact: Artifact) -> list[int]:
@@ -64,7 +59,11 @@ def carry_over(earlier: Artifact, layers: Collection[int], space: SearchSpace, a
 
 
 class GroupTrainer:
-    """The trainers of some layers. It saves their checkpoints and publishes the layers that are finished. It needs no Ray."""
+    """The trainers of some layers. It saves their checkpoints and publishes what is finished. It needs no Ray.
+
+    With `part` (n, k) it trains every k-th variant of each layer from number n on; other trainers have the others. Variants stand by kind
+    and size, so every part has some of each.
+    """
 
     def __init__(
         self,
@@ -75,6 +74,7 @@ class GroupTrainer:
         artifact: Artifact,
         num_threads: int,
         device: torch.device = CPU,
+        part: Part = WHOLE,
     ) -> None:
         compute_with(num_threads)
         folder = locate(parent)
@@ -82,13 +82,17 @@ class GroupTrainer:
         descriptor = describe(model_config)
         self.artifact, self.config = artifact, config
         self.positions = Schedule.of(config).positions
-        unfinished = unfinished_layers(space, artifact)  # a process that is started again may have finished some of its layers
+        existing = set(artifact.names())  # a process that is started again may have finished some of its variants
         starts = starting_library(config, space)
         self.checkpoints = LibraryCheckpoints(artifact, config)
         self.trainers = []
-        for index in (index for index in layers if index in unfinished):
+        for index in layers:
+            layer, own = space.layers[index], space.layers[index].trained[part[0] :: part[1]]
+            choices = [choice for choice in own if variant_file(index, *layer.entry(choice)) not in existing]
+            if not choices:
+                continue
             stack = load_stack(folder, descriptor, model_config, index, index + 1, torch.float32, ends=False, device=device)
-            trainer = LayerTrainer(index, stack, space.layers[index], config, starts.states if starts else None)
+            trainer = LayerTrainer(index, stack, layer, config, starts.states if starts else None, choices)
             self.checkpoints.restore(trainer)
             self.trainers.append(trainer)
 
@@ -98,7 +102,7 @@ class GroupTrainer:
         return min((trainer.position for trainer in self.trainers), default=self.positions - 1)
 
     def step(self, position: int, hidden_states: Mapping[int, Tensor]) -> float | None:
-        """Does one position for every layer. Returns the mean training loss, or None where nothing trained.
+        """Does one position for every layer. Returns the mean training loss, or None where no optimizer step was finished.
 
         `hidden_states[i]` is the input of layer i and `hidden_states[i + 1]` its output, each `[batch, tokens, hidden_size]`.
         """
@@ -113,7 +117,7 @@ class GroupTrainer:
         return sum(losses) / len(losses) if losses else None
 
     def save(self) -> None:
-        """Writes a checkpoint of every layer that is not finished."""
+        """Writes a checkpoint of every variant that is not finished."""
         self.checkpoints.save(self.trainers)
 
     def _publish(self, trainer: LayerTrainer) -> None:
@@ -123,7 +127,7 @@ class GroupTrainer:
             if not self.artifact.exists(name):
                 tensors = {**state, CURVE: torch.tensor(curve, dtype=torch.float64)}
                 self.artifact.write_tensors(name, tensors, {"row": json.dumps(asdict(row))})
-        self.checkpoints.forget(trainer.index)
+            self.checkpoints.forget(row.layer, row.kind, row.variant)
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ class Library:
         return rows
 
     def curves(self) -> dict[Entry, array[float]]:
-        """(layer, kind, variant) -> the training loss of every micro-batch."""
+        """(layer, kind, variant) -> the training loss of every optimizer step."""
         import pyarrow.parquet as pq
 
         file, curves = pq.ParquetFile(io.BytesIO(self.artifact.read(CURVES_TABLE))), {}
@@ -311,7 +315,7 @@ class SerialLibrary:
         return {index: state.float() for index, state in hidden.items()}
 
     def step(self, position: int) -> float | None:
-        """Runs one micro-batch through the parent and all trainers. Returns the mean training loss, or None where nothing trained."""
+        """Runs one micro-batch through the parent and all trainers. Returns the mean training loss, or None where no step was finished."""
         return self.group.step(position, self.forward(self.batch(position)))
 
 
@@ -330,6 +334,7 @@ def build_serially(
 
     It gives the same bits as a cluster does with the same number of threads per trainer.
     """
+    config = config.for_parent(read_config(locate(parent)))
     if unfinished_layers(space, artifact):
         stage = SerialLibrary(parent, space, config, tokens, seed, artifact, num_threads, device)
         stage.text.say_epochs()

@@ -55,7 +55,7 @@ class LearningRate:
 def is_flat(losses: Sequence[float], rule: EarlyStop) -> bool:
     """Whether a loss curve has stopped falling.
 
-    Call it after every micro-batch with all losses so far. It looks at whole windows only, so it is false in the middle of one.
+    Call it after every optimizer step with all losses so far. It looks at whole windows only, so it is false in the middle of one.
     The curve is flat where the lowest mean of the last `patience` windows is above (1 - `min_improvement`) times the lowest mean
     of the windows before.
     """
@@ -67,13 +67,13 @@ def is_flat(losses: Sequence[float], rule: EarlyStop) -> bool:
 
 
 RISE = 1.5  # of the mean training loss of a window, over that of the start
-RISE_WINDOW = 32  # micro-batches at most
+RISE_WINDOW = 32  # optimizer steps at most
 
 
 def has_risen(losses: Sequence[float], attempt_from: int, window: int, start: float) -> bool:
     """Whether the loss of an attempt is above that of the start of training.
 
-    Call it after every micro-batch with all losses so far. `attempt_from` is the micro-batch that the attempt began with, and `start`
+    Call it after every optimizer step with all losses so far. `attempt_from` is the step that the attempt began with, and `start`
     the same loss before training, on validation text. It looks at whole windows, and is true where the mean of the last one is above
     `RISE` times `start`.
     """
@@ -86,26 +86,39 @@ class Schedule:
     """How many micro-batches each phase of local distillation takes, and which micro-batch of the data each position reads.
 
     The phases follow one another: calibrate, validate the start, train, validate the end. A position counts micro-batches over all
-    phases, from 0.
+    phases, from 0. One optimizer step takes `accumulate` micro-batches of training, one after the other.
     """
 
     calibrate: int
     validate: int
     train: int
+    accumulate: int = 1
 
     @classmethod
     def of(cls, config: LibraryConfig) -> Schedule:
-        """Numbers of tokens in micro-batches, rounded up; at least one for every phase."""
+        """Numbers of tokens in micro-batches, rounded up; at least one for every phase, and whole optimizer steps for training.
 
-        def count(tokens: int) -> int:
-            return max(1, math.ceil(tokens / config.micro_batch_tokens))
+        `config.calibration_tokens` must be a number, see `LibraryConfig.for_parent`.
+        """
+        assert config.calibration_tokens != "auto", "whose parent is not known"
 
-        return cls(count(config.calibration_tokens), count(config.validation_tokens), count(config.tokens))
+        def count(tokens: int, each: int) -> int:
+            return max(1, math.ceil(tokens / each))
+
+        micro_batch, accumulate = config.micro_batch_tokens, config.gradient_accumulation
+        steps = count(config.tokens, micro_batch * accumulate)
+        before = count(config.calibration_tokens, micro_batch), count(config.validation_tokens, micro_batch)
+        return cls(*before, steps * accumulate, accumulate)
+
+    @property
+    def steps(self) -> int:
+        """The number of optimizer steps."""
+        return self.train // self.accumulate
 
     @property
     def rise_window(self) -> int:
-        """Over how many micro-batches a rise of the training loss is looked for."""
-        return max(4, min(RISE_WINDOW, self.train // 8))
+        """Over how many optimizer steps a rise of the training loss is looked for."""
+        return max(4, min(RISE_WINDOW, self.steps // 8))
 
     @property
     def positions(self) -> int:

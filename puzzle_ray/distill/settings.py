@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from puzzle_ray.families.registry import ffn_width
 from puzzle_ray.settings import Count, DType, Fraction, NonNegative, Positive, Section
 
 
@@ -35,8 +36,12 @@ class EarlyStop(Section):
     """When a variant's training ends early: see `puzzle_ray.distill.schedule.is_flat`. Windows are counted from the end of warm-up."""
 
     min_improvement: Fraction = 0.01  # of the mean loss of a window
-    window: Count = 32  # micro-batches
+    window: Count = 32  # optimizer steps
     patience: Count = 2  # windows without improvement
+
+
+LEAST_CALIBRATION_TOKENS = 16_384
+CALIBRATION_TOKENS_PER_FEATURE = 4
 
 
 class LibraryConfig(Section):
@@ -49,6 +54,9 @@ class LibraryConfig(Section):
     variant stops training when its loss is flat. It then misses the rest of the learning rate's decay, which costs quality, so this
     is off by default. A variant whose loss rises goes back to its start with half the rate. The library's table has the largest singular
     value and the sensitivity to noise of every variant beside the parent's own; what stands out is a warning.
+
+    With `gradient_accumulation` an optimizer step takes several micro-batches; its loss is the mean of theirs. The learning rate, early
+    stop and loss curves count optimizer steps.
     """
 
     mode: Literal["decoupled", "coupled"] = "decoupled"
@@ -58,9 +66,10 @@ class LibraryConfig(Section):
     loss: BlockLoss = BlockLoss()
     early_stop: EarlyStop | None = None
     tokens: Count = 1_000_000
-    calibration_tokens: Count = 16_384
+    calibration_tokens: Count | Literal["auto"] = "auto"
     validation_tokens: Count = 8_192
     micro_batch_tokens: Count = 2048
+    gradient_accumulation: Count = 1  # micro-batches in one optimizer step
     learning_rate: Positive = 1e-3
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     weight_decay: NonNegative = 0.0
@@ -78,6 +87,19 @@ class LibraryConfig(Section):
             problem = "mode coupled trains whole pairs, too many of them in a whole search space"
             raise ValueError(f"{problem}; set narrow_from to an architecture.json or a sweep of a decoupled run")
         return self
+
+    def for_parent(self, model_config: Any) -> LibraryConfig:
+        """The same with a number in place of `calibration_tokens: auto`, by the config of the parent.
+
+        `CALIBRATION_TOKENS_PER_FEATURE` tokens for each inner activation of its FFN, which is its widest one, and
+        `LEAST_CALIBRATION_TOKENS` at least. Starts are fitted on one half of the tokens and judged on the other, so either half needs
+        more tokens than there are features; with fewer its second moment is singular.
+        """
+        if self.calibration_tokens != "auto":
+            return self
+        widest = max(int(model_config.hidden_size), ffn_width(model_config))
+        tokens = max(LEAST_CALIBRATION_TOKENS, CALIBRATION_TOKENS_PER_FEATURE * widest)
+        return self.model_copy(update={"calibration_tokens": tokens})
 
     def in_flight(self, num_shards: int) -> int:
         """Micro-batches at the most."""

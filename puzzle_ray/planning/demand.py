@@ -8,13 +8,14 @@ out.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from puzzle_ray.artifacts import LayerChoice, SearchSpace
+from puzzle_ray.artifacts import KINDS, LayerChoice, SearchSpace
+from puzzle_ray.calibration import CHANNELS, HEADS, INPUTS, REPLACED
 from puzzle_ray.config import RunConfig
 from puzzle_ray.distill.parallel import is_sharded
 from puzzle_ray.families.descriptor import Descriptor
@@ -23,7 +24,8 @@ from puzzle_ray.models.describe import describe
 from puzzle_ray.profiling.memory import subblock_weights, weights_of
 from puzzle_ray.scoring.plan import shard_bytes
 from puzzle_ray.scoring.replacements import all_replacements
-from puzzle_ray.variants.base import find_variant
+from puzzle_ray.surgery.projections import AttentionProjections, FFNProjections
+from puzzle_ray.variants.base import find_variant, needed_statistics
 
 _FLOAT32_BYTES = 4
 
@@ -89,17 +91,45 @@ def _bytes(dtype: str) -> int:
     return _FLOAT32_BYTES if dtype == "float32" else 2
 
 
-def trainer_parts(sizes: Sizes, layer: int) -> dict[str, int]:
-    """A block trainer's memory for one layer, beside activations: everything is float32."""
-    found = [sizes.choice(layer, choice) for choice in sizes.space.layers[layer].trained]
-    held, trained = sum(n for n, _ in found), sum(n for _, n in found)
-    return {
-        "parent layer": sizes.layers[layer] * _FLOAT32_BYTES,
-        "variants": held * _FLOAT32_BYTES,
-        "start weights": held * _FLOAT32_BYTES,
-        "gradients": trained * _FLOAT32_BYTES,
-        "optimizer": 2 * trained * _FLOAT32_BYTES,
-    }
+def calibration_bytes(sizes: Sizes, layer: int, choices: Sequence[LayerChoice]) -> int:
+    """The moments that these choices of a layer start from, see `puzzle_ray.calibration.Statistics`: in float64, of either half of the
+    tokens."""
+    own, width, numbers = sizes.stack.layer(layer), int(sizes.config.hidden_size), 0
+    needed = [needed_statistics({choice.variant(kind) for choice in choices}, kind) for kind in KINDS]
+    for kind in KINDS:
+        if isinstance(own.get_submodule(sizes.descriptor.module(kind)), REPLACED):
+            continue
+        if kind == "ffn":
+            inner, features = CHANNELS, FFNProjections.of(own, sizes.descriptor).down.weight_OI.shape[1]
+        else:
+            inner, features = HEADS, AttentionProjections.of(own, sizes.descriptor).output.weight_OI.shape[1]
+        numbers += 2 * (width + 1) * (2 * width + 1) * any(INPUTS in names for names in needed)
+        numbers += 2 * features**2 * any(inner in names for names in needed)
+    return 8 * numbers
+
+
+def trainer_parts(sizes: Sizes, layer: int, accumulate: int = 1, trainers: int = 1) -> dict[str, int]:
+    """A block trainer's memory for one layer, beside activations: everything is float32.
+
+    A variant's gradients go with its optimizer step, so one variant has some at a time; where a step takes several micro-batches
+    (`accumulate`), all have. With several `trainers` the layer's variants are split, and it is the one that needs most. Calibration is over
+    before there are gradients and an optimizer: what it needs beyond their memory is counted.
+    """
+
+    def one(number: int) -> dict[str, int]:
+        choices = sizes.space.layers[layer].trained[number::trainers]
+        found = [sizes.choice(layer, choice) for choice in choices]
+        held, trained = sum(n for n, _ in found), [n for _, n in found]
+        later = {
+            "gradients": (sum(trained) if accumulate > 1 else max(trained, default=0)) * _FLOAT32_BYTES,
+            "optimizer": 2 * sum(trained) * _FLOAT32_BYTES,
+        }
+        beyond = calibration_bytes(sizes, layer, choices) - sum(later.values())
+        weights = {"parent layer": sizes.layers[layer], "variants": held, "start weights": held}
+        parts = {name: size * _FLOAT32_BYTES for name, size in weights.items()} | later
+        return parts | ({"calibration": beyond} if beyond > 0 else {})
+
+    return max((one(number) for number in range(trainers)), key=lambda parts: sum(parts.values()))
 
 
 def worker_parts(num_params: int, parent_params: int, parent_dtype: str, config: RunConfig, model_config: Any) -> dict[str, int]:
@@ -153,7 +183,9 @@ def demands(config: RunConfig, model_config: Any, sizes: Sizes, gpu_bytes: int =
     own = str(getattr(model_config, "dtype", None) or torch.float32).removeprefix("torch.")
     gkd = _gkd_worker(config, model_config, sizes, own if config.gkd.use_gpu else "float32", gpu_bytes)
     per_trainer = 1 if cluster.blocks_per_trainer == "auto" else int(cluster.blocks_per_trainer)
-    trainer = {name: per_trainer * size for name, size in largest([trainer_parts(sizes, n) for n in range(depth)]).items()}
+    splits = [max(1, min(cluster.trainers_per_layer, len(layer.trained))) for layer in sizes.space.layers]
+    of_layers = [trainer_parts(sizes, n, library.gradient_accumulation, splits[n]) for n in range(depth)]
+    trainer = {name: per_trainer * size for name, size in largest(of_layers).items()}
     timed = 2 * sizes.total * _bytes(config.profile.dtype)
     more_shards = "raise cluster.num_shards"
     of_library = [
@@ -161,14 +193,15 @@ def demands(config: RunConfig, model_config: Any, sizes: Sizes, gpu_bytes: int =
         Demand(
             "library",
             "block trainer",
-            -(-depth // per_trainer),
+            sum(splits) if per_trainer == 1 else -(-depth // per_trainer),
             trainer,
             cluster.gpus_per_trainer,
-            "lower cluster.blocks_per_trainer, give trainers a larger share of a GPU, or name fewer variants in space",
+            "lower cluster.blocks_per_trainer, raise cluster.trainers_per_layer, give trainers a larger share of a GPU, "
+            "or name fewer variants in space",
         ),
     ]
     if cluster.colocate:
-        together = [dict(sum((Counter(trainer_parts(sizes, n)) for n in layers), Counter(shard(layers)))) for layers in runs]
+        together = [dict(sum((Counter(of_layers[n]) for n in layers), Counter(shard(layers)))) for layers in runs]
         share = cluster.gpus_per_shard + cluster.gpus_per_trainer
         of_library = [Demand("library", "shard, trainers", num_shards, largest(together), share, more_shards)]
     return [

@@ -104,10 +104,10 @@ def _curves(data: ReportData) -> list[Html]:
         paths = [axes.line(p, "depth", f"{what}: {_ends(p)}", f"--depth:{100 * i / last:.0f}%") for i, what, p in own]
         figures.append(tag("figure", tag("figcaption", name), axes.draw(*paths, label=f"training loss of {name}")))
     step = math.ceil(longest / PANEL_POINTS)
-    mean = f"; a point is the mean of {step} micro-batches" if step > 1 else ""
+    mean = f"; a point is the mean of {step} steps" if step > 1 else ""
     key = tag("p", "layer 0", tag("i", class_="ramp depth"), f"layer {last}", class_="legend")
     each = "pair" if any(kind == BLOCK for _, kind, _ in lines) else "layer"
-    text = note(f"Training loss (log scale) over micro-batches, one line per {each}{mean}.")
+    text = note(f"Training loss (log scale) over optimizer steps, one line per {each}{mean}.")
     return [tag("h3", "Training loss"), text, tag("div", *figures, class_="panels"), key]
 
 

@@ -7,6 +7,7 @@ import torch
 from small_models import save_parent
 
 from actors import library_stream
+from actors.transport import HostCopies
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.data.order import Tokens
 from puzzle_ray.distill.library import build_serially
@@ -59,6 +60,18 @@ def test_scores_are_those_of_a_cpu(setting):
         found.append(score_serially(stack, texts, space, scoring, step, library.states, Quiet()))
     cpu, gpu = ([row.value for row in scores.rows if row.metric == "kl"] for scores in found)
     np.testing.assert_allclose(gpu, cpu, rtol=1e-2, atol=1e-4)
+
+
+def test_copies_to_the_host_are_whole_and_their_memory_is_used_again():
+    copies, places = HostCopies(), []
+    for number in range(2):
+        with torch.inference_mode(number == 0):
+            tensors = [torch.randn(64, 256, 128, device=GPU) @ torch.randn(128, 128, device=GPU) for _ in range(3)]
+            found = [copies.start(tensor) for tensor in tensors]
+            copies.wait()
+        assert all(host.is_pinned() and torch.equal(host, tensor.cpu()) for host, tensor in zip(found, tensors, strict=True))
+        places.append([host.data_ptr() for host in found])
+    assert places[0] == places[1] and len(set(places[0])) == 3
 
 
 def test_shards_and_trainers_share_a_gpu(setting):

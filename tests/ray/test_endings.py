@@ -58,7 +58,7 @@ class Building:
         return [path for path in found if path.stat().st_mtime > self.began]
 
     def positions(self) -> dict[str, int]:
-        """How many micro-batches the layers' checkpoints of this run know."""
+        """How many micro-batches the variants' checkpoints of this run know."""
         found = {}
         for path in self.checkpoints():
             with safe_open(path, "pt") as file:
@@ -106,7 +106,9 @@ def test_ctrl_c_reaches_the_whole_group_and_sigterm_the_driver_alone_and_the_sam
     """It goes on after the first: from its checkpoint to a later one. That it gets to the same end is shown with fewer processes."""
     with Building(folder, tmp_path) as building:
         until(
-            lambda: len(building.positions()) == 3 and min(building.positions().values()) >= 8, "every layer is well begun", 120
+            lambda: len(building.positions()) == 3 * 4 and min(building.positions().values()) >= 8,
+            "every variant is well begun",
+            120,
         )
         os.killpg(building.process.pid, signal.SIGINT)
         assert building.end(within_s=15) == [INTERRUPTED] and building.process.returncode == 130

@@ -20,7 +20,7 @@ from actors.reservation import plan_shards
 from puzzle_ray.artifacts import SearchSpace
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.data.order import Tokens
-from puzzle_ray.distill.library import Library, build_serially
+from puzzle_ray.distill.library import Library, build_serially, carry_over
 from puzzle_ray.distill.settings import BlockLoss, EarlyStop, LibraryConfig
 from puzzle_ray.errors import ClusterError
 from puzzle_ray.models.blocks import load_stack
@@ -39,7 +39,8 @@ SPACE = (("gqa:1", "linear", "noop"), ("ffn:24", "noop"))
 EVERYTHING = {
     "compute_dtype": "bfloat16",
     "loss": BlockLoss(subblock=0.5, cosine=0.5),
-    "early_stop": EarlyStop(min_improvement=0.3, window=4, patience=2),
+    "early_stop": EarlyStop(min_improvement=0.3, window=2, patience=2),
+    "gradient_accumulation": 2,
 }
 
 
@@ -137,7 +138,10 @@ def test_library_and_scores_equal_one_processes_and_no_actor_outlives_its_stage(
 
 
 def test_killing_a_shard_and_a_trainer_and_stopping_the_driver_change_nothing(local_ray, coupled, monkeypatch):
-    """Of one library, of pairs trained as wholes. What was done before the driver was stopped is not done again."""
+    """Of one library, of pairs trained as wholes. What was done before the driver was stopped is not done again.
+
+    Three layers are taken from an earlier library. The last one has a trainer before the stop, and two after it.
+    """
     setting, config = coupled, CONFIG.model_copy(update=EVERYTHING)
     streams, killed = [], []
     start = library_stream.open_stream
@@ -153,12 +157,13 @@ def test_killing_a_shard_and_a_trainer_and_stopping_the_driver_change_nothing(lo
         killed.append(ray.get(actors[0].pid.remote(), timeout=30))
         os.kill(killed[-1], signal.SIGKILL)
 
+    carry_over(setting[-1].artifact, [0, 1, 2], setting[1], setting[3].artifact("library", {"by": "all die"}, {}))
     with pytest.raises(Stop):
         build(setting, "all die", At(9, stop), config)
     seen = At(15, lambda: kill(streams[-1].trainers))
     seen.then = At(22, lambda: kill(streams[-1].shards))
-    library = build(setting, "all die", seen, config)
-    assert len(streams) == 2 and len(killed) == 2
+    library = build(setting, "all die", seen, config, blocks_per_trainer="auto", trainers_per_layer=2)
+    assert [len(stream.trainers) for stream in streams] == [1, 2] and len(killed) == 2
     assert_same(setting[-1], library)
     assert seen.done == 36, "counted from the checkpoint, shown as a whole"
 

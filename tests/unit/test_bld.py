@@ -188,7 +188,11 @@ def test_an_interrupted_library_goes_on_and_equals_an_undisturbed_one(parent_fol
     step = store.artifact("cut", {}, {})
     with pytest.raises(Stop):
         build_serially(str(parent_folder), space, config, random_tokens, 0, step, Interrupting(7))
-    assert step.exists(checkpoint_file(0)) and not step.finished and len(unfinished_layers(space, step)) == 3
+    assert (
+        step.exists(checkpoint_file(*next(iter(space.entries()))))
+        and not step.finished
+        and len(unfinished_layers(space, step)) == 3
+    )
     cut = build_serially(str(parent_folder), space, config, random_tokens, 0, step, Quiet())
     assert_same_library(whole, cut)
     assert LIBRARY_TABLE in step.names() and step.names("checkpoints") == []
@@ -207,7 +211,7 @@ def test_it_is_said_how_often_the_text_is_read(parent_folder, undisturbed, tmp_p
     assert text.epochs > 1 and words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("writes", [1, 9, 14, 20, 30, 32])
+@pytest.mark.parametrize("writes", [1, 50, 89, 95, 107, 108])
 def test_a_full_disk_is_said_and_loses_nothing(parent_folder, undisturbed, tmp_path, monkeypatch, writes):
     """Whatever the write that finds no room (checkpoint, variant, table), the same command then goes on to the same bits."""
     from puzzle_ray.store import scratch

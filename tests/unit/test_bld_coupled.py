@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from layer_trainers import CONFIG, SPACE, assert_same, changed, restored, rows_of, run, stream, trainer
+from layer_trainers import CONFIG, SPACE, assert_same, changed, hand_over, restored, rows_of, run, stream, trainer
 from torch.nn import functional as F
 
 from puzzle_ray.artifacts import BLOCK, PARENT, LayerChoice, SearchSpace
@@ -86,8 +86,7 @@ def test_training_together_beats_putting_trained_halves_together(parent_folder):
 
 def pair_trainer_like(folder, t):
     other = pair_trainer(folder, t.config)
-    tensors, about = t.checkpoint()
-    other.restore(tensors | t.start_tensors(), about)
+    hand_over(t, other)
     return other
 
 

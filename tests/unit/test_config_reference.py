@@ -40,7 +40,7 @@ def test_every_setting_stands_in_the_reference_with_its_default():
     assert ROWS["gkd.learning_rate"][2] == "number or `auto`" and ROWS["gkd.gradient_clip"][2] == "number above 0"
     assert ROWS["scoring.granularity"][2] == "`block`, `subblock`"
     assert ROWS["search.limits.speedup"][3].startswith("`speedup`: the child's predicted throughput")
-    assert ROWS["library.early_stop.window"][3] == "micro-batches"
+    assert ROWS["library.early_stop.window"][3] == "optimizer steps"
     assert MEANINGS.keys() <= {setting.name for setting in listed}, "a setting that there is not is explained"
 
 

@@ -10,6 +10,7 @@ from puzzle_ray.distill.library_checkpoints import LibraryCheckpoints, checkpoin
 from puzzle_ray.errors import StoreError
 from puzzle_ray.store import Store
 
+ENTRY = (1, "attention", "gqa:1")
 BY_TIME = {"checkpoint_every": None, "checkpoint_minutes": 10}
 
 
@@ -39,18 +40,18 @@ def test_by_time_and_to_the_same_bits(parent_folder, artifact, clock):
     clock.now = 599
     kept.after(cut - 1, [first])
     kept.settle()
-    assert not artifact.exists(checkpoint_file(1))
+    assert not artifact.exists(checkpoint_file(*ENTRY))
     clock.now = 600
     kept.after(cut - 1, [first])
     kept.settle()
-    written = artifact.read_tensors(start_file(1))[0]
-    assert written.keys() == first.start_tensors().keys()
-    assert not [name for name in artifact.read_tensors(checkpoint_file(1))[0] if "/start/" in name]
+    written = artifact.read_tensors(start_file(*ENTRY))[0]
+    assert written.keys() == first.candidates[0].start_tensors().keys()
+    assert not [name for name in artifact.read_tensors(checkpoint_file(*ENTRY))[0] if name.startswith("start/")]
     kept.restore(second)
     assert second.position == cut - 1
     assert_same(run(second), run(whole))
-    kept.forget(1)
-    assert not artifact.exists(checkpoint_file(1)) and not artifact.exists(start_file(1))
+    kept.forget(*ENTRY)
+    assert not artifact.exists(checkpoint_file(*ENTRY)) and not artifact.exists(start_file(*ENTRY))
 
 
 def test_training_goes_on_while_copies_are_written(parent_folder, artifact, clock, monkeypatch):
@@ -58,7 +59,7 @@ def test_training_goes_on_while_copies_are_written(parent_folder, artifact, cloc
     first = trainer(parent_folder, config)
     kept, cut, may_write = LibraryCheckpoints(artifact, config, clock), first.schedule.positions - 4, threading.Event()
     run(first, range(cut))
-    expected = {name: value.clone() for name, value in first.checkpoint()[0].items()}
+    expected = {name: value.clone() for name, value in first.candidates[0].checkpoint()[0].items()}
     write = artifact.write_tensors
 
     def held(*arguments):
@@ -73,9 +74,9 @@ def test_training_goes_on_while_copies_are_written(parent_folder, artifact, cloc
     kept.after(cut + 1, [first])  # one is being written: this one waits for its turn
     may_write.set()
     kept.settle()
-    found = artifact.read_tensors(checkpoint_file(1))[0]
+    found = artifact.read_tensors(checkpoint_file(*ENTRY))[0]
     assert found.keys() == expected.keys() and all(torch.equal(found[name], value) for name, value in expected.items())
-    now = first.checkpoint()[0]
+    now = first.candidates[0].checkpoint()[0]
     assert any(not torch.equal(found[name], value) for name, value in now.items() if name in found)
 
 
@@ -101,7 +102,7 @@ def test_a_checkpoint_whose_start_is_lost_is_no_checkpoint(parent_folder, artifa
     kept = LibraryCheckpoints(artifact, config)
     run(first, range(first.schedule.positions - 2))
     kept.after(0, [first])
-    assert artifact.exists(checkpoint_file(1))
-    artifact.remove(start_file(1))
+    assert artifact.exists(checkpoint_file(*ENTRY))
+    artifact.remove(start_file(*ENTRY))
     kept.restore(second)
     assert second.position == trainer(parent_folder, config).position

@@ -9,8 +9,10 @@ import ray
 
 from actors.memory import GIB, with_memory
 from actors.placement import CLAIMS, cluster_cpus, places, require, room_beside_profile
+from actors.reservation import plan_shards
 from actors.spill_watch import SpillWatch
 from jobs.checks import check_cluster
+from puzzle_ray.artifacts import LayerSpace, SearchSpace
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.config import load
 from puzzle_ray.errors import ClusterError
@@ -145,3 +147,32 @@ def test_memory_is_asked_for_by_what_a_worker_holds_and_never_more_than_there_is
     assert with_memory({"num_cpus": 1}, 3 * GIB, "a shard", "score", count=4) == {"num_cpus": 1}
     monkeypatch.setattr(ray, "available_resources", lambda: {"memory": 1.0 * GIB})
     assert with_memory({"num_cpus": 1}, GIB, "a meter", "measure") == {"num_cpus": 1}, "others hold it"
+
+
+def test_more_trainers_than_layers_split_the_variants_of_layers(monkeypatch):
+    """Where there are places for them, and as far as there are variants."""
+    space = SearchSpace(
+        (LayerSpace(("parent", "gqa:1", "noop"), ("parent", "ffn:8", "noop")), LayerSpace(("parent", "noop"), ("parent",)))
+    )
+
+    def split(cpus, num_shards=1, layers=(0, 1), **how):
+        monkeypatch.setattr(ray, "nodes", lambda: [node("a", cpus)])
+        plans = plan_shards(layers, ClusterConfig(num_shards=num_shards, trainers_per_layer=3, **how), space)
+        return [list(zip(plan.groups, plan.parts, strict=True)) for plan in plans]
+
+    assert split(1) == [[((0, 1), (0, 1))]]
+    assert split(2) == [[((0,), (0, 1)), ((1,), (0, 1))]]
+    assert split(3) == [[((0,), (0, 2)), ((0,), (1, 2)), ((1,), (0, 1))]], "the layer with the most variants first"
+    assert split(9) == [[((0,), (0, 3)), ((0,), (1, 3)), ((0,), (2, 3)), ((1,), (0, 1))]], "a layer has one variant"
+    assert split(9, num_shards=2) == [[((0,), (n, 3)) for n in range(3)], [((1,), (0, 1))]]
+    assert split(9, layers=[1]) == [[((1,), (0, 1))]]
+    with pytest.raises(ClusterError, match="4 trainers of 1 CPUs, and the cluster holds 3"):
+        split(3, blocks_per_trainer=1)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"), [({"colocate": True}, "its shard trains all of it"), ({"blocks_per_trainer": 2}, "joins them")]
+)
+def test_layers_that_are_split_and_joined_at_once_are_refused(how, words):
+    with pytest.raises(ValueError, match=f"trainers_per_layer=2 splits .*{words}"):
+        ClusterConfig(trainers_per_layer=2, **how)

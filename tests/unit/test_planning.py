@@ -6,7 +6,7 @@ import pytest
 import torch
 from gkd_trainers import CONFIG as GKD
 from gkd_trainers import new_trainer
-from layer_trainers import SPACE, run, trainer
+from layer_trainers import SPACE, changed, run, trainer
 from small_models import save_parent, tiny_config
 from typer.testing import CliRunner
 
@@ -15,7 +15,7 @@ from puzzle_ray.errors import ConfigError
 from puzzle_ray.models.blocks import load_stack
 from puzzle_ray.models.child import read_config
 from puzzle_ray.models.describe import describe
-from puzzle_ray.planning.demand import Sizes, demands, trainer_parts, worker_parts, works
+from puzzle_ray.planning.demand import Sizes, calibration_bytes, demands, trainer_parts, worker_parts, works
 from puzzle_ray.planning.hardware import CONTEXT_BYTES, Hardware, problems
 from puzzle_ray.variants.space import SpaceConfig, search_space
 
@@ -54,9 +54,35 @@ def test_a_block_trainers_bytes_are_those_of_its_tensors(parent_folder):
     assert found["start weights"] == sum(v.nbytes for c in real.candidates for v in c.start.values())
     moments = [slot for c in real.candidates if c.optimizer for state in c.optimizer.state.values() for slot in state.values()]
     assert found["optimizer"] == sum(slot.nbytes for slot in moments if slot.dim())
-    trained = [p for c in real.candidates if c.optimizer for group in c.optimizer.param_groups for p in group["params"]]
-    assert found["gradients"] == sum(p.nbytes for p in trained)
+    trained = [sum(p.nbytes for p in c.parameters) for c in real.candidates]
+    assert found["gradients"] == max(trained), "of one variant at a time"
+    assert not any(p.grad is not None for c in real.candidates for p in c.parameters)
+    kept = trainer(parent_folder, changed(gradient_accumulation=2))
+    run(kept, range(kept.schedule.calibrate + kept.schedule.validate + 3))
+    there = sum(p.grad.nbytes for c in kept.candidates for p in c.parameters)
+    assert trainer_parts(sizes, 1, accumulate=2)["gradients"] == there == sum(trained), "they stay until the step ends"
+    halves = [trainer(parent_folder, part=(n, 2)) for n in range(2)]
+    for half in halves:
+        run(half, range(half.schedule.calibrate))
+    assert trainer_parts(sizes, 1, trainers=2)["variants"] == max(
+        sum(v.nbytes for c in half.candidates for v in c.weights().values()) for half in halves
+    )
     assert found["parent layer"] == sum(p.nbytes for p in real.layer.parameters())
+
+
+@pytest.mark.parametrize("space", [SPACE, (("gqa:1",), ("ffn:24",)), (("noop",), ("ffn:24",)), (("noop",), ("noop",))], ids=str)
+def test_a_calibrating_trainers_bytes_are_those_of_its_moments(parent_folder, space):
+    config = read_config(parent_folder)
+    sizes = Sizes(config, search_space(config, *space, 8))
+    real = trainer(parent_folder, space=space)
+    run(real, range(real.schedule.calibrate - 1))
+    seen = real.statistics
+    moments = [m for halves in seen.halves.values() for half in halves for m in (half.xx, half.xy)]
+    found = sum(m.nbytes for m in (*moments, *seen.head_halves, *seen.channel_halves) if m is not None)
+    assert calibration_bytes(sizes, 1, sizes.space.layers[1].trained) == found
+    parts = trainer_parts(sizes, 1)
+    later = parts["gradients"] + parts["optimizer"]
+    assert later + parts.get("calibration", 0) == max(later, found)
 
 
 def test_a_distilling_workers_bytes_are_those_of_its_tensors():
@@ -107,7 +133,9 @@ def test_llamas_plan_is_what_hand_arithmetic_says(name):
     assert work["library"].store_bytes_per_token == (layers + 1) * d * 2
     assert work["library"].store_bytes == (layers + 1) * d * 2 * 4096 * 3
     half = 3 * d * (f // 2) + d  # the one trained variant: half of the FFN, with its norm
-    assert found["library", "block trainer"].total == 4 * (layer + half * (1 + 1 + 1 + 2))
+    moments = 2 * 8 * f**2 if name else 0  # of the FFN's channels, of either half of the tokens, in float64
+    beyond = max(0, moments - 4 * half * (1 + 2))
+    assert found["library", "block trainer"].total == 4 * (layer + half * (1 + 1 + 1 + 2)) + beyond
     worker = found["gkd", "worker"].parts
     assert worker["child"] + worker["gradients"] + worker["optimizer"] == 16 * n and worker["parent"] == 2 * n
     assert work["gkd"].flops == 8 * n * 1e9 and work["gkd"].checkpoint_bytes == 16 * n  # 12 and the best weights
