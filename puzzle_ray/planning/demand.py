@@ -81,8 +81,23 @@ class Sizes:
         self.layers = [weights_of(layer.parameters()).num_params for layer in self.stack.layers]
         assert self.stack.head is not None
         self.head = weights_of(self.stack.head.parameters()).num_params
+        # equal layers have one number: what is counted of one holds for all
+        self.kinds = [self.layers.index(size) * depth + space.layers.index(space.layers[n]) for n, size in enumerate(self.layers)]
         self._variants: dict[tuple[int, str, str], tuple[int, bool]] = {}
         self._shards: dict[tuple[range, str], int] = {}
+        self._trainers: dict[int, dict[str, int]] = {}
+
+    def distinct(self, runs: Sequence[range]) -> list[range]:
+        """One of each sort of equal runs of layers."""
+        depth = len(self.layers)
+        found = {(tuple(self.kinds[n] for n in run), run.start == 0, run.stop == depth): run for run in runs}
+        return list(found.values())
+
+    def trainer(self, layer: int) -> dict[str, int]:
+        """`trainer_parts`, counted once for equal layers."""
+        if self.kinds[layer] not in self._trainers:
+            self._trainers[self.kinds[layer]] = trainer_parts(self, layer)
+        return self._trainers[self.kinds[layer]]
 
     def shard_bytes(self, layers: range, dtype: str) -> int:
         """The weights of a shard with some layers, embedding and head of those at the ends included."""
@@ -93,7 +108,7 @@ class Sizes:
 
     def variant(self, layer: int, kind: Any, name: str) -> tuple[int, bool]:
         """(parameters, whether they are trained) of a replaced subblock with its norms."""
-        key = (self.space.layers.index(self.space.layers[layer]), kind, name)
+        key = (self.kinds[layer], kind, name)
         if key not in self._variants:
             child = swapped(self.stack.layer(layer), LayerChoice(**{kind: name}), self.descriptor, self.stack.config)
             num_params = subblock_weights(child, kind, self.descriptor).num_params
@@ -138,7 +153,7 @@ def group_parts(
 
     What a checkpoint is written from in the background is a copy.
     """
-    found = [trainer_parts(sizes, n) for n in layers]
+    found = [sizes.trainer(n) for n in layers]
     parts = {name: sum(each[name] for each in found) for name in found[0]}
     parts["gradients"] = max(each["gradients"] for each in found)
     parts["activations"] = max(trainer_activations(sizes, n, library) for n in layers)
@@ -225,17 +240,18 @@ def library_demands(config: RunConfig, sizes: Sizes) -> list[Demand]:
 
     variants = "lower library.micro_batch_tokens, or name fewer variants in space"
     more_shards, fewer = "raise cluster.num_shards", "lower cluster.num_shards"
+    distinct = sizes.distinct(runs)
     if cluster.colocate:
-        found = [(layers, *group(layers)) for layers in runs]
+        found = [(layers, *group(layers)) for layers in distinct]
         layers, parts, host = max(found, key=lambda each: _total(each[1]) + _total(shard(each[0])))
         together = dict(Counter(shard(layers)) + Counter(parts))
         share = cluster.gpus_per_shard + cluster.gpus_per_trainer
         remedy = f"{more_shards}, so that each has fewer layers, {variants}"
         return [Demand("library", "shard, trainers", len(runs), together, share, remedy, fewer, host)]
     per_trainer = 1 if cluster.blocks_per_trainer == AUTO else int(cluster.blocks_per_trainer)
-    groups = [group(layers[n : n + per_trainer]) for layers in runs for n in range(0, len(layers), per_trainer)]
-    parts, host = max(groups, key=lambda each: _total(each[0]))
-    shards = max(map(shard, runs), key=_total)
+    groups = [layers[n : n + per_trainer] for layers in runs for n in range(0, len(layers), per_trainer)]
+    parts, host = max((group(layers) for layers in sizes.distinct(groups)), key=lambda each: _total(each[0]))
+    shards = max(map(shard, distinct), key=_total)
     remedy = f"lower cluster.blocks_per_trainer, give trainers a larger share of a GPU, {variants}"
     return [
         Demand("library", "parent shard", len(runs), shards, cluster.gpus_per_shard, more_shards, fewer),
@@ -247,9 +263,8 @@ def scores_demand(config: RunConfig, model_config: Any, sizes: Sizes) -> Demand:
     """Of the shard that needs most."""
     free, tokens = (0 if config.cluster.gpus_per_shard else None), config.scoring.micro_batch_tokens
     runs = _runs(len(sizes.layers), config.cluster.num_shards)
-    found: list[ShardBytes] = [
-        shard_bytes(model_config, sizes.descriptor, layers, config.scoring, tokens, free) for layers in runs
-    ]
+    how = (config.scoring, tokens, free)
+    found: list[ShardBytes] = [shard_bytes(model_config, sizes.descriptor, run, *how) for run in sizes.distinct(runs)]
     most = max(found, key=lambda each: each.total)
     parts = {
         "weights": most.weights,
@@ -299,7 +314,7 @@ def works(config: RunConfig, model_config: Any, sizes: Sizes) -> list[Work]:
     store = states * model_config.hidden_size * _bytes(library.activation_dtype)
     behind = [sum(sizes.layers[n:]) + sizes.head for n in range(depth)]
     scored = sum(2.0 * behind[r.layer] for r in all_replacements(sizes.space, config.scoring.granularity))
-    checkpoint = sum(sum(trainer_parts(sizes, n)[k] for k in ("variants", "start weights", "optimizer")) for n in range(depth))
+    checkpoint = sum(sum(sizes.trainer(n)[k] for k in ("variants", "start weights", "optimizer")) for n in range(depth))
     gkd = 8.0 * sizes.total * config.gkd.tokens
     guard = sizes.total * _FLOAT32_BYTES if config.gkd.heldout_tokens else 0
     used = sum(demand.gpu_share * demand.count for demand in library_demands(config, sizes))

@@ -15,6 +15,7 @@ from puzzle_ray.config import RunConfig, load
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.models.blocks import stack_without_weights
 from puzzle_ray.models.describe import describe
+from puzzle_ray.pipeline import for_this_machine
 from puzzle_ray.planning.activations import kept_bytes_per_token
 from puzzle_ray.planning.demand import Sizes, demands
 from puzzle_ray.planning.hardware import Seen, problems
@@ -97,17 +98,18 @@ def test_without_bfloat16_it_is_float32_and_said():
 def test_micro_batches_shrink_with_the_memory_until_nothing_helps():
     big = tiny_config(hidden_size=1024, intermediate_size=4096, num_attention_heads=8, head_dim=128, num_hidden_layers=4)
     tokens = []
-    for gib in (1024, 8, 4, 2):
-        found = decided(config(), [Node(gpus=Gpus(4, "card", gib * GIB))], model_config=big)
+    for gib in (1024, 2, 1.05):  # the last one holds less than a layer beside a GPU's context
+        found = decided(config(), [Node(gpus=Gpus(4, "card", int(gib * GIB)))], model_config=big)
         tokens.append(found.config.library.micro_batch_tokens)
-        assert bool(found.warnings) == bool(problems(_demands(found.config, big, gib), Seen("card", gib * GIB, 4)))
-    assert tokens[0] == 16_384 and tokens == sorted(tokens, reverse=True) and tokens[-1] == 256
+        size = int(gib * GIB)
+        assert bool(found.warnings) == bool(problems(_demands(found.config, big, size), Seen("card", size, 4)))
+    assert tokens == [16_384, 8_192, 256]
     assert any("library: a shard, trainers needs" in line and "num_shards" in line for line in found.warnings)
 
 
-def _demands(found, model_config, gib):
+def _demands(found, model_config, gpu_bytes):
     space = search_space(model_config, found.space.attention, found.space.ffn, found.space.ffn_multiple_of)
-    return demands(found, model_config, Sizes(model_config, space), gib * GIB)
+    return demands(found, model_config, Sizes(model_config, space), gpu_bytes)
 
 
 @pytest.mark.parametrize("gpus", range(1, 10))
@@ -204,6 +206,15 @@ def test_a_run_with_auto_finds_what_one_without_has_done(tmp_path, monkeypatch):
         assert auto.artifact(name).key == plain.artifact(name).key
     for stage in (library, scores, gkd):
         assert stage.settings(auto) == stage.settings(plain)
+
+
+def test_without_ray_this_machine_decides_and_its_gpus_do_not_count(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(looked, "probe_gpus", lambda hidden_by_ray: pytest.fail("this process computes on the CPU"))
+    folder, _ = save_parent_with_text(tmp_path / "parent")
+    asked = load(None, None, (f"parent={folder}", "hardware=auto", "data.sequence_length=16"))
+    found = for_this_machine(asked, Store(str(tmp_path / "store")))
+    assert found.hardware is None and found.library == load(None, None, ("data.sequence_length=16",)).library
+    assert "hardware: found 1 node of" in capsys.readouterr().err and list((tmp_path / "store").glob("hardware-*/artifact.json"))
 
 
 def test_status_and_config_show_what_is_decided(tmp_path, monkeypatch):

@@ -124,12 +124,13 @@ def test_llamas_plan_is_what_hand_arithmetic_says(name):
     hardware = Hardware.parse("8x8 H100-80GB")
     words = problems(list(found.values()), hardware)
     assert [line for line in words if line.startswith("gkd: a worker needs")], "16 bytes a parameter are more than one GPU has"
-    many = RunConfig.model_validate(how | {"gkd": gkd | {"parallel": "fsdp", "num_workers": 64}})
+    again = {"activation_checkpointing": True}
+    many = RunConfig.model_validate(how | {"gkd": gkd | {"parallel": "fsdp", "num_workers": 64} | again})
     sharded = demands(many, llama(name), sizes)[3]
     held = sum(sharded.parts[part] for part in ("child", "gradients", "optimizer", "best weights", "parent"))
     assert 22 * n <= 64 * held < 22 * n + 64 * 5, "16 bytes a parameter, 4 of the best weights, 2 of the parent"
     assert sharded.parts["gathered"] == 2 * (3 * (2 * ends + d) + 3 * layer) + 4 * ends and not problems([sharded], hardware)
-    assert hardware.hours(work["gkd"], 0.4) == pytest.approx(8 * n * 1e9 / (64 * 989.4e12 * 0.4) / 3600)
+    assert hardware.hours(work["gkd"], 0.4) == pytest.approx(8 * n * 1e9 / (8 * 989.4e12 * 0.4) / 3600), "8 workers"
 
 
 def test_gkds_workers_are_sharded_where_a_device_is_too_small():
