@@ -9,11 +9,14 @@ from typing import Any
 
 import ray
 
+from actors.nodes import find_nodes
 from actors.placement import matching_nodes, nodes, places, resources_of
 from puzzle_ray.cluster import ClusterConfig
+from puzzle_ray.errors import ClusterError
 
 GIB = 2**30
 FLOAT32_BYTES = 4
+ROOM = 1.25  # times a model's weights, that it needs of a GPU: it has activations, too
 ALLOWANCE_BYTES = (
     512 << 20
 )  # of a worker beside its weights: Python, torch and its libraries, and the activations of a small batch
@@ -50,6 +53,15 @@ def largest_node_bytes() -> int:
     return max(0, int(most) - ALLOWANCE_BYTES) if most else 0
 
 
+def smallest_gpu_bytes(timeout_s: float) -> int:
+    """The memory of the smallest GPU of the cluster; 0 where there is none, or nobody knows them."""
+    try:
+        return min((node.gpus.memory_bytes for node in find_nodes(timeout_s) if node.gpus is not None), default=0)
+    except ClusterError as error:
+        print(f"  {error}", file=sys.stderr, flush=True)
+        return 0
+
+
 def with_memory(options: Mapping[str, Any], held_bytes: int, what: str, where: str, count: int = 1) -> dict[str, Any]:
     """Ray options that ask for `held_bytes` and the allowance, for each of `count` workers that must all have room.
 
@@ -74,16 +86,18 @@ def with_memory(options: Mapping[str, Any], held_bytes: int, what: str, where: s
 def whole_model(folders: Iterable[str], cluster: ClusterConfig, what: str, where: str) -> tuple[dict[str, Any], float]:
     """Ray options of a worker that holds one whole model at a time, in float32, and its share of a GPU.
 
-    It has the GPU shares of all the parent's shards together, or one CPU and the memory of the largest model.
+    It has the GPU shares of all the parent's shards together, or a whole GPU where those are more and one holds the largest model, or one
+    CPU and that model's memory.
     """
     from puzzle_ray.models.checkpoint import locate
 
     gpus = cluster.num_shards * cluster.gpus_per_shard
+    largest = 0 if 0 < gpus <= 1 else max(weight_bytes(locate(folder), FLOAT32_BYTES) for folder in folders)
     if gpus > 1:
-        gpus = 0
-        print(f"  {where}: a whole model takes more than one GPU; {what} computes on a CPU", file=sys.stderr, flush=True)
+        gpus = float(ROOM * largest <= smallest_gpu_bytes(cluster.placement_timeout_s))
+        if not gpus:
+            print(f"  {where}: a whole model takes more than one GPU; {what} computes on a CPU", file=sys.stderr, flush=True)
     options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus}
     if not gpus:
-        largest = max(weight_bytes(locate(folder), FLOAT32_BYTES) for folder in folders)
         options = with_memory(options, largest, what, where)
     return options, gpus

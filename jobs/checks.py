@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from puzzle_ray.config import TINY, RunConfig
@@ -19,11 +20,13 @@ def check(config: RunConfig, store: Store) -> None:
 
 
 def check_cluster(config: RunConfig) -> None:
-    """What can only be seen on the cluster, once joined. Raises ClusterError."""
+    """What can only be seen on the cluster, once joined. Raises ClusterError; GPUs that nobody asks for are a warning."""
     import ray
 
+    from actors.nodes import gpus_in_all
     from actors.placement import all_nodes
     from jobs.session import joins
+    from puzzle_ray.planning.resolve import idle
 
     have = int(ray.cluster_resources().get("CPU", 0))
     workers = "gkd.num_workers" if config.gkd.min_workers is None else "gkd.min_workers"
@@ -34,6 +37,8 @@ def check_cluster(config: RunConfig) -> None:
     for where, wanted in needs.items():
         if wanted > have and not config.cluster.autoscaling:
             raise ClusterError(where, f"{wanted} CPUs are needed and the cluster has {have}", f"lower {where}, or add nodes")
+    for line in idle(config, gpus_in_all()):
+        print(f"  WARNING: {line}", file=sys.stderr, flush=True)
     if joins(config.cluster) or len(all_nodes()) > 1:
         _check_nodes(config)
 

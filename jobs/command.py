@@ -26,7 +26,10 @@ def _set_debug(wanted: bool) -> bool:
     return wanted
 
 
-Recipe = Annotated[str | None, typer.Option(help="A recipe that comes with the package, such as tiny.")]
+Recipe = Annotated[
+    str | None,
+    typer.Option(help="A recipe that comes with the package, such as tiny; several by commas, each on top of the one before."),
+]
 Config = Annotated[str | None, typer.Option(help="A YAML file of settings.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="One setting, section.key=value; may be repeated.")]
 ParentName = Annotated[str | None, typer.Option("--parent", help="tiny, a Hugging Face folder, or a hub id.")]
@@ -73,19 +76,28 @@ def stage_verb(
         debug: Debug = False,
     ) -> None:
         run = configured(recipe, config, set_, parent, data, store)
-        run.check()
+        from jobs.hardware import settled
         from jobs.observed import observed
 
         if not needs_ray:
+            run.check()
             with observed(run, name):
                 work(run.last_round() if rounds else run)
             return
         from jobs.checks import check_cluster
-        from jobs.session import connected
+        from jobs.session import connected, joins
 
-        with connected(run.config.cluster, window_bytes(run)), observed(run, name):
-            check_cluster(run.config)
-            work(run.last_round() if rounds else run)
+        later = run.config.hardware is not None and joins(run.config.cluster)  # the cluster must be joined to be looked at
+        run = run if later else settled(run)
+        if not later:
+            run.check()
+        with connected(run.config.cluster, 0 if later else window_bytes(run)):
+            if later:
+                run = settled(run)
+                run.check()
+            with observed(run, name):
+                check_cluster(run.config)
+                work(run.last_round() if rounds else run)
 
     call.__doc__ = about
     return Verb(name, group, call)
@@ -127,4 +139,5 @@ def window_bytes(run: Run) -> int:
         return 0
     model_config: Any = run.parent.model_config
     shards = min(run.config.cluster.num_shards, model_config.num_hidden_layers)
-    return Flow.of(run.config.library, model_config.hidden_size, shards).bound_bytes(model_config.num_hidden_layers + 1)
+    states = (shards if run.config.cluster.colocate else model_config.num_hidden_layers) + 1
+    return Flow.of(run.config.library, model_config.hidden_size, shards).bound_bytes(states)

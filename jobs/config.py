@@ -6,9 +6,13 @@ from typing import Annotated
 
 import typer
 
-from jobs.command import SEARCHES, Config, Data, Debug, ParentName, Recipe, Settings, StoreRoot, Verb, loaded
+from jobs.command import SEARCHES, Config, Data, Debug, ParentName, Recipe, Settings, StoreRoot, Verb, configured, loaded
+from puzzle_ray.errors import ConfigError
 
 Markdown = Annotated[bool, typer.Option("--markdown", help="The reference: every setting, its default, its values, its meaning.")]
+
+Resolved = Annotated[bool, typer.Option("--resolved", help="With what hardware: auto decides, on the cluster that is there.")]
+Cluster = Annotated[str | None, typer.Option(help='With --resolved: on this one instead, such as "8x8 H100-80GB".')]
 
 
 def config(
@@ -19,9 +23,14 @@ def config(
     data: Data = None,
     store: StoreRoot = None,
     markdown: Markdown = False,
+    resolved: Resolved = False,
+    cluster: Cluster = None,
     debug: Debug = False,
 ) -> None:
-    """Show the settings of a run as YAML, or with --markdown the reference of all settings. Does nothing."""
+    """Show the settings of a run as YAML, or with --markdown the reference of all settings. Does nothing.
+
+    With --resolved, they are those for the hardware, and no cluster decides anything any more where they are read.
+    """
     if markdown:
         from puzzle_ray.config_reference import reference
 
@@ -29,7 +38,13 @@ def config(
         return
     import yaml
 
+    if cluster is not None and not resolved:
+        raise ConfigError("--cluster", "says for which hardware settings are resolved", "add --resolved")
     found = loaded(recipe, config, set_, parent, data, store)
+    if resolved and found.hardware is not None:
+        from jobs.hardware import resolved_on
+
+        found = resolved_on(configured(recipe, config, set_, parent, data, store), cluster)
     print(yaml.safe_dump(found.model_dump(mode="json"), sort_keys=False), end="")
 
 

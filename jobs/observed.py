@@ -67,6 +67,8 @@ class Observer:
         job = os.environ.get("RAY_JOB_ID") if SUBMITTED in os.environ else None
         who = {"verb": verb, "host": socket.gethostname(), "pid": os.getpid(), "version": __version__, "job": job}
         self.log.event("run_begun", **who, config=run.config.model_dump(mode="json"))
+        if run.decided:
+            self.log.event("hardware", decided=run.decided)
         self._with_metrics(lambda metrics: metrics.of_run(self.log.run_id))
         print(f"  run {self.log.run_id}: puzzle-ray watch --store {run.config.store}", file=sys.stderr, flush=True)
         self.thread = threading.Thread(target=self._watch, name="observer", daemon=True)

@@ -24,17 +24,20 @@ def table(demands: Sequence[Demand], works: Sequence[Work], hardware: Hardware, 
     for demand in demands:
         parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in demand.parts.items())
         where = f"{demand.gpu_share:g} GPU" if demand.gpu_share else "host"
-        lines.append(
-            f"{demand.stage:<12}{demand.process:<16}{demand.count:>6}{demand.total / GIB:>10.2f}  {parts} (in a {where}'s memory)"
-        )
+        words = f"{parts} (in a {where}'s memory)"
+        if demand.host:
+            words += ", " + ", ".join(f"{name} {size / GIB:.2f}" for name, size in demand.host.items()) + " (in a host's memory)"
+        lines.append(f"{demand.stage:<12}{demand.process:<16}{demand.count:>6}{demand.total / GIB:>10.2f}  {words}")
     lines.append("")
-    lines.append(f"{'stage':<12}{'PFLOP':>12}{'hours':>10}{'store GiB':>12}{'store bytes/token':>19}{'checkpoint GiB':>16}")
+    titles = f"{'stage':<12}{'PFLOP':>12}{'GPUs':>6}{'hours':>10}{'store GiB':>12}{'store bytes/token':>19}{'checkpoint GiB':>16}"
+    lines.append(titles)
     for work in works:
+        hours = hardware.hours(work, mfu)
         lines.append(
-            f"{work.stage:<12}{work.flops / 1e15:>12.1f}{hardware.hours(work, mfu):>10.2f}{work.store_bytes / GIB:>12.2f}"
+            f"{work.stage:<12}{work.flops / 1e15:>12.1f}{hardware.busy_gpus(work):>6g}{hours:>10.2f}{work.store_bytes / GIB:>12.2f}"
             f"{work.store_bytes_per_token:>19}{work.checkpoint_bytes / GIB:>16.2f}"
         )
-    words = f"{hardware.num_gpus} x {hardware.device.name}, all busy at {mfu:.0%} of their peak rate"
+    words = f"so many {hardware.name} of {hardware.num_gpus}, busy at {mfu:.0%} of their peak rate"
     lines.append(f"hours: {words}; every stage apart; the child counts as large as the parent")
     found = problems(demands, hardware)
     return [*lines, "", *(found or ["every process fits"])]
@@ -51,24 +54,30 @@ def call(
     store: StoreRoot = None,
     debug: Debug = False,
 ) -> None:
+    from jobs.hardware import shape_of
     from puzzle_ray.config import TINY
     from puzzle_ray.errors import ConfigError
     from puzzle_ray.export.target import configured_space
-    from puzzle_ray.models.checkpoint import locate
-    from puzzle_ray.models.child import read_config
     from puzzle_ray.planning.demand import Sizes, demands, works
-    from puzzle_ray.planning.hardware import MIB, Hardware
+    from puzzle_ray.planning.hardware import Hardware
+    from puzzle_ray.planning.resolve import idle
+    from puzzle_ray.planning.settled import settle
 
     hardware = Hardware.parse(cluster)
-    settings = configured(recipe, config, set_, parent, data, store).config
+    run = configured(recipe, config, set_, parent, data, store)
+    settings = run.config
     if settings.parent == TINY:
         raise ConfigError("parent", "the tiny parent is trained first and fits anywhere", "name a parent: a folder or a hub id")
-    model_config = read_config(locate(settings.parent, settings.revision), settings.trust_remote_code)
+    model_config = shape_of(run)
+    found = settle(settings, model_config, hardware.as_nodes(), None)
+    settings = found.config
+    if found.lines:
+        print("\n".join([*(f"hardware: {line}" for line in found.lines), ""]))
     space = configured_space(model_config, settings.space, settings.search.target_format)
     sizes = Sizes(model_config, space)
-    found = demands(settings, model_config, sizes, int(hardware.device.memory_mib * MIB))
-    lines = table(found, works(settings, model_config, sizes), hardware, mfu)
-    print("\n".join(lines))
+    needed = demands(settings, model_config, sizes, hardware.gpu_bytes)
+    lines = table(needed, works(settings, model_config, sizes), hardware, mfu)
+    print("\n".join([*lines, *idle(settings, hardware.num_gpus)]))
 
 
 call.__doc__ = __doc__

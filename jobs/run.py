@@ -153,6 +153,7 @@ class Run:
         self.store = Store(config.store)
         self.seconds: dict[str, float] = {}  # that every stage took when it was done
         self.listener: Listener | None = None
+        self.decided: tuple[str, ...] = ()  # what the hardware decided of the config, in words
         self._artifacts: dict[str, Artifact] = {}
         self._finished: set[str] = set()  # names of stages and keys of other artifacts
         self.placed = threading.Event()  # set by a stage that runs beside others, once it has what it needs of the cluster

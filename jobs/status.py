@@ -151,7 +151,8 @@ def status(
     store: StoreRoot = None,
     debug: Debug = False,
 ) -> None:
-    """Show every stage of a config: finished or not, and why it would run. Does nothing."""
+    """Show every stage of a config: finished or not, and why it would run; before that, what `hardware: auto` decides. Does nothing."""
+    from jobs.hardware import settled
     from jobs.session import connected, joins
 
     run = configured(recipe, config, set_, parent, data, store)
@@ -160,7 +161,10 @@ def status(
         soon = {"placement_timeout_s": min(cluster.connect_timeout_s, cluster.placement_timeout_s)}
         run = Run(run.config.model_copy(update={"cluster": cluster.model_copy(update=soon)}), run.progress)
     with connected(cluster) if joins(cluster) else nullcontext():
+        run = settled(run, notes=False, quiet=True)
         found = rows(run)
+    for line in run.decided:
+        print(line)
     width = max(len(row.stage) for row in found)
     for row in found:
         print(f"{row.stage:<{width}}  {row.state:<8}  {row.words}")

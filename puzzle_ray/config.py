@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.data.settings import DataConfig
@@ -16,6 +16,7 @@ from puzzle_ray.distill.settings import GkdConfig, LibraryConfig
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.evaluation.settings import EvaluateConfig
 from puzzle_ray.plugins import did_you_mean
+from puzzle_ray.profiling.nodes import REMEDY, described
 from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.scoring.halves import Half
 from puzzle_ray.scoring.settings import ScoringConfig
@@ -24,16 +25,23 @@ from puzzle_ray.settings import Section
 from puzzle_ray.variants.space import SpaceConfig
 
 TINY = "tiny"
+HARDWARE = "auto"  # the cluster that is there decides
 _LONGEST = 200  # characters of what a user wrote, in an error
 
 
 class RunConfig(Section):
-    """A whole run."""
+    """A whole run.
+
+    With `hardware: auto` the cluster decides what the config leaves open: dtypes, micro-batches, shards, shares of GPUs, GKD's workers and
+    steps; a cluster in words, such as `8x8 H100-80GB`, is taken in place of a look at the one that is there. What was decided is said at
+    the start, and `puzzle-ray config --resolved` shows it. What a result depends on is kept in the store, and holds for later runs there.
+    """
 
     parent: str = TINY  # `tiny` (trained on this machine), a folder, or a hub id
     revision: str | None = None
     trust_remote_code: bool = False  # code that comes with the parent's checkpoint may run
     store: str = "runs"
+    hardware: str | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     rounds: Annotated[int, Field(ge=1, le=32)] = 1  # to the budget; every round's child, distilled, is the next one's parent
     tiny_parent_steps: Annotated[int, Field(gt=20)] = 500  # of the training of parent tiny, 20 of them warm-up
@@ -68,12 +76,34 @@ class RunConfig(Section):
         drawn = {"seed": self.seed} if self.evaluate.tasks or self.evaluate.retrieval_tokens else {}
         return self.evaluate.quality_identity() | half | drawn
 
+    @field_validator("hardware")
+    @classmethod
+    def _a_cluster(cls, given: str | None) -> str | None:
+        if given not in (None, HARDWARE):
+            try:
+                described(str(given))
+            except ValueError as error:
+                raise ValueError(f"{error}; write auto, or {REMEDY.removeprefix('write ')}") from None
+        return given
+
+    @model_validator(mode="after")
+    def _a_whole_step(self) -> RunConfig:
+        gkd = self.gkd
+        together = gkd.num_workers * gkd.micro_batch_tokens * gkd.gradient_accumulation
+        if gkd.step_tokens is not None and not gkd.stages and self.hardware is None and together != gkd.step_tokens:
+            problem = (
+                f"gkd.step_tokens={gkd.step_tokens}, and num_workers x micro_batch_tokens x gradient_accumulation is {together}"
+            )
+            raise ValueError(f"{problem}; make them equal, leave gkd.step_tokens out, or set hardware to auto")
+        return self
+
     @model_validator(mode="after")
     def _whole_sequences(self) -> RunConfig:
         length = self.data.sequence_length
         for section in ("library", "scoring", "gkd"):
             tokens = getattr(self, section).micro_batch_tokens
-            if tokens % length:
+            decided = self.hardware is not None and "micro_batch_tokens" not in getattr(self, section).model_fields_set
+            if tokens % length and not decided:
                 raise ValueError(f"{section}.micro_batch_tokens={tokens} is no multiple of data.sequence_length={length}")
         for number, stage in enumerate(self.gkd.stages):
             if stage.sequence_length % length and length % stage.sequence_length:
@@ -111,13 +141,13 @@ def recipes() -> dict[str, str]:
 
 
 def load(recipe: str | None = None, file: str | None = None, overrides: tuple[str, ...] = ()) -> RunConfig:
-    """A recipe, then a YAML file, then `a.b=c` overrides, each on top of the one before. Raises ConfigError."""
+    """Recipes (`name` or `name,name`), then a YAML file, then `a.b=c` overrides, each on top of the one before. Raises ConfigError."""
     values: dict[str, Any] = {}
-    if recipe is not None:
+    for name in [] if recipe is None else recipe.split(","):
         known = recipes()
-        if recipe not in known:
-            raise ConfigError("recipe", f"unknown recipe {recipe!r}", did_you_mean(recipe, known))
-        _merge(values, _parse(known[recipe], f"recipe {recipe}"))
+        if name not in known:
+            raise ConfigError("recipe", f"unknown recipe {name!r}", did_you_mean(name, known))
+        _merge(values, _parse(known[name], f"recipe {name}"))
     if file is not None:
         _merge(values, _parse(_text_of(file), repr(file)))
     for override in overrides:

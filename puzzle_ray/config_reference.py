@@ -44,6 +44,7 @@ AIMS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "less memory in the object store",
         ("library.window=2", "library.activation_dtype=bfloat16", "cluster.num_shards=4"),
     ),
+    ("settings by the hardware that is there", ("hardware=auto",)),
     ("shards and trainers on GPUs", ("cluster.gpus_per_shard=0.5", "cluster.gpus_per_trainer=0.25")),
     ("GKD on eight GPUs", ("gkd.use_gpu=true", "gkd.num_workers=8")),
     (
@@ -61,6 +62,7 @@ AIMS: tuple[tuple[str, tuple[str, ...]], ...] = (
 # Of settings whose names say it to those who know the field.
 MEANINGS: Mapping[str, str] = {
     "revision": "branch, tag or commit of a parent that is a hub id",
+    "hardware": "auto, or a cluster in words, such as `8x8 H100-80GB`: it decides what is not set; see above",
     "store": "where artifacts are kept: a folder or any fsspec URL; a part of a result is never read from elsewhere",
     "seed": "of the order of training text and of everything that draws",
     "data.train": "the source of the text that is trained on; the tiny parent brings its own",

@@ -11,6 +11,7 @@ finished the other finds. A run that was interrupted goes on where it was.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ import torch
 from puzzle_ray.artifacts import Architecture, Choices, Measure, Profile, Scores
 from puzzle_ray.checks import check, check_asked
 from puzzle_ray.compression import Round, Setting
-from puzzle_ray.config import TINY, load
+from puzzle_ray.config import TINY, RunConfig, load
 from puzzle_ray.data.parts import HeldoutParts, heldout_parts
 from puzzle_ray.data.sources import source_fingerprint
 from puzzle_ray.data.splits import load_tokens, save_tokens, train_tokens_source
@@ -37,9 +38,11 @@ from puzzle_ray.evaluation.reader import AskHere
 from puzzle_ray.evaluation.requests import ANSWERS
 from puzzle_ray.evaluation.task_names import task_sources
 from puzzle_ray.models.tokenizer import read_tokenizer
+from puzzle_ray.planning.settled import config_of_parent, settle
 from puzzle_ray.process import compute_with, num_cores
 from puzzle_ray.profiling.engine import engine_source, target_here
 from puzzle_ray.profiling.measure import PROFILE_TABLE, profile_serially
+from puzzle_ray.profiling.nodes import this_machine
 from puzzle_ray.progress import Display, Progress
 from puzzle_ray.scoring.downstream import load_questions
 from puzzle_ray.scoring.exact import exact_where_used
@@ -91,8 +94,18 @@ def compress(
     if config.gkd.parallel == "fsdp":
         problem = "fsdp shards a child over several processes, and this is one"
         raise ConfigError("gkd.parallel", problem, "leave it at auto, or use puzzle-ray compress")
-    check(config, Store(config.store))
-    return run(Setting(config, Store(config.store), progress or Display()))
+    place = Store(config.store)
+    if config.hardware is not None:
+        config = for_this_machine(config, place)
+    check(config, place)
+    return run(Setting(config, place, progress or Display()))
+
+
+def for_this_machine(config: RunConfig, store: Store) -> RunConfig:
+    """With what this machine decides of the config (`hardware: auto`): this process computes on its CPU."""
+    found = settle(config, config_of_parent(config), [this_machine(gpus=False)], store)
+    print("\n".join(f"  {line}" for line in found.told()), file=sys.stderr, flush=True)
+    return found.config
 
 
 def run(s: Setting) -> Compressed:

@@ -92,7 +92,7 @@ class Candidate:
         """Starts from halves that another library has trained."""
         self._load({f"{kind}/{name}": value for kind, state in states.items() for name, value in state.items()})
         self.record.initialisation = "trained halves"
-        self.start = self.weights()
+        self._keep_start()
 
     @property
     def still_trains(self) -> bool:
@@ -112,7 +112,11 @@ class Candidate:
             variant, argument = find_variant(self.choice.variant(kind), kind)
             methods.append(variant.initialise(half, parent, argument, kind, self.descriptor, statistics))
         self.record.initialisation = "; ".join(methods)
-        self.start = self.weights()
+        self._keep_start()
+
+    def _keep_start(self) -> None:
+        """In the host's memory: it is seldom asked for, and a GPU has no room to spare."""
+        self.start = {name: value.to("cpu", copy=True) for name, value in self._live_weights().items()}
 
     def weights(self) -> dict[str, Tensor]:
         """A copy of the weights as they are now, by `<kind>/<name inside the layer>`."""

@@ -188,6 +188,9 @@ class GkdConfig(Section):
     tokens: Annotated[int, Field(ge=0)] = 1_000_000
     micro_batch_tokens: Count = 2048  # per worker, in one forward
     gradient_accumulation: Count = 1  # micro-batches of each worker in one optimizer step
+    step_tokens: Count | None = (
+        None  # of one optimizer step; with hardware: auto, what workers, micro-batches and accumulation make
+    )
     stages: tuple[GkdStage, ...] = ()
     num_workers: Count = 1
     learning_rate: float | Literal["auto"] = 3e-4
@@ -279,6 +282,7 @@ class GkdConfig(Section):
         A preset counts by what it stands for. `auto` chooses by the devices, which no key has, between ways that differ in rounding.
         """
         without_effect = {"checkpoint_every", "max_failures", "preset", "activation_checkpointing", "cpu_offload", "min_workers"}
+        without_effect |= {"step_tokens"}
         without_effect |= {"tokens", "micro_batch_tokens"} if self.stages else set()
         without_effect |= {"parallel"} if self.parallel != "fsdp" else set()
         without_effect |= {"compute_dtype"} if self.compute_dtype == AUTO else set()

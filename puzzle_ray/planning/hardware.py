@@ -2,17 +2,52 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.planning.demand import Demand, Work
-from puzzle_ray.profiling.devices import Device, device_of
+from puzzle_ray.profiling.devices import Device
+from puzzle_ray.profiling.nodes import REMEDY, Node, described, gpus_of
 
-MIB = 1 << 20
 CONTEXT_BYTES = 1 << 30  # of a GPU's memory that the CUDA context of a process and the allocator's gaps take; a rule of thumb
-_WORDS = re.compile(r"\s*(\d+)\s*x\s*(\d+)\s+(\S.*?)\s*")
+
+
+class Cluster(Protocol):
+    """Equal GPUs: what they are called, what each has in bytes, and how many there are."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def gpu_bytes(self) -> int: ...
+
+    @property
+    def num_gpus(self) -> int: ...
+
+
+def room_bytes(cluster: Cluster, share: float) -> int:
+    """What a process has that is given a share of a GPU."""
+    return int(cluster.gpu_bytes * share) - CONTEXT_BYTES
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The GPUs of the nodes that a run found; of different ones, the smallest memory counts for all."""
+
+    name: str
+    gpu_bytes: int
+    num_gpus: int
+
+    @classmethod
+    def of(cls, nodes: Sequence[Node]) -> Seen | None:
+        """None where no node has a GPU."""
+        found = [node.gpus for node in nodes if node.gpus is not None]
+        if not found:
+            return None
+        least = min(found, key=lambda gpus: gpus.memory_bytes)
+        return cls(least.name, least.memory_bytes, sum(gpus.count for gpus in found))
 
 
 @dataclass(frozen=True)
@@ -26,39 +61,45 @@ class Hardware:
     @classmethod
     def parse(cls, words: str) -> Hardware:
         """`8x8 H100-80GB`: nodes, GPUs of each, the device by name. Raises ConfigError."""
-        match, remedy = _WORDS.fullmatch(words), 'write nodes x GPUs and a device, such as "8x8 H100-80GB"'
-        if match is None or not int(match[1]) or not int(match[2]):
-            raise ConfigError("--cluster", f"{words!r} describes no cluster", remedy)
         try:
-            device = device_of(match[3])
+            return cls(*described(words))
         except ValueError as error:
-            raise ConfigError("--cluster", str(error), remedy) from None
-        if device is None:
-            raise ConfigError("--cluster", f"{match[3]!r} is no GPU", remedy)
-        return cls(int(match[1]), int(match[2]), device)
+            raise ConfigError("--cluster", str(error), REMEDY) from None
+
+    def as_nodes(self) -> list[Node]:
+        """What `hardware: auto` would see of it."""
+        return [Node(gpus=gpus_of(self.device, self.gpus))] * self.nodes
 
     @property
     def num_gpus(self) -> int:
         return self.nodes * self.gpus
 
-    def room_bytes(self, share: float) -> int:
-        """What a process has that is given a share of a GPU."""
-        return int(self.device.memory_mib * MIB * share) - CONTEXT_BYTES
+    @property
+    def name(self) -> str:
+        return self.device.name
+
+    @property
+    def gpu_bytes(self) -> int:
+        return gpus_of(self.device, 1).memory_bytes
+
+    def busy_gpus(self, work: Work) -> float:
+        """How many of them the stage uses."""
+        return min(float(self.num_gpus), work.gpus or self.num_gpus)
 
     def hours(self, work: Work, mfu: float) -> float:
-        """With all GPUs busy at a share `mfu` of their peak rate in the dtype that most of the work is computed in."""
-        return work.flops / (self.num_gpus * self.device.tflops[work.dtype] * 1e12 * mfu) / 3600
+        """With all GPUs of a stage busy at a share `mfu` of their peak rate in the dtype that most of the work is computed in."""
+        return work.flops / (self.busy_gpus(work) * self.device.tflops[work.dtype] * 1e12 * mfu) / 3600
 
 
-def problems(demands: Sequence[Demand], hardware: Hardware) -> list[str]:
+def problems(demands: Sequence[Demand], cluster: Cluster) -> list[str]:
     """What does not fit, each with the setting that would mend it."""
     found = []
     for demand in demands:
-        if demand.gpu_share and demand.total > hardware.room_bytes(demand.gpu_share):
-            room = hardware.room_bytes(demand.gpu_share)
+        if demand.gpu_share and demand.total > room_bytes(cluster, demand.gpu_share):
+            room = room_bytes(cluster, demand.gpu_share)
             what = f"{demand.stage}: a {demand.process} needs {demand.total / 2**30:.1f} GiB"
-            found.append(f"{what}, its share of a {hardware.device.name} has {room / 2**30:.1f} GiB; {demand.remedy}")
-        if demand.gpu_share * demand.count > hardware.num_gpus:
+            found.append(f"{what}, its share of a {cluster.name} has {room / 2**30:.1f} GiB; {demand.remedy}")
+        if demand.gpu_share * demand.count > cluster.num_gpus * (1 + 1e-6):
             what = f"{demand.stage}: {demand.count} x {demand.process} take {demand.gpu_share * demand.count:g} GPUs"
-            found.append(f"{what}, the cluster has {hardware.num_gpus}; ask for fewer or for smaller shares")
+            found.append(f"{what}, the cluster has {cluster.num_gpus}; {demand.fewer}")
     return found

@@ -17,6 +17,7 @@ from puzzle_ray.store.record import RECORD, Problem, State
 from puzzle_ray.store.root import LOGS
 
 DAY_S = 24 * 3600.0
+READ_BY_ALL = ("hardware",)  # stages whose result every run of a parent reads, though nobody names it as an input
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,9 @@ def _unneeded(store: Store, older_than_days: float, dry_run: bool) -> list[Garba
     inputs = [text for one in listed if one.state == "finished" for text in one.inputs.values()]
     oldest, found = time.time() - older_than_days * DAY_S, []
     for one in listed:
-        needed = one.state in ("finished", "damaged") and any(one.key in str(text) for text in inputs)
+        needed = one.state in ("finished", "damaged") and (
+            one.stage in READ_BY_ALL or any(one.key in str(text) for text in inputs)
+        )
         read_now = (
             bool(held) and one.state == "finished"
         )  # what a run reads is known to its record alone, which it has not written yet

@@ -19,7 +19,6 @@ from packaging.requirements import Requirement
 
 import jobs
 from puzzle_ray.config import load
-from puzzle_ray.variants.space import search_space
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -286,20 +285,13 @@ def test_the_walk_names_files_verbs_and_options_that_there_are(capsys):
 
 
 def test_the_worked_example_shows_what_plan_says():
-    from transformers import AutoConfig
+    from typer.testing import CliRunner
 
-    from jobs.plan import table
-    from puzzle_ray.planning.demand import Sizes, demands, works
-    from puzzle_ray.planning.hardware import MIB, Hardware
+    from jobs.app import application
 
-    text, config = (CLUSTER / "README.md").read_text(), load("llama31_8b")
-    shape = {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32}
-    shape |= {"num_key_value_heads": 8, "vocab_size": 128_256, "max_position_embeddings": 131_072, "tie_word_embeddings": False}
-    parent = AutoConfig.for_model("llama", dtype="bfloat16", **shape)
-    space = search_space(parent, config.space.attention, config.space.ffn, config.space.ffn_multiple_of)
-    sizes = Sizes(parent, space)
-    hardware = Hardware.parse("1x8 H100-80GB")
-    found = demands(config, parent, sizes, int(hardware.device.memory_mib * MIB))
-    shown = table(found, works(config, parent, sizes), hardware, 0.4)
+    text = (CLUSTER / "README.md").read_text()
+    done = CliRunner().invoke(application(), ["plan", "--recipe", "llama31_8b", "--cluster", "1x8 H100-80GB"])
+    shown = [line for line in done.stdout.splitlines() if "published shape" not in line]
     assert "\n".join(f"    {line}" if line else "" for line in shown) in text
-    assert config.library.tokens == 250_000_000 and config.gkd.tokens == 1_000_000_000 and config.scoring.tokens == 131_072
+    config = load("llama31_8b")
+    assert config.library.tokens == 1_000_000_000 and config.gkd.tokens == 5_000_000_000 and config.scoring.tokens == 131_072

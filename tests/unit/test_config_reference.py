@@ -72,13 +72,7 @@ def test_the_command_shows_the_reference_and_the_settings_of_a_run(capsys):
     assert run(["config", "--recipe", "tinny"]) == 2
 
 
-def test_the_recipe_for_eight_gpus_fills_each_of_them():
-    config = load("llama31_8b")
-    cluster, layers = config.cluster, 32
-    assert layers % cluster.num_shards == 0 and cluster.blocks_per_trainer == 1
-    trainers = layers // cluster.num_shards
-    assert cluster.gpus_per_shard + trainers * cluster.gpus_per_trainer == pytest.approx(1)
-    assert config.gkd.num_workers == cluster.num_shards == 8 and config.gkd.use_gpu
+def test_recipes_are_there_and_a_share_of_a_gpu_is_a_whole_part():
     assert set(recipes()) >= {"tiny", "llama31_8b"}
     with pytest.raises(ConfigError, match="gpus_per_shard"):
         load("llama31_8b", overrides=("cluster.gpus_per_shard=0.4",))

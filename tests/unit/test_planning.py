@@ -16,7 +16,7 @@ from puzzle_ray.models.blocks import load_stack
 from puzzle_ray.models.child import read_config
 from puzzle_ray.models.describe import describe
 from puzzle_ray.planning.demand import Sizes, calibration_bytes, demands, trainer_parts, worker_parts, works
-from puzzle_ray.planning.hardware import CONTEXT_BYTES, Hardware, problems
+from puzzle_ray.planning.hardware import CONTEXT_BYTES, Hardware, problems, room_bytes
 from puzzle_ray.variants.space import SpaceConfig, search_space
 
 GIB = 1 << 30
@@ -133,9 +133,12 @@ def test_llamas_plan_is_what_hand_arithmetic_says(name):
     assert work["library"].store_bytes_per_token == (layers + 1) * d * 2
     assert work["library"].store_bytes == (layers + 1) * d * 2 * 4096 * 3
     half = 3 * d * (f // 2) + d  # the one trained variant: half of the FFN, with its norm
-    moments = 2 * 8 * f**2 if name else 0  # of the FFN's channels, of either half of the tokens, in float64
-    beyond = max(0, moments - 4 * half * (1 + 2))
-    assert found["library", "block trainer"].total == 4 * (layer + half * (1 + 1 + 1 + 2)) + beyond
+    trainer = found["library", "block trainer"]  # its GPU has no start weights, and no copies that a checkpoint is written from
+    assert trainer.total - trainer.parts["activations"] == 4 * (layer + half * (1 + 1 + 2))
+    assert trainer.host == {"start weights": 4 * half, "checkpoint copies": 4 * half * 3}
+    more = planned(llama(name), **how | {"space": {"attention": ("parent", "noop"), "ffn": ("parent", "linear")}})[0]
+    moments = 8 * 2 * 2 * (d + 1) * (2 * d + 1)  # X'X and X'Y of both subblocks, of either half of the tokens, in float64
+    assert more["library", "block trainer"].parts["calibration"] == moments - 4 * (d * d + d) * (1 + 2)
     worker = found["gkd", "worker"].parts
     assert worker["child"] + worker["gradients"] + worker["optimizer"] == 16 * n and worker["parent"] == 2 * n
     assert work["gkd"].flops == 8 * n * 1e9 and work["gkd"].checkpoint_bytes == 16 * n  # 12 and the best weights
@@ -147,12 +150,13 @@ def test_llamas_plan_is_what_hand_arithmetic_says(name):
     hardware = Hardware.parse("8x8 H100-80GB")
     words = problems(list(found.values()), hardware)
     assert [line for line in words if line.startswith("gkd: a worker needs")], "16 bytes a parameter are more than one GPU has"
-    many = RunConfig.model_validate(how | {"gkd": gkd | {"parallel": "fsdp", "num_workers": 64}})
+    again = {"activation_checkpointing": True}
+    many = RunConfig.model_validate(how | {"gkd": gkd | {"parallel": "fsdp", "num_workers": 64} | again})
     sharded = demands(many, llama(name), sizes)[3]
     held = sum(sharded.parts[part] for part in ("child", "gradients", "optimizer", "best weights", "parent"))
     assert 22 * n <= 64 * held < 22 * n + 64 * 5, "16 bytes a parameter, 4 of the best weights, 2 of the parent"
     assert sharded.parts["gathered"] == 2 * (3 * (2 * ends + d) + 3 * layer) + 4 * ends and not problems([sharded], hardware)
-    assert hardware.hours(work["gkd"], 0.4) == pytest.approx(8 * n * 1e9 / (64 * 989.4e12 * 0.4) / 3600)
+    assert hardware.hours(work["gkd"], 0.4) == pytest.approx(8 * n * 1e9 / (8 * 989.4e12 * 0.4) / 3600), "8 workers"
 
 
 def test_gkds_workers_are_sharded_where_a_device_is_too_small():
@@ -167,7 +171,7 @@ def test_gkds_workers_are_sharded_where_a_device_is_too_small():
 def test_a_cluster_in_words():
     found = Hardware.parse("2x4 A100")
     assert (found.nodes, found.gpus, found.num_gpus) == (2, 4, 8)
-    assert found.room_bytes(0.5) == 40 * GIB - CONTEXT_BYTES
+    assert room_bytes(found, 0.5) == 40 * GIB - CONTEXT_BYTES
     for words in ("H100", "0x8 H100", "8x8", "2x4 cpu", "2x4 H999"):
         with pytest.raises(ConfigError):
             Hardware.parse(words)
@@ -195,4 +199,5 @@ def test_a_shard_and_its_trainers_in_one_process_are_counted_together():
         together["library", "shard, trainers"],
     )
     assert (shard.count, one_layer.count, both.count) == (2, 4, 2) and ("library", "block trainer") not in together
-    assert shard.total + 2 * one_layer.total == both.total, "two layers each"
+    transient = one_layer.parts["gradients"] + one_layer.parts["activations"]
+    assert shard.total + 2 * one_layer.total - transient == both.total, "two layers each, one after the other"

@@ -1,0 +1,364 @@
+"""`hardware: auto`: the settings that a cluster decides, for those that the config leaves open.
+
+What a config says itself always holds. Everything else here is a pure function of the config, the parent's shape and the nodes:
+
+- on GPUs: bfloat16 where they have it; each GPU holds a run of layers and their trainers in one process (`cluster.colocate`), micro-batches
+  are the largest powers of two of sequences, up to a limit, that the plan (`puzzle_ray.planning.demand`) finds room for; every GPU is a
+  worker of GKD; profiles are measured on one GPU;
+- on CPUs: float32, and the defaults. There is a shard for every node, and more where a node's memory is too small for one.
+
+A later run in the same store is given what the first one decided of the settings in `IN_KEYS` (see `puzzle_ray.planning.settled`).
+
+GKD: `gkd.step_tokens` is what one step is to have, whatever the cluster; workers, micro-batches and `gkd.gradient_accumulation` make
+it. Where nobody says, a step is what the workers have room for, and the learning rate is found by a range test (`auto`). The learning
+rate of the library is never chosen here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from puzzle_ray.artifacts import SearchSpace
+from puzzle_ray.config import RunConfig, validated
+from puzzle_ray.planning.demand import (
+    Demand,
+    Sizes,
+    demands,
+    evaluation_demand,
+    gkd_demand,
+    library_demands,
+    scores_demand,
+)
+from puzzle_ray.planning.hardware import Seen, problems, room_bytes
+from puzzle_ray.profiling.nodes import GIB, Node, in_words
+
+LARGEST_LIBRARY_TOKENS = 16_384  # of a micro-batch, which is a step of every variant; our choice: the paper says no batch
+LARGEST_SCORING_TOKENS = 8_192  # more keep a GPU no busier
+LARGEST_GKD_TOKENS = 16_384
+BUSY_TOKENS = (
+    4_096  # of a micro-batch, above which a GPU is well used: rather larger ones with layers run twice than smaller ones
+)
+CPU_TOKENS = 2_048  # the sections' own default
+SHARE_OF_A_NODE = 0.4  # of its memory that a shard on CPUs may take
+# Settings that a stage's key has, in the order in which they are decided. What a store's first run decided holds for the later ones.
+IN_KEYS = (
+    "cluster.gpus_per_shard",
+    "cluster.gpus_per_trainer",
+    "library.parent_dtype",
+    "library.activation_dtype",
+    "library.compute_dtype",
+    "library.micro_batch_tokens",
+    "scoring.dtype",
+    "scoring.micro_batch_tokens",
+    "gkd.use_gpu",
+    "gkd.num_workers",
+    "gkd.micro_batch_tokens",
+    "gkd.gradient_accumulation",
+    "gkd.learning_rate",
+    "profile.num_gpus",
+    "profile.dtype",
+    "profile.memory_mib",
+)
+AS_SHARES = IN_KEYS[:2]  # a key has only whether they are above 0
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A config in which nothing is left to the hardware, and what to tell: decisions and warnings, one line each."""
+
+    config: RunConfig
+    lines: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def in_keys(self) -> dict[str, Any]:
+        """The values that stages' keys have."""
+        return {name: value_of(self.config, name) for name in IN_KEYS}
+
+
+def value_of(config: RunConfig, name: str) -> Any:
+    section, _, key = name.partition(".")
+    return getattr(getattr(config, section), key)
+
+
+def is_set(config: RunConfig, name: str) -> bool:
+    """Whether a recipe, a file or `--set` says it."""
+    section, _, key = name.partition(".")
+    return key in getattr(config, section).model_fields_set
+
+
+@dataclass
+class _Draft:
+    """A config on its way. `kept` are values of `IN_KEYS` that an earlier run decided, `kept_by` says which run."""
+
+    original: RunConfig
+    kept: Mapping[str, Any]
+    kept_by: str
+    lines: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    decided: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.config = self.original
+
+    def open(self, name: str) -> bool:
+        """Whether the cluster decides it: neither the config does, nor did an earlier run."""
+        return not is_set(self.original, name) and name not in self.decided and name not in self.kept
+
+    def fixed(self, name: str) -> Any:
+        """The value that it has whatever the cluster; None where it is open."""
+        if is_set(self.original, name) or name in self.decided:
+            return value_of(self.config, name)
+        return self.kept.get(name)
+
+    def decide(self, name: str, value: Any, why: str) -> Any:
+        """Takes a value, unless the config says one, or an earlier run has decided. Returns what holds."""
+        if is_set(self.original, name) or name in self.decided:
+            return value_of(self.config, name)
+        if name in self.kept and (name not in AS_SHARES or bool(self.kept[name]) != bool(value)):
+            value, why = self.kept[name], f"as {self.kept_by}"
+        self.put(name, value)
+        self.decided.add(name)
+        self.lines.append(f"{name} = {format(value, 'g') if isinstance(value, float) else value}: {why}")
+        return value
+
+    def put(self, name: str, value: Any) -> None:
+        """For a try, without a word."""
+        section, _, key = name.partition(".")
+        new = getattr(self.config, section).model_copy(update={key: value})
+        self.config = self.config.model_copy(update={section: new})
+
+
+def resolve(
+    config: RunConfig,
+    model_config: Any,
+    space: SearchSpace,
+    nodes: Sequence[Node],
+    kept: Mapping[str, Any] | None = None,
+    kept_by: str = "",
+) -> Resolved:
+    """The config for these nodes. Raises ConfigError where what is set and what is found do not go together."""
+    draft = _Draft(config, kept or {}, kept_by)
+    gpus, sizes = Seen.of(nodes), Sizes(model_config, space)
+    bfloat16 = all(node.gpus.bfloat16 for node in nodes if node.gpus is not None)
+    if gpus is not None:
+        _place_on_gpus(draft, sizes, gpus, nodes)
+        _dtypes(draft, bfloat16)
+        _micro_batches(draft, sizes, gpus)
+        _distillation(draft, sizes, gpus)
+        _profile(draft, sizes, gpus, bfloat16)
+    else:
+        _on_cpus(draft, sizes, nodes)
+    for name in draft.kept:
+        draft.decide(name, value_of(draft.config, name), "")
+    found = validated(draft.config.model_copy(update={"hardware": None}).model_dump(mode="json"))
+    if gpus is not None:
+        draft.warnings += problems(demands(found, model_config, sizes, gpus.gpu_bytes), gpus)
+        draft.warnings += idle(found, gpus.num_gpus)
+    return Resolved(found, (f"found {in_words(nodes)}", *draft.lines), tuple(draft.warnings))
+
+
+def idle(config: RunConfig, num_gpus: float) -> list[str]:
+    """A warning where a cluster has GPUs and stages compute on its CPUs."""
+    cluster, names = config.cluster, {}
+    names["the library"] = cluster.gpus_per_trainer, "cluster.gpus_per_shard and cluster.gpus_per_trainer"
+    names["scores"] = cluster.gpus_per_shard, "cluster.gpus_per_shard"
+    if config.gkd.trains:
+        names["GKD"] = float(config.gkd.use_gpu), "gkd.use_gpu"
+    still = {stage: remedy for stage, (share, remedy) in names.items() if not share}
+    if not num_gpus or not still:
+        return []
+    settings = ", ".join(dict.fromkeys(still.values()))
+    words = f"{num_gpus:g} GPUs are idle while {', '.join(still)} compute on CPUs"
+    return [f"{words}; set {settings}, or hardware: auto"]
+
+
+# on GPUs
+
+
+def _place_on_gpus(draft: _Draft, sizes: Sizes, gpus: Seen, nodes: Sequence[Node]) -> None:
+    """Which layers are together on a GPU; where the config or an earlier run has them on CPUs, they stay there."""
+    depth = len(sizes.layers)
+    given = [draft.fixed(name) for name in AS_SHARES]
+    if all(share is not None and not share for share in given):
+        for name in AS_SHARES:
+            draft.decide(name, 0, "")
+        draft.decide("cluster.num_shards", *_shards_on_cpus(draft, sizes, nodes))
+        return
+    if not any(is_set(draft.original, name) for name in AS_SHARES):
+        draft.decide("cluster.colocate", True, "hidden states stay on the GPU of their layers")
+    each = -(-depth // gpus.num_gpus)
+    shards = draft.decide(
+        "cluster.num_shards", -(-depth // each), f"{depth} layers on {gpus.num_gpus} GPUs, {each} at most on each"
+    )
+    share, why = 0.5, "a shard and its trainers are one process, with one GPU"
+    if not draft.config.cluster.colocate:
+        share, why = 1 / (1 + -(-depth // shards)), "a shard and its trainers share a GPU"
+    for name in AS_SHARES:
+        draft.decide(name, share, why)
+
+
+def _dtypes(draft: _Draft, bfloat16: bool) -> None:
+    if not bfloat16:
+        draft.warnings.append("not all GPUs have bfloat16: weights and activations stay in float32")
+    cluster, why = draft.config.cluster, "GPUs have it" if bfloat16 else "not all GPUs have bfloat16"
+    dtype = "bfloat16" if bfloat16 else "float32"
+    if cluster.gpus_per_shard:
+        for name in ("library.parent_dtype", "library.activation_dtype", "scoring.dtype"):
+            draft.decide(name, dtype, why)
+    if cluster.gpus_per_trainer:
+        draft.decide("library.compute_dtype", dtype, why)
+
+
+def powers(length: int, least: int, most: int) -> Iterator[int]:
+    """Whole sequences of `length` tokens, doubled each time, from the most within `most` down to `least`; never less than one."""
+    doubled = max(0, int(math.log2(max(1, most // length))))
+    for n in range(doubled, -1, -1):
+        if length << n >= least or not n:
+            yield length << n
+
+
+def _micro_batches(draft: _Draft, sizes: Sizes, gpus: Seen) -> None:
+    length, cluster = draft.config.data.sequence_length, draft.config.cluster
+
+    def largest(name: str, most: int, needed: Callable[[RunConfig], Iterable[Demand]]) -> None:
+        if draft.open(name):
+            tokens = next(fitting(draft, [(name, n) for n in powers(length, 0, most)], needed, gpus), length)
+            draft.decide(name, tokens, f"the most, of at most {most}, that has room")
+
+    if cluster.gpus_per_trainer or cluster.gpus_per_shard:
+        largest("library.micro_batch_tokens", LARGEST_LIBRARY_TOKENS, lambda c: library_demands(c, sizes))
+    if cluster.gpus_per_shard:
+        largest("scoring.micro_batch_tokens", LARGEST_SCORING_TOKENS, lambda c: [scores_demand(c, sizes.config, sizes)])
+
+
+def fitting(
+    draft: _Draft, choices: Iterable[tuple[str, int]], needed: Callable[[RunConfig], Iterable[Demand]], gpus: Seen
+) -> Iterator[int]:
+    """The values of one setting with which every process that is needed has room, in their order."""
+    for name, value in choices:
+        draft.put(name, value)
+        if all(d.total <= room_bytes(gpus, d.gpu_share) for d in needed(draft.config) if d.gpu_share):
+            yield value
+
+
+def _distillation(draft: _Draft, sizes: Sizes, gpus: Seen) -> None:
+    if not draft.config.gkd.trains:
+        return
+    if not draft.decide("gkd.use_gpu", True, "the cluster has some"):
+        _distillation_on_cpus(draft, [])
+        return
+    length, step = draft.config.data.sequence_length, draft.config.gkd.step_tokens
+    fixed = draft.fixed("gkd.micro_batch_tokens") or length
+    most = next(w for w in range(gpus.num_gpus, 0, -1) if step is None or w == 1 or not step % (w * fixed))
+    why = "each GPU is one" if most == gpus.num_gpus else f"of {gpus.num_gpus} GPUs, as many as share a step of {step} tokens"
+    workers = draft.decide("gkd.num_workers", most, why)
+    if workers > gpus.num_gpus and draft.open("gkd.min_workers"):
+        draft.decide("gkd.min_workers", gpus.num_gpus, f"{workers} workers' micro-batches are shared by those that find a GPU")
+    if draft.config.gkd.stages:
+        return
+    _gkd_micro_batch(draft, sizes, gpus, workers, step)
+    if step is not None:
+        _accumulate(draft, step)
+    elif draft.config.gkd.heldout_tokens:
+        draft.decide("gkd.learning_rate", "auto", "a step is what the GPUs have room for, and no rate is known for it")
+
+
+def _gkd_micro_batch(draft: _Draft, sizes: Sizes, gpus: Seen, workers: int, step: int | None) -> None:
+    """With all activations kept where that leaves micro-batches large enough, else with layers that run twice."""
+    name, length, again = "gkd.micro_batch_tokens", draft.config.data.sequence_length, "gkd.activation_checkpointing"
+    most = LARGEST_GKD_TOKENS if step is None else min(LARGEST_GKD_TOKENS, max(length, step // workers))
+
+    def needed(config: RunConfig) -> list[Demand]:
+        return [gkd_demand(config, sizes.config, sizes, gpus.gpu_bytes)]
+
+    def divides(tokens: int) -> bool:
+        return step is None or not step % (workers * tokens)
+
+    sizes_open = [n for n in powers(length, 0, most) if divides(n)] or [length]
+    tried = [draft.fixed(name)] if draft.fixed(name) else sizes_open
+    for twice in (False, True) if draft.open(again) else (draft.config.gkd.activation_checkpointing,):
+        draft.put(again, twice)
+        enough = [n for n in tried if twice or n >= min(BUSY_TOKENS, tried[0])]
+        found = next(fitting(draft, [(name, n) for n in enough], needed, gpus), None)
+        if found is not None:
+            break
+    draft.decide(
+        again, draft.config.gkd.activation_checkpointing, "activations of all layers have" + (" no room" if twice else " room")
+    )
+    draft.decide(name, found or tried[-1], f"the most, of at most {most}, that has room")
+
+
+def _accumulate(draft: _Draft, step: int) -> None:
+    gkd = draft.config.gkd
+    together = gkd.num_workers * gkd.micro_batch_tokens
+    draft.decide("gkd.gradient_accumulation", max(1, step // together), f"a step of {step} tokens")
+
+
+def _profile(draft: _Draft, sizes: Sizes, gpus: Seen, bfloat16: bool) -> None:
+    """One GPU for whoever measures, where a whole model fits it: models are timed by who has as many GPUs as a profiler."""
+    profile = draft.config.profile
+    if profile.engine == "roofline":
+        return
+    draft.decide("profile.dtype", "bfloat16" if bfloat16 else "float32", "as GPUs serve")
+    if draft.open("profile.num_gpus"):
+        draft.put("profile.num_gpus", 1)
+    demand = evaluation_demand(draft.config, sizes, gpus.gpu_bytes)
+    fits = demand.total <= room_bytes(gpus, 1)
+    if draft.decide("profile.num_gpus", int(fits), "a GPU is what is measured" if fits else "no GPU holds a whole model"):
+        draft.decide("profile.memory_mib", gpus.gpu_bytes >> 20, f"of an {gpus.name}")
+    if not fits and not draft.config.profile.num_gpus:
+        words = (
+            f"profile: a whole model takes {demand.total / GIB:.1f} GiB, no {gpus.name} holds it, and costs are measured on a CPU"
+        )
+        draft.warnings.append(f"{words}; set profile.engine=roofline and profile.device for the target's")
+
+
+# on CPUs
+
+
+def _on_cpus(draft: _Draft, sizes: Sizes, nodes: Sequence[Node]) -> None:
+    length = draft.config.data.sequence_length
+    for name in AS_SHARES:
+        if draft.kept.get(name):
+            draft.decide(name, 1.0, f"as {draft.kept_by}; what is not finished waits for GPUs")
+    for section in ("library", "scoring"):
+        if CPU_TOKENS % length:
+            draft.decide(f"{section}.micro_batch_tokens", max(1, CPU_TOKENS // length) * length, f"whole sequences of {length}")
+    draft.decide("cluster.num_shards", *_shards_on_cpus(draft, sizes, nodes))
+    if draft.config.gkd.trains:
+        _distillation_on_cpus(draft, nodes)
+
+
+def _with_cpus(nodes: Sequence[Node]) -> int:
+    return max(1, sum(node.cpus > 0 for node in nodes))
+
+
+def _shards_on_cpus(draft: _Draft, sizes: Sizes, nodes: Sequence[Node]) -> tuple[int, str]:
+    """One for each node, or more, where a node's memory is small for a shard; with the reason."""
+    memory, depth = min((node.memory_bytes for node in nodes if node.memory_bytes), default=0), len(sizes.layers)
+    shards, why = min(_with_cpus(nodes), depth), "one for each node"
+    while memory and draft.open("cluster.num_shards"):
+        draft.put("cluster.num_shards", shards)
+        found = [*library_demands(draft.config, sizes), scores_demand(draft.config, sizes.config, sizes)]
+        if shards == depth or all(d.total <= SHARE_OF_A_NODE * memory for d in found if "shard" in d.process):
+            break
+        shards, why = shards + 1, f"a node has {memory / GIB:.1f} GiB"
+    return shards, why
+
+
+def _distillation_on_cpus(draft: _Draft, nodes: Sequence[Node]) -> None:
+    """A worker for each node, where they can share a step."""
+    gkd, length, name = draft.config.gkd, draft.config.data.sequence_length, "gkd.micro_batch_tokens"
+    if gkd.stages:
+        return
+    whole = max(1, CPU_TOKENS // length) * length
+    step = gkd.step_tokens or gkd.num_workers * gkd.gradient_accumulation * (draft.fixed(name) or whole)
+    least = draft.fixed(name) or length
+    most = next(w for w in range(_with_cpus(nodes), 0, -1) if w == 1 or not step % (w * least))
+    workers = draft.decide("gkd.num_workers", most, "one for each node" if most > 1 else "one has all cores of a node")
+    tokens = next((n for n in powers(length, 0, whole) if not step % (workers * n)), length)
+    draft.decide(name, tokens, f"a part of a step of {step} tokens")
+    _accumulate(draft, step)

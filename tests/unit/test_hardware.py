@@ -1,0 +1,296 @@
+"""`hardware: auto`: the cluster decides what the config leaves open, what is set always holds, and what a run has decided stays."""
+
+import json
+
+import pytest
+import torch
+from small_models import tiny_config
+from small_runs import make_run, save_parent_with_text
+from typer.testing import CliRunner
+
+import puzzle_ray.profiling.nodes as looked
+from jobs.hardware import settled
+from jobs.stages import gkd, library, scores
+from puzzle_ray.config import RunConfig, load
+from puzzle_ray.errors import ConfigError
+from puzzle_ray.models.blocks import stack_without_weights
+from puzzle_ray.models.describe import describe
+from puzzle_ray.pipeline import for_this_machine
+from puzzle_ray.planning.activations import kept_bytes_per_token
+from puzzle_ray.planning.demand import Sizes, demands
+from puzzle_ray.planning.hardware import Seen, problems
+from puzzle_ray.planning.resolve import IN_KEYS, idle, powers, resolve, value_of
+from puzzle_ray.planning.settled import note_of, settle
+from puzzle_ray.profiling.nodes import GIB, Gpus, Node, nodes_of, this_machine
+from puzzle_ray.recipes.shapes import published_config
+from puzzle_ray.store import Store
+from puzzle_ray.store.upkeep import collect_garbage
+from puzzle_ray.variants.space import search_space
+
+SMALL = tiny_config(num_hidden_layers=6, vocab_size=512)
+CPUS = [Node(8, 32 * GIB)]
+H100 = nodes_of("1x8 H100-80GB")
+SPACE = {"attention": ["parent", "noop"], "ffn": ["parent", "ffn:50%", "noop"]}
+
+
+def config(**settings):
+    return RunConfig.model_validate(
+        {"parent": "x", "hardware": "auto", "space": SPACE, "data": {"sequence_length": 256}} | settings
+    )
+
+
+def decided(asked, nodes, kept=None, model_config=SMALL):
+    space = search_space(model_config, asked.space.attention, asked.space.ffn, asked.space.ffn_multiple_of)
+    return resolve(asked, model_config, space, nodes, kept, "before" if kept else "")
+
+
+def v100(count=4):
+    return [Node(16, 64 * GIB, Gpus(count, "V100", 16 * GIB, bfloat16=False))]
+
+
+def test_on_one_machine_without_gpus_nothing_that_a_key_has_is_decided_otherwise():
+    for plain in (config(), load("tiny"), config(gkd={"preset": "none"})):
+        found = decided(plain.model_copy(update={"hardware": "auto"}), CPUS, model_config=SMALL)
+        assert {name: value_of(found.config, name) for name in IN_KEYS} == {name: value_of(plain, name) for name in IN_KEYS}
+        assert found.config.hardware is None and not found.warnings
+        for section in ("library", "scoring", "gkd", "profile"):
+            assert getattr(found.config, section).identity() == getattr(plain, section).identity()
+    assert decided(config(), CPUS).config.cluster.num_shards == 1
+
+
+def test_what_is_set_holds_on_every_cluster():
+    given = {
+        "cluster": {"num_shards": 3, "gpus_per_shard": 0.25, "gpus_per_trainer": 0.25, "colocate": False},
+        "library": {
+            "parent_dtype": "float32",
+            "activation_dtype": "float32",
+            "compute_dtype": "float32",
+            "micro_batch_tokens": 512,
+        },
+        "scoring": {"dtype": "float32", "micro_batch_tokens": 768},
+        "gkd": {"use_gpu": True, "num_workers": 3, "micro_batch_tokens": 256, "gradient_accumulation": 5, "learning_rate": 0.01},
+        "profile": {"num_gpus": 0, "dtype": "float32", "memory_mib": 1000.0},
+    }
+    for nodes in (H100, CPUS, v100(), nodes_of("2x1 H200")):
+        found = decided(config(**given), nodes, {name: "never" for name in IN_KEYS})
+        for section, settings in given.items():
+            for name, value in settings.items():
+                assert getattr(getattr(found.config, section), name) == value, (section, name)
+
+
+def test_gpus_are_all_used_in_bfloat16_and_everything_fits():
+    found = decided(config(), H100).config
+    assert (found.cluster.num_shards, found.cluster.colocate) == (6, True), "a layer on each"
+    assert found.cluster.gpus_per_shard + found.cluster.gpus_per_trainer == 1
+    assert {found.library.compute_dtype, found.library.activation_dtype, found.scoring.dtype, found.profile.dtype} == {"bfloat16"}
+    assert found.gkd.use_gpu and found.gkd.num_workers == 8 and found.gkd.learning_rate == "auto"
+    assert found.library.micro_batch_tokens == 16_384 and found.profile.memory_mib == 81_559 and found.profile.num_gpus == 1
+    apart = decided(config(cluster={"colocate": False}), nodes_of("1x2 H100")).config.cluster
+    assert (apart.num_shards, apart.gpus_per_shard, apart.gpus_per_trainer) == (2, 0.25, 0.25), "three layers and a shard each"
+
+
+def test_without_bfloat16_it_is_float32_and_said():
+    found = decided(config(), v100())
+    assert {found.config.library.compute_dtype, found.config.scoring.dtype, found.config.profile.dtype} == {"float32"}
+    assert any("not all GPUs have bfloat16" in line for line in found.warnings)
+
+
+def test_micro_batches_shrink_with_the_memory_until_nothing_helps():
+    big = tiny_config(hidden_size=1024, intermediate_size=4096, num_attention_heads=8, head_dim=128, num_hidden_layers=4)
+    tokens = []
+    for gib in (1024, 2, 1.05):  # the last one holds less than a layer beside a GPU's context
+        found = decided(config(), [Node(gpus=Gpus(4, "card", int(gib * GIB)))], model_config=big)
+        tokens.append(found.config.library.micro_batch_tokens)
+        size = int(gib * GIB)
+        assert bool(found.warnings) == bool(problems(_demands(found.config, big, size), Seen("card", size, 4)))
+    assert tokens == [16_384, 8_192, 256]
+    assert any("library: a shard, trainers needs" in line and "num_shards" in line for line in found.warnings)
+
+
+def _demands(found, model_config, gpu_bytes):
+    space = search_space(model_config, found.space.attention, found.space.ffn, found.space.ffn_multiple_of)
+    return demands(found, model_config, Sizes(model_config, space), gpu_bytes)
+
+
+@pytest.mark.parametrize("gpus", range(1, 10))
+def test_a_step_has_the_same_tokens_on_every_cluster(gpus):
+    found = decided(config(gkd={"step_tokens": 65_536}), [Node(gpus=Gpus(gpus, "card", 80 * GIB))]).config.gkd
+    assert found.num_workers * found.micro_batch_tokens * found.gradient_accumulation == 65_536 == found.step_tokens
+    assert found.num_workers == max(n for n in (1, 2, 4, 8) if n <= gpus) and found.learning_rate == 3e-4
+    on_cpus = decided(config(gkd={"step_tokens": 65_536}), CPUS * gpus).config.gkd
+    assert on_cpus.num_workers * on_cpus.micro_batch_tokens * on_cpus.gradient_accumulation == 65_536
+
+
+def test_a_step_that_does_not_add_up_is_refused():
+    with pytest.raises(ConfigError, match="step_tokens=4096, and num_workers x .* is 2048; make them equal"):
+        load(None, None, ("gkd.step_tokens=4096",))
+    with pytest.raises(ConfigError, match="step_tokens=4096, and .* is 3072"):
+        decided(config(gkd={"step_tokens": 4096, "num_workers": 3, "micro_batch_tokens": 1024}), H100)
+    plain = load(None, None, ("gkd.step_tokens=2048",))
+    assert plain.gkd.identity() == load().gkd.identity(), "what counts is what it is made of"
+
+
+def test_sequences_longer_than_the_default_micro_batch_need_no_setting():
+    asked = config(data={"sequence_length": 4096})
+    for nodes in (CPUS, H100):
+        found = decided(asked, nodes).config
+        assert all(getattr(found, name).micro_batch_tokens % 4096 == 0 for name in ("library", "scoring", "gkd"))
+    with pytest.raises(ConfigError, match="no multiple of data.sequence_length"):
+        load(None, None, ("data.sequence_length=4096",))
+    assert list(powers(96, 0, 400)) == [384, 192, 96] and list(powers(96, 192, 400)) == [384, 192, 96]
+    assert list(powers(512, 0, 400)) == [512]
+
+
+CLUSTERS = [CPUS, H100, v100(2), nodes_of("8x8 H100-80GB"), CPUS * 3]
+
+
+@pytest.mark.parametrize("first", range(len(CLUSTERS)))
+def test_what_one_cluster_decided_keeps_every_key_on_any_other(first):
+    before = decided(config(), CLUSTERS[first])
+    for nodes in CLUSTERS:
+        after = decided(config(), nodes, before.in_keys())
+        for section in ("library", "scoring", "gkd", "profile"):
+            assert getattr(after.config, section).identity() == getattr(before.config, section).identity(), (section, nodes)
+        assert after.config.cluster.library_identity() == before.config.cluster.library_identity()
+        assert after.config.profile.memory() == before.config.profile.memory()
+        again = [line for line in after.lines if line.startswith("library.micro_batch_tokens")]
+        assert all("as before" in line for line in again)
+        gpus = Seen.of(nodes)
+        if gpus and after.config.gkd.num_workers > gpus.num_gpus:
+            assert after.config.gkd.min_workers == gpus.num_gpus
+
+
+def test_a_store_keeps_what_its_first_run_decided(tmp_path):
+    store, asked = Store(str(tmp_path / "store")), config()
+    assert settle(config(hardware=None), SMALL, H100, store).config == config(hardware=None)
+    looked_at = settle(asked, SMALL, H100, store, notes=False)
+    assert looked_at.lines and not (tmp_path / "store").exists(), "a look writes nothing"
+    first = settle(asked, SMALL, H100, store)
+    assert first == looked_at and note_of(asked, store).facts()["cluster"] == "1 node of 8 x H100, 80 GiB each"
+    later = settle(asked, SMALL, CPUS, store)
+    assert later.config.library == first.config.library and later.config.gkd.identity() == first.config.gkd.identity()
+    said = [line for line in later.lines if line.startswith("library.compute_dtype")]
+    assert said == [
+        "library.compute_dtype = bfloat16: as the first run in this store decided, on 1 node of 8 x H100, 80 GiB each; "
+        f"{note_of(asked, store).name} keeps it"
+    ]
+    own = settle(config(library={"compute_dtype": "float32"}), SMALL, CPUS, store)
+    assert own.config.library.compute_dtype == "float32" and own.config.library.parent_dtype == "bfloat16"
+    assert settle(config(data={"sequence_length": 128}), SMALL, CPUS, store).config.library.compute_dtype == "float32"
+    assert not collect_garbage(store, older_than_days=-1), "nobody's input, and needed all the same"
+
+
+def test_a_cluster_in_words_takes_the_place_of_a_look(tmp_path):
+    in_words = settle(config(hardware="1x8 H100-80GB"), SMALL, [], Store(str(tmp_path)), notes=False)
+    assert in_words.config == settle(config(), SMALL, H100, None).config
+    for wrong in ("many", "1x8 H999", "0x8 H100"):
+        with pytest.raises(ConfigError, match="hardware: .*write auto, or nodes x GPUs"):
+            load(None, None, (f"hardware='{wrong}'",))
+
+
+def test_gpus_that_nobody_asks_for_are_a_warning():
+    assert idle(load(), 0) == [] and idle(decided(config(), H100).config, 8) == []
+    (line,) = idle(load(), 8)
+    assert line.startswith("8 GPUs are idle while the library, scores, GKD compute on CPUs; set cluster.gpus_per_shard and")
+    (line,) = idle(load(None, None, ("cluster.gpus_per_shard=0.5", "cluster.gpus_per_trainer=0.5")), 8)
+    assert line == "8 GPUs are idle while GKD compute on CPUs; set gkd.use_gpu, or hardware: auto"
+
+
+def test_a_run_with_auto_finds_what_one_without_has_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(looked, "probe_gpus", lambda hidden_by_ray: None)
+    parent = save_parent_with_text(tmp_path / "parent")
+    plain, auto = make_run(parent, tmp_path / "store"), make_run(parent, tmp_path / "store", "hardware=auto")
+    auto = settled(auto, notes=False, quiet=True)
+    assert auto.decided[0].startswith("hardware: found 1 node of") and not (tmp_path / "store").exists()
+    for name in ("tokens", "profile"):
+        assert auto.artifact(name).key == plain.artifact(name).key
+    for stage in (library, scores, gkd):
+        assert stage.settings(auto) == stage.settings(plain)
+
+
+def test_without_ray_this_machine_decides_and_its_gpus_do_not_count(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(looked, "probe_gpus", lambda hidden_by_ray: pytest.fail("this process computes on the CPU"))
+    folder, _ = save_parent_with_text(tmp_path / "parent")
+    asked = load(None, None, (f"parent={folder}", "hardware=auto", "data.sequence_length=16"))
+    found = for_this_machine(asked, Store(str(tmp_path / "store")))
+    assert found.hardware is None and found.library == load(None, None, ("data.sequence_length=16",)).library
+    assert "hardware: found 1 node of" in capsys.readouterr().err and list((tmp_path / "store").glob("hardware-*/artifact.json"))
+
+
+def test_status_and_config_show_what_is_decided(tmp_path, monkeypatch):
+    import yaml
+
+    from jobs.app import application
+
+    monkeypatch.setattr(looked, "probe_gpus", lambda hidden_by_ray: None)
+    folder, _ = save_parent_with_text(tmp_path / "parent")
+    words = [
+        "--parent",
+        str(folder),
+        "--set",
+        "hardware=auto",
+        "--store",
+        str(tmp_path / "store"),
+        "--set",
+        "data.sequence_length=16",
+    ]
+    (tmp_path / "store").mkdir()
+    status = CliRunner().invoke(application(), ["status", *words, "--data", str(folder / "text.txt")])
+    assert status.exit_code == 0, status.output
+    assert "hardware: cluster.num_shards = 1: one for each node" in status.output and "library" in status.output
+    shown = CliRunner().invoke(application(), ["config", "--resolved", "--cluster", "1x8 H100-80GB", *words])
+    found = RunConfig.model_validate(yaml.safe_load(shown.stdout))
+    assert found.hardware is None and found.gkd.num_workers == 8 and found.library.compute_dtype == "bfloat16"
+    again = CliRunner().invoke(application(), ["config", "--resolved", *words])
+    assert RunConfig.model_validate(yaml.safe_load(again.stdout)).gkd.num_workers == 1
+    assert not list((tmp_path / "store").iterdir())
+    refused = CliRunner().invoke(application(), ["config", "--cluster", "1x8 H100", *words])
+    assert "add --resolved" in str(refused.exception)
+
+
+def test_this_machine_says_what_it_has(monkeypatch):
+    machine = this_machine(gpus=False)
+    assert machine.cpus >= 1 and machine.memory_bytes > GIB and machine.gpus is None
+
+    class Done:
+        stdout = "a warning\n" + json.dumps([["NVIDIA A10G", 24 * GIB, 8], ["Tesla T4", 16 * GIB, 7]]) + "\n"
+
+    monkeypatch.setattr(looked.os.path, "exists", lambda path: True)
+    monkeypatch.setattr(looked.subprocess, "run", lambda *args, **how: Done)
+    assert looked.probe_gpus(True) == Gpus(2, "Tesla T4", 16 * GIB, bfloat16=False), "what holds for both"
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+@pytest.mark.parametrize("half", [False, True])
+def test_what_a_layer_keeps_for_the_backward_pass_is_what_autograd_keeps(model_type, half):
+    shape = {"hidden_size": 256, "intermediate_size": 896, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32}
+    model_config = tiny_config(model_type, **shape, num_hidden_layers=1, max_position_embeddings=512)
+    model_config._attn_implementation = "sdpa"
+    stack, _ = stack_without_weights(describe(model_config), model_config, 0, 1, torch.float32)
+    layer, tokens = stack.layer(0).to_empty(device="cpu"), 128
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    x, rotary = torch.randn(1, tokens, 256, requires_grad=True), torch.randn(1, tokens, 32)
+    how = torch.autocast("cpu", dtype=torch.bfloat16, enabled=half)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), how:
+        layer(x, position_embeddings=(rotary, rotary), attention_mask=None)
+    copies = 2 * sum(parameter.numel() for parameter in layer.parameters()) if half else 0
+    measured = (sum(size for size, _ in kept.values()) - copies) / tokens
+    assert kept_bytes_per_token(layer, 256, 2 if half else 4) == pytest.approx(measured, rel=0.2)
+
+
+def test_published_shapes_have_the_parameters_of_their_model_cards():
+    sizes = {"meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248, "meta-llama/Llama-3.3-70B-Instruct": 70_553_706_496}
+    for parent, num_params in sizes.items():
+        model_config = published_config(parent)
+        assert Sizes(model_config, search_space(model_config, ("noop",), ("noop",), 256)).total == num_params
+    assert published_config("org/other") is None
