@@ -45,6 +45,8 @@ AIMS: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("library.window=2", "library.activation_dtype=bfloat16", "cluster.num_shards=4"),
     ),
     ("shards and trainers on GPUs", ("cluster.gpus_per_shard=0.5", "cluster.gpus_per_trainer=0.25")),
+    ("more trainers than layers", ("cluster.trainers_per_layer=4",)),
+    ("larger batches than fit a trainer", ("library.gradient_accumulation=8",)),
     ("GKD on eight GPUs", ("gkd.use_gpu=true", "gkd.num_workers=8")),
     (
         "GKD of a child that one GPU cannot hold",

@@ -108,6 +108,11 @@ def calibration_bytes(sizes: Sizes, layer: int, choices: Sequence[LayerChoice]) 
     return 8 * numbers
 
 
+def trainers_of_layers(config: RunConfig, sizes: Sizes) -> list[int]:
+    """Over how many trainers the variants of every layer are split."""
+    return [max(1, min(config.cluster.trainers_per_layer, len(layer.trained))) for layer in sizes.space.layers]
+
+
 def trainer_parts(sizes: Sizes, layer: int, accumulate: int = 1, trainers: int = 1) -> dict[str, int]:
     """A block trainer's memory for one layer, beside activations: everything is float32.
 
@@ -183,7 +188,7 @@ def demands(config: RunConfig, model_config: Any, sizes: Sizes, gpu_bytes: int =
     own = str(getattr(model_config, "dtype", None) or torch.float32).removeprefix("torch.")
     gkd = _gkd_worker(config, model_config, sizes, own if config.gkd.use_gpu else "float32", gpu_bytes)
     per_trainer = 1 if cluster.blocks_per_trainer == "auto" else int(cluster.blocks_per_trainer)
-    splits = [max(1, min(cluster.trainers_per_layer, len(layer.trained))) for layer in sizes.space.layers]
+    splits = trainers_of_layers(config, sizes)
     of_layers = [trainer_parts(sizes, n, library.gradient_accumulation, splits[n]) for n in range(depth)]
     trainer = {name: per_trainer * size for name, size in largest(of_layers).items()}
     timed = 2 * sizes.total * _bytes(config.profile.dtype)
@@ -247,9 +252,10 @@ def _gkd_worker(config: RunConfig, model_config: Any, sizes: Sizes, parent_dtype
 def works(config: RunConfig, model_config: Any, sizes: Sizes) -> list[Work]:
     """What the heavy stages compute."""
     library, depth = config.library, model_config.num_hidden_layers
-    trained = 0.0
+    trained, splits = 0.0, trainers_of_layers(config, sizes)
     for layer in range(depth):
-        halves = sizes.layers[layer]  # once more in the trainer: the parent's attention half, and the halves beside a variant
+        # in every trainer once more: the parent's attention half, and the halves beside a variant
+        halves = sizes.layers[layer] * splits[layer]
         found = [sizes.choice(layer, choice) for choice in sizes.space.layers[layer].trained]
         trained += 2 * halves + sum(2 * n + 4 * t for n, t in found)
     store = (depth + 1) * model_config.hidden_size * _bytes(library.activation_dtype)

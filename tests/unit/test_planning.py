@@ -133,9 +133,10 @@ def test_llamas_plan_is_what_hand_arithmetic_says(name):
     assert work["library"].store_bytes_per_token == (layers + 1) * d * 2
     assert work["library"].store_bytes == (layers + 1) * d * 2 * 4096 * 3
     half = 3 * d * (f // 2) + d  # the one trained variant: half of the FFN, with its norm
-    moments = 2 * 8 * f**2 if name else 0  # of the FFN's channels, of either half of the tokens, in float64
-    beyond = max(0, moments - 4 * half * (1 + 2))
-    assert found["library", "block trainer"].total == 4 * (layer + half * (1 + 1 + 1 + 2)) + beyond
+    assert found["library", "block trainer"].total == 4 * (layer + half * (1 + 1 + 1 + 2))
+    more = planned(llama(name), **how | {"space": {"attention": ("parent", "noop"), "ffn": ("parent", "linear")}})[0]
+    moments = 8 * 2 * 2 * (d + 1) * (2 * d + 1)  # X'X and X'Y of both subblocks, of either half of the tokens, in float64
+    assert more["library", "block trainer"].parts["calibration"] == moments - 4 * (d * d + d) * (1 + 2)
     worker = found["gkd", "worker"].parts
     assert worker["child"] + worker["gradients"] + worker["optimizer"] == 16 * n and worker["parent"] == 2 * n
     assert work["gkd"].flops == 8 * n * 1e9 and work["gkd"].checkpoint_bytes == 16 * n  # 12 and the best weights
