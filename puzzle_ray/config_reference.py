@@ -46,6 +46,8 @@ AIMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     ("settings by the hardware that is there", ("hardware=auto",)),
     ("shards and trainers on GPUs", ("cluster.gpus_per_shard=0.5", "cluster.gpus_per_trainer=0.25")),
+    ("more trainers than layers", ("cluster.trainers_per_layer=4",)),
+    ("larger batches than fit a trainer", ("library.gradient_accumulation=8",)),
     ("GKD on eight GPUs", ("gkd.use_gpu=true", "gkd.num_workers=8")),
     (
         "GKD of a child that one GPU cannot hold",

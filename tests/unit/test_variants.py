@@ -142,6 +142,21 @@ def test_least_squares_with_a_bias_finds_an_affine_map():
     assert moments.relative_error(found) < 1e-6 < moments.relative_error(moments.least_squares())
 
 
+def test_moments_of_many_batches_are_exact_enough_for_the_least_damping():
+    """Products are float32, their sum is not: with one outlier feature, a float32 sum ruins what is a millionth of its size."""
+    torch.manual_seed(0)
+    scale, moments, exact, plain = torch.logspace(0, -3, 16), Moments(), 0, 0
+    scale[0] = 100
+    mix, weight = torch.linalg.qr(torch.randn(16, 16))[0], torch.randn(16, 16)
+    for _ in range(256):
+        z = torch.randn(64, 16) * scale
+        x, y = z @ mix, z @ (weight / scale[:, None] ** 0.5)
+        moments.add(x, y)
+        exact, plain = exact + x.double().T @ x.double(), plain + x.T @ x
+    errors = [float((found[:16, :16].double() - exact).norm() / exact.norm()) for found in (moments.xx, plain)]
+    assert errors[0] < 3e-8 < errors[1]
+
+
 def test_linear_starts_are_judged_on_tokens_the_least_squares_did_not_see(parent_folder):
     """With fewer calibration tokens than inputs, least squares fits its own half perfectly and is found out on the other."""
     stack = whole(parent_folder)
