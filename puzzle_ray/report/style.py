@@ -61,6 +61,7 @@ tbody th { white-space: normal; overflow-wrap: anywhere; }
 .columns th:first-child { padding-left: 0; }
 tbody th, th:first-child { text-align: left; }
 tbody th[scope=row] { position: sticky; left: 0; background: var(--paper); }
+.words th { text-align: left; }
 td.text { text-align: left; white-space: normal; }
 td small, tbody th small { white-space: nowrap; }
 td small b { display: inline-block; width: 46px; font-weight: 400; }
