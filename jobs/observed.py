@@ -24,6 +24,7 @@ from puzzle_ray.store import Artifact
 from puzzle_ray.version import __version__
 
 LOOK_EVERY_S = 10.0  # at the cluster
+QUIET_S = 18.0  # without progress, before a log is told that the run is at work: a line every half minute at the least
 TELL_EVERY_S = 2.0  # how a stage gets on
 LEAVE_S = 1.5  # that what is being told is waited for; a submitted job has two seconds to end
 PAGE = "index.html"  # beside the log
@@ -60,6 +61,8 @@ class Observer:
         self.stages_done: set[str] = set()  # stages whose results are there
         self.stage_of_thread: dict[int, list[str]] = {}  # the stages that a thread is in, the innermost last
         self.failed: set[str] = set()  # what cannot be told, and was said once
+        self.bars: list[_ToldBar] = []  # open ones
+        self.moved = self.said = time.monotonic()  # when there was progress last; when something was said about that
         self.closing = threading.Event()
         self.on_cluster = threading.Lock()  # Ray is asked under it, and never again once it is closing
         self.first, self.inner = run, run.progress
@@ -73,6 +76,7 @@ class Observer:
         print(f"  run {self.log.run_id}: puzzle-ray watch --store {run.config.store}", file=sys.stderr, flush=True)
         self.thread = threading.Thread(target=self._watch, name="observer", daemon=True)
         self.thread.start()
+        threading.Thread(target=self._reassure, name="at work", daemon=True).start()  # its own: a cluster may be slow to answer
 
     # the run's progress
 
@@ -82,19 +86,39 @@ class Observer:
         stage = (self.stage_of_thread.get(threading.get_ident()) or [name])[-1]
         with self.inner.stage(name, total, unit) as bar:
             told = _ToldBar(self, bar, stage, name, total, unit)
+            self.bars.append(told)
+            self.heard()
             try:
                 yield told
             finally:
+                self.bars.remove(told)
                 told.tell()
                 self.log.event("bar_closed", stage=stage, bar=name)
 
     # the run's stages
 
+    def heard(self) -> None:
+        """There is progress."""
+        self.moved = self.said = time.monotonic()
+
+    def say_at_work(self) -> None:
+        """One line where a log has read nothing of this run for `QUIET_S`; on a terminal the bars are there to be seen."""
+        now = time.monotonic()
+        if sys.stderr.isatty() or now - self.said < QUIET_S:
+            return
+        self.said = now
+        open_bars = [f"{bar.name} {bar.done}/{bar.total} {bar.unit}" for bar in list(self.bars)]
+        stages = {inside[-1] for inside in list(self.stage_of_thread.values()) if inside} - {bar.stage for bar in list(self.bars)}
+        what = ", ".join([*open_bars, *sorted(stages)]) or "between stages"
+        print(f"  still at work: {what}; no progress for {now - self.moved:.0f} s", file=sys.stderr, flush=True)
+
     def begun(self, artifact: Artifact) -> None:
+        self.heard()
         self.stage_of_thread.setdefault(threading.get_ident(), []).append(artifact.stage)
         self.log.event("stage_begun", stage=artifact.stage, artifact=artifact.name)
 
     def ended(self, artifact: Artifact, did: bool, seconds: float) -> None:
+        self.heard()
         inside = self.stage_of_thread.get(threading.get_ident(), [])
         if inside and inside[-1] == artifact.stage:
             inside.pop()
@@ -146,6 +170,10 @@ class Observer:
         self.log.flush()
         self.first.progress, self.first.listener = self.inner, None
 
+    def _reassure(self) -> None:
+        while not self.closing.wait(LOOK_EVERY_S):
+            self.say_at_work()
+
     # the cluster
 
     def _watch(self) -> None:
@@ -192,6 +220,7 @@ class _ToldBar:
 
     def advance(self, count: int = 1, **facts: float) -> None:
         self.bar.advance(count, **facts)
+        self.observer.heard()
         self.done += count
         if facts:
             self.facts.update(facts)

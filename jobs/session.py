@@ -144,6 +144,7 @@ def _own(window_bytes: int) -> Iterator[None]:
     with endings.native_prints_logged() as log, endings.Descendants():
         try:
             with endings.starting():
+                print(f"  starting Ray on {num_cores()} cores", file=sys.stderr, flush=True)
                 start_here(num_cores(), object_store_bytes(window_bytes))
         except PuzzleError:
             raise

@@ -41,6 +41,14 @@ def log_ticks(low: float, high: float) -> list[float]:
     return marks
 
 
+def tick_label(value: float) -> str:
+    """Short enough for the margin of a small chart: 0.01, but 1e−4."""
+    if not 0 < abs(value) < 1e-3:
+        return f"{value:.4g}"
+    mantissa, exponent = f"{value:.3e}".split("e")
+    return f"{float(mantissa):g}e−{-int(exponent)}"
+
+
 @dataclass(frozen=True)
 class Axes:
     """A plot area. It maps data to pixels and draws its own grid. Ranges must not be empty."""
@@ -79,7 +87,7 @@ class Axes:
         for value in log_ticks(*self.y) if self.log_y else ticks(*self.y, about=4):
             _, y = self.place(self.x[0], value)
             grid.append(tag("line", x1=self.left, x2=self.right, y1=_px(y), y2=_px(y), class_="grid"))
-            grid.append(svg_text(self.left - 8, y + 4, f"{value:.4g}", anchor="end"))
+            grid.append(svg_text(self.left - 8, y + 4, tick_label(value), anchor="end"))
         for value in ticks(*self.x, about=5 if self.width > 300 else 3):
             x, _ = self.place(value, self.y[0])
             grid.append(tag("line", x1=_px(x), x2=_px(x), y1=self.bottom, y2=self.bottom + 4, class_="axis"))

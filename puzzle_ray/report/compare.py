@@ -28,6 +28,7 @@ from puzzle_ray.report.page import document
 Summary = Mapping[str, Any]
 NAMES = ("A", "B")
 QUALITY = ("heldout_loss", "kl", "top1_agreement", "downstream_accuracy")
+OF_PARENT = ("kl", "top1_agreement")  # what is measured against the parent
 PREDICTED = {
     "memory_mib": "memory, MiB",
     "num_params": "parameters",
@@ -76,6 +77,8 @@ def _figures(runs: Sequence[Summary]) -> Html:
         for key, label in FIGURES.items():
             if model != "child" and key not in QUALITY and (model, key) != ("parent", "throughput_tokens_per_s"):
                 continue  # GKD changes no speed
+            if model == "parent" and key in OF_PARENT:
+                continue  # against itself
             values = [run["models"].get(model, {}).get(key) for run in runs]
             add(f"{MODEL_NAMES[model]}: {label}", values, lambda value, key=key: written_figure(key, value))
     return html_table(["", *NAMES, "B against A"], rows)
@@ -97,15 +100,16 @@ def _frontiers(runs: Sequence[Summary]) -> Html | None:
     points: list[Point] = [(1.0, 0.0), *(point for curve in curves for point in curve)]
     right, high = max(x for x, _ in points), max(1e-9, *(y for _, y in points))
     left, low = min(x for x, _ in points), min(y for _, y in points)
-    vertical = UNITS["kl"] if measured else f"sum of scores ({', '.join(metrics)})"
-    axes = Axes((left, right + 0.08 * (right - left or 1)), (low, low + 1.15 * (high - low)), "speed-up", vertical, x_unit=" ×")
+    vertical = UNITS["kl"] if measured else f"sum of scores ({', '.join(UNITS.get(metric, metric) for metric in metrics)})"
+    across, up = (left, right + 0.08 * (right - left or 1)), (low, low + 1.15 * (high - low))
+    axes = Axes(across, up, "speed-up", vertical, width=720, height=340, x_unit=" ×")
     marks: list[Html] = []
     for name, curve, line, mark in zip(NAMES, curves, ("frontier-line", "second-line"), ("point", "second"), strict=True):
         ordered = sorted(curve)
         marks += [axes.line([(1.0, 0.0), *ordered], line)] if ordered else []
         marks += [axes.dot(p, mark, f"{name}: {number(p[0])} ×, {number(p[1])}") for p in ordered]
     key = legend(("point", f"A: {'measured KL' if measured else 'sum of scores'}"), ("second", "B"))
-    return tag("figure", axes.draw(*marks, label=f"speed-up against {vertical}, both runs"), key)
+    return tag("figure", axes.draw(*marks, label=f"speed-up against {vertical}, both runs"), key, class_="wide")
 
 
 def _architectures(runs: Sequence[Summary]) -> Html | None:
@@ -122,7 +126,7 @@ def _architectures(runs: Sequence[Summary]) -> Html | None:
         differing += differs
         cells = (tag("td", shown(halves[run][kind]), class_="text") for kind in (0, 1) for run in (0, 1))
         rows.append(tag("tr", tag("th", layer, scope="row"), *cells, class_="differs" if differs else None))
-    table = tag("div", tag("table", tag("thead", head), tag("tbody", *rows)), class_="scroll")
+    table = tag("div", tag("table", tag("thead", head), tag("tbody", *rows), class_="words"), class_="scroll")
     return join([note(f"{differing} of {depth} layers differ; they are bold."), table])
 
 
@@ -148,7 +152,7 @@ def _settings(runs: Sequence[Summary]) -> Html:
         for name in dict.fromkeys([*runs[0]["versions"], *runs[1]["versions"]])
         if runs[0]["versions"].get(name) != runs[1]["versions"].get(name)
     ]
-    return html_table(["setting", *NAMES], rows) if rows else note("All settings and versions are the same.")
+    return html_table(["setting", *NAMES], rows, class_="words") if rows else note("All settings and versions are the same.")
 
 
 def _flat(settings: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

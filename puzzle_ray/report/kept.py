@@ -157,7 +157,9 @@ def samples(data: ReportData) -> list[Html] | None:
             cards.append(_card(title, text[:same], text[same:]))
         groups.append(
             tag(
-                "div", tag("p", "… " if row["text"] else None, row["prompt"], class_="note"), tag("div", *cards, class_="samples")
+                "div",
+                tag("p", "… " if row["text"] else None, row["prompt"], class_="note prompt"),
+                tag("div", *cards, class_="samples"),
             )
         )
     about = "Greedy continuations of the same prompts: the one that was asked for, and openings of held-out text, whose own continuation "

@@ -47,8 +47,9 @@ nav { display: flex; flex-wrap: wrap; gap: 4px 18px; margin-top: 20px; font-size
 .cards .card:first-child p { font-size: 34px; color: var(--good); }
 .columns, .samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 16px 28px; }
 .columns > * { min-width: 0; }
-.samples { grid-template-columns: repeat(auto-fit, minmax(min(100%, 290px), 1fr)); gap: 12px; }
-.sample { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; }
+.samples { grid-template-columns: repeat(auto-fit, minmax(min(100%, 230px), 1fr)); gap: 12px; }
+.sample, .prompt { white-space: pre-wrap; overflow-wrap: anywhere; }
+.sample { margin: 0; }
 
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
@@ -60,8 +61,9 @@ tbody th { white-space: normal; overflow-wrap: anywhere; }
 .columns th:first-child { padding-left: 0; }
 tbody th, th:first-child { text-align: left; }
 tbody th[scope=row] { position: sticky; left: 0; background: var(--paper); }
+.words th { text-align: left; }
 td.text { text-align: left; white-space: normal; }
-td small { white-space: nowrap; }
+td small, tbody th small { white-space: nowrap; }
 td small b { display: inline-block; width: 46px; font-weight: 400; }
 
 .chart { display: block; width: 100%; height: auto; }

@@ -100,7 +100,7 @@ def _curves(data: ReportData) -> list[Html]:
             by_panel.setdefault((kind != "attention", name), []).append((layer, f"layer {layer}", points))
     figures = []
     for (_, name), own in sorted(by_panel.items(), key=lambda panel: panel[0][0]):
-        axes = Axes((0, longest - 1), scale, "", "", width=260, height=150, log_y=True, left=48, top=8)
+        axes = Axes((0, longest - 1), scale, "", "", width=260, height=150, log_y=True, top=8)
         paths = [axes.line(p, "depth", f"{what}: {_ends(p)}", f"--depth:{100 * i / last:.0f}%") for i, what, p in own]
         figures.append(tag("figure", tag("figcaption", name), axes.draw(*paths, label=f"training loss of {name}")))
     step = math.ceil(longest / PANEL_POINTS)

@@ -16,7 +16,9 @@ from puzzle_ray.report.compare import compare
 from puzzle_ray.report.page import render
 from puzzle_ray.report.summary import summary
 
-WHOLE = render(whole_run())
+RUN = whole_run()
+RUN = replace(RUN, bld_curves={key: [loss / 1000 for loss in losses] for key, losses in RUN.bld_curves.items()})  # long labels
+WHOLE = render(RUN)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -25,11 +27,14 @@ FLAGS = [
 ]  # fmt: skip
 # Runs at the end of the page: what a person's eyes and finger would find.
 PROBE = """
+const left = (e) => e.getBoundingClientRect().left;
 const sizes = [...document.querySelectorAll("svg path.line, svg circle")].map((e) => e.getBoundingClientRect());
 document.querySelector("td[title]").click();
 document.body.dataset.probe = [
   sizes.length, sizes.filter((r) => r.width > 0 && r.height > 0).length,
-  document.documentElement.scrollWidth <= window.innerWidth, document.getElementById("tip").textContent,
+  document.documentElement.scrollWidth <= window.innerWidth,
+  [...document.querySelectorAll("svg text")].filter((t) => left(t) < left(t.ownerSVGElement) - 1).map((t) => t.textContent).join(),
+  document.getElementById("tip").textContent,
 ].join("|");
 """
 
@@ -51,11 +56,12 @@ def test_a_browser_draws_the_page_without_a_complaint(tmp_path):
     page.write_text(open_to_probes.replace("</body>", f"<script>{PROBE}</script></body>"))
     dom, complaints = _opened(page, tmp_path / "profile")
     assert complaints == []
-    marks, drawn, fits, tip = re.search(r'data-probe="([^"]*)"', dom)[1].split("|")
-    trained = sum(len(losses) > 0 for losses in whole_run().bld_curves.values())
+    marks, drawn, fits, cut_off, tip = re.search(r'data-probe="([^"]*)"', dom)[1].split("|")
+    trained = sum(len(losses) > 0 for losses in RUN.bld_curves.values())
     frontier, terms = 1 + 4 + 1 + 1, 3  # its line, the answers, the parent and the chosen; the loss and its two terms
     assert int(marks) == int(drawn) == trained + frontier + terms
     assert fits == "true"
+    assert cut_off == "", "labels begin within their charts"
     assert tip.startswith("layer 0: ")
 
 

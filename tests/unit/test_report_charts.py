@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from puzzle_ray.report.charts import Axes, binned, log_ticks, ticks
+from puzzle_ray.report.charts import Axes, binned, log_ticks, tick_label, ticks
 from puzzle_ray.report.markup import Html, count, duration, number, percent, tag
 
 
@@ -57,3 +57,10 @@ def test_axes_put_the_corners_where_they_belong():
     assert axes.place(0, 0.01) == (axes.left, axes.bottom)
     assert axes.place(10, 1) == pytest.approx((axes.right, axes.top))
     assert axes.place(5, 0.1)[1] == pytest.approx((axes.top + axes.bottom) / 2)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (1200, "1200"), (0.001, "0.001"), (1e-4, "1e−4"), (2e-5, "2e−5"), (5e-12, "5e−12")]
+)
+def test_labels_of_axes_are_short(value, text):
+    assert tick_label(value) == text

@@ -47,6 +47,7 @@ def test_the_page_of_two_runs_shows_where_they_differ():
 def test_a_run_beside_itself_differs_in_nothing():
     page = Page(compare([A, A], ["a", "a"]))
     assert "0 of 8 layers differ" in page.text and "All settings and versions are the same." in page.text
+    assert "Parent: KL" not in page.text, "the parent beside itself"
     assert page.text.count("0\u00a0%") > 10 and not re.search(r"[+−][\d.]+\s%", page.text)
 
 

@@ -171,6 +171,21 @@ def test_what_a_run_fails_by_is_in_its_log(parent_with_text, tmp_path):
     assert ends == [("failed", "profile: the device is gone"), ("interrupted", "")]
 
 
+def test_a_log_reads_now_and_then_that_a_run_is_at_work(parent_with_text, tmp_path, capsys, monkeypatch):
+    run = make_run(parent_with_text, tmp_path)
+    with observed(run, "score-blocks") as observer, run.progress.stage("scores", 40, "items") as bar:
+        bar.advance(3)
+        monkeypatch.setattr("jobs.observed.QUIET_S", 3600.0)
+        observer.say_at_work()
+        assert "still at work" not in capsys.readouterr().err, "there was progress just now"
+        monkeypatch.setattr("jobs.observed.QUIET_S", 0.0)
+        observer.say_at_work()
+        assert "  still at work: scores 3/40 items; no progress for " in capsys.readouterr().err
+        monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+        observer.say_at_work()
+        assert capsys.readouterr().err == "", "a terminal has bars"
+
+
 def test_curves_are_written_for_tensorboard(parent_with_text, tmp_path):
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.record_writer import RecordWriter  # noqa: F401  (the format that is read below)
