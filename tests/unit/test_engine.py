@@ -269,7 +269,7 @@ def test_async_readers_get_the_same_and_free_their_slot_when_cancelled():
     expected = [generated(model, prompt, 20) for prompt in prompts]
 
     async def read(generation):
-        return [delta.token_id async for delta in generation]
+        return [token_id async for delta in generation for token_id in delta.token_ids]
 
     async def run(engine, gate):
         abandoned = engine.submit([1, 2], ENDLESS)
@@ -324,6 +324,34 @@ def test_spacing_is_that_of_prompt_and_answer_in_one(shared_data):
     pieces = [stream.push(token_id) for token_id in ids[5:]]
     assert "".join([*pieces, stream.finish()]) == " naïve 😀 dogs ran. é€😀!"
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+    for size in range(1, 20):
+        stream = TextStream(tokenizer, ids[:5])
+        pieces = [stream.push_all(ids[start : start + size]) for start in range(5, len(ids), size)]
+        assert "".join([*pieces, stream.finish()]) == " naïve 😀 dogs ran. é€😀!"
+
+
+def ids_of(text: str) -> list[int]:
+    return list(TOKENIZER(text, add_special_tokens=False).input_ids)
+
+
+@given(
+    st.lists(
+        st.one_of(st.text("aé€😀 ", max_size=6).map(ids_of), st.lists(st.integers(1, VOCAB_SIZE - 1), max_size=3)), max_size=8
+    ),
+    st.lists(st.integers(1, 9), min_size=40),
+    st.sampled_from([(), ("é ",)]),
+)
+@settings(max_examples=200, deadline=None)
+def test_several_tokens_at_once_are_shown_as_one_after_the_other(parts, sizes, stop):
+    """Also where the bytes are no text at all."""
+    ids, together, alone = sum(parts, []), TextStream(TOKENIZER, [0], stop), TextStream(TOKENIZER, [0], stop)
+    for size in sizes:
+        some, ids = ids[:size], ids[size:]
+        assert together.push_all(some) == "".join(alone.push(token_id) for token_id in some if not alone.stopped)
+        assert together.stopped == alone.stopped
+        if alone.stopped:
+            break
+    assert together.finish() == alone.finish()
 
 
 @pytest.mark.parametrize("error", [EngineBusy(3), EngineFailed("why")])
