@@ -20,7 +20,7 @@ import typer
 from pydantic import ValidationError
 
 from jobs.command import RESULTS, Debug, Verb
-from jobs.session import connected
+from jobs.session import SERVE_ENVIRONMENT, connected, unless_set
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.errors import ClusterError, ConfigError
 
@@ -87,7 +87,8 @@ def serve_child(
         typer.echo(
             f"warning: whoever reaches {host}:{port} can use this server; --api-key-file lets in only those with a key", err=True
         )
-    with connected(ClusterConfig(address=address)), stop_signals() as stopped:
+    environment = SERVE_ENVIRONMENT if own_cluster else {}
+    with unless_set(environment), connected(ClusterConfig(address=address)), stop_signals() as stopped:
         check_resources(settings)
         with deployed(settings, name, route_prefix, (host, port), own_cluster, stopped):
             if wait_until_running(name, start_timeout_s, stopped.first):
