@@ -200,9 +200,9 @@ def timed(run: Callable[[], Sequence[Asked]], process: str | None) -> dict[str, 
 class Bench:
     """The ways, and what was measured of them so far."""
 
-    def __init__(self, targets: dict[str, Target], model: Any, load: Load, mixed: Load, requests: int, rate: float) -> None:
+    def __init__(self, targets: dict[str, Target], model: Any, load: Load, mixed: Load, options: argparse.Namespace) -> None:
         self.targets, self.model, self.load, self.mixed = targets, model, load, mixed
-        self.requests, self.rate = requests, rate
+        self.requests, self.num_arrivals, self.rate = options.requests, options.arrivals, options.rate
         self.rows: list[dict[str, Any]] = []
 
     def round(self, turn: int) -> None:
@@ -217,8 +217,8 @@ class Bench:
             fastest = max(row["tokens_per_s"] for row in self.rows if row["way"] == CHILD)
             self.rate = 1.5 * fastest / (sum(self.mixed.new_tokens) / len(self.mixed.new_tokens))
         draw = random.Random(turn)
-        arrivals = np.cumsum([draw.expovariate(self.rate) for _ in range(self.requests)]).tolist()
-        child, few = self.targets[CHILD], arrivals[: max(1, self.requests // 4)]
+        arrivals = np.cumsum([draw.expovariate(self.rate) for _ in range(self.num_arrivals)]).tolist()
+        child, few = self.targets[CHILD], arrivals[: max(1, self.num_arrivals // 4)]
         for pattern, stream in (("poisson", True), ("poisson, whole answers", False)):
             seen = timed(partial(asyncio.run, open_loop(child, self.mixed, arrivals, stream)), PROCESSES[CHILD])
             self._note(turn, CHILD, pattern, seen)
@@ -282,7 +282,7 @@ def loads(parent: Path, text: Path, options: argparse.Namespace) -> tuple[Load, 
     pieces = [tuple(ids[start : start + length]) for start in starts]
     prompts = tuple(Prompt(piece, tokenizer.decode(piece, skip_special_tokens=True)) for piece in pieces)
     mean, most = options.poisson_tokens, read_config(parent).max_position_embeddings - length
-    drawn = tuple(min(max(8, round(draw.expovariate(1 / mean))), 6 * mean, most) for _ in range(options.requests))
+    drawn = tuple(min(max(8, round(draw.expovariate(1 / mean))), 6 * mean, most) for _ in range(options.arrivals))
     return Load(prompts, (options.new_tokens,)), Load(prompts, drawn)
 
 
@@ -303,7 +303,7 @@ def measure(child: Path, options: argparse.Namespace) -> None:
             targets[TRANSFORMERS] = stack.enter_context(transformers_serve(options.parent, options.threads, options.dtype))
         for target in targets.values():
             asyncio.run(closed_loop(target, load, 2, 1))  # warm
-        bench = Bench(targets, reference, load, mixed, options.requests, options.rate)
+        bench = Bench(targets, reference, load, mixed, options)
         for turn in range(options.rounds):
             bench.round(turn)
             summary = summary_of(bench.rows, predicted)
@@ -324,16 +324,17 @@ def main() -> None:
     parser.add_argument("--other-model", help="what other servers call the checkpoint")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=64, help="of one run; a quarter for a user alone")
+    parser.add_argument("--arrivals", type=int, default=64, help="Poisson arrivals of one run")
     parser.add_argument("--rate", type=float, default=0.0, help="Poisson arrivals a second; 0: 1.5 x what the child can do")
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--poisson-tokens", type=int, default=128, help="mean length of an answer to a Poisson arrival")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of all ways, and of the profile")
-    parser.add_argument("--quick", action="store_true", help="one round of 16 requests")
+    parser.add_argument("--quick", action="store_true", help="one round of 16 requests and 16 arrivals")
     options = parser.parse_args()
     if options.quick:
-        options.rounds, options.requests = 1, 16
+        options.rounds, options.requests, options.arrivals = 1, 16, 16
     compute_with(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         child = options.child or Path(folder) / "child"
