@@ -142,12 +142,12 @@ def served(models: dict[str, str], threads: int, dtype: DType) -> Iterator[str]:
 
 
 @contextmanager
-def transformers_serve(model: Path, threads: int, dtype: DType) -> Iterator[Target]:
+def transformers_serve(python: str, model: Path, threads: int, dtype: DType) -> Iterator[Target]:
     """transformers' own server with a model, in a process of its own."""
     port, start = free_port(), "from transformers.cli.transformers import app; app()"
     options = ["--device", "cpu", "--dtype", dtype, "--host", "127.0.0.1", "--port", str(port), "--log-level", "error"]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen([sys.executable, "-c", start, "serve", str(model), *options], env=environment)
+    process = subprocess.Popen([python, "-c", start, "serve", str(model), *options], env=environment)
     try:
         url, until = f"http://127.0.0.1:{port}", time.monotonic() + 180.0
         while True:
@@ -300,7 +300,9 @@ def measure(child: Path, options: argparse.Namespace) -> None:
             name: Target(other, options.other_model or CHILD) for name, other in (each.split("=", 1) for each in options.other)
         }
         if options.transformers_serve:
-            targets[TRANSFORMERS] = stack.enter_context(transformers_serve(options.parent, options.threads, options.dtype))
+            targets[TRANSFORMERS] = stack.enter_context(
+                transformers_serve(options.transformers_serve, options.parent, options.threads, options.dtype)
+            )
         for target in targets.values():
             asyncio.run(closed_loop(target, load, 2, 1))  # warm
         bench = Bench(targets, reference, load, mixed, options)
@@ -318,8 +320,9 @@ def main() -> None:
     parser.add_argument("--child", type=Path, help="its child; without it one of random weights is made")
     parser.add_argument("--text", type=Path, required=True, help="what prompts are cut from")
     parser.add_argument(
-        "--transformers-serve", action="store_true", help="start transformers' own server beside, with the parent"
-    )
+        "--transformers-serve", nargs="?", const=sys.executable, metavar="PYTHON",
+        help="start transformers' own server beside, with the parent; this Python needs transformers[serving] and accelerate",
+    )  # fmt: skip
     parser.add_argument("--other", action="append", default=[], help="NAME=URL of another server")
     parser.add_argument("--other-model", help="what other servers call the checkpoint")
     parser.add_argument("--rounds", type=int, default=5)
