@@ -309,6 +309,31 @@ def test_text_comes_in_whole_characters_and_ends_before_the_stop_string(text, st
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
 
 
+@pytest.mark.parametrize("stop", [(), ("never this",)])
+def test_tokens_of_which_no_text_can_be_made_end_their_own_request_only(model, stop):
+    prompt = some_prompts(1)[0]
+    tokens = generated(model, prompt, 20)
+    bad = next(token for token in tokens if token not in [*tokens[:2], *prompt])
+
+    class Broken:
+        all_special_ids = TOKENIZER.all_special_ids
+
+        def decode(self, ids, **options):
+            if bad in ids:
+                raise RuntimeError("no such piece")
+            return TOKENIZER.decode(ids, **options)
+
+    asked = replace(GREEDY, stop=stop)
+    with Engine(model, Broken(), max_batch_size=2) as engine:
+        whole, streamed = (engine.submit(prompt, asked) for _ in range(2))
+        with pytest.raises(EngineFailed, match="no such piece"):
+            whole.result(WAIT_S)
+        with pytest.raises(EngineFailed, match="no such piece"):
+            list(streamed)
+        assert engine.submit(prompt, replace(asked, max_tokens=2)).result(WAIT_S).token_ids == tokens[:2]
+        engine.check()
+
+
 def test_an_unfinished_character_is_shown_only_at_the_end():
     *ids, _ = TOKENIZER("ab€", add_special_tokens=False).input_ids
     stream = TextStream(TOKENIZER, [0])
