@@ -111,17 +111,16 @@ async def crowd(url: str, clients: int, seconds: float, careless: bool) -> dict[
     }  # fmt: skip
 
 
-async def run(model: str, clients: int, seconds: float) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    async with served({MODEL: model}, threads=1, dtype="float32") as url:
-        await crowd(url, 8, 5.0, careless=True)  # warm
-        rows = [await crowd(url, clients, min(seconds, 60.0), careless=False), await crowd(url, clients, seconds, careless=True)]
-        async with aiohttp.ClientSession() as session:
-            for _ in range(100):
-                async with session.get(f"{url}/health") as response:
-                    state = (await response.json())["models"][MODEL]
-                if state["running"] == state["waiting"] == 0:
-                    break
-                await asyncio.sleep(0.1)
+async def run(url: str, clients: int, seconds: float) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    await crowd(url, 8, 5.0, careless=True)  # warm
+    rows = [await crowd(url, clients, min(seconds, 60.0), careless=False), await crowd(url, clients, seconds, careless=True)]
+    async with aiohttp.ClientSession() as session:
+        for _ in range(100):
+            async with session.get(f"{url}/health") as response:
+                state = (await response.json())["models"][MODEL]
+            if state["running"] == state["waiting"] == 0:
+                break
+            await asyncio.sleep(0.1)
     calm, wild = rows
     bad = {name: count for row in rows for name, count in row["answers"].items() if name[-3:].isdigit() and int(name[-3:]) >= 500}
     return rows, {
@@ -139,7 +138,8 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=600.0)
     options = parser.parse_args()
-    rows, summary = asyncio.run(run(options.model, options.clients, options.seconds))
+    with served({MODEL: options.model}, threads=1, dtype="float32") as url:
+        rows, summary = asyncio.run(run(url, options.clients, options.seconds))
     for row in rows:
         print(json.dumps(row, indent=1))
     print(json.dumps(summary, indent=1))

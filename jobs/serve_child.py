@@ -20,7 +20,7 @@ import typer
 from pydantic import ValidationError
 
 from jobs.command import RESULTS, Debug, Verb
-from jobs.session import connected
+from jobs.session import SERVE_ENVIRONMENT, connected, unless_set
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.errors import ClusterError, ConfigError
 
@@ -87,7 +87,8 @@ def serve_child(
         typer.echo(
             f"warning: whoever reaches {host}:{port} can use this server; --api-key-file lets in only those with a key", err=True
         )
-    with connected(ClusterConfig(address=address)), stop_signals() as stopped:
+    environment = SERVE_ENVIRONMENT if own_cluster else {}
+    with unless_set(environment), connected(ClusterConfig(address=address)), stop_signals() as stopped:
         check_resources(settings)
         with deployed(settings, name, route_prefix, (host, port), own_cluster, stopped):
             if wait_until_running(name, start_timeout_s, stopped.first):
@@ -189,7 +190,10 @@ def check_resources(settings: ServeSettings) -> None:
 def deployed(
     settings: ServeSettings, name: str, route_prefix: str, where: tuple[str, int], own_cluster: bool, stopped: Stops
 ) -> Iterator[None]:
-    """The application, started but not waited for. After the block it is gone, and Serve with it where nobody else uses it."""
+    """The application, started but not waited for. After the block it is gone, and so is Serve on a cluster that nobody else serves on.
+
+    On a cluster of one's own, Serve ends with it.
+    """
     from ray import serve
     from ray.serve.exceptions import RayServeException
 
@@ -219,7 +223,8 @@ def deployed(
     finally:
         if ended_well or not own_cluster:  # after a failure an own cluster just ends: nothing is in work
             end_application(name, settings.grace_period_s, stopped.second)
-            if own_cluster or not (status.proxies or serve.status().applications):
+            # An own cluster ends as a whole. Serve's own end would kill its controller first, which Ray reports as a failure.
+            if not (own_cluster or status.proxies or serve.status().applications):
                 serve.shutdown()
 
 

@@ -30,6 +30,12 @@ ENVIRONMENT: Mapping[str, str] = {
     "MALLOC_ARENA_MAX": "1",  # malloc treats every thread as it treats a process' first
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
+# Of Ray Serve's processes: requests are passed on and answered on one event loop, not on two that wake each other for every message.
+# Nothing of ours blocks that loop.
+SERVE_ENVIRONMENT: Mapping[str, str] = {
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # the variable by which Ray tells a submitted job's driver what it was submitted with
 LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # 0: Ray's servers listen on loopback, and not on every interface
 
@@ -70,7 +76,7 @@ def object_store_bytes(window_bytes: int) -> int:
 
 
 @contextmanager
-def _unless_set(variables: Mapping[str, str]) -> Iterator[None]:
+def unless_set(variables: Mapping[str, str]) -> Iterator[None]:
     """The variables in this process' environment, except those that are there already; gone after the block."""
     added = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(added)
@@ -92,7 +98,7 @@ def start_here(num_cpus: int, object_store_memory: int) -> None:
         print(f"  Ray was imported without {LOOPBACK_ONLY}=0: its servers listen on every interface", file=sys.stderr, flush=True)
     import ray
 
-    with _unless_set(ENVIRONMENT):  # Ray's own processes inherit them; this one, and a cluster that it joins later, do without
+    with unless_set(ENVIRONMENT):  # Ray's own processes inherit them; this one, and a cluster that it joins later, do without
         ray.init(
             address="local",
             num_cpus=num_cpus,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from puzzle_ray.serving.api_errors import Json
 from puzzle_ray.serving.choosing import TokenLogprob
-from puzzle_ray.serving.generation import Delta, Generation
+from puzzle_ray.serving.generation import Delta, FinishReason, Generation
 from puzzle_ray.serving.prompts import TokenTexts
 from puzzle_ray.serving.requests import ChatRequest, CompletionRequest
 
@@ -40,18 +40,18 @@ class Answer:
 
     def whole(self, index: int, generation: Generation) -> Json:
         """A choice of a response that is not streamed."""
-        delta = [Delta(None, generation.text, generation.finish_reason)]
-        return self._choice(index, generation, delta, generation.logprobs)
+        return self._choice(index, generation, generation.text, generation.finish_reason, generation.logprobs)
 
-    def chunk(self, index: int, generation: Generation, deltas: Sequence[Delta]) -> Json | None:
+    def chunk(self, index: int, generation: Generation, delta: Delta) -> Json | None:
         """A choice of a chunk: what has come since the last one. None where there is nothing to say."""
-        logprobs = [delta.logprob for delta in deltas if delta.logprob is not None] if self._logprobs else []
-        if not (logprobs or any(delta.text or delta.finish_reason for delta in deltas)):
+        logprobs = delta.logprobs if self._logprobs else ()
+        if not (logprobs or delta.text or delta.finish_reason):
             return None
-        return self._choice(index, generation, deltas, logprobs)
+        return self._choice(index, generation, delta.text, delta.finish_reason, logprobs)
 
-    def _choice(self, index: int, generation: Generation, deltas: Sequence[Delta], logprobs: Sequence[TokenLogprob]) -> Json:
-        text, finish_reason = "".join(delta.text for delta in deltas), deltas[-1].finish_reason
+    def _choice(
+        self, index: int, generation: Generation, text: str, finish_reason: FinishReason | None, logprobs: Sequence[TokenLogprob]
+    ) -> Json:
         begins = index not in self._offsets
         offset = self._offsets.get(index, 0)
         entries: list[TokenLogprob | None] = list(logprobs)

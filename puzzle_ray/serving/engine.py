@@ -26,6 +26,7 @@ from puzzle_ray.serving.rows import Rows
 from puzzle_ray.serving.sampling import SamplingParams
 from puzzle_ray.serving.scheduler import Scheduler
 from puzzle_ray.serving.sequences import Sequence
+from puzzle_ray.serving.text import TextStream
 from puzzle_ray.serving.waiting import Waiting
 
 _log = logging.getLogger(__name__)
@@ -89,7 +90,8 @@ class Engine:
         self._rows = Rows(model, max_batch_size, length)
         self.max_length = self._divide_memory(model.device, length, max_length is not None, kv_cache_mib, prefix_cache)
         self._waiting = Waiting(max_waiting)
-        self._output = Output(tokenizer, self.metrics)
+        self._output = Output(self.metrics)
+        self._special_ids = frozenset(tokenizer.all_special_ids)
         self._scheduler = Scheduler(
             self._rows, self._prefixes, self._waiting, self._output, max_rows=max_batch_size, max_length=self.max_length,
             prefill_tokens=prefill_tokens, eos_ids=_eos_ids(model), vocab_size=self.vocab_size, device=model.device,
@@ -121,11 +123,14 @@ class Engine:
         self.check_number(len(requests))
         for prompt_ids, params in requests:
             self._check_fits(prompt_ids, params)
-        generations = [Generation(prompt_ids, params) for prompt_ids, params in requests]
+        generations = [Generation(ids, params, self._text_stream(ids, params)) for ids, params in requests]
         if not self._scheduler.running and not len(self._waiting):
             self._beat = time.monotonic()
         self._waiting.add([Sequence(generation, self.max_length) for generation in generations])
         return generations
+
+    def _text_stream(self, prompt_ids: SequenceOf[int], params: SamplingParams) -> TextStream:
+        return TextStream(self.tokenizer, prompt_ids, params.stop, self._special_ids)
 
     def check_number(self, number: int) -> None:
         """Raise ConfigError if so many requests can never be submitted together."""

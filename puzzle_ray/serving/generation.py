@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
@@ -16,6 +17,9 @@ from typing import Literal
 from puzzle_ray.errors import PuzzleError
 from puzzle_ray.serving.choosing import TokenLogprob
 from puzzle_ray.serving.sampling import SamplingParams
+from puzzle_ray.serving.text import TextStream
+
+_log = logging.getLogger(__name__)
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -42,15 +46,15 @@ class EngineFailed(PuzzleError):
 
 @dataclass(frozen=True)
 class Delta:
-    """One new token, and the text that can be shown with it (often "" or one word).
+    """What has come since the last one: new tokens, and the text that can be shown with them (often a word or two, or "").
 
-    A request with max_tokens=0 ends with a delta without a token.
+    The last one has a finish_reason. `logprobs` has an entry per token where they are asked for.
     """
 
-    token_id: int | None
+    token_ids: tuple[int, ...]
     text: str
     finish_reason: FinishReason | None = None
-    logprob: TokenLogprob | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Generation:
@@ -60,14 +64,14 @@ class Generation:
     and frees its slot. `token_ids`, `text` and `finish_reason` hold everything so far. `logprobs` has an entry per token where they are
     asked for, and `prompt_logprobs` one per token of the prompt, None for the first. `cached_tokens` of the prompt were not computed again.
 
-    Times are seconds of `time.monotonic()`.
+    Tokens become text (by `text_stream`) when somebody reads it, several at a time. Only a request with stop strings has each token's
+    text looked at as it comes. Times are seconds of `time.monotonic()`.
     """
 
-    def __init__(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+    def __init__(self, prompt_ids: Sequence[int], params: SamplingParams, text_stream: TextStream) -> None:
         self.prompt_ids = tuple(prompt_ids)
         self.params = params
         self.token_ids: list[int] = []
-        self.text = ""
         self.finish_reason: FinishReason | None = None
         self.logprobs: list[TokenLogprob] = []
         self.prompt_logprobs: list[TokenLogprob | None] | None = None
@@ -76,8 +80,12 @@ class Generation:
         self.submitted_at = time.monotonic()
         self.first_token_at: float | None = None
         self.ended_at: float | None = None
+        self.is_counted = False  # by the engine's metrics
         self._changed = threading.Condition()
-        self._fresh: list[Delta] = []
+        self._text_stream = text_stream
+        self._text, self._decoded, self._is_whole = "", 0, False  # the text of so many tokens
+        self._read_tokens = self._read_logprobs = self._read_text = 0
+        self._read_end = False
         self._done = False
         self._failure: str | None = None
         self._listener: Callable[[bool], None] | None = None
@@ -88,11 +96,19 @@ class Generation:
         """Ask the engine to drop the request at its next step. Has no effect on a finished request."""
         self.cancelled = True
 
+    @property
+    def text(self) -> str:
+        """The answer so far, without what may still become a stop string."""
+        with self._changed:
+            self._decode()
+            return self._text
+
     def result(self, timeout_s: float | None = None) -> Generation:
         """Wait until the request is finished. Raises EngineFailed, or TimeoutError after `timeout_s` seconds."""
         with self._changed:
             if not self._changed.wait_for(lambda: self._done, timeout_s):
                 raise TimeoutError(f"the request is not finished after {timeout_s} s")
+            self._decode()
         self.raise_failure()
         return self
 
@@ -106,23 +122,28 @@ class Generation:
             done = False
             while not done:
                 with self._changed:
-                    self._changed.wait_for(lambda: bool(self._fresh) or self._done)
-                fresh, done = self.take()
-                yield from fresh
+                    self._changed.wait_for(lambda: len(self.token_ids) > self._read_tokens or self._done)
+                delta, done = self.take()
+                if delta is not None:
+                    yield delta
             self.raise_failure()
         finally:
             self.cancel()
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
-        async for _, deltas in stream_deltas([self]):
-            for delta in deltas:
-                yield delta
+        async for _, delta in stream_deltas([self]):
+            yield delta
 
-    def take(self) -> tuple[list[Delta], bool]:
-        """The deltas that were not read yet, and whether they are the last."""
+    def take(self) -> tuple[Delta | None, bool]:
+        """What was not read yet, if there is anything, and whether the request has ended."""
         with self._changed:
-            fresh, self._fresh = self._fresh, []
-            return fresh, self._done
+            self._decode()
+            tokens, logprobs = tuple(self.token_ids[self._read_tokens :]), tuple(self.logprobs[self._read_logprobs :])
+            reason = None if self._read_end or self.finish_reason == "cancelled" else self.finish_reason
+            delta = Delta(tokens, self._text[self._read_text :], reason, logprobs)
+            self._read_tokens, self._read_logprobs, self._read_text = len(self.token_ids), len(self.logprobs), len(self._text)
+            self._read_end = self._done
+            return delta if tokens or delta.text or reason else None, self._done
 
     def listen(self, listener: Callable[[bool], None] | None) -> None:
         """Have another thread call `listener` whenever something changes, with whether it was the last change."""
@@ -141,20 +162,21 @@ class Generation:
         """Whether nobody needs another token of it."""
         return self.cancelled or self._done
 
-    def add(self, delta: Delta) -> None:
-        """Append a token. A delta with a finish_reason is the last."""
+    def add(self, token_id: int | None, reason: FinishReason | None = None, logprob: TokenLogprob | None = None) -> None:
+        """Append a token, the last one where there is a reason. A request with max_tokens=0 ends without a token."""
         with self._changed:
             if self._done:
                 return
-            if delta.token_id is not None:
-                self.token_ids.append(delta.token_id)
+            if token_id is not None:
+                self.token_ids.append(token_id)
                 self.first_token_at = self.first_token_at or time.monotonic()
-            if delta.logprob is not None:
-                self.logprobs.append(delta.logprob)
-            self.text += delta.text
-            self._fresh.append(delta)
-            if delta.finish_reason is not None:
-                self.finish_reason, self._done, self.ended_at = delta.finish_reason, True, time.monotonic()
+            if logprob is not None:
+                self.logprobs.append(logprob)
+            if self.params.stop:
+                self._decode(is_last=reason is not None)
+                reason = "stop" if self._text_stream.stopped else reason
+            if reason is not None and not self._done:
+                self.finish_reason, self._done, self.ended_at = reason, True, time.monotonic()
             self._notify()
 
     def end(self, failure: str | None = None) -> None:
@@ -165,6 +187,21 @@ class Generation:
                 self.finish_reason = "cancelled" if failure is None else None
                 self._done, self.ended_at = True, time.monotonic()
             self._notify()
+
+    def _decode(self, is_last: bool = False) -> None:
+        """Text for all tokens there are. What the tokenizer raises over them ends this request alone."""
+        try:
+            if self._decoded < len(self.token_ids):
+                fresh, self._decoded = self.token_ids[self._decoded :], len(self.token_ids)
+                self._text += self._text_stream.push_all(fresh)
+            if (is_last or self.finish_reason in ("stop", "length")) and not self._is_whole:
+                self._is_whole = True
+                self._text += self._text_stream.finish()
+        except Exception as error:
+            _log.exception("a request's text cannot be made")
+            self._failure, self.finish_reason = f"{type(error).__name__}: {error}", None
+            self._is_whole = self._done = True
+            self.ended_at = self.ended_at or time.monotonic()
 
     def _notify(self) -> None:
         self._changed.notify_all()
@@ -204,8 +241,8 @@ class _News:
 
 async def stream_deltas(
     generations: Sequence[Generation], interval_s: Callable[[], float] = lambda: 0.0
-) -> AsyncGenerator[tuple[int, list[Delta]], None]:
-    """(index, new deltas) of several requests. The first come at once, the following at most every `interval_s()` seconds.
+) -> AsyncGenerator[tuple[int, Delta], None]:
+    """(index, delta) of several requests. The first come at once, the following at most every `interval_s()` seconds.
 
     Leaving early cancels all requests. Raises EngineFailed.
     """
@@ -217,10 +254,10 @@ async def stream_deltas(
         while unfinished:
             handed_on = False
             for index, generation in list(unfinished.items()):
-                fresh, done = generation.take()
-                if fresh:
+                delta, done = generation.take()
+                if delta is not None:
                     handed_on = True
-                    yield index, fresh
+                    yield index, delta
                 if done:
                     generation.raise_failure()
                     del unfinished[index]

@@ -63,11 +63,12 @@ class EngineMetrics:
         self.request_s = Histogram()
 
     def ended(self, generation: Generation) -> None:
-        """Note a generation that has ended."""
+        """Note a generation that has ended; once, however often it is told."""
         ended_at, first_at = generation.ended_at, generation.first_token_at
-        if ended_at is None:
-            return
         with self._guard:
+            if ended_at is None or generation.is_counted:
+                return
+            generation.is_counted = True
             ending = generation.finish_reason or "failed"
             self._endings[ending] = self._endings.get(ending, 0) + 1
             self.request_s.observe(ended_at - generation.submitted_at)

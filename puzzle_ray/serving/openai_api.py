@@ -119,8 +119,8 @@ class OpenAIService:
         self._streams += 1
         try:
             async with contextlib.aclosing(stream_deltas(generations, self._interval_s)) as stream:
-                async for index, deltas in stream:
-                    if (choice := answer.chunk(index, generations[index], deltas)) is not None:
+                async for index, delta in stream:
+                    if (choice := answer.chunk(index, generations[index], delta)) is not None:
                         yield event({**head, "choices": [choice]})
             if has_usage:
                 yield event({**head, "choices": [], "usage": usage(generations, request.num_candidates)})

@@ -1,24 +1,18 @@
-"""From the engine's token ids to what readers get: text is made on a thread of its own, so that the next forward pass need not wait."""
+"""From the engine's steps to requests: handed on by a thread of its own, so that the next forward pass need not wait for readers."""
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from transformers import PreTrainedTokenizerBase
-
 from puzzle_ray.serving.choosing import TokenLogprob
-from puzzle_ray.serving.generation import Delta, FinishReason, Generation
+from puzzle_ray.serving.generation import FinishReason, Generation
 from puzzle_ray.serving.metrics import EngineMetrics
-from puzzle_ray.serving.text import TextStream
 
-_log = logging.getLogger(__name__)
-
-# Steps that the engine may be ahead of the text. Where tokenizer and readers are slower than the model, it waits for them.
+# Steps that the engine may be ahead of what is handed on. Where tokenizer and readers are slower than the model, it waits for them.
 _MAX_STEPS_AHEAD = 64
 
 
@@ -53,11 +47,8 @@ class _End:
 class Output:
     """Hands tokens and endings to their generations, in the order in which the engine gives them."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, metrics: EngineMetrics) -> None:
-        self._tokenizer = tokenizer
-        self._special_ids = frozenset(tokenizer.all_special_ids)
+    def __init__(self, metrics: EngineMetrics) -> None:
         self._metrics = metrics
-        self._texts: dict[int, TextStream] = {}  # by the generation's identity; it is in the engine as long as it has a text
         self._queue: queue.Queue[Step | _End | None] = queue.Queue(_MAX_STEPS_AHEAD)
         self._thread = threading.Thread(target=self._run, name="engine output", daemon=True)
 
@@ -97,37 +88,13 @@ class Output:
         for generation, token_id, outcome, logprob in zip(step.generations, step.token_ids, step.outcomes, logprobs, strict=True):
             if generation.done:
                 continue  # a stop string has ended it, and the engine went on for a step
-            try:
-                if outcome == Outcome.FAILED:
-                    self._end(generation, "the model's logits are not finite numbers")
-                else:
-                    self._add(generation, token_id, _REASONS[outcome], logprob)
-            except Exception as error:  # the tokenizer's, over this request's tokens: it ends this request alone
-                _log.exception("a request's text cannot be made")
-                self._end(generation, f"{type(error).__name__}: {error}")
-
-    def _add(
-        self, generation: Generation, token_id: int | None, reason: FinishReason | None, logprob: TokenLogprob | None
-    ) -> None:
-        text = self._texts.get(id(generation))
-        if text is None:
-            text = self._texts[id(generation)] = TextStream(
-                self._tokenizer, generation.prompt_ids, generation.params.stop, self._special_ids
-            )
-        shown = "" if token_id is None else text.push(token_id)
-        if reason is not None and not text.stopped:
-            shown += text.finish()
-        if text.stopped:
-            reason = "stop"
-        generation.add(Delta(token_id, shown, reason, logprob))
-        if reason is not None:
-            self._forget(generation)
+            if outcome == Outcome.FAILED:
+                generation.end("the model's logits are not finite numbers")
+            else:
+                generation.add(token_id, _REASONS[outcome], logprob)
+            if generation.done:
+                self._metrics.ended(generation)
 
     def _end(self, generation: Generation, failure: str | None) -> None:
-        if not generation.done:
-            generation.end(failure)
-            self._forget(generation)
-
-    def _forget(self, generation: Generation) -> None:
-        self._texts.pop(id(generation), None)
+        generation.end(failure)
         self._metrics.ended(generation)

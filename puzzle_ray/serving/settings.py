@@ -11,14 +11,24 @@ from puzzle_ray.settings import Count, DType, NonNegative, Positive, Section
 
 # Requests a replica takes on top of what its engine holds, so that /health and refusals get through at full load.
 _SPARE_REQUESTS = 16
+# What only this package's engine and routes do. Another engine's own settings are in `engine_options`.
+_OURS = (
+    "prefill_tokens", "kv_cache_mib", "stall_timeout_s", "max_body_mib", "body_timeout_s", "stream_interval_ms", "api_key_sha256",
+    "allowed_origins",
+)  # fmt: skip
 
 
 class AutoscalingSettings(Section):
-    """How many replicas there are: so many that each has about `target_ongoing_requests`, queued ones included."""
+    """How many replicas there are: so many that each has about `target_ongoing_requests`, queued ones included.
+
+    It is acted upon once that has held for `upscale_delay_s` or `downscale_delay_s`. These are the words of Serve's autoscaling_config.
+    """
 
     min_replicas: Count = 1
     max_replicas: Count = 1
     target_ongoing_requests: Positive = 16.0
+    upscale_delay_s: NonNegative = 30.0
+    downscale_delay_s: NonNegative = 600.0
 
 
 class ServeSettings(Section):
@@ -27,7 +37,7 @@ class ServeSettings(Section):
     models: name in requests -> Hugging Face folder (a path, an fsspec URL or a hub id). Several models share a replica and its memory.
     `child` in place of it names one folder; its last part is the model's name.
     engine: `puzzle` is this package's own, for CPUs and GPUs. `vllm` (through ray.serve.llm) and `tensorrt_llm` are imported when
-    chosen, take one model each, and are given `engine_options` as they are.
+    chosen, take one model each, and are given `engine_options` as they are. API keys, origins and limits on bodies are not theirs.
     max_length: tokens of prompt and answer; 0 is the model's own limit.
     kv_cache_mib: memory of a replica for keys and values, of all its models together; 0 is a share of what is free.
     num_replicas and autoscaling: give one of them.
@@ -75,6 +85,9 @@ class ServeSettings(Section):
             raise ConfigError(
                 "models", f"names {len(self.models)}, and engine {self.engine} takes one", "deploy an application each"
             )
+        given = [name for name in _OURS if getattr(self, name) != type(self).model_fields[name].default]
+        if self.engine != "puzzle" and given:
+            raise ConfigError(given[0], f"is for engine puzzle, and engine is {self.engine}", "leave it out, see engine_options")
         if self.engine == "puzzle" and self.engine_options:
             raise ConfigError("engine_options", "are for engines vllm and tensorrt_llm", "leave them out")
         wrong = [digest for digest in self.api_key_sha256 if len(digest) != 64]

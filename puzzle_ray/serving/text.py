@@ -14,11 +14,12 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextStream:
-    """Decodes one request's new tokens one at a time.
+    """Decodes one request's new tokens.
 
-    `push` returns the text that can be shown. The bytes of an unfinished character are held back until the rest comes. Text that may be
-    the beginning of a stop string is held back until it is known not to be one. After a stop string, `stopped` is True, and all text
-    before it has been returned. `special_ids` are shown as nothing: by default the tokenizer's, which takes a while to ask for.
+    `push` takes one token, `push_all` several; both return the text that can be shown. The bytes of an unfinished character are held
+    back until the rest comes. Text that may be the beginning of a stop string is held back until it is known not to be one. After a
+    stop string, `stopped` is True, and all text before it has been returned. `special_ids` are shown as nothing: by default the
+    tokenizer's, which takes a while to ask for.
     """
 
     def __init__(
@@ -47,6 +48,18 @@ class TextStream:
         self._context, self._pending = self._pending, []
         return self._release(piece)
 
+    def push_all(self, token_ids: Sequence[int]) -> str:
+        """Adds several tokens. Returns what `push` says of them one after the other, from one look at them all where it can."""
+        shown = [token_id for token_id in token_ids if token_id not in self._special_ids]
+        if not self._stop and len(shown) > 1:
+            tokens = self._pending + shown
+            text = self._decode(self._context + tokens)
+            if _REPLACEMENT not in text:  # so no token is a part of a character that is not whole
+                piece = text[len(self._decode(self._context)) :]
+                self._context, self._pending = self._last_characters(tokens), []
+                return piece
+        return "".join(self.push(token_id) for token_id in shown if not self.stopped)
+
     def finish(self) -> str:
         """The rest of the text, when no token follows. An unfinished character is shown as U+FFFD."""
         piece = self._decode_pending() if self._pending else ""
@@ -54,6 +67,13 @@ class TextStream:
         if not self.stopped:
             shown, self._held = shown + self._held, ""
         return shown
+
+    def _last_characters(self, token_ids: list[int]) -> list[int]:
+        """The shortest end of `token_ids` that does not begin within a character."""
+        for number in range(1, _MAX_PENDING_TOKENS):
+            if _REPLACEMENT not in self._decode(token_ids[-number:]):
+                return token_ids[-number:]
+        return token_ids
 
     def _decode_pending(self) -> str:
         return self._decode(self._context + self._pending)[len(self._decode(self._context)) :]

@@ -262,6 +262,7 @@ def test_the_job_serves_until_it_is_told_to_stop_and_finishes_what_is_in_progres
             *_, last = stream
             assert last.usage.completion_tokens == 1000
         assert job.wait(WAIT_S) == 0
+        assert job.stdout.read() == ""
     finally:
         job.kill()
         job.communicate()

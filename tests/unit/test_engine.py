@@ -269,7 +269,7 @@ def test_async_readers_get_the_same_and_free_their_slot_when_cancelled():
     expected = [generated(model, prompt, 20) for prompt in prompts]
 
     async def read(generation):
-        return [delta.token_id async for delta in generation]
+        return [token_id async for delta in generation for token_id in delta.token_ids]
 
     async def run(engine, gate):
         abandoned = engine.submit([1, 2], ENDLESS)
@@ -309,6 +309,31 @@ def test_text_comes_in_whole_characters_and_ends_before_the_stop_string(text, st
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
 
 
+@pytest.mark.parametrize("stop", [(), ("never this",)])
+def test_tokens_of_which_no_text_can_be_made_end_their_own_request_only(model, stop):
+    prompt = some_prompts(1)[0]
+    tokens = generated(model, prompt, 20)
+    bad = next(token for token in tokens if token not in [*tokens[:2], *prompt])
+
+    class Broken:
+        all_special_ids = TOKENIZER.all_special_ids
+
+        def decode(self, ids, **options):
+            if bad in ids:
+                raise RuntimeError("no such piece")
+            return TOKENIZER.decode(ids, **options)
+
+    asked = replace(GREEDY, stop=stop)
+    with Engine(model, Broken(), max_batch_size=2) as engine:
+        whole, streamed = (engine.submit(prompt, asked) for _ in range(2))
+        with pytest.raises(EngineFailed, match="no such piece"):
+            whole.result(WAIT_S)
+        with pytest.raises(EngineFailed, match="no such piece"):
+            list(streamed)
+        assert engine.submit(prompt, replace(asked, max_tokens=2)).result(WAIT_S).token_ids == tokens[:2]
+        engine.check()
+
+
 def test_an_unfinished_character_is_shown_only_at_the_end():
     *ids, _ = TOKENIZER("ab€", add_special_tokens=False).input_ids
     stream = TextStream(TOKENIZER, [0])
@@ -324,6 +349,34 @@ def test_spacing_is_that_of_prompt_and_answer_in_one(shared_data):
     pieces = [stream.push(token_id) for token_id in ids[5:]]
     assert "".join([*pieces, stream.finish()]) == " naïve 😀 dogs ran. é€😀!"
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+    for size in range(1, 20):
+        stream = TextStream(tokenizer, ids[:5])
+        pieces = [stream.push_all(ids[start : start + size]) for start in range(5, len(ids), size)]
+        assert "".join([*pieces, stream.finish()]) == " naïve 😀 dogs ran. é€😀!"
+
+
+def ids_of(text: str) -> list[int]:
+    return list(TOKENIZER(text, add_special_tokens=False).input_ids)
+
+
+@given(
+    st.lists(
+        st.one_of(st.text("aé€😀 ", max_size=6).map(ids_of), st.lists(st.integers(1, VOCAB_SIZE - 1), max_size=3)), max_size=8
+    ),
+    st.lists(st.integers(1, 9), min_size=40),
+    st.sampled_from([(), ("é ",)]),
+)
+@settings(max_examples=200, deadline=None)
+def test_several_tokens_at_once_are_shown_as_one_after_the_other(parts, sizes, stop):
+    """Also where the bytes are no text at all."""
+    ids, together, alone = sum(parts, []), TextStream(TOKENIZER, [0], stop), TextStream(TOKENIZER, [0], stop)
+    for size in sizes:
+        some, ids = ids[:size], ids[size:]
+        assert together.push_all(some) == "".join(alone.push(token_id) for token_id in some if not alone.stopped)
+        assert together.stopped == alone.stopped
+        if alone.stopped:
+            break
+    assert together.finish() == alone.finish()
 
 
 @pytest.mark.parametrize("error", [EngineBusy(3), EngineFailed("why")])

@@ -5,7 +5,9 @@ import importlib.util
 import pytest
 from pydantic import ValidationError
 from ray import serve
+from ray.serve.config import AutoscalingConfig
 
+from actors.other_engines import tensorrt_llm_arguments, vllm_fields
 from actors.serve import build, deployment_options
 from jobs.serve_child import named_models, server_settings
 from puzzle_ray.errors import ConfigError
@@ -37,6 +39,8 @@ def test_words_of_a_command_line_become_settings():
      ({"child": "a", "num_replicas": 2, "autoscaling": {"max_replicas": 3}}, "num_replicas"),
      ({"child": "a", "autoscaling": {"min_replicas": 4, "max_replicas": 3}}, "min_replicas"),
      ({"models": {"a": "a", "b": "b"}, "engine": "vllm"}, "takes one"), ({"child": "a", "engine_options": {"x": 1}}, "engine_options"),
+     ({"child": "a", "engine": "vllm", "api_key_sha256": ["0" * 64]}, "api_key_sha256"),
+     ({"child": "a", "engine": "tensorrt_llm", "kv_cache_mib": 64}, "kv_cache_mib"),
      ({"child": "a", "api_key_sha256": ["secret"]}, "api_key_sha256"), ({"child": "a", "engine": "llama.cpp"}, "engine")],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_refused_by_name(fields, said):
@@ -49,9 +53,47 @@ def test_settings_that_cannot_be_are_refused_by_name(fields, said):
 def test_serve_is_told_how_many_requests_and_replicas_there_may_be():
     fixed = deployment_options(ServeSettings(models={"a": "a", "b": "b"}, max_batch_size=4, max_waiting=8, num_replicas=3))
     assert (fixed["num_replicas"], fixed["max_ongoing_requests"], fixed["max_queued_requests"]) == (3, 2 * 12 + 16, 3 * 24)
-    scaled = deployment_options(ServeSettings(models={"a": "a"}, autoscaling={"min_replicas": 1, "max_replicas": 4}))
+    args = ServeSettings.model_validate({"child": "a", "autoscaling": {"max_replicas": 4, "downscale_delay_s": 60}})
+    scaled = deployment_options(args)
     assert scaled["autoscaling_config"]["max_replicas"] == 4 and "num_replicas" not in scaled
+    assert AutoscalingConfig(**scaled["autoscaling_config"]).model_dump().items() >= args.autoscaling.model_dump().items()
     assert isinstance(build(ServeSettings(models={"a": "a"})), serve.Application)
+    assert isinstance(build(args), serve.Application)
+
+
+@pytest.mark.parametrize(("num_gpus", "kind", "workers"), [(0, "cpu", None), (0.5, "gpu", None), (2, "gpu", 2)])
+def test_vllm_is_told_what_the_settings_say_in_rays_words(num_gpus, kind, workers):
+    """Ray's own class reads the fields. Where vLLM is not installed, the public one cannot be imported; this is what it consists of."""
+    from ray.llm._internal.serve.core.configs.llm_config import LLMConfig
+
+    settings = ServeSettings(
+        models={"child": "/runs/child"}, engine="vllm", num_gpus=num_gpus, num_cpus=3, max_length=512, prefix_cache=False,
+        engine_options={"gpu_memory_utilization": 0.5}, autoscaling={"max_replicas": 2},
+    )  # fmt: skip
+    config = LLMConfig(**vllm_fields(settings, deployment_options(settings)))
+    assert (config.model_id, config.model_loading_config.model_source) == ("child", "/runs/child")
+    asked = {
+        "dtype": "auto",
+        "max_num_seqs": 16,
+        "max_model_len": 512,
+        "enable_prefix_caching": False,
+        "gpu_memory_utilization": 0.5,
+    }
+    assert config.engine_kwargs == asked | ({} if workers is None else {"tensor_parallel_size": workers})
+    assert config.accelerator_config.kind == kind
+    bundle = {"CPU": 3} | ({"GPU": min(1, num_gpus)} if num_gpus else {})
+    assert config.placement_group_config == {"bundle_per_worker": bundle}
+    assert config.deployment_config["autoscaling_config"]["max_replicas"] == 2
+
+
+def test_tensorrt_llm_is_told_what_the_settings_say():
+    settings = {"models": {"child": "/runs/child"}, "engine": "tensorrt_llm", "max_length": 512}
+    arguments = tensorrt_llm_arguments(ServeSettings(**settings, num_gpus=2, engine_options={"max_num_tokens": 4096}))
+    assert arguments["model"] == "/runs/child" and arguments["tensor_parallel_size"] == 2
+    assert (arguments["max_seq_len"], arguments["max_num_tokens"]) == (512, 4096)
+    for engine, num_gpus in [(tensorrt_llm_arguments, 0), (tensorrt_llm_arguments, 0.5), (lambda of: vllm_fields(of, {}), 1.5)]:
+        with pytest.raises(ConfigError, match="num_gpus"):
+            engine(ServeSettings(**settings, num_gpus=num_gpus))
 
 
 @pytest.mark.parametrize("engine", ["vllm", "tensorrt_llm"])
