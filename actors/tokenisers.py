@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -134,6 +134,7 @@ class _Flow:
     artifact: Artifact
     reader: ActorHandle[Any]
     most_open: int  # blocks that are begun and not counted
+    told: Callable[[int], object]
     done: Streamed = field(init=False)
     texts: dict[int, ObjectRef[Block | None]] = field(default_factory=dict)
     found: dict[int, Done] = field(default_factory=dict)  # not counted yet: one before them is not done
@@ -142,7 +143,7 @@ class _Flow:
     num_blocks: int | None = None  # once it is known
 
     def __post_init__(self) -> None:
-        self.done = Streamed(self.text)
+        self.done = Streamed(self.text, self.told)
 
     def send(self, worker: ActorHandle[Any], lane: _Lane) -> ObjectRef[Done | None]:
         if lane.number is None:
@@ -193,9 +194,15 @@ class OnRay:
     """A `Tokeniser` whose work is done by a reader and a pool. Raises ClusterError when they cannot be placed or do not answer."""
 
     def __init__(
-        self, tokenizer: ParentTokenizer, artifact: Artifact, vocab_size: int, cluster: ClusterConfig, num_workers: int
+        self,
+        tokenizer: ParentTokenizer,
+        artifact: Artifact,
+        vocab_size: int,
+        cluster: ClusterConfig,
+        num_workers: int,
+        told: Callable[[int], object] = lambda characters: None,
     ) -> None:
-        self.artifact, self.cluster, self.num_workers = artifact, cluster, num_workers
+        self.artifact, self.cluster, self.num_workers, self.told = artifact, cluster, num_workers, told
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # where the paths are meant
         read_here = TextReaderActor.options(num_cpus=0, scheduling_strategy=here, **actor_name("text reader"))  # type: ignore[attr-defined]
         self.reader: ActorHandle[Any] = read_here.remote(tokenizer)
@@ -212,7 +219,7 @@ class OnRay:
         return bool(self._asked(self.reader.has_few_documents.remote(text), "the first documents were not read"))
 
     def stream(self, text: Text) -> Streamed:
-        flow = _Flow(text, self.artifact, self.reader, 2 * self.num_workers)
+        flow = _Flow(text, self.artifact, self.reader, 2 * self.num_workers, self.told)
         self.pool.start(self.num_workers - len(self.pool.workers))
         lanes = [_Lane() for _ in range(self.num_workers)]
         self.pool.run(lanes, flow.send, flow.receive, name_of=lambda lane: f"block {lane.number}")
@@ -246,10 +253,15 @@ def num_tokenisers(config: DataConfig, cluster: ClusterConfig) -> int:
 
 @contextmanager
 def tokenising(
-    tokenizer: ParentTokenizer, artifact: Artifact, vocab_size: int, cluster: ClusterConfig, num_workers: int
+    tokenizer: ParentTokenizer,
+    artifact: Artifact,
+    vocab_size: int,
+    cluster: ClusterConfig,
+    num_workers: int,
+    told: Callable[[int], object] = lambda characters: None,
 ) -> Iterator[OnRay]:
-    """A reader and workers for as long as they are needed."""
-    tokenisers = OnRay(tokenizer, artifact, vocab_size, cluster, num_workers)
+    """A reader and workers for as long as they are needed. `told` hears of the characters of every block that is done."""
+    tokenisers = OnRay(tokenizer, artifact, vocab_size, cluster, num_workers, told)
     try:
         yield tokenisers
     finally:

@@ -136,7 +136,7 @@ def tokens_of(s: Setting) -> Artifact:
 
     def work(artifact: Artifact) -> None:
         tokenizer = read_tokenizer(s.parent, s.config.trust_remote_code)
-        save_tokens(text, tokenizer, s.max_positions, artifact, s.model_config.vocab_size)
+        save_tokens(text, tokenizer, s.max_positions, artifact, s.model_config.vocab_size, s.progress)
 
     return once(s.store.artifact("tokens", {"data": text.identity()}, {"parent": s.parent_key} | source_inputs(text)), work)
 

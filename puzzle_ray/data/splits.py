@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -10,23 +11,46 @@ from puzzle_ray.data.order import Tokens
 from puzzle_ray.data.parts import part_sizes
 from puzzle_ray.data.settings import DataConfig
 from puzzle_ray.data.shards import ArtifactShards, TokenShards, shard_name
+from puzzle_ray.data.sources import likely_characters
 from puzzle_ray.data.tokenising import SPLITS, Here, Tokeniser, tokenise_into
+from puzzle_ray.progress import Progress, Quiet
 from puzzle_ray.store import Artifact
 
 TOKENS = "tokens.safetensors"  # both splits in one file, as earlier versions wrote them
 INDEX = "tokens.json"  # which shards make up which split
 TRAIN_HASH = "train_sha256"  # a fact of the artifact
+QUIET = Quiet()
 
 
 def save_tokens(
-    config: DataConfig, tokenizer: Any, max_positions: int | None, artifact: Artifact, vocab_size: int | None = None
+    config: DataConfig,
+    tokenizer: Any,
+    max_positions: int | None,
+    artifact: Artifact,
+    vocab_size: int | None = None,
+    progress: Progress = QUIET,
 ) -> None:
     """Tokenises the text into shards, in this process, and closes the artifact. Passes by the shards that are there.
 
     Raises DataError, also for text with tokens beyond an embedding of `vocab_size` rows.
     """
-    here = Here(ArtifactShards(artifact, tokenizer, vocab_size), tokenizer)
-    write_tokens(config, max_positions, artifact, here, train_hash)
+    with telling(config, progress) as told:
+        here = Here(ArtifactShards(artifact, tokenizer, vocab_size), tokenizer, told)
+        write_tokens(config, max_positions, artifact, here, train_hash)
+
+
+@contextmanager
+def telling(config: DataConfig, progress: Progress) -> Iterator[Callable[[int], None]]:
+    """A function that is told of characters that are done. How many there are in all is a guess, which is never gone beyond."""
+    total = left = max(1, likely_characters(config))
+    with progress.stage("tokens", total, "character") as bar:
+
+        def told(characters: int) -> None:
+            nonlocal left
+            bar.advance(min(characters, left))
+            left -= min(characters, left)
+
+        yield told
 
 
 def write_tokens(

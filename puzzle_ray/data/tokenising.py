@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -35,9 +35,13 @@ def _sequences(flat: Sequence[FlatTokens], length: int) -> TokenArray:
 
 @dataclass
 class Streamed:
-    """What became of a text, block by block in order: tokens of every shard, and of every source (documents, tokens) by split."""
+    """What became of a text, block by block in order: tokens of every shard, and of every source (documents, tokens) by split.
+
+    `told` hears of the characters of each block.
+    """
 
     text: Text
+    told: Callable[[int], object]
     counts: dict[str, list[int]] = field(init=False)
     by_source: dict[str, dict[int, tuple[int, int]]] = field(init=False)
     read: Sequence[SourceRead] = ()
@@ -70,6 +74,7 @@ class Streamed:
             for source, documents, tokens in facts.by_source:
                 before = self.by_source[split].get(source, (0, 0))
                 self.by_source[split][source] = before[0] + documents, before[1] + tokens
+        self.told(max(facts.characters for facts in found.values()))
         return True
 
 
@@ -88,12 +93,13 @@ class Here:
 
     shards: Shards
     tokenizer: Any
+    told: Callable[[int], object] = lambda characters: None
 
     def has_few_documents(self, text: Text) -> bool:
         return text.has_few_documents(self.tokenizer)
 
     def stream(self, text: Text) -> Streamed:
-        done = Streamed(text)
+        done = Streamed(text, self.told)
         for block in text.blocks(self.tokenizer):
             done.add(block.read, do_block(self.shards, block, done.room, self.tokenizer))
             if done.full:

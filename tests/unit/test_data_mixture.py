@@ -230,3 +230,32 @@ def test_how_much_text_there_is_likely_to_be(texts, tmp_path):
     packed.write_bytes(gzip.compress(b"x" * 90))
     assert likely_characters(DataConfig(train=[texts["a"][0], str(packed)])) == size + 3 * os.path.getsize(packed)
     assert likely_characters(DataConfig(train=weighted(texts, a=1, b=1), source_end="repeat")) == 4 * 51_000_000
+
+
+@pytest.mark.parametrize("source_end", ["go_on", "repeat"])
+def test_progress_tells_of_every_block_and_never_of_more_than_there_was_said_to_be(texts, tmp_path, monkeypatch, source_end):
+    from contextlib import contextmanager
+
+    seen = []
+
+    class Counting:
+        @contextmanager
+        def stage(self, name, total, unit):
+            seen.append([name, total, unit])
+            yield self
+
+        def advance(self, count=1, **facts):
+            seen.append(count)
+
+    monkeypatch.setattr(blocks, "BLOCK_CHARACTERS", 5000)
+    config = DataConfig(train=weighted(texts, a=1, b=1), source_end=source_end, sequence_length=LENGTH)
+    artifact = Store(str(tmp_path)).artifact("tokens", {}, {})
+    save_tokens(config, byte_tokenizer(), None, artifact, progress=Counting())
+    (name, total, unit), *told = seen
+    assert (name, unit, total) == ("tokens", "character", likely_characters(config))
+    characters = sum(piece_characters(config))
+    assert len(told) == len(artifact.names("train")) > 5 and sum(told) == min(total, characters)
+
+
+def piece_characters(config):
+    return [len(piece.text) for piece in read(config)[0]]
