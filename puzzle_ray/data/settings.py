@@ -35,6 +35,8 @@ def _listed(given: Any) -> Any:
 
 
 def _one(number: int, entry: Any) -> TextSource:
+    if not isinstance(entry, str | Mapping | TextSource):
+        raise ValueError(f"source {number} is {entry!r}; write a name, or {{source: name, weight: 1.5}}")
     try:
         return TextSource.model_validate({"source": entry} if isinstance(entry, str) else entry)
     except ValidationError as error:
@@ -44,11 +46,11 @@ def _one(number: int, entry: Any) -> TextSource:
             known = did_you_mean(setting, TextSource.model_fields)
             raise ValueError(f"source {number} has an unknown setting {setting!r}; {known}") from None
         shown = "" if first["type"] == "missing" else f", not {first['input']!r}"
-        problem = f"{setting}: {first['msg']}{shown}" if setting else first["msg"]
+        problem = f"{setting}: {first['msg']}{shown}"
         raise ValueError(f"source {number}: {problem}; write {{source: name, weight: 1.5}}") from None
 
 
-Text = Annotated[str | tuple[TextSource, ...] | None, BeforeValidator(_listed)]
+TextSources = Annotated[str | tuple[TextSource, ...] | None, BeforeValidator(_listed)]
 
 
 class DataConfig(Section):
@@ -70,8 +72,8 @@ class DataConfig(Section):
     `source_end` says what happens: `go_on` with the others, `stop`, or `repeat` it until every source was read once.
     """
 
-    train: Text = None
-    heldout: Text = None  # without it, a share of the training documents is held out
+    train: TextSources = None
+    heldout: TextSources = None  # without it, a share of the training documents is held out
     heldout_fraction: Fraction = 0.05
     text_column: str = "text"  # its name, or a dotted path into nested columns, such as data.text
     config_name: str | None = None  # of a hub data set that has several

@@ -100,7 +100,8 @@ def test_the_record_counts_documents_tokens_and_drops_of_every_source(texts, tmp
     rows = [json.dumps({"text": text}) for text in texts["c"][1]]
     with_drops.write_text("\n".join(['{"text": ""}', '{"no": 1}', *rows]) + "\n")
     train = [*weighted(texts, a=2, b=1), {"source": str(with_drops), "weight": 1}]
-    config = DataConfig(train=train, heldout_fraction=0.2, sequence_length=LENGTH, max_train_tokens=limit)
+    limits = {"max_train_tokens": limit, "max_heldout_tokens": limit // 5}
+    config = DataConfig(train=train, heldout_fraction=0.2, sequence_length=LENGTH, **limits)
     whole = saved(config, tmp_path, f"whole {limit}", 10**7, monkeypatch)
     facts = whole.facts()
     sources = facts["sources"]
@@ -115,8 +116,8 @@ def test_the_record_counts_documents_tokens_and_drops_of_every_source(texts, tmp
         characters = sum(map(len, texts["a"][1]))
         assert sum(sources[0]["tokens"].values()) == characters + 800, "a byte is a token, and each document has a separator"
     else:
-        assert facts["train_tokens"] == limit // LENGTH * LENGTH and all(s["times_read"] == 0 for s in sources)
-        assert np.allclose([s["share"] for s in sources], [0.5, 0.25, 0.25], atol=0.02)
+        assert facts["train_tokens"] == limit // LENGTH * LENGTH and facts["heldout_tokens"] == limit // 5 // LENGTH * LENGTH
+        assert np.allclose([s["share"] for s in sources], [0.5, 0.25, 0.25], atol=0.03)
     assert "train[2]: '" in tokens_summary(facts) and "2 rows without text dropped" in tokens_summary(facts)
     for size in (700, 5000):
         cut = saved(config, tmp_path, f"{size} {limit}", size, monkeypatch)
@@ -175,7 +176,7 @@ BAD = [
     ("[{source: a.txt, wieght: 1}]", r"source 1 has an unknown setting 'wieght'; did you mean 'weight'"),
     ("[{weight: 1}]", r"source 1: source: Field required"),
     ("[]", r"data.train: an empty list names no text"),
-    ("[3]", r"data.train: source 1: Input should be a valid dictionary or instance of TextSource, not 3"),
+    ("[a.txt, 3]", r"data.train: source 2 is 3; write a name, or {source: name, weight: 1.5}"),
     ("7", r"data.train"),
 ]
 
