@@ -66,7 +66,6 @@ def make_text(books: Path, file: Path, megabytes: float) -> int:
 def tokenise(parent: str, text: str, store: str, workers: int, block_characters: int) -> None:
     """In this process and those below it. Prints what the record says."""
     from actors.data_plane import text_bytes
-    from actors.tokenisers import ParentTokenizer, tokenising
     from jobs.session import connected
     from puzzle_ray.cluster import ClusterConfig
     from puzzle_ray.data import blocks
@@ -79,6 +78,8 @@ def tokenise(parent: str, text: str, store: str, workers: int, block_characters:
     config = DataConfig(train=text, max_train_tokens=10**10, max_heldout_tokens=10**9, tokenise_workers=workers)
     vocab_size, cluster = read_config(Path(parent)).vocab_size, ClusterConfig()
     with connected(cluster, text_bytes(config, workers)):
+        from actors.tokenisers import ParentTokenizer, tokenising
+
         artifact = Store(store).artifact("tokens", {"data": config.identity()}, {})
         with artifact.lease(), tokenising(ParentTokenizer(parent), artifact, vocab_size, cluster, workers) as on_ray:
             write_tokens(config, None, artifact, on_ray, on_ray.train_hash)
@@ -121,7 +122,9 @@ def _below(process: psutil.Process) -> list[psutil.Process]:
 
 
 def shards(store: Path) -> list[Path]:
-    return sorted(store.glob("tokens-*/train/*.arrow"), key=lambda path: path.stat().st_mtime)
+    """Of training text, or of all text where it is in few documents, by the time that they were written."""
+    found = [path for folder in ("train", "all") for path in store.glob(f"tokens-*/{folder}/*.arrow")]
+    return sorted(found, key=lambda path: path.stat().st_mtime)
 
 
 def watched(name: str, words: list[str], store: Path, kill_at: int = 0) -> dict[str, Any]:
