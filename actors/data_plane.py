@@ -1,12 +1,16 @@
-"""What the library's micro-batches take of the object stores while they are in flight. Loads no Ray: it is asked before there is one."""
+"""What is in flight in the object stores: the library's micro-batches, and text. Loads no Ray: it is asked before there is one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from puzzle_ray.data.blocks import BLOCK_CHARACTERS
+from puzzle_ray.data.settings import DataConfig
+from puzzle_ray.data.sources import likely_characters
 from puzzle_ray.distill.settings import LibraryConfig
 
 OBJECT_OVERHEAD = 4096  # bytes at the most that Ray adds to an array
+MANY_CHARACTERS = 4 * BLOCK_CHARACTERS  # of less text, starting workers takes longer than they save
 MIB = 2**20
 
 
@@ -33,3 +37,12 @@ class Flow:
         """In flight at the most, with `num_states` hidden states of each micro-batch: window x (states + token ids)."""
         ids = self.tokens * 8 + OBJECT_OVERHEAD
         return self.window * (num_states * (self.state_bytes + OBJECT_OVERHEAD) + ids)
+
+
+def text_bytes(config: DataConfig, num_cpus: int) -> int:
+    """The text that workers on so many CPUs have in flight, twice a block for each and two more; about a byte a character."""
+    asked = config.tokenise_workers
+    if asked == 0 or (asked == "auto" and likely_characters(config) < MANY_CHARACTERS):
+        return 0
+    workers = num_cpus if asked == "auto" else min(asked, num_cpus)
+    return (2 * workers + 2) * BLOCK_CHARACTERS

@@ -131,13 +131,15 @@ def configured(
 
 
 def window_bytes(run: Run) -> int:
-    """What the library's micro-batches in flight take in the object store at the most; 0 for the tiny parent: any store is big enough."""
-    from actors.data_plane import Flow
+    """What is in flight in the object store at the most, of text or of micro-batches; 0 for the tiny parent: any store is big enough."""
+    from actors.data_plane import Flow, text_bytes
     from puzzle_ray.config import TINY
+    from puzzle_ray.process import num_cores
 
     if run.config.parent == TINY:
         return 0
     model_config: Any = run.parent.model_config
     shards = min(run.config.cluster.num_shards, model_config.num_hidden_layers)
     states = (shards if run.config.cluster.colocate else model_config.num_hidden_layers) + 1
-    return Flow.of(run.config.library, model_config.hidden_size, shards).bound_bytes(states)
+    flow = Flow.of(run.config.library, model_config.hidden_size, shards).bound_bytes(states)
+    return max(flow, text_bytes(run.config.data, num_cores()))

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from puzzle_ray.config import TINY, RunConfig
-from puzzle_ray.data.sources import check_source
+from puzzle_ray.data.sources import check_source, named_sources
 from puzzle_ray.errors import ConfigError, ParentError
 from puzzle_ray.scoring.settings import ScoringConfig
 from puzzle_ray.store import Store
@@ -22,13 +22,10 @@ def check(config: RunConfig, store: Store) -> None:
     find_searcher(config.search.searcher)
     engine_of(config.profile)
     data = config.data
-    for where, source in (
-        ("data.train", data.train),
-        ("data.heldout", data.heldout),
-        ("scoring.downstream", config.scoring.downstream),
-    ):
-        if source is not None:
-            check_source(source, where)
+    for where, source in named_sources(data):
+        check_source(source.source, where)
+    if config.scoring.downstream is not None:
+        check_source(config.scoring.downstream, "scoring.downstream")
     _check_questions(config.scoring)
     if data.train is None and (config.parent != TINY or data.heldout is not None):
         raise ConfigError("data.train", "no training text is named", "give --data, or use parent: tiny without data.heldout")

@@ -38,6 +38,10 @@ AIMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("the pick by measured KL", ("search.candidates=8", "search.local_search_steps=20")),
     ("blocks judged by a task of one's own", ("scoring.downstream=questions.jsonl", "scoring.metric=downstream")),
     ("fewer exact scores", ("scoring.shortlist=fisher", "scoring.shortlist_keep=0.2")),
+    (
+        "three parts of one text to one of another",
+        ("data.train=[{source: org/web, config_name: en, weight: 3}, {source: code.jsonl}]",),
+    ),
     ("a first look in little time", ("library.tokens=1000000", "gkd.tokens=0", "search.candidates=1")),
     ("a better child", ("library.tokens=1000000000", "gkd.tokens=5000000000")),
     (
@@ -67,7 +71,7 @@ MEANINGS: Mapping[str, str] = {
     "hardware": "auto, or a cluster in words, such as `8x8 H100-80GB`: it decides what is not set; see above",
     "store": "where artifacts are kept: a folder or any fsspec URL; a part of a result is never read from elsewhere",
     "seed": "of the order of training text and of everything that draws",
-    "data.train": "the source of the text that is trained on; the tiny parent brings its own",
+    "data.train": "the text that is trained on: a source, or a list of sources; the tiny parent brings its own",
     "data.heldout_fraction": "share of the training documents that is held out where `data.heldout` names none",
     "data.sequence_length": "tokens of a training sequence",
     "data.max_heldout_tokens": "what is read of held-out text at the most",

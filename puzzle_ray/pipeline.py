@@ -24,7 +24,7 @@ from puzzle_ray.checks import check, check_asked
 from puzzle_ray.compression import Round, Setting
 from puzzle_ray.config import TINY, RunConfig, load
 from puzzle_ray.data.parts import HeldoutParts, heldout_parts
-from puzzle_ray.data.sources import source_fingerprint
+from puzzle_ray.data.sources import source_fingerprint, source_inputs
 from puzzle_ray.data.splits import load_tokens, save_tokens, train_tokens_source
 from puzzle_ray.distill.gkd import GkdJob, distill_child
 from puzzle_ray.distill.library import Library, build_serially, carry_over, starting_library
@@ -147,13 +147,12 @@ def tokens_of(s: Setting) -> Artifact:
     if s.config.parent == TINY and text.train is None:
         folder = s.tiny_parent.local_folder("parent")
         text = text.model_copy(update={"train": str(folder / "train.jsonl"), "heldout": str(folder / "heldout.jsonl")})
-    sources = {name: source_fingerprint(s) for name, s in (("train", text.train), ("heldout", text.heldout)) if s}
 
     def work(artifact: Artifact) -> None:
         tokenizer = read_tokenizer(s.parent, s.config.trust_remote_code)
-        save_tokens(text, tokenizer, s.max_positions, artifact, s.model_config.vocab_size)
+        save_tokens(text, tokenizer, s.max_positions, artifact, s.model_config.vocab_size, s.progress)
 
-    return once(s.store.artifact("tokens", {"data": text.identity()}, {"parent": s.parent_key, **sources}), work)
+    return once(s.store.artifact("tokens", {"data": text.identity()}, {"parent": s.parent_key} | source_inputs(text)), work)
 
 
 def parts_of(s: Setting, tokens: Artifact) -> HeldoutParts:

@@ -108,6 +108,13 @@ SWEEP = (
     SweepPoint(2.0, _architecture(*[LayerChoice("gqa:1", "ffn:128")] * 6, *[LayerChoice("gqa:2", "ffn:384")] * 2)),
     SweepPoint(9.0, None, "no architecture in this search space meets speedup >= 9; the best reachable is 7.4"),
 )
+_TEXT = {"where": "data.train[0]", "left_out": [], "dropped_rows": 0}
+TEXT_SOURCES = (
+    _TEXT | {"name": "train", "source": "books/<b>.txt", "weight": 3.0, "documents": 1200, "times_read": 0, "share": 0.751,
+             "tokens": {"train": 700_000, "heldout": 51_000}},
+    _TEXT | {"name": "train", "source": "org/wiki", "weight": 1.0, "documents": 340, "times_read": 2, "share": 0.249,
+             "tokens": {"train": 240_000, "heldout": 9_000}, "dropped_rows": 17, "left_out": ["README.md"]},
+)  # fmt: skip
 SAMPLE = "Once upon a time, there was a little girl named Lily. She <script>alert('x')</script> & smiled.\nThe end."
 
 
@@ -184,7 +191,7 @@ def whole_run() -> ReportData:
     return ReportData(
         "tiny-llama-8x192", scenario=SCENARIO, num_key_value_heads=4, intermediate_size=512, space=SPACE, profile=PROFILE,
         scores=SCORES, architecture=CHOSEN, sweep=SWEEP, library=library, bld_curves=curves, evaluation=evaluation, gkd_curve=gkd,
-        quality=_quality(),
+        quality=_quality(), text_sources=TEXT_SOURCES,
         stage_seconds={"library": 142.0, "profile": 18.4, "score": 25.1, "search": 0.3, "gkd": 96.0, "evaluate": 12.7},
         config_yaml="parent: tiny\nsearch:\n  limits: {speedup: 1.5}  # <b>not bold</b>\n",
         versions={"puzzle_ray": "0.1.0", "torch": "2.13.0"}, machine={"cores": 2, "memory": "8 GiB"},

@@ -46,10 +46,11 @@ def so_far(run: Run, done: Collection[str]) -> ReportData | None:
     return data(run, done)
 
 
-def _of_parent(run: Run) -> dict[str, Any]:
+def _of_tokens(run: Run) -> dict[str, Any]:
     model_config = run.parent.model_config
     heads, width = model_config.num_key_value_heads, model_config.intermediate_size
-    return {"num_key_value_heads": heads, "intermediate_size": width, "space": run.space}
+    read = run.content("tokens").facts().get("sources", ())  # tokens of earlier versions have none
+    return {"num_key_value_heads": heads, "intermediate_size": width, "space": run.space, "text_sources": read}
 
 
 def _of_profile(run: Run) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def _of_gkd(run: Run) -> dict[str, Any]:
 
 # Stage -> what it adds to the page; what a later one says counts.
 PARTS: Mapping[str, Callable[[Run], dict[str, Any]]] = {
-    "tokens": _of_parent,
+    "tokens": _of_tokens,
     "profile": _of_profile,
     "library": _of_library,
     "scores": lambda run: {"scores": scores.read(run)},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from puzzle_ray.config import TINY
 from puzzle_ray.data.order import Tokens
 from puzzle_ray.data.parts import HeldoutParts, heldout_parts
 from puzzle_ray.data.settings import DataConfig
-from puzzle_ray.data.splits import load_tokens, save_tokens, tokens_summary, train_tokens_source
+from puzzle_ray.data.splits import load_tokens, save_tokens, telling, tokens_summary, train_tokens_source, write_tokens
 from puzzle_ray.store import Artifact
 
 
@@ -29,19 +30,28 @@ def settings(run: Run) -> dict[str, Any]:
 
 
 def sources(run: Run) -> dict[str, str]:
-    from puzzle_ray.data.sources import source_fingerprint
+    from puzzle_ray.data.sources import source_inputs
 
-    data = _data(run)
-    named = {name: source_fingerprint(source) for name, source in (("train", data.train), ("heldout", data.heldout)) if source}
-    return {"parent": run.parent.key, **named}
+    return {"parent": run.parent.key} | source_inputs(_data(run))
 
 
 def work(run: Run, artifact: Artifact) -> None:
+    """In this process, or where there is a cluster and much text by workers on it; the tokens are the same."""
     from puzzle_ray.models.tokenizer import read_tokenizer
 
-    parent = run.parent
-    tokenizer = read_tokenizer(parent.folder, run.config.trust_remote_code)
-    save_tokens(_data(run), tokenizer, parent.max_positions, artifact, parent.model_config.vocab_size)
+    parent, data, cluster = run.parent, _data(run), run.config.cluster
+    vocab_size, trusted = parent.model_config.vocab_size, run.config.trust_remote_code
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        from actors.tokenisers import ParentTokenizer, num_tokenisers, tokenising
+
+        workers, named = num_tokenisers(data, cluster), ParentTokenizer(parent.address, trusted)
+        if workers:
+            with telling(data, run.progress) as told, tokenising(named, artifact, vocab_size, cluster, workers, told) as on_ray:
+                write_tokens(data, parent.max_positions, artifact, on_ray, on_ray.train_hash)
+            return
+    tokenizer = read_tokenizer(parent.folder, trusted)
+    save_tokens(data, tokenizer, parent.max_positions, artifact, vocab_size, run.progress)
 
 
 def foreseen(run: Run) -> None:

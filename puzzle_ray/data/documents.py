@@ -14,7 +14,7 @@ from puzzle_ray.data.files import Found, find_files
 from puzzle_ray.data.foreign import reading
 from puzzle_ray.data.formats import rows, text_chunks
 from puzzle_ray.data.settings import DataConfig
-from puzzle_ray.data.sources import check_source, hub_commit
+from puzzle_ray.data.sources import check_source, hub_commit, named_sources
 from puzzle_ray.errors import DataError
 
 WHOLE_CHARACTERS = 1_000_000  # a document up to this length is tokenised whole
@@ -28,10 +28,11 @@ _SPACE = re.compile(r"(?<=\S)\s")
 
 
 class Piece(NamedTuple):
-    """Text of a document; `begins` where a new document begins."""
+    """Text of a document; `begins` where a new document begins. `source` is the number of its source in a mixture."""
 
     text: str
     begins: bool
+    source: int = 0
 
 
 @dataclass
@@ -131,14 +132,14 @@ def documents(
 
 
 def check_text(config: DataConfig, tokenizer: Any) -> None:
-    """Looks at the first rows of both sources as tokenising would. Raises DataError for what holds no text."""
-    for where, source in (("data.train", config.train), ("data.heldout", config.heldout)):
-        if source is not None:
-            check_source(source, where)
-            if not find_files(source, where).files:
-                hub_commit(source, where)  # streaming tries again and again before it says that the hub does not answer
-            for _ in islice(pieces(source, config, where, tokenizer, max_rows=_FIRST_ROWS), _FIRST_DOCUMENTS):
-                pass
+    """Looks at the first rows of all sources as tokenising would. Raises DataError for what holds no text."""
+    for where, source in named_sources(config):
+        check_source(source.source, where)
+        if not find_files(source.source, where).files:
+            hub_commit(source.source, where)  # streaming tries again and again before it says that the hub does not answer
+        first = pieces(source.source, config.read_as(source), where, tokenizer, max_rows=_FIRST_ROWS)
+        for _ in islice(first, _FIRST_DOCUMENTS):
+            pass
 
 
 def _rows(source: str, found: Found, config: DataConfig, where: str) -> Iterator[tuple[str, Any]]:

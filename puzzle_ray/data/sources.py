@@ -3,17 +3,54 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from puzzle_ray.data.files import TextFile, find_files
 from puzzle_ray.data.foreign import reading, reason_of
+from puzzle_ray.data.settings import DataConfig, TextSource
 from puzzle_ray.errors import DataError
 
 _HASHED_BYTES = 64 << 20  # files up to this size are known by their content, larger ones by their size and time of change
 _VERSION_FIELDS = ("ETag", "etag", "Content-MD5", "Digest", "md5", "md5Hash", "crc32c", "blob_id", "VersionId", "generation")
 _TIME_FIELDS = ("Last-Modified", "LastModified", "last_modified", "last_commit", "updated", "mtime", "created")
 _HUB_TIMEOUT_S = 20.0
+_CHARACTERS_PER_TOKEN = 4
+_COMPRESSED = 3  # a compressed file is taken for the third part of its text
+
+
+def named_sources(config: DataConfig) -> Iterator[tuple[str, TextSource]]:
+    """(what errors call it, a source) of all training and held-out text."""
+    for name in ("train", "heldout"):
+        for number, source in enumerate(config.sources(name)):
+            yield config.where(name, number), source
+
+
+def source_inputs(config: DataConfig) -> dict[str, str]:
+    """What the content of all sources is identified by: `train` and `heldout`, or `train[0]`, `train[1]` of a mixture."""
+    named = named_sources(config)
+    return {where.removeprefix("data."): source_fingerprint(source.source, where) for where, source in named}
+
+
+def likely_characters(config: DataConfig) -> int:
+    """About how much text will be tokenised: by the sizes of the files and the limits on tokens, whichever is less."""
+    sizes = [_size(source.source, where) for where, source in named_sources(config)]
+    limit = _CHARACTERS_PER_TOKEN * (config.max_train_tokens + config.max_heldout_tokens)
+    return limit if None in sizes or config.source_end == "repeat" else min(limit, sum(size or 0 for size in sizes))
+
+
+def _size(source: str, where: str) -> int | None:
+    """Bytes of a source's text, about; None where nobody says."""
+    files = find_files(source, where).files
+    total = 0
+    for file in files:
+        with reading(file.name, where):
+            size = Path(file.path).stat().st_size if file.filesystem is None else file.info().get("size")
+        if size is None:
+            return None
+        total += int(size) * (_COMPRESSED if file.compression else 1)
+    return total if files else None
 
 
 def check_source(source: str, where: str) -> None:

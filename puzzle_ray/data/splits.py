@@ -2,49 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
-from puzzle_ray.data.documents import TextFacts
-from puzzle_ray.data.order import TokenArray, Tokens
+from puzzle_ray.data.order import Tokens
 from puzzle_ray.data.parts import part_sizes
 from puzzle_ray.data.settings import DataConfig
-from puzzle_ray.data.shards import ArtifactShards, TokenShards
-from puzzle_ray.data.tokenising import tokenise_into
-from puzzle_ray.errors import DataError
+from puzzle_ray.data.shards import ArtifactShards, TokenShards, shard_name
+from puzzle_ray.data.sources import likely_characters
+from puzzle_ray.data.tokenising import SPLITS, Here, Tokeniser, tokenise_into
+from puzzle_ray.progress import Progress, Quiet
 from puzzle_ray.store import Artifact
 
 TOKENS = "tokens.safetensors"  # both splits in one file, as earlier versions wrote them
 INDEX = "tokens.json"  # which shards make up which split
 TRAIN_HASH = "train_sha256"  # a fact of the artifact
+QUIET = Quiet()
 
 
 def save_tokens(
-    config: DataConfig, tokenizer: Any, max_positions: int | None, artifact: Artifact, vocab_size: int | None = None
+    config: DataConfig,
+    tokenizer: Any,
+    max_positions: int | None,
+    artifact: Artifact,
+    vocab_size: int | None = None,
+    progress: Progress = QUIET,
 ) -> None:
-    """Tokenises the text into shards and closes the artifact. Goes on behind the shards that are there.
+    """Tokenises the text into shards, in this process, and closes the artifact. Passes by the shards that are there.
 
     Raises DataError, also for text with tokens beyond an embedding of `vocab_size` rows.
     """
-    read: dict[str, TextFacts] = {}
+    with telling(config, progress) as told:
+        here = Here(ArtifactShards(artifact, tokenizer, vocab_size), tokenizer, told)
+        write_tokens(config, max_positions, artifact, here, train_hash)
 
-    def look(ids: TokenArray) -> None:
-        largest = int(ids.max()) if ids.size else 0
-        if vocab_size is not None and largest >= vocab_size:
-            token = tokenizer.convert_ids_to_tokens(largest)
-            problem = f"the text has {token!r}, and the parent's embedding of {vocab_size} rows none for that token ({largest})"
-            raise DataError("data", problem, f"take {token!r} out of the text")
 
-    splits = tokenise_into(ArtifactShards(artifact, look), config, tokenizer, max_positions, read)
-    index = {"length": config.sequence_length, "splits": {name: asdict(split) for name, split in splits.items()}}
-    if not artifact.exists(INDEX):
-        artifact.write_json(INDEX, index)
-    train, heldout = load_tokens(artifact)
-    part_sizes(heldout.num_sequences, (1, 1, 1))  # too little is said here, and not when the library is trained
-    counts = {"train_tokens": train.num_tokens, "heldout_tokens": heldout.num_tokens}
-    text = {name: facts.line() for name, facts in read.items()}
-    artifact.finish(counts | {"text": text, TRAIN_HASH: train.content_hash()})
+@contextmanager
+def telling(config: DataConfig, progress: Progress) -> Iterator[Callable[[int], None]]:
+    """A function that is told of characters that are done. How many there are in all is a guess, which is never gone beyond."""
+    total = left = max(1, likely_characters(config))
+    with progress.stage("tokens", total, "character") as bar:
+
+        def told(characters: int) -> None:
+            nonlocal left
+            bar.advance(min(characters, left))
+            left -= min(characters, left)
+
+        yield told
+
+
+def write_tokens(
+    config: DataConfig,
+    max_positions: int | None,
+    artifact: Artifact,
+    tokeniser: Tokeniser,
+    hashed: Callable[[Artifact], str],
+) -> None:
+    """The same with the work done by `tokeniser`. `hashed` is `train_hash`, or calls it where tokens may be read."""
+    done = tokenise_into(tokeniser, config, max_positions)
+    index = {"length": config.sequence_length, "splits": {name: asdict(split) for name, split in done.splits.items()}}
+    artifact.write_json(INDEX, index)
+    counts = {f"{name}_tokens": split.num_sequences * config.sequence_length for name, split in done.splits.items()}
+    part_sizes(done.splits["heldout"].num_sequences, (1, 1, 1))  # too little is said here, and not when the library is trained
+    several = {name: len(config.sources(name)) > 1 for name in SPLITS}
+    text = {source.where.removeprefix("data."): source.line(several[source.name]) for source in done.sources}
+    facts = {"text": text, "sources": [source.to_json() for source in done.sources]}
+    used = {shard_name(split.shards, n) for split in done.splits.values() for n in range(len(split.tokens))}
+    there = {f"{folder}/{name}" for folder in (*SPLITS, "all") for name in artifact.names(folder)}
+    artifact.finish(counts | facts | {TRAIN_HASH: hashed(artifact)}, drop=there - used)
+
+
+def train_hash(artifact: Artifact) -> str:
+    """What the train tokens are identified by."""
+    return load_tokens(artifact)[0].content_hash()
 
 
 def train_tokens_source(artifact: Artifact) -> dict[str, str]:
@@ -63,9 +95,11 @@ def load_tokens(artifact: Artifact) -> tuple[Tokens, Tokens]:
     index = artifact.read_json(INDEX)
 
     def split(name: str) -> Tokens:
-        entry = index["splits"][name]
+        entry, length = index["splits"][name], index["length"]
         first, end = entry["rows"]
-        return Tokens(TokenShards(artifact, entry["shards"], entry["counts"], index["length"], (first, end)))
+        # earlier versions counted sequences, and let none begin in one shard and end in another
+        tokens = entry["tokens"] if "tokens" in entry else [count * length for count in entry["counts"]]
+        return Tokens(TokenShards(artifact, entry["shards"], tokens, length, (first, end)))
 
     return split("train"), split("heldout")
 

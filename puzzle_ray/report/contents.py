@@ -97,6 +97,7 @@ class ReportData:
     num_key_value_heads: int | None = None
     intermediate_size: int | None = None
     space: SearchSpace | None = None
+    text_sources: Sequence[Mapping[str, Any]] = ()  # as the tokens' record has them
     profile: Profile | None = None
     scores: Scores | None = None
     architecture: Architecture | None = None

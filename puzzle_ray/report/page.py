@@ -6,7 +6,7 @@ import base64
 import hashlib
 from collections.abc import Callable, Sequence
 
-from puzzle_ray.report import blocks, chosen, kept, outcome, training
+from puzzle_ray.report import blocks, chosen, kept, outcome, text, training
 from puzzle_ray.report.contents import ReportData, SweepPoint, TrainedVariant
 from puzzle_ray.report.markup import Html, tag
 from puzzle_ray.report.style import SCRIPT, STYLE
@@ -25,6 +25,7 @@ SECTIONS: tuple[tuple[str, str, Section, str], ...] = (
     ("tasks", "Kept of the parent's answers", kept.tasks, "an evaluation with evaluate.tasks"),
     ("differences", "Where predictions differ", kept.differences, "an evaluation of parent and child"),
     ("retrieval", "Retrieval from long context", kept.retrieval, "an evaluation with evaluate.retrieval_tokens"),
+    ("text", "Text", text.sources, ""),
     ("library", "Block distillation", blocks.block_distillation, "a block library"),
     ("gkd", "Global distillation", training.global_distillation, "GKD"),
     ("samples", "Samples", kept.samples, "an evaluation with a prompt"),

@@ -5,17 +5,18 @@ import pickle
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
 
+from puzzle_ray.data import blocks
 from puzzle_ray.data import shards as token_shards
-from puzzle_ray.data import tokenising
-from puzzle_ray.data.documents import TextFacts
+from puzzle_ray.data.documents import Piece
 from puzzle_ray.data.order import Tokens
 from puzzle_ray.data.settings import DataConfig
 from puzzle_ray.data.shards import OPEN_SHARDS, TokenShards
 from puzzle_ray.data.splits import INDEX, TOKENS, load_tokens, save_tokens
-from puzzle_ray.data.tokenising import pack, tokenise
+from puzzle_ray.data.tokenising import Here, pack, tokenise, tokenise_into
 from puzzle_ray.errors import Damaged, DataError
 from puzzle_ray.store import Store
 
@@ -75,7 +76,7 @@ def test_blocks_change_no_token_and_the_store_gives_them_back(texts, case, tmp_p
     config, tokenizer = configs(texts)[case], byte_tokenizer()
     train, heldout = tokenise(config, tokenizer, None)
     for size in (300, 2000, 16_000_000):
-        monkeypatch.setattr(tokenising, "BLOCK_CHARACTERS", size)
+        monkeypatch.setattr(blocks, "BLOCK_CHARACTERS", size)
         artifact = Store(str(tmp_path)).artifact("tokens", {"size": size}, {})
         save_tokens(config, tokenizer, None, artifact)
         found = arrays(artifact)
@@ -89,8 +90,8 @@ def test_blocks_change_no_token_and_the_store_gives_them_back(texts, case, tmp_p
     if case == "few documents":
         assert np.array_equal(np.concatenate([train.sequences, heldout.sequences]), pack(rows, tokenizer, LENGTH, 10**9))
     if case == "many documents":
-        route = tokenising._by_hash(0.2)
-        kinds = [route(tokenising.Piece(text, begins=True)) for text in rows]
+        route = blocks._by_hash(0.2)
+        kinds = [route(Piece(text, begins=True)) for text in rows]
         assert 0.15 < kinds.count("heldout") / len(kinds) < 0.25
         for name, split in (("train", train), ("heldout", heldout)):
             own = [text for text, kind in zip(rows, kinds, strict=True) if kind == name]
@@ -103,11 +104,11 @@ def test_blocks_change_no_token_and_the_store_gives_them_back(texts, case, tmp_p
 @pytest.mark.parametrize("written", [1, 4])
 def test_an_interrupted_run_tokenises_nothing_again(texts, case, written, tmp_path, monkeypatch):
     config, tokenizer = configs(texts)[case], byte_tokenizer()
-    monkeypatch.setattr(tokenising, "BLOCK_CHARACTERS", 100)
+    monkeypatch.setattr(blocks, "BLOCK_CHARACTERS", 100)
     whole, cut = (Store(str(tmp_path)).artifact("tokens", {"which": name}, {}) for name in ("whole", "cut"))
     seen = []
-    inner = tokenising._token_ids
-    monkeypatch.setattr(tokenising, "_token_ids", lambda texts, t: (seen.extend(texts), inner(texts, t))[1])
+    inner = blocks.token_ids
+    monkeypatch.setattr(blocks, "token_ids", lambda texts, t: (seen.extend(texts), inner(texts, t))[1])
     save_tokens(config, tokenizer, None, whole)
     expected = len(seen)
     seen.clear()
@@ -136,28 +137,28 @@ def test_a_finished_set_of_blocks_is_only_read_past(texts, tmp_path, monkeypatch
     for case in CASES:
         config, tokenizer = configs(texts)[case], byte_tokenizer()
         artifact = Store(str(tmp_path)).artifact("tokens", {"case": case}, {})
-        sink, first, second = token_shards.ArtifactShards(artifact), {}, {}
+        here = Here(token_shards.ArtifactShards(artifact, tokenizer), tokenizer)
         with monkeypatch.context() as patch:
-            patch.setattr(tokenising, "BLOCK_CHARACTERS", 400)
-            splits = tokenising.tokenise_into(sink, config, tokenizer, None, first)
-            patch.setattr(tokenising, "_token_ids", lambda texts, t: pytest.fail("tokenised again") if texts else [])
-            assert tokenising.tokenise_into(sink, config, tokenizer, None, second) == splits
-        assert first == second and all(isinstance(facts, TextFacts) for facts in first.values())
+            patch.setattr(blocks, "BLOCK_CHARACTERS", 400)
+            done = tokenise_into(here, config, None)
+            patch.setattr(blocks, "token_ids", lambda texts, t: pytest.fail("tokenised again") if texts else [])
+            assert tokenise_into(here, config, None) == done
 
 
 def sharded(tmp_path, counts, rows=None):
+    """Shards of so many tokens, and the sequences that they hold together."""
     artifact = Store(str(tmp_path)).artifact("tokens", {"counts": counts}, {})
-    whole = np.random.default_rng(0).integers(0, 96, (sum(counts), LENGTH), dtype=np.int32)
-    start = 0
-    for number, count in enumerate(counts):
-        token_shards.write_shard(artifact, token_shards.shard_name("train", number), whole[start : start + count], {})
-        start += count
+    flat = np.random.default_rng(0).integers(0, 96, sum(counts), dtype=np.int32)
+    for number, part in enumerate(np.split(flat, np.cumsum(counts)[:-1])):
+        token_shards.write_shard(artifact, token_shards.shard_name("train", number), part, {})
+    whole = flat[: len(flat) // LENGTH * LENGTH].reshape(-1, LENGTH)
     rows = rows or (0, len(whole))
     return TokenShards(artifact, "train", counts, LENGTH, rows), whole[slice(*rows)]
 
 
 def test_shards_are_read_like_an_array_and_few_are_open(tmp_path):
-    found, whole = sharded(tmp_path, [5, 0, 7, 3, 9, 1, 6], (2, 29))
+    """Sequences begin in one shard and end in another, or lie over several short ones."""
+    found, whole = sharded(tmp_path, [85, 0, 107, 50, 3, 1, 4, 149, 11, 90], (2, 29))
     assert len(found) == 27 and found.shape == whole.shape
     rows = np.random.default_rng(1).integers(0, 27, 40)
     assert np.array_equal(found[rows], whole[rows]) and np.array_equal(found[3:20], whole[3:20])
@@ -172,13 +173,13 @@ def test_shards_are_read_like_an_array_and_few_are_open(tmp_path):
 
 
 def test_one_shard_is_read_in_the_order_of_an_array(tmp_path):
-    found, whole = sharded(tmp_path, [64])
+    found, whole = sharded(tmp_path, [64 * LENGTH])
     for number in (0, 3, 40):
         assert np.array_equal(Tokens(found).batch(7, number, 4), Tokens(whole).batch(7, number, 4))
 
 
 def test_an_epoch_of_many_shards_reads_all_once_a_few_shards_at_a_time(tmp_path):
-    found, whole = sharded(tmp_path, [8] * 20)
+    found, whole = sharded(tmp_path, [8 * LENGTH] * 20)
     tokens, size = Tokens(found), 4
     epochs = []
     for epoch in range(2):
@@ -195,6 +196,42 @@ def test_an_epoch_of_many_shards_reads_all_once_a_few_shards_at_a_time(tmp_path)
     validation, training = tokens.split_validation(3, 20)
     assert np.array_equal(validation.batch(3, 2, size), tokens.batch(3, 2, size))
     assert np.array_equal(training.batch(3, 2, size), tokens.batch(3, 7, size))
+
+
+def write_earlier_shard(artifact, name, sequences, facts):
+    """As earlier versions wrote them: whole sequences, and what was left over behind them."""
+    flat = pa.array(sequences.ravel())
+    column = pa.FixedSizeListArray.from_arrays(flat, sequences.shape[1])
+    schema = pa.schema([("tokens", column.type)], metadata={b"puzzle_ray": json.dumps(facts)})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema) as writer:
+        writer.write_batch(pa.record_batch([column], schema=schema))
+    artifact.write(name, sink.getvalue().to_pybytes())
+
+
+def test_shards_of_an_earlier_version_are_read(tmp_path):
+    artifact = Store(str(tmp_path)).artifact("tokens", {}, {})
+    whole = np.random.default_rng(0).integers(0, 96, (12, LENGTH), dtype=np.int32)
+    counts = [5, 0, 4, 3]
+    for number, part in enumerate(np.split(whole, np.cumsum(counts)[:-1])):
+        write_earlier_shard(artifact, token_shards.shard_name("all", number), part, {"rest": [1], "total": 9, "characters": 9})
+    splits = {"train": {"shards": "all", "counts": counts, "rows": [0, 9]}}
+    splits["heldout"] = {"shards": "all", "counts": counts, "rows": [9, 12]}
+    artifact.write_json(INDEX, {"length": LENGTH, "splits": splits})
+    train, heldout = load_tokens(artifact)
+    assert np.array_equal(train.sequences[:], whole[:9]) and np.array_equal(heldout.sequences[:], whole[9:])
+    assert train.window == 5 * (OPEN_SHARDS - 1)
+
+
+def test_what_an_earlier_version_left_unfinished_is_done_again(texts, tmp_path):
+    config, tokenizer = configs(texts)["few documents"], byte_tokenizer()
+    artifact = Store(str(tmp_path)).artifact("tokens", {}, {})
+    rows = np.zeros((9, LENGTH), dtype=np.int32)
+    write_earlier_shard(artifact, token_shards.shard_name("all", 0), rows, {"rest": [], "total": 144, "characters": 2000})
+    artifact.write_json(INDEX, {"length": LENGTH, "splits": {}})
+    save_tokens(config, tokenizer, None, artifact)
+    for found, expected in zip(arrays(artifact), tokenise(config, tokenizer, None), strict=True):
+        assert np.array_equal(found, expected.sequences)
 
 
 def test_tokens_of_an_earlier_version_are_read(tmp_path):

@@ -1,0 +1,43 @@
+"""The section on text: what was taken of every source."""
+
+from __future__ import annotations
+
+from puzzle_ray.report.contents import ReportData
+from puzzle_ray.report.markup import Html, html_table, note, percent, tag
+
+HEADER = (
+    "source",
+    "for",
+    "weight",
+    "documents",
+    "tokens",
+    "share of the tokens",
+    "rows dropped",
+    "files left out",
+    "read to its end",
+)
+
+
+def sources(data: ReportData) -> list[Html] | None:
+    """Documents, tokens and drops of every source. Nothing for tokens of an earlier version, which did not count by source."""
+    if not data.text_sources:
+        return None
+    several = {name: sum(source["name"] == name for source in data.text_sources) > 1 for name in ("train", "heldout")}
+    rows: list[list[object]] = []
+    for source in data.text_sources:
+        use = {"train": "training", "heldout": "held out"}[source["name"]]
+        rows.append(
+            [
+                source["source"],
+                tag("td", use, class_="text"),
+                f"{source['weight']:g}" if several[source["name"]] else "–",
+                f"{source['documents']:,}",
+                f"{sum(source['tokens'].values()):,}",
+                percent(source["share"]),
+                f"{source['dropped_rows']:,}",
+                len(source["left_out"]),
+                {0: "no", 1: "once"}.get(source["times_read"], f"{source['times_read']} times"),
+            ]
+        )
+    said = "Rows without text are dropped. A mixture takes the next document of the source that is furthest behind its weight."
+    return [html_table(HEADER, rows), note(said)]
