@@ -124,7 +124,7 @@ def main() -> None:
         run = Run(load("tiny", None, words_of(arguments, scratch)))
         run.check()
         steps = 0 if arguments.quick else arguments.steps
-        how = PickOptions("mip", arguments.candidates, 2, RIVALS, steps, 0)
+        how = PickOptions("mip", arguments.candidates, 2, RIVALS, steps=steps)
         rows: list[dict[str, Any]] = []
         with connected(run.config.cluster):
             run.done("profile", "scores")  # before anything is timed

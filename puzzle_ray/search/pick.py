@@ -1,8 +1,8 @@
 """Picks an architecture by measuring whole children.
 
 The sum of replace-one scores only predicts the KL of a whole child. It is most wrong where whole layers are dropped.
-So the best distinct answers of the search are measured as whole children, and with them what simpler searchers answer to the same
-budget. Then a local search exchanges blocks within the budget as long as the measured KL falls.
+So the best distinct answers of the search are measured as whole children, and where the sum was far off, what simpler searchers answer
+to the same budget too. Then a local search exchanges blocks within the budget as long as the measured KL falls.
 The report says how far the sums of scores were off.
 """
 
@@ -36,7 +36,8 @@ PAIRED = 800  # single exchanges that are combined into pairs: those that change
 class PickOptions:
     """What is measured: `count` answers of `searcher`, one answer of each rival, then `steps` steps of local search.
 
-    The answers of `searcher` differ from each other in at least `min_different_layers` layers.
+    The answers of `searcher` differ from each other in at least `min_different_layers` layers. Rivals are measured where the least KL
+    of these answers is above `rivals_from` times its sum of scores; where the scores are no KLs, always.
     `interaction_blocks`: all pairs of this many of the most used blocks are measured too.
     """
 
@@ -44,6 +45,7 @@ class PickOptions:
     count: int = 1
     min_different_layers: int = 1
     rivals: tuple[str, ...] = ()
+    rivals_from: float = 0.0
     steps: int = 0
     interaction_blocks: int = 0
 
@@ -66,10 +68,14 @@ def pick(
     tables: Tables, limits: Limits, picking: PickOptions, searching: Options, measure: Measure
 ) -> tuple[Architecture, dict[str, Any]]:
     """The architecture of least measured KL, and a JSON-able report of all that was tried. Raises Infeasible."""
-    answers, origins, left_out = _candidates(tables, limits, picking, searching)
-    measured = measure([answer.architecture.choices for answer in answers])
-    candidates = [MeasuredAnswer(*x) for x in zip(origins, answers, measured, strict=True)]
+    answers, origins, left_out = _own_answers(tables, limits, picking, searching)
+    candidates = _measured(answers, origins, measure)
     best = min(candidates, key=lambda c: c.rank)
+    if reason := _rivals_spared(best, picking):
+        left_out |= dict.fromkeys(picking.rivals, reason)
+    else:
+        candidates += _measured(*_rival_answers(tables, limits, picking, searching, answers, left_out), measure)
+        best = min(candidates, key=lambda c: c.rank)
     trail: list[dict[str, Any]] = []
     best = _local_search(tables, best, picking.steps, measure, trail)
     first, last = answers[0].architecture, best.answer.architecture
@@ -100,13 +106,23 @@ def pick(
     return architecture, report
 
 
-def _candidates(
+def _measured(answers: Sequence[Answer], origins: Sequence[str], measure: Measure) -> list[MeasuredAnswer]:
+    found = measure([answer.architecture.choices for answer in answers]) if answers else []
+    return [MeasuredAnswer(*x) for x in zip(origins, answers, found, strict=True)]
+
+
+def _rivals_spared(best: MeasuredAnswer, picking: PickOptions) -> str:
+    """Why rivals are not measured; empty where they are."""
+    architecture, kl = best.answer.architecture, best.measured.kl
+    if not picking.rivals or architecture.metric != "kl" or kl > picking.rivals_from * architecture.objective:
+        return ""
+    return f"the KL, {kl:.4g}, is not above {picking.rivals_from:g} times its prediction, {architecture.objective:.4g}"
+
+
+def _own_answers(
     tables: Tables, limits: Limits, picking: PickOptions, searching: Options
 ) -> tuple[list[Answer], list[str], dict[str, str]]:
-    """The answers to measure, the searcher that each comes from, and the reason for what is missing.
-
-    Missing may be a rival that has no answer, or a further answer of the searcher that was not found in time.
-    """
+    """The searcher's answers to measure, what each is called, and the reason for one that was not found in time."""
     answers: list[Answer] = []
     origins: list[str] = []
     left_out: dict[str, str] = {}
@@ -119,16 +135,25 @@ def _candidates(
             raise
         if isinstance(error, OutOfTime):  # else there are no more answers
             left_out[_origin(picking.searcher, len(answers) + 1)] = str(error)
+    return answers, origins, left_out
+
+
+def _rival_answers(
+    tables: Tables, limits: Limits, picking: PickOptions, searching: Options, known: Sequence[Answer], left_out: dict[str, str]
+) -> tuple[list[Answer], list[str]]:
+    """Answers of rivals that are not `known`, and whose they are. For a rival without one, the reason is added to `left_out`."""
+    answers: list[Answer] = []
+    origins: list[str] = []
     for name in picking.rivals:
         try:
             answer = tables.search(limits, searcher=name, options=searching)[0]
         except (Infeasible, ConfigError) as error:  # this rival has no answer within the limits; the others are measured
             left_out[name] = str(error)
             continue
-        if all(answer.architecture.choices != other.architecture.choices for other in answers):
+        if all(answer.architecture.choices != other.architecture.choices for other in (*known, *answers)):
             answers.append(answer)
             origins.append(name)
-    return answers, origins, left_out
+    return answers, origins
 
 
 def _origin(searcher: str, number: int) -> str:
@@ -138,9 +163,9 @@ def _origin(searcher: str, number: int) -> str:
 def candidate_choices(setup: SearchSetup, search: SearchConfig) -> list[Choices]:
     """The choices that a run's settings would measure, or take where nothing is measured. Raises Infeasible."""
     picking = _pick_options(search)
-    if not search.measures:
-        picking = replace(picking, rivals=())
-    answers, *_ = _candidates(setup.tables, search.limits, picking, setup.options)
+    answers, *_ = _own_answers(setup.tables, search.limits, picking, setup.options)
+    if search.measures:
+        answers += _rival_answers(setup.tables, search.limits, picking, setup.options, answers, {})[0]
     return [answer.architecture.choices for answer in answers]
 
 
@@ -155,6 +180,7 @@ def _pick_options(search: SearchConfig) -> PickOptions:
         search.candidates,
         search.min_different_layers,
         search.rivals,
+        search.rivals_from,
         search.local_search_steps,
         search.interaction_blocks,
     )

@@ -8,15 +8,16 @@ from pydantic import Field, model_validator
 
 from puzzle_ray.plugins import did_you_mean
 from puzzle_ray.search.limits import BUDGETS, SCENARIO_AXES, Limits
-from puzzle_ray.settings import Count, Positive, Section
+from puzzle_ray.settings import Count, NonNegative, Positive, Section
 
 
 class SearchConfig(Section):
     """The budget, how it is searched, and whether whole children are measured before one is picked.
 
     Children are measured where `candidates` > 1 or `local_search_steps` > 0, on `measure_tokens` held-out tokens. Measured are the
-    `candidates` best answers, which differ from each other in at least `min_different_layers` layers, and one answer of each searcher
-    in `rivals`. Then a local search exchanges blocks as long as the measured KL falls.
+    `candidates` best answers, which differ from each other in at least `min_different_layers` layers. Where the least of their KLs is
+    above `rivals_from` times its sum of scores, one answer of each searcher in `rivals` is measured too: such sums say little, as where
+    whole layers go. Then a local search exchanges blocks as long as the measured KL falls.
     With `target_format: nemotron_nas` the search space has only what vLLM runs in that format: no linear, no windows, no no-op
     attention in the first layer, and FFN widths that are multiples of 256.
     `sweep` maps an axis to a list of values. An axis is a limit's name, `batch_size`, `input_tokens` or `output_tokens`. All
@@ -34,6 +35,7 @@ class SearchConfig(Section):
     candidates: Count = 1
     min_different_layers: Count = 1
     rivals: tuple[str, ...] = ("greedy", "depth", "uniform", "max_params")
+    rivals_from: NonNegative = 2.0  # 0: rivals are always measured
     local_search_steps: Annotated[int, Field(ge=0)] = 0
     interaction_blocks: Annotated[int, Field(ge=0)] = 4  # KLs of all pairs of this many of the most used blocks are measured
     measure_tokens: Count = 8_192
@@ -79,6 +81,7 @@ class SearchConfig(Section):
             "candidates",
             "min_different_layers",
             "rivals",
+            "rivals_from",
             "local_search_steps",
             "interaction_blocks",
             "measure_tokens",

@@ -238,3 +238,17 @@ def test_what_a_meter_kept_of_the_child_before_changes_nothing(trained):
     assert used == [ChildMeter(stack, library, batches).measure(child) for child in children]
     parent = meter.measure((LayerChoice(),) * 3)
     assert replace(parent, tokens=0) == Measured(0.0, 0.0, 0.0, 1.0, 0)
+
+
+def test_rivals_are_measured_only_where_the_sum_of_scores_is_far_off():
+    """Just below the factor by which the least KL is above its prediction they are measured, just above it they are not."""
+    own, report, _ = run(count=2)
+    off = report["picked"]["kl"] / report["picked"]["predicted"]
+    assert off > 0 and true_kl(own.choices) == report["picked"]["kl"]
+    names = ("greedy", "depth", "uniform", "max_params")
+    every, _, all_asked = run(count=2, rivals=names)
+    asked, report, meter = run(count=2, rivals=names, rivals_from=off * 0.999)
+    assert asked.choices == every.choices and meter.asked == all_asked.asked
+    spared, report, meter = run(count=2, rivals=names, rivals_from=off * 1.001)
+    assert spared.choices == own.choices and len(meter.asked) == 2
+    assert set(report["left_out"]) == set(names) and all("times its prediction" in why for why in report["left_out"].values())
