@@ -108,6 +108,12 @@ class GkdTrainer:
             optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **state}
         return optimizer
 
+    def _forget_moments(self) -> None:
+        """The optimizer as it was new. In place: its moments are twice as large as the child."""
+        for slots in self.optimizer.state.values():
+            for value in slots.values():
+                value.zero_()
+
     @property
     def next_step(self) -> int:
         """The number of the next step; steps count from 0, so it is also the number of steps done."""
@@ -164,7 +170,7 @@ class GkdTrainer:
         assert self.guard is not None
         self.curve = self.curve[: self.guard.restore_best()]
         self.guard.rate_factor *= 0.5
-        self.optimizer = self._new_optimizer()
+        self._forget_moments()
 
     def loss_terms(self, input_ids: Tensor) -> Terms:
         """See `ChildLoss.terms`."""
@@ -200,7 +206,8 @@ class GkdTrainer:
             except Diverged:
                 kl = math.inf
             guard.restore_best()
-            self.curve, self.optimizer = [], self._new_optimizer()
+            self.curve = []
+            self._forget_moments()
             return Trial(rate, kl if math.isfinite(kl) else math.inf, steps)
 
         self._take_trials(range_test(try_rate, guard.rows[0].kl))
