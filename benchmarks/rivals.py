@@ -71,7 +71,11 @@ def rows_of(bench: Bench, speeds: Sequence[float]) -> list[dict[str, Any]]:
                 (own,), (other,) = measure([found.choices]), elsewhere([found.choices])
                 row = {"parent": bench.parent, "seed": bench.seed, "speed": speed, "way": way, "children": asked, "kl": own.kl}
                 row |= {"kl_stderr": own.stderr, "kl_unseen": other.kl, "kl_unseen_stderr": other.stderr}
-                row |= {"origin": report["picked"]["origin"], "predicted": found.objective, "layers": [c.label for c in found.choices]}
+                row |= {
+                    "origin": report["picked"]["origin"],
+                    "predicted": found.objective,
+                    "layers": [c.label for c in found.choices],
+                }
                 print({name: value for name, value in row.items() if name != "layers"}, flush=True)
                 rows.append(row)
     return rows

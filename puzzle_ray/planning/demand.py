@@ -349,6 +349,11 @@ def evaluation_demand(config: RunConfig, sizes: Sizes, gpu_bytes: int) -> Demand
     each = sizes.total * (2 if profile.dtype == "fp8" else _bytes(profile.dtype))  # what is estimated in fp8 is timed in bfloat16
     alone = bool(profile.num_gpus and gpu_bytes and 2 * each > gpu_bytes)
     parts = {"one model": each} if alone else {"two models": 2 * each}
+    vocab_size = sizes.config.vocab_size
+    tokens = min(
+        config.evaluate.micro_batch_tokens, chunk_tokens(vocab_size, torch.device("cuda" if profile.num_gpus else "cpu"))
+    )
+    parts["logits"] = 4 * tokens * vocab_size * _FLOAT32_BYTES  # of both models, and their log-probabilities
     remedy = "set profile.num_gpus to 0: what no GPU holds is evaluated in the host's memory"
     return Demand("evaluation", "worker", 1, parts, float(profile.num_gpus), remedy)
 
