@@ -94,11 +94,11 @@ def compress(
     if config.gkd.parallel == "fsdp":
         problem = "fsdp shards a child over several processes, and this is one"
         raise ConfigError("gkd.parallel", problem, "leave it at auto, or use puzzle-ray compress")
-    store = Store(config.store)
+    root = Store(config.store)
     if config.hardware is not None:
-        config = for_this_machine(config, store)
-    check(config, store)
-    return run(Setting(config, store, progress or Display()))
+        config = for_this_machine(config, root)
+    check(config, root)
+    return run(Setting(config, root, progress or Display()))
 
 
 def for_this_machine(config: RunConfig, store: Store) -> RunConfig:
