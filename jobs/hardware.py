@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from puzzle_ray.config import HARDWARE
+from puzzle_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,6 +37,9 @@ def settled(run: Run, notes: bool = True, quiet: bool = False) -> Run:
 def _nodes(run: Run) -> Sequence[Node]:
     if run.config.hardware != HARDWARE:  # the config says what there is
         return []
+    if run.config.cluster.autoscaling:
+        problem = "auto sees the nodes that are there, and cluster.autoscaling adds others"
+        raise ConfigError("hardware", problem, 'write what will be there, such as hardware: "1x8 H100-80GB"')
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         from actors.nodes import find_nodes

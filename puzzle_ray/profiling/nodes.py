@@ -19,7 +19,7 @@ GIB = 1 << 30
 MIB = 1 << 20
 REMEDY = 'write nodes x GPUs and a device, such as "8x8 H100-80GB"'
 GPU_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/kfd")  # one of them is there where a driver is
-_WORDS = re.compile(r"\s*(\d+)\s*x\s*(\d+)\s+(\S.*?)\s*")
+_WORDS = re.compile(r"\s*(\d+)\s*x\s*(\d+)(?:\s+|x)(\S.*?)\s*")
 _PROBE = (
     "import json, torch; found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]; "
     "print(json.dumps([[p.name, p.total_memory, p.major] for p in found]))"
@@ -59,7 +59,7 @@ def in_words(nodes: Sequence[Node]) -> str:
 
 
 def described(words: str) -> tuple[int, int, Device]:
-    """`8x8 H100-80GB`: nodes, GPUs of each, the device by name. Raises ValueError, which says what is wrong."""
+    """`8x8 H100-80GB`, or `8x8xH100-80GB`: nodes, GPUs of each, the device by name. Raises ValueError, which says what is wrong."""
     match = _WORDS.fullmatch(words)
     if match is None or not int(match[1]) or not int(match[2]):
         raise ValueError(f"{words!r} describes no cluster")

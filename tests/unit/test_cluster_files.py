@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 
 import jobs
 from puzzle_ray.config import load
+from puzzle_ray.profiling.nodes import described
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -136,7 +137,10 @@ def test_the_jobs_entrypoint_is_a_verb_with_settings_that_load():
     assert (python, flag) == ("python", "-m") and Path(jobs.__path__[0], f"{module.removeprefix('jobs.')}.py").is_file()
     options = dict(zip(words[::2], words[1::2], strict=True))
     assert options.keys() == {"--recipe", "--data", "--store", "--set"}
-    assert load(options["--recipe"], overrides=(options["--set"],)).cluster.autoscaling
+    found = load(options["--recipe"], overrides=tuple(words[n + 1] for n, word in enumerate(words) if word == "--set"))
+    assert found.cluster.autoscaling and described(found.hardware)[:2] == (1, 8), (
+        "nodes that come later are seen by nobody before"
+    )
     assert spec["backoffLimit"] >= 1 and yaml.safe_load(spec["runtimeEnvYAML"])
 
 

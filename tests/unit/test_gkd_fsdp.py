@@ -91,6 +91,23 @@ def test_one_worker_goes_on_where_two_were(two, one):
     assert trainer.guard.rows[0] == looks[0] and abs(trainer.guard.rows[-1].kl - looks[-1].kl) < 1e-4
 
 
+def test_a_range_test_on_shards_finds_the_rate_that_one_on_the_whole_child_finds(two, one):
+    folder, kind, _ = two
+    changes = {"learning_rate": "auto", "tokens": 20 * 128}
+    trainers = [sharded_trainer(folder, **changes), watched(CONFIGS[kind].model_copy(update=changes), tied=kind == "tied")]
+    start = trainers[0].shards.whole_tensors(dict(trainers[0].parameters))
+    start = {name: value.clone() for name, value in start}
+    for trainer in trainers:
+        trainer.guard.look(0)
+        trainer.choose_rate(SimpleNamespace(advance=lambda *count, **facts: None))
+    sharded, whole = ([(trial.rate, trial.kl) for trial in trainer.trials] for trainer in trainers)
+    assert [rate for rate, _ in sharded] == [rate for rate, _ in whole] and len(whole) >= 2
+    assert max(abs(a - b) for (_, a), (_, b) in zip(sharded, whole, strict=True)) < 1e-3
+    assert trainers[0].learning_rate.peak == trainers[1].learning_rate.peak
+    after = dict(trainers[0].shards.whole_tensors(dict(trainers[0].parameters)))
+    assert all(torch.equal(value, after[name]) for name, value in start.items()), "the child is as it was"
+
+
 def test_every_process_writes_its_own_shard_and_nothing_is_pickled(two):
     folder, kind, _ = two
     names = sorted(path.relative_to(folder / "checkpoint") for path in (folder / "checkpoint").rglob("*") if path.is_file())

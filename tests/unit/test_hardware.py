@@ -183,6 +183,10 @@ def test_a_store_keeps_what_its_first_run_decided(tmp_path):
 def test_a_cluster_in_words_takes_the_place_of_a_look(tmp_path):
     in_words = settle(config(hardware="1x8 H100-80GB"), SMALL, [], Store(str(tmp_path)), notes=False)
     assert in_words.config == settle(config(), SMALL, H100, None).config
+    assert nodes_of("1x8xH100-80GB") == H100
+    parent = save_parent_with_text(tmp_path / "parent")
+    with pytest.raises(ConfigError, match="cluster.autoscaling adds others; write what will be there"):
+        settled(make_run(parent, tmp_path, "hardware=auto", "cluster.autoscaling=true"), notes=False)
     for wrong in ("many", "1x8 H999", "0x8 H100"):
         with pytest.raises(ConfigError, match="hardware: .*write auto, or nodes x GPUs"):
             load(None, None, (f"hardware='{wrong}'",))
