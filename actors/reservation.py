@@ -41,14 +41,15 @@ def say(text: str) -> None:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """The layers a shard runs, and those of each of its trainers (none where all its layers are finished)."""
+    """The layers a shard runs, and those of each of its trainers (none where all its layers are finished).
+
+    `splits` has for each trainer the number of its part of the variants, and how many parts there are; it is empty where all have all.
+    """
 
     layers: range
     groups: tuple[tuple[int, ...], ...]
     colocated: bool = False
-    splits: tuple[
-        Part, ...
-    ] = ()  # for each trainer (number of its part of the variants, number of parts); empty where all have all
+    splits: tuple[Part, ...] = ()
 
     @property
     def parts(self) -> tuple[Part, ...]:

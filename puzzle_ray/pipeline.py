@@ -24,7 +24,7 @@ from puzzle_ray.checks import check, check_asked
 from puzzle_ray.compression import Round, Setting
 from puzzle_ray.config import TINY, RunConfig, load
 from puzzle_ray.data.parts import HeldoutParts, heldout_parts
-from puzzle_ray.data.sources import source_fingerprint
+from puzzle_ray.data.sources import source_fingerprint, source_inputs
 from puzzle_ray.data.splits import load_tokens, save_tokens, train_tokens_source
 from puzzle_ray.distill.gkd import GkdJob, distill_child
 from puzzle_ray.distill.library import Library, build_serially, carry_over, starting_library
@@ -94,11 +94,11 @@ def compress(
     if config.gkd.parallel == "fsdp":
         problem = "fsdp shards a child over several processes, and this is one"
         raise ConfigError("gkd.parallel", problem, "leave it at auto, or use puzzle-ray compress")
-    root = Store(config.store)
+    place = Store(config.store)
     if config.hardware is not None:
-        config = for_this_machine(config, root)
-    check(config, root)
-    return run(Setting(config, root, progress or Display()))
+        config = for_this_machine(config, place)
+    check(config, place)
+    return run(Setting(config, place, progress or Display()))
 
 
 def for_this_machine(config: RunConfig, store: Store) -> RunConfig:
@@ -117,7 +117,8 @@ def run(s: Setting) -> Compressed:
         s.config, read_tokenizer(s.parent, s.config.trust_remote_code), s.model_config
     )  # can it read prompt and questions?
     tokens = tokens_of(s)  # the text in the parent's tokens
-    LibraryText.of(load_tokens(tokens)[0], s.config.seed, s.config.library)  # is there enough of it?
+    of_library = s.config.library.for_parent(s.model_config)
+    LibraryText.of(load_tokens(tokens)[0], s.config.seed, of_library)  # is there enough of it?
     profile = profile_of(s)  # what every variant costs on the target
     costs = read_profile(s, profile)
     wanted = s.config.search.limits if s.after is None else limits_of(s, costs)  # of all rounds, before the first one
@@ -146,13 +147,12 @@ def tokens_of(s: Setting) -> Artifact:
     if s.config.parent == TINY and text.train is None:
         folder = s.tiny_parent.local_folder("parent")
         text = text.model_copy(update={"train": str(folder / "train.jsonl"), "heldout": str(folder / "heldout.jsonl")})
-    sources = {name: source_fingerprint(s) for name, s in (("train", text.train), ("heldout", text.heldout)) if s}
 
     def work(artifact: Artifact) -> None:
         tokenizer = read_tokenizer(s.parent, s.config.trust_remote_code)
-        save_tokens(text, tokenizer, s.max_positions, artifact, s.model_config.vocab_size)
+        save_tokens(text, tokenizer, s.max_positions, artifact, s.model_config.vocab_size, s.progress)
 
-    return once(s.store.artifact("tokens", {"data": text.identity()}, {"parent": s.parent_key, **sources}), work)
+    return once(s.store.artifact("tokens", {"data": text.identity()}, {"parent": s.parent_key} | source_inputs(text)), work)
 
 
 def parts_of(s: Setting, tokens: Artifact) -> HeldoutParts:
@@ -162,7 +162,7 @@ def parts_of(s: Setting, tokens: Artifact) -> HeldoutParts:
 
 
 def library_of(s: Setting, tokens: Artifact) -> Artifact:
-    config, seed = s.config.library, s.config.seed
+    config, seed = s.config.library.for_parent(s.model_config), s.config.seed
     start = starting_library(config, s.space, s.parent_key)
     inputs = {"parent": s.parent_key} | space_sources(s.space) | train_tokens_source(tokens)
     inputs |= {"start": start.artifact.key} if start else {}
