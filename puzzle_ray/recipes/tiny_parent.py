@@ -57,7 +57,7 @@ class TinyParentSpec:
     initializer_range: float = 0.06  # near 1 / sqrt(hidden_size); Llama's 0.02 is too small for a short training
     sequence_length: int = 256  # tokens per training window
     batch_size: int = 4  # windows per step
-    steps: int = 500
+    steps: int = 400
     warmup_steps: int = 20
     learning_rate: float = 3e-3  # peak, of embeddings and norms (AdamW); it falls to zero along a cosine
     matrix_learning_rate: float = 0.02  # of the layers' matrices (Muon)
