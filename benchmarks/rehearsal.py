@@ -110,7 +110,7 @@ def make_parent(folder: Path, shape: dict[str, Any], text_bytes: int) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from puzzle_ray.recipes.standard_library import standard_library_files
+    from benchmarks.standard_library import standard_library_files
     from puzzle_ray.recipes.tiny_parent import train_tokenizer
 
     texts = [path.read_text(errors="ignore") for _, path in standard_library_files(text_bytes)]

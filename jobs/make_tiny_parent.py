@@ -1,4 +1,4 @@
-"""Train a small Llama on the Python standard library's own text, once for a store."""
+"""Train a small Llama on short stories that need no network, once for a store."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class RunConfig(Section):
     hardware: str | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     rounds: Annotated[int, Field(ge=1, le=32)] = 1  # to the budget; every round's child, distilled, is the next one's parent
-    tiny_parent_steps: Annotated[int, Field(gt=20)] = 500  # of the training of parent tiny, 20 of them warm-up
+    tiny_parent_steps: Annotated[int, Field(gt=20)] = 400  # of the training of parent tiny, 20 of them warm-up
     data: DataConfig = DataConfig()
     space: SpaceConfig = SpaceConfig()
     library: LibraryConfig = LibraryConfig()

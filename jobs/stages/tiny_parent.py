@@ -1,4 +1,4 @@
-"""The tiny parent: a small Llama trained on the Python standard library's own text, once for a store."""
+"""The tiny parent: a small Llama that learns to tell short stories, once for a store."""
 
 from __future__ import annotations
 
