@@ -249,7 +249,7 @@ class Bench:
         print(f"{turn} {way:>12} {pattern:>24} {row['tokens_per_s']:9.1f} tokens/s  {numbers}", flush=True)
 
 
-def summary_of(rows: Sequence[dict[str, Any]], predicted: float) -> dict[str, Any]:
+def summary_of(rows: Sequence[dict[str, Any]], predicted: float | None) -> dict[str, Any]:
     """Ratios within a round, where the machine is the same for both; the median over rounds."""
     found = {(row["way"], row["pattern"], row["round"]): row for row in rows}
     rounds = sorted({row["round"] for row in rows})
@@ -295,8 +295,10 @@ def measure(child: Path, options: argparse.Namespace) -> None:
     """All rounds; what is known is written after each."""
     config, (load, mixed) = read_config(options.parent), loads(options.parent, options.text, options)
     scenario = Scenario(BATCH, options.prompt_tokens, options.new_tokens)
-    predicted = predicted_speedup(config, choices_of(read_config(child)), scenario, options.dtype, 5)
-    print(f"predicted speedup {predicted:.3f}", flush=True)
+    predicted = None  # the profile that it takes is for the comparison of parent and child
+    if not options.only_batches:
+        predicted = predicted_speedup(config, choices_of(read_config(child)), scenario, options.dtype, 5)
+        print(f"predicted speedup {predicted:.3f}", flush=True)
     reference = load_model(child, getattr(torch, options.dtype))
     with ExitStack() as stack:
         url = stack.enter_context(served({PARENT: str(options.parent), CHILD: str(child)}, options.threads, options.dtype))
