@@ -1,8 +1,4 @@
-"""From the engine's steps to requests.
-
-A request gets its tokens from the engine's thread at once: that takes microseconds. Where each token's text is looked at as it comes, for
-stop strings, a thread of its own does that, so that the next forward pass need not wait.
-"""
+"""From the engine's steps to requests: handed on by a thread of its own, so that the next forward pass need not wait for readers."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ from puzzle_ray.serving.choosing import TokenLogprob
 from puzzle_ray.serving.generation import FinishReason, Generation
 from puzzle_ray.serving.metrics import EngineMetrics
 
-# Steps that the engine may be ahead of the text. Where the tokenizer is slower than the model, it waits.
+# Steps that the engine may be ahead of what is handed on. Where tokenizer and readers are slower than the model, it waits for them.
 _MAX_STEPS_AHEAD = 64
 
 
@@ -41,16 +37,6 @@ class Step:
     outcomes: Sequence[int]
     logprobs: Sequence[TokenLogprob | None] | None = None
 
-    def part(self, indices: Sequence[int]) -> Step:
-        """Of some of the generations."""
-        logprobs = None if self.logprobs is None else [self.logprobs[index] for index in indices]
-        return Step(
-            [self.generations[index] for index in indices],
-            [self.token_ids[index] for index in indices],
-            [self.outcomes[index] for index in indices],
-            logprobs,
-        )
-
 
 @dataclass(frozen=True)
 class _End:
@@ -59,7 +45,7 @@ class _End:
 
 
 class Output:
-    """Hands tokens and endings to their generations, to each in the order in which the engine gives them."""
+    """Hands tokens and endings to their generations, in the order in which the engine gives them."""
 
     def __init__(self, metrics: EngineMetrics) -> None:
         self._metrics = metrics
@@ -74,18 +60,12 @@ class Output:
         return self._thread.is_alive()
 
     def put(self, step: Step) -> None:
-        """New tokens. Waits where the thread is far behind."""
-        with_text = [index for index, generation in enumerate(step.generations) if generation.params.stop]
-        if not with_text:
-            self._hand_on(step)
-            return
-        others = sorted(set(range(len(step.generations))) - set(with_text))
-        self._queue.put(step.part(with_text))
-        self._hand_on(step.part(others))
+        """New tokens. Waits where readers are far behind."""
+        self._queue.put(step)
 
     def end(self, generation: Generation, failure: str | None = None) -> None:
         """The generation gets no more tokens: it was cancelled, or it failed."""
-        if generation.params.stop and self.alive:
+        if self.alive:
             self._queue.put(_End(generation, failure))
         else:
             self._end(generation, failure)

@@ -105,7 +105,7 @@ def test_the_answer_ends_where_asked(engine, model):
 
 
 def test_requests_with_and_without_stop_strings_are_decoded_together(model):
-    """Their tokens take two ways to their readers, one of them by a thread."""
+    """The text of some is looked at token by token, that of the others at the end."""
     prompts = some_prompts(4)
     with Engine(model, TOKENIZER, max_batch_size=8) as engine:
         plain, stopping = (
