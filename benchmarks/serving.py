@@ -203,16 +203,21 @@ class Bench:
     def __init__(self, targets: dict[str, Target], model: Any, load: Load, mixed: Load, options: argparse.Namespace) -> None:
         self.targets, self.model, self.load, self.mixed = targets, model, load, mixed
         self.requests, self.num_arrivals, self.rate = options.requests, options.arrivals, options.rate
+        self.only_batches: bool = options.only_batches
         self.rows: list[dict[str, Any]] = []
 
     def round(self, turn: int) -> None:
         """All ways once."""
-        names = list(self.targets) if turn % 2 else list(reversed(self.targets))
-        for users in USERS:
-            for name in names:
+        names = [CHILD] if self.only_batches else list(self.targets)
+        for users in USERS[-1:] if self.only_batches else USERS:
+            for name in names if turn % 2 else reversed(names):
                 self._note(turn, name, f"{users} users", self._users(name, users, stream=True))
         self._note(turn, CHILD, WHOLE, self._users(CHILD, BATCH, stream=False))
         self._note(turn, GENERATE, f"batch {BATCH}", generated(self.model, self.load, max(BATCH, self.requests // BATCH * BATCH)))
+        if not self.only_batches:
+            self._arrivals(turn)
+
+    def _arrivals(self, turn: int) -> None:
         if not self.rate:  # so much that no way keeps up: what they get done is compared
             fastest = max(row["tokens_per_s"] for row in self.rows if row["way"] == CHILD)
             self.rate = 1.5 * fastest / (sum(self.mixed.new_tokens) / len(self.mixed.new_tokens))
@@ -244,7 +249,7 @@ class Bench:
         print(f"{turn} {way:>12} {pattern:>24} {row['tokens_per_s']:9.1f} tokens/s  {numbers}", flush=True)
 
 
-def summary_of(rows: Sequence[dict[str, Any]], predicted: float) -> dict[str, Any]:
+def summary_of(rows: Sequence[dict[str, Any]], predicted: float | None) -> dict[str, Any]:
     """Ratios within a round, where the machine is the same for both; the median over rounds."""
     found = {(row["way"], row["pattern"], row["round"]): row for row in rows}
     rounds = sorted({row["round"] for row in rows})
@@ -290,8 +295,10 @@ def measure(child: Path, options: argparse.Namespace) -> None:
     """All rounds; what is known is written after each."""
     config, (load, mixed) = read_config(options.parent), loads(options.parent, options.text, options)
     scenario = Scenario(BATCH, options.prompt_tokens, options.new_tokens)
-    predicted = predicted_speedup(config, choices_of(read_config(child)), scenario, options.dtype, 5)
-    print(f"predicted speedup {predicted:.3f}", flush=True)
+    predicted = None  # the profile that it takes is for the comparison of parent and child
+    if not options.only_batches:
+        predicted = predicted_speedup(config, choices_of(read_config(child)), scenario, options.dtype, 5)
+        print(f"predicted speedup {predicted:.3f}", flush=True)
     reference = load_model(child, getattr(torch, options.dtype))
     with ExitStack() as stack:
         url = stack.enter_context(served({PARENT: str(options.parent), CHILD: str(child)}, options.threads, options.dtype))
@@ -332,6 +339,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--poisson-tokens", type=int, default=128, help="mean length of an answer to a Poisson arrival")
+    parser.add_argument("--only-batches", action="store_true", help="only 16 users beside generate() on batches of 16")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of all ways, and of the profile")
     parser.add_argument("--quick", action="store_true", help="one round of 16 requests and 16 arrivals")

@@ -104,6 +104,20 @@ def test_the_answer_ends_where_asked(engine, model):
     assert (stopped.text, stopped.finish_reason) == (text.split(stop)[0], "stop")
 
 
+def test_requests_with_and_without_stop_strings_are_decoded_together(model):
+    """The text of some is looked at token by token, that of the others at the end."""
+    prompts = some_prompts(4)
+    with Engine(model, TOKENIZER, max_batch_size=8) as engine:
+        plain, stopping = (
+            [engine.submit(prompt, replace(GREEDY, stop=stop, logprobs=0)) for prompt in prompts]
+            for stop in ((), ("never this",))
+        )
+        for prompt, *both in zip(prompts, plain, stopping, strict=True):
+            one, other = (generation.result(WAIT_S) for generation in both)
+            assert one.token_ids == other.token_ids == generated(model, prompt, 20)
+            assert (one.text, one.finish_reason, len(one.logprobs)) == (other.text, other.finish_reason, len(other.logprobs))
+
+
 def test_it_stops_after_the_end_of_text_token():
     model = tiny_model("llama")
     prompt = some_prompts(1)[0]
