@@ -5,7 +5,8 @@ there is as much as asked for (`--megabytes`), in documents of about 4,000 chara
 run is a process of its own that tokenises all of it on Ray, on this machine, as the tokens stage does.
 
 - `one`, `two`: one worker and two. `wall_s` is from the first block's end to the last one's, in blocks of a sixtieth of the text; so
-  starting Ray and its workers does not count. `workers_cpu_s` is the CPU time of all workers since each began its first block.
+  starting Ray and its workers does not count. `workers_cpu_s` is the CPU time of all workers since each was first seen at a block; so is
+  `reader_cpu_s`, which is less than it took: it is quick, and seldom seen.
 - `killed`, `resumed`: two workers in blocks as large as the product's; killed with all of its processes (SIGKILL) when half of the shards
   are there, then run again in the same store. `resumed_equal`: the train tokens have the content hash of those of `one`.
 
