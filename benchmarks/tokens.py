@@ -5,13 +5,15 @@ there is as much as asked for (`--megabytes`), in documents of about 4,000 chara
 run is a process of its own that tokenises all of it on Ray, on this machine, as the tokens stage does.
 
 - `one`, `two`: one worker and two. `wall_s` is from the first block's end to the last one's, in blocks of a sixtieth of the text; so
-  starting Ray and its workers does not count. `worker_cpu_s` is the CPU time of the busiest worker.
+  starting Ray and its workers does not count. `workers_cpu_s` is the CPU time of all workers since each was first seen at a block; so is
+  `reader_cpu_s`, which is less than it took: it is quick, and seldom seen.
 - `killed`, `resumed`: two workers in blocks as large as the product's; killed with all of its processes (SIGKILL) when half of the shards
   are there, then run again in the same store. `resumed_equal`: the train tokens have the content hash of those of `one`.
 
 Twice a second the private memory (resident less shared) of every process of a run is read; `peak_process_mib` is the highest of any in
-any run. `two_over_one` is the rate of `two` over that of `one` by wall time, `two_over_one_cpu` by the CPU time of the busiest process,
-which is what wall time comes to where every process has a core of its own. On a machine that others use, too, only the latter means much.
+any run. `two_over_one` is the rate of `two` over that of `one` by wall time. `two_over_one_cpu` is what it comes to where every process has
+a core of its own: the CPU time of the one worker over that of the busier of the reader and a worker with half of what the two took. On a
+machine that others use, too, wall time says little.
 """
 
 from __future__ import annotations
@@ -93,6 +95,7 @@ class Processes(threading.Thread):
         super().__init__(daemon=True)
         self.root, self.ended = psutil.Process(pid), threading.Event()
         self.peak: dict[str, int] = defaultdict(int)
+        self.before: dict[tuple[str, int], float] = {}  # CPU seconds when it began to work
         self.cpu: dict[tuple[str, int], float] = {}
 
     def run(self) -> None:
@@ -108,10 +111,13 @@ class Processes(threading.Thread):
                     (kind for name, kind in kinds.items() if name in words), "driver" if process == self.root else "other"
                 )
                 self.peak[kind] = max(self.peak[kind], memory.rss - memory.shared)
+                if kind in kinds.values() and words.endswith((".tokenise", ".block")):
+                    self.before.setdefault((kind, process.pid), times.user + times.system)
                 self.cpu[kind, process.pid] = times.user + times.system
 
-    def busiest(self) -> float:
-        return max(seconds for (kind, _), seconds in self.cpu.items() if kind in ("worker", "reader", "driver"))
+    def worked(self, kind: str) -> float:
+        """CPU seconds of all processes of a kind since each began to work."""
+        return sum(seconds - self.before.get(key, seconds) for key, seconds in self.cpu.items() if key[0] == kind)
 
 
 def _below(process: psutil.Process) -> list[psutil.Process]:
@@ -152,9 +158,7 @@ def watched(name: str, words: list[str], store: Path, kill_at: int = 0) -> dict[
         raise SystemExit(f"{name} ended with {process.returncode}")
     found = {"run": name, "all_s": time.monotonic() - started, "shards": len(shards(store))}
     found |= {f"{kind}_peak_mib": peak / MIB for kind, peak in processes.peak.items()}
-    found |= {"worker_cpu_s": max((s for (kind, _), s in processes.cpu.items() if kind == "worker"), default=0.0)}
-    found |= {"reader_cpu_s": max((s for (kind, _), s in processes.cpu.items() if kind == "reader"), default=0.0)}
-    found |= {"busiest_cpu_s": processes.busiest(), "load": os.getloadavg()[0]}
+    found |= {"workers_cpu_s": processes.worked("worker"), "reader_cpu_s": processes.worked("reader"), "load": os.getloadavg()[0]}
     facts = json.loads(out.splitlines()[-1]) if not killed else {}
     return found | {name: facts.get(name) for name in ("train_tokens", "heldout_tokens", "train_sha256")}
 
@@ -208,8 +212,8 @@ def main() -> None:
         "tokens": one["train_tokens"] + one["heldout_tokens"],
         "peak_process_mib": max(value for row in rows for name, value in row.items() if name.endswith("_peak_mib")),
         "two_over_one": two["blocks_per_s"] / one["blocks_per_s"],
-        "two_over_one_cpu": one["busiest_cpu_s"] / two["busiest_cpu_s"],
-        "megabytes_per_cpu_s": size / 1e6 / one["worker_cpu_s"],
+        "two_over_one_cpu": one["workers_cpu_s"] / max(two["workers_cpu_s"] / 2, two["reader_cpu_s"]),
+        "megabytes_per_cpu_s": size / 1e6 / one["workers_cpu_s"],
         "shards_when_killed": killed["shards"],
         "resumed_equal": resumed["train_sha256"] == one["train_sha256"] == two["train_sha256"],
     }

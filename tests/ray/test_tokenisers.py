@@ -7,6 +7,7 @@ import pytest
 import ray
 from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
 from small_models import save_parent
+from small_runs import make_run, save_parent_with_text
 
 from actors import tokenisers
 from actors.tokenisers import ParentTokenizer, num_tokenisers, tokenising
@@ -90,6 +91,18 @@ def test_on_ray_the_same_shards_are_written_whoever_dies(local_ray, parent, text
             assert len(expected) > 5 and written(there) == expected, case
             assert there.facts() == here.facts(), case
     assert deaths == ["worker", "reader"]
+
+
+def test_the_stage_asks_for_as_many_workers_as_it_is_told_to(local_ray, texts, tmp_path, monkeypatch):
+    used, init = [], tokenisers.OnRay.__init__
+    monkeypatch.setattr(tokenisers.OnRay, "__init__", lambda self, *a: (used.append(a[4]), init(self, *a))[1])
+    parent_with_text = save_parent_with_text(tmp_path / "parent")
+    mixture = f"data.train=[{{source: {texts / 'a.jsonl'}, weight: 2}}, {texts / 'b.jsonl'}]"
+    here, there = (
+        make_run(parent_with_text, tmp_path / f"store {n}", mixture, f"data.tokenise_workers={n}").done("tokens") for n in (0, 1)
+    )
+    assert used == [1] and here.key == there.key
+    assert written(here) == written(there) and here.facts() == there.facts()
 
 
 def test_who_tokenises(local_ray, texts):
