@@ -71,14 +71,18 @@ def rows_of(bench: Bench, speeds: Sequence[float]) -> list[dict[str, Any]]:
                 (own,), (other,) = measure([found.choices]), elsewhere([found.choices])
                 row = {"parent": bench.parent, "seed": bench.seed, "speed": speed, "way": way, "children": asked, "kl": own.kl}
                 row |= {"kl_stderr": own.stderr, "kl_unseen": other.kl, "kl_unseen_stderr": other.stderr}
-                row |= {"origin": report["picked"]["origin"], "predicted": found.objective, "layers": [c.label for c in found.choices]}
+                row |= {
+                    "origin": report["picked"]["origin"],
+                    "predicted": found.objective,
+                    "layers": [c.label for c in found.choices],
+                }
                 print({name: value for name, value in row.items() if name != "layers"}, flush=True)
                 rows.append(row)
     return rows
 
 
 def summary_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """`not_above_always`: at how many of the cases (parent, seed, budget) the KL of a way's pick is not above that where rivals are always measured."""
+    """`not_above_always`: at how many cases (parent, seed, budget) the KL of a way's pick is not above that of `always`."""
     by = {(r["parent"], r["seed"], r["speed"], r["way"]): r for r in rows}
     cases = [key[:3] for key in by if key[3] == "always"]
 
