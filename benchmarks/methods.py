@@ -2,13 +2,15 @@
 
 For every parent and seed, one profile is measured, one library is trained and scored, and all methods share them. For every speed:
 
-- `puzzle`: block distillation (BLD), the MIP with its best answers measured, global distillation (GKD) by KLD and cosine.
-- `no_gkd`: the same child before GKD. `no_cosine`: the same child, GKD by KLD alone.
-- `no_bld`: blocks as they start, before training, with scores and a search of their own. What BLD read, GKD reads besides.
+- `puzzle`: block distillation (BLD), the MIP with its best answers and one without linear blocks distilled for a while, the one that
+  is best then distilled globally (GKD) by KLD and cosine. What the pick read is taken off GKD's tokens.
+- `plain_pick`: the pick by the KL of whole children before distillation, which reads no tokens of GKD's.
+- `no_gkd`: `puzzle`'s child before GKD. `no_cosine`: the same child, GKD by KLD alone.
+- `no_bld`: blocks as they start, before training, with scores, a search and a pick of their own. What BLD read, GKD reads besides.
 - `greedy`, `random`: another search of the same scores; `random` is one random architecture within the budget.
 - `uniform`: every layer alike, the FFN's width and KV heads just as narrow as the speed needs, by importance, no BLD (as Minitron).
 - `depth`: whole layers dropped, those of least influence first. What BLD read, GKD reads besides, here and in `uniform`.
-- `iterative`: `puzzle` in two rounds, each with half of the tokens; the first one's child is the second one's parent.
+- `iterative`: `plain_pick` in two rounds, each with half of the tokens; the first one's child is the second one's parent.
 
 The budget is a throughput on the measured profile. At the end all children of one speed are timed with their parent in turn. KL and
 loss are on held-out text that no stage has read. Rows are written one by one, and a run goes on where another one ended.
@@ -18,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.methods_summary import show, summary_of
 from benchmarks.record import write
 from puzzle_ray.artifacts import PARENT, Choices, LayerChoice, Scores
 from puzzle_ray.config import RunConfig, load
@@ -59,6 +61,7 @@ from puzzle_ray.profiling.engines.torch_engine import ENGINE
 from puzzle_ray.progress import Quiet
 from puzzle_ray.scoring.replacements import SCORES_TABLE
 from puzzle_ray.search.limits import Limits
+from puzzle_ray.search.pick import PICKED
 from puzzle_ray.search.searcher import Options
 from puzzle_ray.search.setup import SearchSetup
 from puzzle_ray.search.tables import predicted_costs
@@ -69,11 +72,12 @@ PARENTS = ("tiny", *TEXTS)
 RATES = {"chars105": 1e-4}  # of GKD: what a range test chooses for this parent; at 1e-3 GKD keeps the start
 RATE = 1e-3  # of the others
 SPEEDS = (1.25, 1.5, 2.0)
-METHODS = ("puzzle", "no_gkd", "no_cosine", "no_bld", "greedy", "random", "uniform", "depth", "iterative")
+METHODS = ("puzzle", "plain_pick", "no_gkd", "no_cosine", "no_bld", "greedy", "random", "uniform", "depth", "iterative")
 BASE = (
-    "data.sequence_length=128", "library.calibration_tokens=8192", "library.learning_rate=0.001", "library.micro_batch_tokens=2048",
+    "data.sequence_length=128", "library.calibration_tokens=8192", "library.learning_rate=0.002", "library.micro_batch_tokens=256",
     "profile.scenario={batch_size: 16, input_tokens: 96, output_tokens: 32}", "profile.repeats=7", "search.sweep={speedup: [2.0]}",
-    "search.candidates=3", "gkd.num_workers=2", "gkd.micro_batch_tokens=1024", "scoring.tokens=8192",
+    "search.candidates=2", "search.without=[linear]", "search.distil_tokens=16384", "gkd.num_workers=2", "gkd.micro_batch_tokens=256",
+    "scoring.tokens=8192",
 )  # fmt: skip
 QUICK = (
     "profile.repeats=2",
@@ -94,6 +98,7 @@ class Child:
     end: Artifact
     bld_tokens: int
     gkd_tokens: int
+    pick_tokens: int = 0
 
 
 class Bench:
@@ -138,11 +143,14 @@ class Bench:
         options = Options(time_limit_s=setup.time_limit_s, seed=self.seed, samples=samples)
         return setup.tables.search(setup.limits, searcher=searcher, options=options)[0].architecture.choices
 
-    def picked(self, s: Setting, library: Artifact, scores: Artifact, speed: float) -> Choices:
-        """The MIP's best answers, measured."""
-        search = s.config.search.model_copy(update={"limits": Limits(speedup=speed)})
+    def picked(self, s: Setting, library: Artifact, scores: Artifact, speed: float, **how: Any) -> tuple[Choices, int]:
+        """The MIP's best answers, distilled for a while or as `how` says, and the tokens that it took."""
+        search = s.config.search.model_copy(update={"limits": Limits(speedup=speed)} | how)
         other = Setting(s.config.model_copy(update={"search": search}), s.store, s.progress)
-        return read_architecture(architecture_of(other, self.tokens, library, self.profile, scores)).choices
+        found = architecture_of(other, self.tokens, library, self.profile, scores)
+        report = found.read_json(PICKED)
+        kls = {tuple(row["choices"]) for row in (*report["candidates"], report["picked"]) if "kl_distilled" in row}
+        return read_architecture(found).choices, len(kls) * search.distil_tokens
 
     def distilled(self, start: Artifact, preset: str, tokens: int) -> Artifact:
         given = self.s.config.gkd.model_dump(exclude={"kl_weight", "cosine_weight", "lm_weight", "preset"})
@@ -187,18 +195,31 @@ def uniform_choice(bench: Bench, speed: float) -> LayerChoice | None:
 # methods: each makes a child of a speed, or none where it cannot
 
 
-def _full(bench: Bench, choices: Choices, library: Artifact, *, bld: bool, gkd: bool = True, preset: str = "kld+cosine") -> Child:
-    """A child of a library, distilled by the tokens of GKD, and by those of BLD too where `bld` is false."""
+def _full(
+    bench: Bench,
+    choices: Choices,
+    library: Artifact,
+    *,
+    bld: bool,
+    gkd: bool = True,
+    preset: str = "kld+cosine",
+    pick_tokens: int = 0,
+) -> Child:
+    """A child of a library, distilled by the tokens of GKD that the pick has left, and by those of BLD too where `bld` is false."""
     config = bench.s.config
-    tokens = (config.gkd.tokens + (0 if bld else config.library.tokens)) if gkd else 0
+    tokens = (config.gkd.tokens - pick_tokens + (0 if bld else config.library.tokens)) if gkd else 0
     start = child_with(bench.s, library, choices)
     end = bench.distilled(start, preset, tokens) if gkd else start
-    return Child(choices, start, end, config.library.tokens if bld else 0, tokens)
+    return Child(choices, start, end, config.library.tokens if bld else 0, tokens, pick_tokens)
 
 
-def _puzzle(bench: Bench, speed: float, **how: Any) -> Child:
+PLAIN = {"distil_tokens": 0, "without": (), "candidates": 3}
+
+
+def _puzzle(bench: Bench, speed: float, pick: Mapping[str, Any] | None = None, **how: Any) -> Child:
     scores = scores_of(bench.s, bench.tokens, bench.library)
-    return _full(bench, bench.picked(bench.s, bench.library, scores, speed), bench.library, bld=True, **how)
+    choices, spent = bench.picked(bench.s, bench.library, scores, speed, **(pick or {}))
+    return _full(bench, choices, bench.library, bld=True, pick_tokens=spent, **how)
 
 
 def _searched_by(searcher: str, samples: int = 1000) -> Callable[[Bench, float], Child]:
@@ -212,7 +233,8 @@ def _searched_by(searcher: str, samples: int = 1000) -> Callable[[Bench, float],
 def _no_bld(bench: Bench, speed: float) -> Child:
     library = library_of(bench.untrained, bench.tokens)
     scores = scores_of(bench.untrained, bench.tokens, library)
-    return _full(bench, bench.picked(bench.untrained, library, scores, speed), library, bld=False)
+    choices, spent = bench.picked(bench.untrained, library, scores, speed)
+    return _full(bench, choices, library, bld=False, pick_tokens=spent)
 
 
 def _depth(bench: Bench, speed: float) -> Child:
@@ -232,7 +254,8 @@ def _uniform(bench: Bench, speed: float) -> Child | None:
 def _iterative(bench: Bench, speed: float) -> Child:
     """Two rounds, each with half of the tokens."""
     config, half = bench.s.config, {"tokens": bench.s.config.library.tokens // 2}
-    changed = bench.with_config(library=half, gkd={"tokens": config.gkd.tokens // 2}, search={"limits": Limits(speedup=speed)})
+    search = PLAIN | {"limits": Limits(speedup=speed)}
+    changed = bench.with_config(library=half, gkd={"tokens": config.gkd.tokens // 2}, search=search)
     s = Setting(changed.config.model_copy(update={"rounds": 2}), bench.s.store, bench.s.progress)
     while True:
         library = library_of(s, bench.tokens)
@@ -248,6 +271,7 @@ def _iterative(bench: Bench, speed: float) -> Child:
 
 MAKERS: dict[str, Callable[[Bench, float], Child | None]] = {
     "puzzle": _puzzle,
+    "plain_pick": lambda bench, speed: _puzzle(bench, speed, pick=PLAIN),
     "no_gkd": lambda bench, speed: _puzzle(bench, speed, gkd=False),
     "no_cosine": lambda bench, speed: _puzzle(bench, speed, preset="kld"),
     "no_bld": _no_bld,
@@ -281,7 +305,8 @@ def row_of(bench: Bench, speed: float, method: str) -> dict[str, Any]:
         "measured_speedup": None,
         "child": f"{made.end.name}/child",
     }
-    row |= {"bld_tokens": made.bld_tokens, "gkd_tokens": made.gkd_tokens, "layers": [choice.label for choice in made.choices]}
+    row |= {"bld_tokens": made.bld_tokens, "pick_tokens": made.pick_tokens, "gkd_tokens": made.gkd_tokens}
+    row["layers"] = [choice.label for choice in made.choices]
     return row | {name: facts.get(name) for name in ("kept", "returns", "learning_rate")}
 
 
@@ -300,55 +325,6 @@ def measure_speeds(bench: Bench, rows: Sequence[dict[str, Any]], repeats: int) -
         row["measured_speedup"] = rates[" | ".join(row["layers"])]["throughput_tokens_per_s"] / parent
 
 
-def show(row: Mapping[str, Any]) -> None:
-    about = f"{row['parent']:12} seed {row['seed']} {row['speed']:4.2f} x {row['method']:10}"
-    if row["kl"] is None:
-        print(f"{about} none: {row['problem']}", flush=True)
-        return
-    predicted, measured = (f"{row[name]:.3f}" if row[name] else "-" for name in ("predicted_speedup", "measured_speedup"))
-    print(
-        f"{about} KL {row['kl_before']:.4f} -> {row['kl']:.4f}  loss {row['loss']:.4f} (parent {row['loss_parent']:.4f})  top-1 "
-        f"{row['top1']:.3f}  predicted {predicted} x  measured {measured} x  kept {row['kept']}",
-        flush=True,
-    )
-
-
-ROUNDS = ("iterative",)  # methods of more than one round: no rivals of one
-
-
-def summary_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means over seeds; a case is one parent at one speed."""
-    cases: dict[tuple[str, float], dict[str, list[float]]] = {}
-    for row in rows:
-        if row["kl"] is not None:
-            cases.setdefault((row["parent"], row["speed"]), {}).setdefault(row["method"], []).append(row["kl"])
-    kl = {f"{p} {s:g}": {m: statistics.mean(v) for m, v in found.items()} for (p, s), found in cases.items()}
-    kl_stderr = {
-        f"{p} {s:g}": {m: statistics.stdev(v) / len(v) ** 0.5 for m, v in found.items() if len(v) > 1}
-        for (p, s), found in cases.items()
-    }
-    wins = {
-        f"{case}: {method}": value - found["puzzle"]
-        for case, found in kl.items()
-        for method, value in found.items()
-        if "puzzle" in found and method not in ROUNDS and value < found["puzzle"]
-    }
-    ran = [row for row in rows if row["kl"] is not None and row["gkd_tokens"]]
-    worse = [f"{r['parent']} {r['speed']:g} seed {r['seed']} {r['method']}" for r in ran if r["kl"] > r["kl_before"]]
-    speeds_measured = [r["measured_speedup"] / r["speed"] for r in rows if r["kl"] is not None and r["measured_speedup"]]
-    return {
-        "puzzle_best_everywhere": not wins,
-        "rivals_below_puzzle": wins,
-        "kl": kl,
-        "kl_stderr_over_seeds": kl_stderr,
-        "gkd_runs": len(ran),
-        "gkd_worse_than_its_start": worse,
-        "gkd_never_worse": not worse,
-        "gkd_kept_the_start": sum(row["kept"] == "start" for row in ran),
-        "measured_over_asked_speed": [min(speeds_measured), max(speeds_measured)] if speeds_measured else None,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder of parents and texts")
@@ -356,8 +332,8 @@ def main() -> None:
     parser.add_argument("--speeds", nargs="+", type=float, default=SPEEDS)
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=tuple(MAKERS))
-    parser.add_argument("--tokens", type=int, default=102_400, help="of every GKD")
-    parser.add_argument("--bld-tokens", type=int, default=40_960, help="of the library")
+    parser.add_argument("--tokens", type=int, default=139_264, help="of every GKD, the pick's included")
+    parser.add_argument("--bld-tokens", type=int, default=8_192, help="of the library")
     parser.add_argument("--store", help="a folder to keep (default: a temporary one, so that nothing is reused)")
     parser.add_argument("--set", action="append", default=[], dest="overrides", help="settings of all methods: section.key=value")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of rows; those in it are not made again")
@@ -365,7 +341,8 @@ def main() -> None:
     given = parser.parse_args()
     words: tuple[str, ...] = (f"gkd.tokens={given.tokens}", f"library.tokens={given.bld_tokens}", *given.overrides)
     if given.quick:
-        words, given.seeds, given.speeds = (*words, *QUICK, "gkd.tokens=10240", "library.tokens=8192"), given.seeds[:1], [1.5]
+        quick = (*QUICK, "gkd.tokens=10240", "library.tokens=4096", "search.distil_tokens=1024")
+        words, given.seeds, given.speeds = (*words, *quick), given.seeds[:1], [1.5]
     rows: list[dict[str, Any]] = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
     if not given.store:  # a child that was not timed is not there any more
         rows = [row for row in rows if row["kl"] is None or row["measured_speedup"]]

@@ -82,7 +82,7 @@ def rows_of(bench: Bench, speeds: Sequence[float]) -> list[dict[str, Any]]:
 
 
 def summary_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """`not_above_always`: at how many of the cases (parent, seed, budget) the KL of a way's pick is not above that where rivals are always measured."""
+    """`not_above_always`: at how many cases (parent, seed, budget) the KL of a way's pick is not above that of `always`."""
     by = {(r["parent"], r["seed"], r["speed"], r["way"]): r for r in rows}
     cases = [key[:3] for key in by if key[3] == "always"]
 

@@ -22,7 +22,7 @@ import psutil
 from benchmarks.record import write
 from jobs.run import Run
 from jobs.session import connected
-from jobs.stages import architecture, child, evaluation, gkd, profile
+from jobs.stages import architecture, assembly, evaluation, gkd, profile
 from puzzle_ray.artifacts import PARENT, LayerChoice
 from puzzle_ray.config import load
 from puzzle_ray.store import Artifact
@@ -95,7 +95,7 @@ def uniform_child(run: Run) -> tuple[Run, LayerChoice, dict[str, Any]]:
     while len(tried) < 5:
         other = uniform_run(run.config, choice)
         other.done("library")
-        narrowed = child.of(other, [choice] * layers)
+        narrowed = assembly.of(other, [choice] * layers)
         found = compared(run, narrowed)
         searched, uniform = (found["models"][name]["measured_speedup"] for name in ("child", "uniform"))
         print(f"uniform {choice.label}: {uniform:.3f} x, child {searched:.3f} x", file=sys.stderr, flush=True)
@@ -129,7 +129,7 @@ def main() -> None:
             run.done("report")
             seconds = time.monotonic() - started
             other, choice, found = uniform_child(run)
-            uniform = gkd.of(other, child.of(other, [choice] * run.parent.model_config.num_hidden_layers))
+            uniform = gkd.of(other, assembly.of(other, [choice] * run.parent.model_config.num_hidden_layers))
             final = compared(run, uniform)
     models = final["models"]
     rows = [{"model": name, **figures} for name, figures in models.items()]

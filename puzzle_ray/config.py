@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from puzzle_ray.artifacts import PARENT
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.data.settings import DataConfig
 from puzzle_ray.distill.settings import GkdConfig, LibraryConfig
@@ -109,9 +110,10 @@ class RunConfig(Section):
             if stage.sequence_length % length and length % stage.sequence_length:
                 problem = f"gkd.stages[{number}].sequence_length={stage.sequence_length} is neither a multiple nor a part of"
                 raise ValueError(f"{problem} data.sequence_length={length}")
-        if self.gkd.parallel == "fsdp" and self.search.sweep_rungs > 1:
-            problem = "search.sweep_rungs distils every child in one process, and gkd.parallel fsdp shards it over several"
-            raise ValueError(f"{problem}; set search.sweep_rungs to 1, or gkd.parallel to ddp")
+        if self.gkd.parallel == "fsdp" and (self.search.sweep_rungs > 1 or self.search.distil_tokens):
+            name, off = ("sweep_rungs", 1) if self.search.sweep_rungs > 1 else ("distil_tokens", 0)
+            problem = f"search.{name} distils every child in one process, and gkd.parallel fsdp shards it over several"
+            raise ValueError(f"{problem}; set search.{name} to {off}, or gkd.parallel to ddp")
         if self.library.mode == "coupled" and self.scoring.granularity == "subblock":
             problem = "scoring.granularity subblock adds up halves, and library.mode coupled has none that stand for themselves"
             raise ValueError(f"{problem}; set scoring.granularity to block")
@@ -126,6 +128,18 @@ class RunConfig(Section):
             raise ValueError(
                 "search.sweep_gkd distils the frontier, but gkd.tokens is 0; set gkd.tokens, or search.sweep_gkd=false"
             )
+        families = {name.partition(":")[0] for name in (*self.space.attention, *self.space.ffn)} - {PARENT}
+        for family in self.search.without:
+            if family not in families:
+                raise ValueError(
+                    f"search.without names {family!r}, which space does not have; {did_you_mean(family, sorted(families))}"
+                )
+        if self.search.distil_tokens and not (self.gkd.trains and self.gkd.heldout_tokens):
+            empty = "gkd.heldout_tokens" if self.gkd.trains else "gkd.tokens"
+            problem = (
+                f"search.distil_tokens={self.search.distil_tokens} compares distilled children by held-out KL, but {empty} is 0"
+            )
+            raise ValueError(f"{problem}; set {empty}, or leave out search.distil_tokens")
         if self.search.sweep_rungs > 1 and not self.gkd.heldout_tokens:
             raise ValueError(
                 f"search.sweep_rungs={self.search.sweep_rungs} compares children by held-out KL, but gkd.heldout_tokens is 0; "

@@ -29,6 +29,7 @@ from puzzle_ray.data.splits import load_tokens, save_tokens, train_tokens_source
 from puzzle_ray.distill.gkd import GkdJob, distill_child
 from puzzle_ray.distill.library import Library, build_serially, carry_over, starting_library
 from puzzle_ray.distill.realize import realize
+from puzzle_ray.distill.settings import GkdConfig
 from puzzle_ray.distill.text import LibraryText
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.evaluation.child_meter import ChildMeter
@@ -239,6 +240,7 @@ def architecture_of(s: Setting, tokens: Artifact, library: Artifact, profile: Ar
     }
     settings |= {"memory": s.profile_config.memory()}
     settings |= {"round": [s.number, config.rounds]} if config.rounds > 1 else {}
+    settings |= {"gkd": shortened(s).identity(), "torch": torch_series()} if search.distil_tokens else {}
 
     def work(artifact: Artifact) -> None:
         costs = read_profile(s, profile)
@@ -247,15 +249,30 @@ def architecture_of(s: Setting, tokens: Artifact, library: Artifact, profile: Ar
         numbers = (s.space, damage, costs, s.profile_config.scenario, scoring.metric)
         setup = SearchSetup(*numbers, search.searcher, search.time_limit_s, asked.limits, config.seed)
         make_exact = exact(s, tokens, library, scores) if scoring.makes_exact else None
-        chosen = choose(setup, asked, make_exact, lambda: measuring(s, tokens, library))
+        distilled = lambda children: [distilled_kl(s, tokens, library, choices) for choices in children]  # noqa: E731
+        chosen = choose(setup, asked, make_exact, lambda: measuring(s, tokens, library), distilled)
         save_choice(
             replace(chosen, architecture=counted_from_original(chosen.architecture, setup)) if s.after else chosen, artifact
         )
 
     inputs = {"profile": profile.key, "scores": scores.key} | searcher_sources([search.searcher])
     if search.measures:
-        inputs |= searcher_sources(search.rivals) | parts_of(s, tokens).sources(pick=search.measure_tokens)
+        read = max(search.measure_tokens, config.gkd.heldout_tokens if search.distil_tokens else 0)
+        inputs |= searcher_sources(search.rivals) | parts_of(s, tokens).sources(pick=read)
+    inputs |= train_tokens_source(tokens) | original_source(s) if search.distil_tokens else {}
     return once(s.store.artifact("architecture", settings, inputs), work)
+
+
+def shortened(s: Setting) -> GkdConfig:
+    """How candidates are distilled before one of them is picked."""
+    return s.config.gkd.shortened(s.config.search.distil_tokens)
+
+
+def distilled_kl(s: Setting, tokens: Artifact, library: Artifact, choices: Choices) -> float:
+    """A candidate's held-out KL after a short distillation."""
+    config = s.config.model_copy(update={"gkd": shortened(s)})
+    short = distilled_of(replace(s, config=config), tokens, child_with(s, library, choices))
+    return float(short.facts()["heldout_kl"])
 
 
 def exact(s: Setting, tokens: Artifact, library: Artifact, scores: Artifact) -> MakeExact:

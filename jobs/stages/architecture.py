@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs.run import Run, Stage
-from jobs.stages import profile, scores, tokens
-from puzzle_ray.artifacts import Architecture, Measure, Scores
+from jobs.stages import assembly, gkd, profile, scores, tokens
+from puzzle_ray.artifacts import Architecture, Choices, Measure, Scores
+from puzzle_ray.distill.settings import GkdConfig
 from puzzle_ray.search.choose import ARCHITECTURE, SCORES, choose, save_choice
 from puzzle_ray.search.limits import Limits
 from puzzle_ray.search.pick import PICKED
@@ -17,12 +18,23 @@ from puzzle_ray.search.rounds import counted_from_original, limits_of_round
 from puzzle_ray.search.searcher import searcher_sources
 from puzzle_ray.search.setup import SearchSetup
 from puzzle_ray.store import Artifact, adding_items
+from puzzle_ray.version import torch_series
+
+if TYPE_CHECKING:
+    from actors.child_meter import ChildMeters
 
 
 def settings(run: Run) -> dict[str, Any]:
     rounds = {"round": [run.number, run.config.rounds]} if run.config.rounds > 1 else {}
-    found = {"search": run.config.search.identity(), "memory": run.profile_config.memory()}
+    found: dict[str, Any] = {"search": run.config.search.identity(), "memory": run.profile_config.memory()}
+    if run.config.search.distil_tokens:
+        found |= {"gkd": shortened(run).identity(), "torch": torch_series()}
     return found | scores.identity(run) | rounds
+
+
+def shortened(run: Run) -> GkdConfig:
+    """How candidates are distilled before one of them is picked."""
+    return run.config.gkd.shortened(run.config.search.distil_tokens)
 
 
 def limits(run: Run) -> Limits:
@@ -39,7 +51,7 @@ def setup(run: Run) -> SearchSetup:
 
 
 @contextmanager
-def measuring(run: Run) -> Iterator[Measure]:
+def measuring(run: Run) -> Iterator[ChildMeters]:
     """A context with a function that measures whole children on held-out text; what it measured is kept for all budgets."""
     from actors.child_meter import measuring as pool
 
@@ -62,10 +74,39 @@ def measuring(run: Run) -> Iterator[Measure]:
         yield measure
 
 
+def _distilled(run: Run, children: Sequence[Choices], artifact: Artifact) -> list[float]:
+    """Candidates' held-out KLs after a short distillation, side by side, each in one process with as many threads as without Ray."""
+    from actors.distil_sweep import distil_children
+    from actors.placement import node_cpus
+    from puzzle_ray.distill.rungs import Climber
+
+    config, climbers = shortened(run), []
+    for number, choices in enumerate(children, 1):
+        source = assembly.of(run, choices)
+        job = gkd.job_of(run, source, gkd.artifact_of(run, source, config), config)
+        climbers.append(Climber(job, f"candidate {number}", (), (), {}))
+    cpus = max(1, node_cpus() // config.num_workers)
+    distil_children(climbers, 1, artifact, cpus=cpus, cluster=run.config.cluster, progress=run.progress)
+    return [float(climber.job.artifact.facts()["heldout_kl"]) for climber in climbers]
+
+
 def work(run: Run, artifact: Artifact) -> None:
     own = setup(run)
     asked = run.config.search.model_copy(update={"limits": own.limits})
-    chosen = choose(own, asked, scores.exact(run), lambda: measuring(run))
+    meters: list[ChildMeters] = []
+
+    @contextmanager
+    def kept_at_hand() -> Iterator[Measure]:
+        with measuring(run) as meter:
+            meters.append(meter)
+            yield meter
+
+    def distilled(children: Sequence[Choices]) -> list[float]:
+        for meter in meters:  # their shards have the CPUs that it needs, and start again where more is measured
+            meter.close()
+        return _distilled(run, children, artifact)
+
+    chosen = choose(own, asked, scores.exact(run), kept_at_hand, distilled)
     if run.after is not None:
         chosen = replace(chosen, architecture=counted_from_original(chosen.architecture, own))
     save_choice(chosen, artifact)
@@ -90,7 +131,9 @@ def sources(run: Run) -> dict[str, str]:
     search = run.config.search
     if not search.measures:
         return searcher_sources([search.searcher])
-    return searcher_sources([search.searcher, *search.rivals]) | tokens.parts(run).sources(pick=search.measure_tokens)
+    read = max(search.measure_tokens, run.config.gkd.heldout_tokens if search.distil_tokens else 0)
+    found = searcher_sources([search.searcher, *search.rivals]) | tokens.parts(run).sources(pick=read)
+    return found | (tokens.train_source(run) | gkd.original_source(run) if search.distil_tokens else {})
 
 
 STAGE = Stage("architecture", work, inputs=("profile", "scores"), reads=("tokens",), settings=settings, sources=sources)

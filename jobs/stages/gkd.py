@@ -12,12 +12,14 @@ from puzzle_ray.version import torch_series
 
 if TYPE_CHECKING:
     from puzzle_ray.distill.gkd import GkdJob
+    from puzzle_ray.distill.settings import GkdConfig
 
 SEQUENCES = 8  # of a batch of held-out text
 
 
-def settings(run: Run) -> dict[str, Any]:
-    return {"gkd": run.config.gkd.identity(), "seed": run.config.seed, "torch": torch_series()}
+def settings(run: Run, config: GkdConfig | None = None) -> dict[str, Any]:
+    """Of the run's own distillation, or of one that is configured otherwise."""
+    return {"gkd": (config or run.config.gkd).identity(), "seed": run.config.seed, "torch": torch_series()}
 
 
 def said(facts: Mapping[str, Any]) -> str:
@@ -38,15 +40,13 @@ def original_source(run: Run) -> dict[str, str]:
     return {"original": run.original.parent.key} if run.after else {}
 
 
-def job_of(run: Run, child: Artifact, artifact: Artifact) -> GkdJob:
+def job_of(run: Run, child: Artifact, artifact: Artifact, config: GkdConfig | None = None) -> GkdJob:
     """What the distillation of a child reads and writes."""
     from puzzle_ray.distill.gkd import GkdJob
 
-    config = run.config
-    heldout = (
-        tuple(tokens.batches(tokens.parts(run).pick, config.gkd.heldout_tokens, SEQUENCES)) if config.gkd.heldout_tokens else ()
-    )
-    return GkdJob(run.original.parent.address, child, run.content("tokens"), artifact, config.gkd, config.seed, heldout=heldout)
+    config, seed = config or run.config.gkd, run.config.seed
+    heldout = tuple(tokens.batches(tokens.parts(run).pick, config.heldout_tokens, SEQUENCES)) if config.heldout_tokens else ()
+    return GkdJob(run.original.parent.address, child, run.content("tokens"), artifact, config, seed, heldout=heldout)
 
 
 def distil(run: Run, child: Artifact, artifact: Artifact) -> None:
@@ -56,9 +56,9 @@ def distil(run: Run, child: Artifact, artifact: Artifact) -> None:
     run_gkd(job_of(run, child, artifact), cluster=run.config.cluster, progress=run.progress)
 
 
-def artifact_of(run: Run, child: Artifact) -> Artifact:
+def artifact_of(run: Run, child: Artifact, config: GkdConfig | None = None) -> Artifact:
     """Where a child is after distillation, finished or not."""
-    return run.store.artifact("gkd", settings(run), {"child": child.key} | sources(run))
+    return run.store.artifact("gkd", settings(run, config), {"child": child.key} | sources(run))
 
 
 def of(run: Run, child: Artifact) -> Artifact:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jobs.run import Run, Stage
-from jobs.stages import architecture, child, evaluation, gkd, scores, tokens
+from jobs.stages import architecture, assembly, evaluation, gkd, scores, tokens
 from puzzle_ray.artifacts import Choices
 from puzzle_ray.search.searcher import searcher_sources
 from puzzle_ray.search.sweep import Context, Grid, SweepPoint, grid_contexts, grid_points, read_sweep
@@ -61,7 +61,7 @@ def work(run: Run, artifact: Artifact) -> None:
             found = with_measured(found, measure)
     if search.sweep_gkd:
         stopped = {choices for choices, point in frontier_choices(found).items() if point.stopped}
-        distil = lambda c: None if c in stopped else evaluation.heldout_of(run, gkd.of(run, child.of(run, c)))  # noqa: E731
+        distil = lambda c: None if c in stopped else evaluation.heldout_of(run, gkd.of(run, assembly.of(run, c)))  # noqa: E731
         found = with_distilled(found, distil)
     finish_sweep(found, artifact)
 
@@ -83,7 +83,7 @@ def _climbed(run: Run, grid: Grid, found: list[SweepPoint], artifact: Artifact) 
         for rival in within[i]:
             costs = rival.predicted
             facts = {"speedup": rival.predicted_speedup, "num_params": costs.num_params, "memory_mib": costs.memory_mib}
-            source = child.of(run, rival.choices)
+            source = assembly.of(run, rival.choices)
             job = gkd.job_of(run, source, gkd.artifact_of(run, source))
             climbers[rival.choices] = Climber(job, point.label, asked(point), point.scenario, facts)
     if not climbers:

@@ -276,6 +276,10 @@ class GkdConfig(Section):
     def trains(self) -> bool:
         return bool(self.tokens or self.stages)
 
+    def shortened(self, tokens: int) -> GkdConfig:
+        """The same for another number of tokens, in one stage."""
+        return self.model_copy(update={"tokens": tokens, "stages": ()})
+
     def identity(self) -> dict[str, Any]:
         """The settings that a distilled child depends on.
 

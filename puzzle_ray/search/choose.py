@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from puzzle_ray.artifacts import Architecture, LayerChoice, Measure, Scores, to_json
-from puzzle_ray.search.pick import PICKED, candidate_choices, pick_as_configured
+from puzzle_ray.search.pick import PICKED, Distilled, candidate_choices, pick_as_configured
 from puzzle_ray.search.settings import SearchConfig
 from puzzle_ray.search.setup import SearchSetup, solve_budget
 from puzzle_ray.store import Artifact
@@ -35,12 +35,13 @@ def choose(
     search: SearchConfig,
     make_exact: MakeExact | None,
     measuring: Callable[[], AbstractContextManager[Measure]],
+    distilled: Distilled | None = None,
 ) -> Chosen:
     """The best architecture within `search.limits`.
 
     `make_exact` is None where every score is exact already. `measuring` opens a function that measures whole children. It is used only
-    where `search.candidates` or `search.local_search_steps` configure it. Raises Infeasible where no architecture meets the limits,
-    and OutOfTime where none was found in time.
+    where `search.candidates` or `search.local_search_steps` configure it, and `distilled` where `search.distil_tokens` does. Raises
+    Infeasible where no architecture meets the limits, and OutOfTime where none was found in time.
     """
     scores = setup.scores
     if make_exact is not None:
@@ -49,7 +50,7 @@ def choose(
     if not search.measures:
         return Chosen(solve_budget(setup, search.limits), scores)
     with measuring() as measure:
-        architecture, report = pick_as_configured(setup, search, measure)
+        architecture, report = pick_as_configured(setup, search, measure, distilled if search.distil_tokens else None)
     if make_exact is not None:  # local search may have chosen blocks whose scores are still estimates
         scores = make_exact(scores, lambda _: [architecture.choices])
         total = math.fsum(scores.value(i, c, architecture.metric) for i, c in enumerate(architecture.choices))

@@ -9,7 +9,7 @@ The report says how far the sums of scores were off.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations, islice, zip_longest
 from typing import TYPE_CHECKING, Any
@@ -20,12 +20,15 @@ from puzzle_ray.artifacts import Architecture, Choices, LayerChoice, Measure, Me
 from puzzle_ray.errors import ConfigError, Infeasible, OutOfTime
 from puzzle_ray.search.limits import Limits
 from puzzle_ray.search.problem import Choice, Floats, Problem
+from puzzle_ray.search.restricted import without
 from puzzle_ray.search.searcher import Options
 from puzzle_ray.search.tables import Answer, Tables
 
 if TYPE_CHECKING:
     from puzzle_ray.search.settings import SearchConfig
     from puzzle_ray.search.setup import SearchSetup
+
+Distilled = Callable[[Sequence[Choices]], list[float]]  # children's held-out KLs after a short distillation
 
 PICKED = "picked.json"
 PROPOSALS = 8  # children measured per step of the local search, independent of the number of workers
@@ -34,7 +37,8 @@ PAIRED = 800  # single exchanges that are combined into pairs: those that change
 
 @dataclass(frozen=True)
 class PickOptions:
-    """What is measured: `count` answers of `searcher`, one answer of each rival, then `steps` steps of local search.
+    """What is measured: `count` answers of `searcher`, one without each family of `without`, one answer of each rival, then `steps` steps
+    of local search.
 
     The answers of `searcher` differ from each other in at least `min_different_layers` layers. Rivals are measured where the least KL
     of these answers is above `rivals_from` times its sum of scores; where the scores are no KLs, always.
@@ -46,17 +50,22 @@ class PickOptions:
     min_different_layers: int = 1
     rivals: tuple[str, ...] = ()
     rivals_from: float = 0.0
+    without: tuple[str, ...] = ()
     steps: int = 0
     interaction_blocks: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class MeasuredAnswer:
-    """A measured child: the searcher it comes from, the answer with its predicted score, and what was measured."""
+    """A measured child: the searcher it comes from, the answer with its predicted score, and what was measured.
+
+    `kl_distilled` is its held-out KL after a short distillation, None where there was none.
+    """
 
     origin: str
     answer: Answer
     measured: Measured
+    kl_distilled: float | None = None
 
     @property
     def rank(self) -> tuple[float, float]:
@@ -65,9 +74,17 @@ class MeasuredAnswer:
 
 
 def pick(
-    tables: Tables, limits: Limits, picking: PickOptions, searching: Options, measure: Measure
+    tables: Tables,
+    limits: Limits,
+    picking: PickOptions,
+    searching: Options,
+    measure: Measure,
+    distilled: Distilled | None = None,
 ) -> tuple[Architecture, dict[str, Any]]:
-    """The architecture of least measured KL, and a JSON-able report of all that was tried. Raises Infeasible."""
+    """The architecture of least measured KL, and a JSON-able report of all that was tried. Raises Infeasible.
+
+    With `distilled` the one of least KL after the short distillation that it does.
+    """
     answers, origins, left_out = _own_answers(tables, limits, picking, searching)
     candidates = _measured(answers, origins, measure)
     best = min(candidates, key=lambda c: c.rank)
@@ -78,6 +95,11 @@ def pick(
         best = min(candidates, key=lambda c: c.rank)
     trail: list[dict[str, Any]] = []
     best = _local_search(tables, best, picking.steps, measure, trail)
+    if distilled is not None:
+        finalists = candidates if best in candidates else [*candidates, best]
+        kls = distilled([c.answer.architecture.choices for c in finalists])
+        finalists = [replace(c, kl_distilled=kl) for c, kl in zip(finalists, kls, strict=True)]
+        candidates, best = finalists[: len(candidates)], min(finalists, key=lambda c: (c.kl_distilled, c.rank))
     first, last = answers[0].architecture, best.answer.architecture
     same = last.choices == first.choices
     architecture = replace(
@@ -135,25 +157,34 @@ def _own_answers(
             raise
         if isinstance(error, OutOfTime):  # else there are no more answers
             left_out[_origin(picking.searcher, len(answers) + 1)] = str(error)
+    for family in picking.without:
+        name = f"{picking.searcher} without {family}"
+        try:
+            _add(without(tables, family).search(limits, searcher=picking.searcher, options=searching)[0], name, answers, origins)
+        except (Infeasible, OutOfTime) as error:
+            left_out[name] = str(error)
     return answers, origins, left_out
+
+
+def _add(answer: Answer, origin: str, answers: list[Answer], origins: list[str]) -> None:
+    """Unless it is there."""
+    if all(answer.architecture.choices != other.architecture.choices for other in answers):
+        answers.append(answer)
+        origins.append(origin)
 
 
 def _rival_answers(
     tables: Tables, limits: Limits, picking: PickOptions, searching: Options, known: Sequence[Answer], left_out: dict[str, str]
 ) -> tuple[list[Answer], list[str]]:
     """Answers of rivals that are not `known`, and whose they are. For a rival without one, the reason is added to `left_out`."""
-    answers: list[Answer] = []
+    answers: list[Answer] = list(known)
     origins: list[str] = []
     for name in picking.rivals:
         try:
-            answer = tables.search(limits, searcher=name, options=searching)[0]
+            _add(tables.search(limits, searcher=name, options=searching)[0], name, answers, origins)
         except (Infeasible, ConfigError) as error:  # this rival has no answer within the limits; the others are measured
             left_out[name] = str(error)
-            continue
-        if all(answer.architecture.choices != other.architecture.choices for other in (*known, *answers)):
-            answers.append(answer)
-            origins.append(name)
-    return answers, origins
+    return answers[len(known) :], origins
 
 
 def _origin(searcher: str, number: int) -> str:
@@ -169,9 +200,11 @@ def candidate_choices(setup: SearchSetup, search: SearchConfig) -> list[Choices]
     return [answer.architecture.choices for answer in answers]
 
 
-def pick_as_configured(setup: SearchSetup, search: SearchConfig, measure: Measure) -> tuple[Architecture, dict[str, Any]]:
+def pick_as_configured(
+    setup: SearchSetup, search: SearchConfig, measure: Measure, distilled: Distilled | None = None
+) -> tuple[Architecture, dict[str, Any]]:
     """`pick` with a run's settings."""
-    return pick(setup.tables, search.limits, _pick_options(search), setup.options, measure)
+    return pick(setup.tables, search.limits, _pick_options(search), setup.options, measure, distilled)
 
 
 def _pick_options(search: SearchConfig) -> PickOptions:
@@ -181,6 +214,7 @@ def _pick_options(search: SearchConfig) -> PickOptions:
         search.min_different_layers,
         search.rivals,
         search.rivals_from,
+        search.without,
         search.local_search_steps,
         search.interaction_blocks,
     )
@@ -192,6 +226,7 @@ def _report_row(candidate: MeasuredAnswer) -> dict[str, Any]:
         "origin": candidate.origin,
         "predicted": a.objective,
         **asdict(candidate.measured),
+        **({} if candidate.kl_distilled is None else {"kl_distilled": candidate.kl_distilled}),
         "batch_size": a.predicted.batch_size,
         "choices": [choice.label for choice in a.choices],
     }

@@ -18,6 +18,9 @@ class SearchConfig(Section):
     `candidates` best answers, which differ from each other in at least `min_different_layers` layers. Where the least of their KLs is
     above `rivals_from` times its sum of scores, one answer of each searcher in `rivals` is measured too: such sums say little, as where
     whole layers go. Then a local search exchanges blocks as long as the measured KL falls.
+    `without: [linear]` also measures the best answer that has no variant of this family. With `distil_tokens` all candidates and what
+    the local search found are distilled by so many tokens, and the one is picked that is best then: how far a child is from the parent
+    before distillation says little of what distillation makes of it. A least squares fit has little to learn, a narrow FFN much.
     With `target_format: nemotron_nas` the search space has only what vLLM runs in that format: no linear, no windows, no no-op
     attention in the first layer, and FFN widths that are multiples of 256.
     `sweep` maps an axis to a list of values. An axis is a limit's name, `batch_size`, `input_tokens` or `output_tokens`. All
@@ -36,6 +39,8 @@ class SearchConfig(Section):
     min_different_layers: Count = 1
     rivals: tuple[str, ...] = ("greedy", "depth", "uniform", "max_params")
     rivals_from: NonNegative = 2.0  # 0: rivals are always measured
+    without: tuple[str, ...] = ()
+    distil_tokens: Annotated[int, Field(ge=0)] = 0
     local_search_steps: Annotated[int, Field(ge=0)] = 0
     interaction_blocks: Annotated[int, Field(ge=0)] = 4  # KLs of all pairs of this many of the most used blocks are measured
     measure_tokens: Count = 8_192
@@ -54,6 +59,9 @@ class SearchConfig(Section):
                 raise ValueError(f"sweep.{name} = {list(values or ())}: give whole numbers")
         if not any(self.sweep.get(name) for name in BUDGETS):
             raise ValueError("sweep has no budget; give a limit's values, such as sweep: {speedup: [1.5, 2]}")
+        if (self.distil_tokens or self.without) and self.candidates < 2:
+            name = "distil_tokens" if self.distil_tokens else "without"
+            raise ValueError(f"{name} compares candidates, and there is one; set search.candidates to 2 or more, or leave it out")
         if self.sweep_rungs > 1 and not self.sweep_gkd:
             raise ValueError(
                 f"sweep_rungs={self.sweep_rungs} is about distilled children; set search.sweep_gkd=true, or leave it out"
@@ -82,6 +90,8 @@ class SearchConfig(Section):
             "min_different_layers",
             "rivals",
             "rivals_from",
+            "without",
+            "distil_tokens",
             "local_search_steps",
             "interaction_blocks",
             "measure_tokens",

@@ -252,3 +252,33 @@ def test_rivals_are_measured_only_where_the_sum_of_scores_is_far_off():
     spared, report, meter = run(count=2, rivals=names, rivals_from=off * 1.001)
     assert spared.choices == own.choices and len(meter.asked) == 2
     assert set(report["left_out"]) == set(names) and all("times its prediction" in why for why in report["left_out"].values())
+
+
+def test_answers_without_a_variant_have_none_of_it_and_are_the_best_such():
+    _, report, meter = run(count=1, without=("gqa",))
+    assert [row["origin"] for row in report["candidates"]] == ["mip", "mip without gqa"]
+    own = meter.asked[1]
+    assert all(choice.attention != "gqa:1" for choice in own) and cost(own) <= 20.0
+    space = [c for c in SPACE.layers[0].choices if c.attention != "gqa:1"]
+    score = lambda choices: sum(SCORES.value(layer, choice, "kl") for layer, choice in enumerate(choices))  # noqa: E731
+    every = [c for c in itertools.product(space, repeat=LAYERS) if cost(c) <= 20.0]
+    assert score(own) == pytest.approx(min(map(score, every)))
+    _, report, _ = run(count=1, without=("noop",))
+    assert "mip without noop" in report["left_out"], "all that is left is too slow"
+
+
+def test_what_distils_best_is_picked_whatever_it_was_before():
+    """Distilled, the worst candidate is made the best: it is the pick, and the report says both of its KLs."""
+    plain, before, _ = run(count=4, steps=1)
+    worst = max(before["candidates"], key=lambda row: row["kl"])
+    asked = []
+
+    def distilled(children):
+        asked.extend(children)
+        return [0.1 if [c.label for c in choices] == worst["choices"] else 1.0 for choices in children]
+
+    found, report = pick(TABLES, LIMITS, PickOptions(count=4, steps=1), Options(), Meter(), distilled)
+    assert [choice.label for choice in found.choices] == worst["choices"] == report["picked"]["choices"]
+    assert (report["picked"]["kl"], report["picked"]["kl_distilled"]) == (worst["kl"], 0.1)
+    assert {row["kl_distilled"] for row in report["candidates"]} == {0.1, 1.0} and len(asked) == len(set(asked)) >= 4
+    assert plain.choices in asked, "what the local search found is distilled, too"

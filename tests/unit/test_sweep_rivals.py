@@ -73,6 +73,20 @@ def test_the_one_that_comes_furthest_with_the_least_kl_is_taken(grid, points, tm
     [
         ({"search": {"sweep_rungs": 3}}, "sweep_rungs=3 is about distilled children; set search.sweep_gkd=true"),
         ({"search": {"sweep_rungs": 2, "sweep_gkd": True}, "gkd": {"heldout_tokens": 0}}, "gkd.heldout_tokens is 0"),
+        ({"search": {"without": ["liner"], "candidates": 2}}, "search.without names 'liner', which space does not have.*linear"),
+        ({"search": {"distil_tokens": 64}}, "distil_tokens compares candidates, and there is one; set search.candidates"),
+        (
+            {"search": {"distil_tokens": 64, "candidates": 2}, "gkd": {"heldout_tokens": 0}},
+            "set gkd.heldout_tokens, or leave out",
+        ),
+        (
+            {"search": {"distil_tokens": 64, "candidates": 2}, "gkd": {"tokens": 0}},
+            "gkd.tokens is 0; set gkd.tokens, or leave out",
+        ),
+        (
+            {"search": {"distil_tokens": 64, "candidates": 2}, "gkd": {"parallel": "fsdp"}},
+            "set search.distil_tokens to 0, or gkd",
+        ),
     ],
 )
 def test_rungs_that_compare_nothing_are_refused(values, said):
