@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -63,7 +64,8 @@ def write_tokens(
     """The same with the work done by `tokeniser`. `hashed` is `train_hash`, or calls it where tokens may be read."""
     done = tokenise_into(tokeniser, config, max_positions)
     index = {"length": config.sequence_length, "splits": {name: asdict(split) for name, split in done.splits.items()}}
-    artifact.write_json(INDEX, index)
+    if not artifact.exists(INDEX) or artifact.read_json(INDEX) != json.loads(json.dumps(index)):  # an earlier version's
+        artifact.write_json(INDEX, index)
     counts = {f"{name}_tokens": split.num_sequences * config.sequence_length for name, split in done.splits.items()}
     part_sizes(done.splits["heldout"].num_sequences, (1, 1, 1))  # too little is said here, and not when the library is trained
     several = {name: len(config.sources(name)) > 1 for name in SPLITS}
