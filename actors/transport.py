@@ -84,8 +84,10 @@ class ObjectStore:
 
     def pack_all(self, tensors: Iterable[Tensor], dtype: torch.dtype) -> list[Container]:
         """While a GPU computes one of them, those before it are copied."""
-        on_host = [self.copies.start(tensor.detach().to(dtype).contiguous()) for tensor in tensors]
-        self.copies.wait()
+        try:
+            on_host = [self.copies.start(tensor.detach().to(dtype).contiguous()) for tensor in tensors]
+        finally:
+            self.copies.wait()
         return [self.pack(tensor, dtype) for tensor in on_host]
 
     def unpack(self, packed: Container, dtype: torch.dtype) -> Tensor:

@@ -112,6 +112,7 @@ class HeldoutGuard:
             self._keep()
         return True
 
+    @torch.no_grad()
     def _keep(self) -> None:
         if not self.best:
             self.best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}

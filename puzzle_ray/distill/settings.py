@@ -108,6 +108,7 @@ class LibraryConfig(Section):
     def identity(self) -> dict[str, Any]:
         """The settings that a library's content depends on. What names another artifact stands among the inputs, by its key."""
         without_effect = {"window", "checkpoint_every", "checkpoint_minutes", "max_pairs"}
+        without_effect |= {"gradient_accumulation"} if self.gradient_accumulation == 1 else set()
         return self.model_dump(mode="json", exclude=without_effect | {"narrow_from", "start_from"})
 
 
@@ -289,5 +290,5 @@ class GkdConfig(Section):
         without_effect |= {"step_tokens"}
         without_effect |= {"tokens", "micro_batch_tokens"} if self.stages else set()
         without_effect |= {"parallel"} if self.parallel != "fsdp" else set()
-        without_effect |= {"compute_dtype"} if self.compute_dtype == AUTO else set()
+        without_effect |= {name for name in ("compute_dtype", "parent_dtype") if getattr(self, name) == AUTO}
         return self.model_dump(mode="json", exclude=without_effect)

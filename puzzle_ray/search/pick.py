@@ -136,7 +136,7 @@ def _measured(answers: Sequence[Answer], origins: Sequence[str], measure: Measur
 def _rivals_spared(best: MeasuredAnswer, picking: PickOptions) -> str:
     """Why rivals are not measured; empty where they are."""
     architecture, kl = best.answer.architecture, best.measured.kl
-    if not picking.rivals or architecture.metric != "kl" or kl > picking.rivals_from * architecture.objective:
+    if not picking.rivals or architecture.metric != "kl" or not kl <= picking.rivals_from * architecture.objective:  # or NaN
         return ""
     return f"the KL, {kl:.4g}, is not above {picking.rivals_from:g} times its prediction, {architecture.objective:.4g}"
 

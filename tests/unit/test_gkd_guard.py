@@ -29,6 +29,7 @@ def test_the_best_weights_are_kept(tmp_path):
         "the child has the weights of its best look"
     )
     assert trainer.guard.facts()["kept"] == f"step {guard.best_row.step}"
+    assert not any(value.requires_grad for value in guard.best.values()), "copies, without the graph of what they are copies of"
 
 
 def test_watching_changes_nothing_where_all_goes_well(tmp_path):
