@@ -17,13 +17,12 @@ from typing import Any
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.data_plane import MANY_CHARACTERS
 from actors.names import actor_name
-from actors.placement import require
-from actors.pool import Pool, Terms
+from actors.placement import DIED, require
+from actors.pool import MAX_DEATHS, POLL_S, Pool, Terms
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.data.blocks import Block, ShardFacts, Text, do_block
 from puzzle_ray.data.mixture import SourceRead
@@ -65,18 +64,19 @@ class TextReader:
         self.text: Text | None = None
         self.blocks: Iterator[Block] = iter(())
         self.next = 0
+        self.began, self.steps = time.time_ns(), 0
 
     def node(self) -> str:
         """The id of the node this runs on."""
         return ray.get_runtime_context().get_node_id()
 
     def has_few_documents(self, text: Text) -> bool:
-        return text.has_few_documents(self.tokenizer)
+        return text.has_few_documents(self.tokenizer, self._step)
 
     def block(self, text: Text, number: int) -> Block | None:
         """None behind the last one."""
         if text != self.text or number < self.next:
-            self.text, self.blocks, self.next = text, text.blocks(self.tokenizer), 0
+            self.text, self.blocks, self.next = text, text.blocks(self.tokenizer, self._step), 0
         found = None
         while self.next <= number:
             found = next(self.blocks, None)
@@ -84,10 +84,18 @@ class TextReader:
         return found
 
     def train_hash(self, artifact: Artifact) -> str:
-        return train_hash(artifact)
+        return train_hash(artifact, self._step)
+
+    def progress(self) -> tuple[int, int]:
+        """When this process began, and how many pieces of text or parts of the tokens it has read since."""
+        return self.began, self.steps
+
+    def _step(self) -> None:
+        self.steps += 1
 
 
-@ray.remote(max_restarts=-1, max_task_retries=-1)  # it holds nothing but its place in the text
+# it holds nothing but its place in the text
+@ray.remote(max_restarts=-1, max_task_retries=-1, concurrency_groups={"status": 1})
 class TextReaderActor(TextReader):
     """A reader as an actor."""
 
@@ -119,11 +127,42 @@ class BlockTokeniserActor(BlockTokeniser):
     """A tokeniser as an actor."""
 
 
+class _Followed:
+    """Sees the reader get on while others wait for it, and waits for no answer itself.
+
+    A reader that dies again and again is begun anew each time; from the third on that is no longer getting on.
+    """
+
+    def __init__(self, reader: ActorHandle[Any]) -> None:
+        self.reader = reader
+        self.asked: ObjectRef[tuple[int, int]] | None = None
+        self.last: tuple[int, int] | None = None
+        self.began: set[int] = set()
+        self.seen = 0
+
+    def look(self) -> int:
+        """How often it was seen to have got on."""
+        if self.asked is None:
+            self.asked = self.reader.progress.options(concurrency_group="status").remote()
+        if not ray.wait([self.asked], timeout=0)[0]:
+            return self.seen
+        answer, self.asked = self.asked, None
+        try:
+            now = ray.get(answer, timeout=POLL_S)
+        except DIED:  # what it was asked for tells what became of it
+            return self.seen
+        self.began.add(now[0])
+        self.seen += now != self.last and len(self.began) < MAX_DEATHS
+        self.last = now
+        return self.seen
+
+
 @dataclass
 class _Lane:
     """What one worker at a time is at: a block, or nothing."""
 
     number: int | None = None
+    seen: int = 0  # of the reader's steps
 
 
 @dataclass
@@ -164,6 +203,14 @@ class _Flow:
             self.again.clear()
             return False
         return bool(self.again) or self.num_blocks is None or self.next < self.num_blocks
+
+    def news(self, followed: _Followed, lane: _Lane) -> bool:
+        """Whether a lane that waits for its text may go on waiting, as the reader gets on."""
+        text = None if lane.number is None else self.texts.get(lane.number)
+        if text is None or ray.wait([text], timeout=0, fetch_local=False)[0]:
+            return False
+        before, lane.seen = lane.seen, followed.look()
+        return lane.seen != before
 
     def _take(self) -> int | None:
         if self.again:
@@ -206,6 +253,7 @@ class OnRay:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # where the paths are meant
         read_here = TextReaderActor.options(num_cpus=0, scheduling_strategy=here, **actor_name("text reader"))  # type: ignore[attr-defined]
         self.reader: ActorHandle[Any] = read_here.remote(tokenizer)
+        self.followed = _Followed(self.reader)
 
         def start_one() -> tuple[ActorHandle[Any], list[ActorHandle[Any]]]:
             named = BlockTokeniserActor.options(**OPTIONS, **actor_name("tokeniser"))  # type: ignore[attr-defined]
@@ -222,7 +270,13 @@ class OnRay:
         flow = _Flow(text, self.artifact, self.reader, 2 * self.num_workers, self.told)
         self.pool.start(self.num_workers - len(self.pool.workers))
         lanes = [_Lane() for _ in range(self.num_workers)]
-        self.pool.run(lanes, flow.send, flow.receive, name_of=lambda lane: f"block {lane.number}")
+        self.pool.run(
+            lanes,
+            flow.send,
+            flow.receive,
+            name_of=lambda lane: f"block {lane.number}",
+            news=lambda worker, lane: flow.news(self.followed, lane),
+        )
         return flow.done
 
     def train_hash(self, artifact: Artifact) -> str:
@@ -230,11 +284,17 @@ class OnRay:
         return str(self._asked(self.reader.train_hash.remote(artifact), "the tokens were not read"))
 
     def _asked(self, ref: ObjectRef[Any], problem: str) -> Any:
-        try:
-            return ray.get(ref, timeout=self.cluster.step_timeout_s)
-        except GetTimeoutError:
-            words = f"{problem} within {self.cluster.step_timeout_s:g} s"
-            raise ClusterError(STAGE, words, "raise cluster.step_timeout_s") from None
+        """The reader's answer, however long it takes, as long as the reader gets on."""
+        heard, seen = time.monotonic(), self.followed.seen
+        while not ray.wait([ref], timeout=POLL_S)[0]:
+            before, seen = seen, self.followed.look()
+            now = time.monotonic()
+            if seen != before:
+                heard = now
+            if now - heard > self.cluster.step_timeout_s:
+                words = f"{problem}: nothing was read for {self.cluster.step_timeout_s:g} s"
+                raise ClusterError(STAGE, words, "raise cluster.step_timeout_s")
+        return ray.get(ref, timeout=self.cluster.step_timeout_s)
 
     def close(self) -> None:
         self.pool.close()

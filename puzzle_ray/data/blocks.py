@@ -69,14 +69,15 @@ class Text:
         found = mixed(self.config, self.name, tokenizer, read)
         return found if self.most_characters is None else _up_to(found, self.most_characters)
 
-    def blocks(self, tokenizer: Any) -> Iterator[Block]:
-        """All blocks, one after the other; at least one, which may be empty."""
+    def blocks(self, tokenizer: Any, told: Callable[[], object] = lambda: None) -> Iterator[Block]:
+        """All blocks, one after the other; at least one, which may be empty. `told` hears of every piece that was read."""
         read = self._unread()
         splits = list(self.limits)
         route = _by_hash(self.config.heldout_fraction) if len(splits) > 1 else None
         number, characters = 0, 0
         held: list[tuple[str, Piece]] = []
         for piece in self.pieces(tokenizer, read):
+            told()
             held.append((route(piece) if route else splits[0], piece))
             characters += len(piece.text)
             if characters >= self.block_characters:
@@ -85,15 +86,18 @@ class Text:
         if held or not number:
             yield Block(number, held, deepcopy(read))
 
-    def has_few_documents(self, tokenizer: Any) -> bool:
-        """Whether there are fewer than 1000. Few files of text have one each; else text is read up to the thousandth, or its end."""
+    def has_few_documents(self, tokenizer: Any, told: Callable[[], object] = lambda: None) -> bool:
+        """Whether there are fewer than 1000. Few files of text have one each; else text is read up to the thousandth, or its end.
+
+        Not for a mixture that repeats its sources, whose documents are not all different. `told` hears of every piece that was read.
+        """
         sources = self.config.sources(self.name)
         files = [find_files(source.source, self.config.where(self.name, n)) for n, source in enumerate(sources)]
-        once = len(sources) == 1 or self.config.source_end != "repeat"
-        if once and all(f.format == "text" for f in files) and sum(len(f.files) for f in files) < FEW_DOCUMENTS:
+        if all(f.format == "text" for f in files) and sum(len(f.files) for f in files) < FEW_DOCUMENTS:
             return True
         found = 0
         for piece in self.pieces(tokenizer, self._unread()):
+            told()
             found += piece.begins
             if found >= FEW_DOCUMENTS:
                 return False

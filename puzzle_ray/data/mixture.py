@@ -24,7 +24,7 @@ def mixed(config: DataConfig, name: str, tokenizer: Any, read: list[SourceRead])
     """The documents of `train` or `heldout`. `read`, with an entry for each of its sources, is told while this goes on.
 
     The next document is of the source that is furthest behind its weight in characters, of equal ones the first. Raises DataError,
-    also for a source without a document.
+    also for a source without a document or without a character.
     """
     sources = config.sources(name)
     if len(sources) == 1:
@@ -61,6 +61,10 @@ def mixed(config: DataConfig, name: str, tokenizer: Any, read: list[SourceRead])
 
 
 def _pieces(config: DataConfig, name: str, number: int, tokenizer: Any, facts: TextFacts) -> Iterator[Piece]:
-    source = config.sources(name)[number]
-    for piece in pieces(source.source, config.read_as(source), config.where(name, number), tokenizer, facts):
+    source, where = config.sources(name)[number], config.where(name, number)
+    any_piece = any_text = False
+    for piece in pieces(source.source, config.read_as(source), where, tokenizer, facts):
+        any_piece, any_text = True, any_text or bool(piece.text)
         yield piece._replace(source=number) if number else piece
+    if any_piece and not any_text:  # it would be furthest behind its weight for ever
+        raise DataError(where, f"{source.source!r} has no text", "name a source with text in it")

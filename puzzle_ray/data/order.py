@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -76,14 +77,18 @@ class Tokens:
         count = self._first_count(max_tokens)
         return [self._read(np.arange(i, min(i + num_sequences, count))) for i in range(0, count, num_sequences)]
 
-    def content_hash(self, max_tokens: int | None = None) -> str:
-        """SHA-256 of the sequences and their shape; with `max_tokens`, of those that `first` reads. Not of where they came from."""
+    def content_hash(self, max_tokens: int | None = None, told: Callable[[], object] = lambda: None) -> str:
+        """SHA-256 of the sequences and their shape; with `max_tokens`, of those that `first` reads. Not of where they came from.
+
+        `told` hears of every part that is done.
+        """
         count = self.num_sequences if max_tokens is None else self._first_count(max_tokens)
         digest = hashlib.sha256(f"{(count, *self.sequences.shape[1:])}".encode())
         for start in range(0, count, _HASHED_ROWS):
             end = min(start + _HASHED_ROWS, count)
             part = self.sequences[start:end] if self.rows is None else self.sequences[self.rows[start:end]]
             digest.update(np.ascontiguousarray(part, dtype="<i4").data)
+            told()
         return digest.hexdigest()
 
     def counts(self, vocab_size: int) -> npt.NDArray[np.int64]:

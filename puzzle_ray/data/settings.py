@@ -70,6 +70,10 @@ class DataConfig(Section):
     The next document is always of the source that is furthest behind its weight, counted in characters of text. So the mixture is a
     function of the text and the weights alone; training then draws its own order from the run's seed. Where a source has no more text,
     `source_end` says what happens: `go_on` with the others, `stop`, or `repeat` it until every source was read once.
+
+    Without `heldout`, a document's hash says whether it is held out, of a mixture in the mixture's shares. Of fewer than 1000 documents
+    the end of the text is held out, which with `go_on` is of the source alone that lasted longest. With `repeat` it never is, as the
+    end was trained on before: where the hash leaves too little on either side, `heldout` has to be named.
     """
 
     train: TextSources = None

@@ -187,7 +187,8 @@ def tokenise_into(tokeniser: Tokeniser, config: DataConfig, max_positions: int |
     """Train and held-out text as token shards, block by block of the text.
 
     Without `heldout`, every document whose hash says so is held out; of fewer than 1000 documents, or where hardly any two differ so
-    that the hash holds none out, the packed sequences at the end are. Raises DataError.
+    that the hash holds none out, the packed sequences at the end are. Not so of a mixture that repeats its sources: at its end are
+    documents that were trained on before. Raises DataError, also where the hash leaves nothing on one side of such a mixture.
     """
     length = config.sequence_length
     if max_positions is not None and length > max_positions:
@@ -200,9 +201,12 @@ def tokenise_into(tokeniser: Tokeniser, config: DataConfig, max_positions: int |
         splits = {name: _from_start(stream, name, length) for name, stream in zip(SPLITS, streams, strict=True)}
     else:
         by_hash = Text.of(config, "train", limits, bounded=True)
-        streams = [] if tokeniser.has_few_documents(by_hash) else [tokeniser.stream(by_hash)]
+        repeats = len(config.sources("train")) > 1 and config.source_end == "repeat"
+        streams = [] if not repeats and tokeniser.has_few_documents(by_hash) else [tokeniser.stream(by_hash)]
         splits = {name: _from_start(streams[0], name, length) for name in SPLITS if streams}
         counts = [split.num_sequences for split in splits.values()]
+        if repeats and any(counts) and not all(counts):
+            raise _too_few_to_repeat(config, splits)
         if not streams or any(counts) and not all(counts):
             streams = [tokeniser.stream(Text.of(config, "train", {"all": sum(limits.values())}))]
             splits = _end_held_out(config, streams[0].counts["all"])
@@ -217,6 +221,16 @@ def tokenise_into(tokeniser: Tokeniser, config: DataConfig, max_positions: int |
 def _from_start(stream: Streamed, name: str, length: int) -> Split:
     tokens = tuple(stream.counts[name])
     return Split(name, tokens, (0, sum(tokens) // length))
+
+
+def _too_few_to_repeat(config: DataConfig, splits: Mapping[str, Split]) -> DataError:
+    use = {"train": "to train on", "heldout": "held out"}
+    tokens = " and ".join(f"{sum(split.tokens)} tokens {use[name]}" for name, split in splits.items())
+    problem = (
+        f"with data.source_end=repeat the hash of a document says whether it is held out; of these few that leaves {tokens}, "
+        f"and a sequence has {config.sequence_length}"
+    )
+    return DataError("data.heldout", problem, "name other text as data.heldout")
 
 
 def _end_held_out(config: DataConfig, tokens: Sequence[int]) -> dict[str, Split]:

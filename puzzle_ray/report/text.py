@@ -3,19 +3,9 @@
 from __future__ import annotations
 
 from puzzle_ray.report.contents import ReportData
-from puzzle_ray.report.markup import Html, html_table, note, percent, tag
+from puzzle_ray.report.markup import Html, html_table, join, note, percent, small
 
-HEADER = (
-    "source",
-    "for",
-    "weight",
-    "documents",
-    "tokens",
-    "share of the tokens",
-    "rows dropped",
-    "files left out",
-    "read to its end",
-)
+HEADER = ("source", "documents", "tokens", "share of the tokens", "left out", "read to its end")
 
 
 def sources(data: ReportData) -> list[Html] | None:
@@ -26,18 +16,21 @@ def sources(data: ReportData) -> list[Html] | None:
     rows: list[list[object]] = []
     for source in data.text_sources:
         use = {"train": "training", "heldout": "held out"}[source["name"]]
+        weight = f", weight {source['weight']:g}" if several[source["name"]] else ""
         rows.append(
             [
-                source["source"],
-                tag("td", use, class_="text"),
-                f"{source['weight']:g}" if several[source["name"]] else "–",
+                join([source["source"], " ", small(use + weight)]),
                 f"{source['documents']:,}",
                 f"{sum(source['tokens'].values()):,}",
                 percent(source["share"]),
-                f"{source['dropped_rows']:,}",
-                len(source["left_out"]),
+                _left_out(source["dropped_rows"], len(source["left_out"])),
                 {0: "no", 1: "once"}.get(source["times_read"], f"{source['times_read']} times"),
             ]
         )
     said = "Rows without text are dropped. A mixture takes the next document of the source that is furthest behind its weight."
-    return [html_table(HEADER, rows), note(said)]
+    return [html_table(HEADER, rows, class_="kept"), note(said)]
+
+
+def _left_out(rows: int, files: int) -> str:
+    counts = ((rows, "row"), (files, "file"))
+    return ", ".join(f"{count:,} {unit}{'s' * (count != 1)}" for count, unit in counts if count) or "–"

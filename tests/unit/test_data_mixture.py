@@ -202,6 +202,51 @@ def test_a_source_without_text_is_named(texts, tmp_path):
     assert [piece.text for piece in read(own)[0] if piece.source == 1] == ["x"]
 
 
+@pytest.mark.parametrize("end", ["go_on", "stop", "repeat"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_source_of_no_characters_is_refused(texts, tmp_path, end, first):
+    import gzip
+
+    (tmp_path / "none.txt.gz").write_bytes(gzip.compress(b""))
+    train = [*weighted(texts, a=1), str(tmp_path / "none.txt.gz")]
+    config = DataConfig(train=train[::-1] if first else train, source_end=end, sequence_length=LENGTH)
+    where = rf"data.train\[{0 if first else 1}\]: '.*none.txt.gz' has no text; name a source with text in it"
+    with pytest.raises(DataError, match=where) as error:
+        tokenise(config, byte_tokenizer(), None)
+    assert "\n" not in str(error.value)
+    with pytest.raises(DataError, match=r"data.train: '.*none.txt.gz' has no text"):
+        tokenise(DataConfig(train=train[1], source_end=end, sequence_length=8), byte_tokenizer(), None)
+
+
+def test_an_empty_file_beside_others_of_its_source_is_no_source_without_text(tmp_path):
+    for name, text in (("a.txt", ""), ("b.txt", "some text"), ("c.txt", "")):
+        (tmp_path / name).write_text(text)
+    config = DataConfig(train=[str(tmp_path), str(tmp_path / "b.txt")], source_end="repeat")
+    assert {piece.text for piece in read(config)[0]} == {"", "some text"}
+
+
+def test_what_is_repeated_is_never_held_out(texts, tmp_path):
+    def rows(name, count, size=LENGTH - 1):  # with its separator, a document is a sequence
+        found = [f"{name}{i:03d}".ljust(size, "-") for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in found))
+        return str(tmp_path / f"{name}.jsonl")
+
+    train = [rows("x", 200), rows("y", 30)]
+    config = DataConfig(train=train, source_end="repeat", heldout_fraction=0.2, sequence_length=LENGTH)
+    trained, held = (set(map(tuple, tokens.sequences.tolist())) for tokens in tokenise(config, byte_tokenizer(), None))
+    assert trained and held and not trained & held and len(trained) + len(held) == 230
+    few = config.model_copy(update={"train": DataConfig(train=[rows("v", 3), rows("w", 2)]).train, "heldout_fraction": 1e-9})
+    words = (
+        r"data.heldout: with data.source_end=repeat .* 80 tokens to train on and 0 tokens held out, and a sequence has 16; name"
+    )
+    with pytest.raises(DataError, match=words) as error:
+        tokenise(few, byte_tokenizer(), None)
+    assert "\n" not in str(error.value)
+    named = few.model_copy(update={"heldout": texts["c"][0]})
+    assert tokenise(named, byte_tokenizer(), None)[0].num_sequences == 5
+    assert tokenise(few.model_copy(update={"source_end": "go_on"}), byte_tokenizer(), None)[1].num_sequences == 1
+
+
 def test_a_data_set_of_the_hub_is_asked_for_by_its_config_and_split(monkeypatch):
     import datasets
 

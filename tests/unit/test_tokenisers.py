@@ -7,12 +7,17 @@ import numpy as np
 import pytest
 from byte_tokenizer import byte_tokenizer
 
+from actors import tokenisers
 from actors.data_plane import MANY_CHARACTERS, text_bytes
-from actors.tokenisers import TextReader, _Flow, _Lane
+from actors.tokenisers import TextReader, _Flow, _Followed, _Lane
+from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.data import blocks
 from puzzle_ray.data.blocks import Text, do_block
 from puzzle_ray.data.settings import DataConfig
+from puzzle_ray.data.splits import save_tokens
 from puzzle_ray.data.tokenising import Here
+from puzzle_ray.errors import ClusterError
+from puzzle_ray.store import Store
 
 WORKERS = 3
 
@@ -65,6 +70,7 @@ def through(flow, tokenizer, shards, draw):
 def new_reader(tokenizer):
     reader = object.__new__(TextReader)
     reader.tokenizer, reader.text, reader.blocks, reader.next = tokenizer, None, iter(()), 0
+    reader.began, reader.steps = 1, 0
     return reader
 
 
@@ -103,6 +109,91 @@ def test_a_reader_that_begins_anew_hands_out_the_same_blocks(text, monkeypatch):
     forwards = [readers[0].block(wanted, number) for number in range(4)]
     assert [readers[1].block(wanted, number) for number in (2, 0, 3)] == [forwards[number] for number in (2, 0, 3)]
     assert readers[1].block(wanted, 10**4) is None and readers[1].block(wanted, 1) == forwards[1]
+
+
+class Answers:
+    """Ray, as far as it is asked here: a call answers at once, and what is named in `late` is not there yet."""
+
+    def __init__(self):
+        self.late = set()
+
+    def wait(self, refs, timeout=None, fetch_local=True):
+        return [ref for ref in refs if ref not in self.late], []
+
+    def get(self, ref, timeout):
+        return ref
+
+
+class StandIn:
+    """A reader whose progress is told."""
+
+    def __init__(self):
+        self.now = (1, 0)
+        self.progress = SimpleNamespace(options=lambda concurrency_group: SimpleNamespace(remote=lambda: self.now))
+        self.block = SimpleNamespace(remote=lambda text, number: f"block {number}")
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    found = Answers()
+    monkeypatch.setattr(tokenisers, "ray", found)
+    return found
+
+
+def test_who_waits_for_the_reader_waits_as_long_as_it_gets_on(text, answers):
+    reader = StandIn()
+    followed = _Followed(reader)
+    flow = _Flow(Text.of(DataConfig(train=text), "train", {"all": 10**6}), None, reader, 2 * WORKERS, lambda n: None)
+    worker = SimpleNamespace(tokenise=SimpleNamespace(remote=lambda *a: a), rest=SimpleNamespace(remote=lambda: None))
+    lanes = [_Lane(), _Lane()]
+    for lane in lanes:
+        flow.send(worker, lane)
+    answers.late = {"block 0", "block 1"}
+    assert [flow.news(followed, lane) for lane in lanes] == [True, True], "each hears of it"
+    assert [flow.news(followed, lane) for lane in lanes] == [False, False], "the reader stands still"
+    reader.now = (1, 7)
+    answers.late = {"block 1"}
+    assert [flow.news(followed, lane) for lane in lanes] == [False, True], "who has its text is at work itself"
+    for began, counts in ((2, True), (3, False), (4, False)):
+        reader.now = (began, 5)
+        assert flow.news(followed, lanes[1]) is counts, "a reader that dies again and again does not get on"
+    reader.now = (1, 8)
+    assert not flow.news(followed, _Lane()), "a lane at rest"
+
+
+@pytest.mark.parametrize("stands_still_after", [30, None])
+def test_an_answer_is_waited_for_as_long_as_the_reader_gets_on(answers, monkeypatch, stands_still_after):
+    tokeniser, clock, reader = object.__new__(tokenisers.OnRay), [0.0], StandIn()
+    tokeniser.cluster, tokeniser.followed, tokeniser.reader = ClusterConfig(step_timeout_s=10), _Followed(reader), reader
+    reader.train_hash = SimpleNamespace(remote=lambda artifact: "hash")
+    monkeypatch.setattr(tokenisers, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    wait = answers.wait
+
+    def waiting(refs, timeout=None, fetch_local=True):
+        clock[0] += timeout
+        if stands_still_after is None or clock[0] < stands_still_after:
+            reader.now = (1, int(clock[0]))
+        answers.late = {"hash"} if clock[0] < 100 else set()
+        return wait(refs)
+
+    monkeypatch.setattr(answers, "wait", waiting)
+    if stands_still_after is None:
+        assert tokeniser.train_hash(None) == "hash" and clock[0] == 100
+    else:
+        with pytest.raises(ClusterError, match="tokens: the tokens were not read: nothing was read for 10 s; raise cluster.step"):
+            tokeniser.train_hash(None)
+        assert 39 <= clock[0] <= 42
+
+
+def test_the_reader_counts_what_it_reads(text, tmp_path):
+    reader = new_reader(byte_tokenizer())
+    wanted = Text.of(DataConfig(train=text), "train", {"all": 10**6})
+    assert reader.has_few_documents(wanted) and reader.progress() == (1, 600)
+    reader.block(wanted, 1)
+    assert reader.progress() == (1, 1200)
+    artifact = Store(str(tmp_path)).artifact("tokens", {}, {})
+    save_tokens(DataConfig(train=text, sequence_length=16), byte_tokenizer(), None, artifact)
+    assert reader.train_hash(artifact) == artifact.facts()["train_sha256"] and reader.progress() == (1, 1201)
 
 
 def test_the_text_in_flight_has_a_bound(text):
