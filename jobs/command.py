@@ -89,7 +89,9 @@ def stage_verb(
 
         later = run.config.hardware is not None and joins(run.config.cluster)  # the cluster must be joined to be looked at
         run = run if later else settled(run)
-        if not later:
+        if later:
+            run.store.check()
+        else:
             run.check()
         with connected(run.config.cluster, 0 if later else window_bytes(run)):
             if later:

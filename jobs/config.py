@@ -29,7 +29,8 @@ def config(
 ) -> None:
     """Show the settings of a run as YAML, or with --markdown the reference of all settings. Does nothing.
 
-    With --resolved, they are those for the hardware, and no cluster decides anything any more where they are read.
+    What hardware: auto decides is left out. With --resolved it is there, for the hardware, and no cluster decides anything any more where
+    the settings are read.
     """
     if markdown:
         from puzzle_ray.config_reference import reference
@@ -45,7 +46,14 @@ def config(
         from jobs.hardware import resolved_on
 
         found = resolved_on(configured(recipe, config, set_, parent, data, store), cluster)
-    print(yaml.safe_dump(found.model_dump(mode="json"), sort_keys=False), end="")
+    shown = found.model_dump(mode="json")
+    if found.hardware is not None:  # what is written down counts as set
+        from puzzle_ray.planning.draft import DECIDED, is_set
+
+        print("# left out: what the hardware decides; --resolved shows it")
+        for section, _, key in (name.partition(".") for name in DECIDED if not is_set(found, name)):
+            del shown[section][key]
+    print(yaml.safe_dump(shown, sort_keys=False), end="")
 
 
 VERB = Verb("config", SEARCHES, config)

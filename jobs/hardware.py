@@ -26,6 +26,8 @@ def settled(run: Run, notes: bool = True, quiet: bool = False) -> Run:
     from jobs.run import Run as Settled
     from puzzle_ray.planning.settled import config_of_parent, settle
 
+    if notes:
+        run.store.check()
     found = settle(run.config, config_of_parent(run.config), _nodes(run), run.store, notes)
     if not quiet:
         print("\n".join(f"  {line}" for line in found.told()), file=sys.stderr, flush=True)

@@ -60,7 +60,7 @@ def call(
     from puzzle_ray.export.target import configured_space
     from puzzle_ray.planning.demand import Sizes, demands, works
     from puzzle_ray.planning.hardware import Hardware
-    from puzzle_ray.planning.resolve import idle
+    from puzzle_ray.planning.resolve import idle, with_workers_that_start
     from puzzle_ray.planning.settled import settle
 
     hardware = Hardware.parse(cluster)
@@ -75,7 +75,7 @@ def call(
         print("\n".join([*(f"hardware: {line}" for line in found.lines), ""]))
     space = configured_space(model_config, settings.space, settings.search.target_format)
     sizes = Sizes(model_config, space)
-    needed = demands(settings, model_config, sizes, hardware.gpu_bytes)
+    needed = demands(with_workers_that_start(settings, hardware.num_gpus), model_config, sizes, hardware.gpu_bytes)
     lines = table(needed, works(settings, model_config, sizes), hardware, mfu)
     print("\n".join([*lines, *idle(settings, hardware.num_gpus)]))
 

@@ -91,7 +91,8 @@ class RunConfig(Section):
     def _a_whole_step(self) -> RunConfig:
         gkd = self.gkd
         together = gkd.num_workers * gkd.micro_batch_tokens * gkd.gradient_accumulation
-        if gkd.step_tokens is not None and not gkd.stages and self.hardware is None and together != gkd.step_tokens:
+        counts = gkd.step_tokens is not None and gkd.trains and not gkd.stages and self.hardware is None
+        if counts and together != gkd.step_tokens:
             problem = (
                 f"gkd.step_tokens={gkd.step_tokens}, and num_workers x micro_batch_tokens x gradient_accumulation is {together}"
             )

@@ -104,6 +104,7 @@ def compress(
 
 def for_this_machine(config: RunConfig, store: Store) -> RunConfig:
     """With what this machine decides of the config (`hardware: auto`): this process computes on its CPU."""
+    store.check()
     found = settle(config, config_of_parent(config), [this_machine(gpus=False)], store)
     print("\n".join(f"  {line}" for line in found.told()), file=sys.stderr, flush=True)
     return found.config

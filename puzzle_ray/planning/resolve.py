@@ -7,7 +7,7 @@ What a config says itself always holds. Everything else here is a pure function 
   worker of GKD; profiles are measured on one GPU;
 - on CPUs: float32, and the defaults. There is a shard for every node, and more where a node's memory is too small for one.
 
-A later run in the same store is given what the first one decided of the settings in `IN_KEYS` (see `puzzle_ray.planning.settled`).
+A later run in the same store is given what the first one decided of the settings in `IN_KEYS`, see `puzzle_ray.planning.settled`.
 
 GKD: `gkd.step_tokens` is what one step is to have, whatever the cluster; workers, micro-batches and `gkd.gradient_accumulation` make
 it. Where nobody says, a step is what the workers have room for, and the learning rate is found by a range test (`auto`). The learning
@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from puzzle_ray.artifacts import SearchSpace
 from puzzle_ray.config import RunConfig, validated
+from puzzle_ray.distill.settings import AUTO
 from puzzle_ray.planning.demand import (
     Demand,
     Sizes,
@@ -31,7 +32,9 @@ from puzzle_ray.planning.demand import (
     gkd_demand,
     library_demands,
     scores_demand,
+    trainers_of_layers,
 )
+from puzzle_ray.planning.draft import AS_SHARES, IN_KEYS, STEP, Draft, is_set, value_of
 from puzzle_ray.planning.hardware import Seen, problems, room_bytes
 from puzzle_ray.profiling.nodes import GIB, Node, in_words
 
@@ -43,92 +46,19 @@ BUSY_TOKENS = (
 )
 CPU_TOKENS = 2_048  # the sections' own default
 SHARE_OF_A_NODE = 0.4  # of its memory that a shard on CPUs may take
-# Settings that a stage's key has, in the order in which they are decided. What a store's first run decided holds for the later ones.
-IN_KEYS = (
-    "cluster.gpus_per_shard",
-    "cluster.gpus_per_trainer",
-    "library.parent_dtype",
-    "library.activation_dtype",
-    "library.compute_dtype",
-    "library.micro_batch_tokens",
-    "scoring.dtype",
-    "scoring.micro_batch_tokens",
-    "gkd.use_gpu",
-    "gkd.num_workers",
-    "gkd.micro_batch_tokens",
-    "gkd.gradient_accumulation",
-    "gkd.learning_rate",
-    "profile.num_gpus",
-    "profile.dtype",
-    "profile.memory_mib",
-)
-AS_SHARES = IN_KEYS[:2]  # a key has only whether they are above 0
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A config in which nothing is left to the hardware, and what to tell: decisions and warnings, one line each."""
+    """A config in which nothing is left to the hardware, and what to tell: decisions and warnings, one line each.
+
+    `noted` are the values that stages' keys have, of what was decided here; not what the config says, and not of a GKD that there is not.
+    """
 
     config: RunConfig
     lines: tuple[str, ...]
     warnings: tuple[str, ...]
-
-    def in_keys(self) -> dict[str, Any]:
-        """The values that stages' keys have."""
-        return {name: value_of(self.config, name) for name in IN_KEYS}
-
-
-def value_of(config: RunConfig, name: str) -> Any:
-    section, _, key = name.partition(".")
-    return getattr(getattr(config, section), key)
-
-
-def is_set(config: RunConfig, name: str) -> bool:
-    """Whether a recipe, a file or `--set` says it."""
-    section, _, key = name.partition(".")
-    return key in getattr(config, section).model_fields_set
-
-
-@dataclass
-class _Draft:
-    """A config on its way. `kept` are values of `IN_KEYS` that an earlier run decided, `kept_by` says which run."""
-
-    original: RunConfig
-    kept: Mapping[str, Any]
-    kept_by: str
-    lines: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    decided: set[str] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        self.config = self.original
-
-    def open(self, name: str) -> bool:
-        """Whether the cluster decides it: neither the config does, nor did an earlier run."""
-        return not is_set(self.original, name) and name not in self.decided and name not in self.kept
-
-    def fixed(self, name: str) -> Any:
-        """The value that it has whatever the cluster; None where it is open."""
-        if is_set(self.original, name) or name in self.decided:
-            return value_of(self.config, name)
-        return self.kept.get(name)
-
-    def decide(self, name: str, value: Any, why: str) -> Any:
-        """Takes a value, unless the config says one, or an earlier run has decided. Returns what holds."""
-        if is_set(self.original, name) or name in self.decided:
-            return value_of(self.config, name)
-        if name in self.kept and (name not in AS_SHARES or bool(self.kept[name]) != bool(value)):
-            value, why = self.kept[name], f"as {self.kept_by}"
-        self.put(name, value)
-        self.decided.add(name)
-        self.lines.append(f"{name} = {format(value, 'g') if isinstance(value, float) else value}: {why}")
-        return value
-
-    def put(self, name: str, value: Any) -> None:
-        """For a try, without a word."""
-        section, _, key = name.partition(".")
-        new = getattr(self.config, section).model_copy(update={key: value})
-        self.config = self.config.model_copy(update={section: new})
+    noted: Mapping[str, Any]
 
 
 def resolve(
@@ -137,10 +67,10 @@ def resolve(
     space: SearchSpace,
     nodes: Sequence[Node],
     kept: Mapping[str, Any] | None = None,
-    kept_by: str = "",
+    kept_by: Mapping[str, str] | None = None,
 ) -> Resolved:
     """The config for these nodes. Raises ConfigError where what is set and what is found do not go together."""
-    draft = _Draft(config, kept or {}, kept_by)
+    draft = Draft(config, _suiting(config, kept or {}), kept_by or {})
     gpus, sizes = Seen.of(nodes), Sizes(model_config, space)
     bfloat16 = all(node.gpus.bfloat16 for node in nodes if node.gpus is not None)
     if gpus is not None:
@@ -148,16 +78,63 @@ def resolve(
         _dtypes(draft, bfloat16)
         _micro_batches(draft, sizes, gpus)
         _distillation(draft, sizes, gpus)
+        draft.leave(("gkd.gradient_accumulation", "gkd.learning_rate") if draft.config.gkd.use_gpu else ())
         _profile(draft, sizes, gpus, bfloat16)
     else:
         _on_cpus(draft, sizes, nodes)
     for name in draft.kept:
         draft.decide(name, value_of(draft.config, name), "")
+    _whole_sequences(draft)
     found = validated(draft.config.model_copy(update={"hardware": None}).model_dump(mode="json"))
     if gpus is not None:
-        draft.warnings += problems(demands(found, model_config, sizes, gpus.gpu_bytes), gpus)
+        started = with_workers_that_start(found, gpus.num_gpus)
+        draft.warnings += problems(demands(started, model_config, sizes, gpus.gpu_bytes), gpus)
         draft.warnings += idle(found, gpus.num_gpus)
-    return Resolved(found, (f"found {in_words(nodes)}", *draft.lines), tuple(draft.warnings))
+    noted = {name: value_of(found, name) for name in IN_KEYS if name in draft.decided and _is_used(draft, name, gpus)}
+    return Resolved(found, (f"found {in_words(nodes)}", *draft.lines), tuple(draft.warnings), noted)
+
+
+def _suiting(config: RunConfig, kept: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Without what GKD's step was made of, where that, with what the config says, is no longer the step that it asks for."""
+    step = config.gkd.step_tokens
+    if step is None or config.gkd.stages:
+        return kept
+    made = [value_of(config, name) if is_set(config, name) or name not in kept else kept[name] for name in STEP]
+    if math.prod(made) == step:
+        return kept
+    return {name: value for name, value in kept.items() if name not in (*STEP, "gkd.learning_rate")}
+
+
+def _is_used(draft: Draft, name: str, gpus: Seen | None) -> bool:
+    """Whether a stage of this run computes by it. What follows from GKD's being set to CPUs beside GPUs is no choice of the cluster."""
+    gkd = draft.config.gkd
+    if not name.startswith("gkd."):
+        return True
+    if not gkd.trains or (gpus is not None and not gkd.use_gpu and is_set(draft.original, "gkd.use_gpu")):
+        return False
+    return not gkd.stages or name != "gkd.micro_batch_tokens"
+
+
+def _whole_sequences(draft: Draft) -> None:
+    """For micro-batches that nobody has decided, on whichever device; those of a GKD that does not read them, without a word."""
+    length = draft.config.data.sequence_length
+    for name in ("library.micro_batch_tokens", "scoring.micro_batch_tokens", "gkd.micro_batch_tokens"):
+        if not draft.open(name) or not value_of(draft.config, name) % length:
+            continue
+        whole = max(1, CPU_TOKENS // length) * length
+        if name.startswith("gkd."):
+            draft.put(name, whole)
+        else:
+            draft.decide(name, whole, f"whole sequences of {length}")
+
+
+def with_workers_that_start(config: RunConfig, num_gpus: int) -> RunConfig:
+    """With as many of GKD's workers as find a GPU, where `gkd.min_workers` lets fewer share the micro-batches."""
+    gkd = config.gkd
+    if not gkd.use_gpu or gkd.min_workers is None:
+        return config
+    workers = max(gkd.min_workers, min(gkd.num_workers, num_gpus))
+    return config.model_copy(update={"gkd": gkd.model_copy(update={"num_workers": workers})})
 
 
 def idle(config: RunConfig, num_gpus: float) -> list[str]:
@@ -178,7 +155,7 @@ def idle(config: RunConfig, num_gpus: float) -> list[str]:
 # on GPUs
 
 
-def _place_on_gpus(draft: _Draft, sizes: Sizes, gpus: Seen, nodes: Sequence[Node]) -> None:
+def _place_on_gpus(draft: Draft, sizes: Sizes, gpus: Seen, nodes: Sequence[Node]) -> None:
     """Which layers are together on a GPU; where the config or an earlier run has them on CPUs, they stay there."""
     depth = len(sizes.layers)
     given = [draft.fixed(name) for name in AS_SHARES]
@@ -187,7 +164,9 @@ def _place_on_gpus(draft: _Draft, sizes: Sizes, gpus: Seen, nodes: Sequence[Node
             draft.decide(name, 0, "")
         draft.decide("cluster.num_shards", *_shards_on_cpus(draft, sizes, nodes))
         return
-    if not any(is_set(draft.original, name) for name in AS_SHARES):
+    cluster = draft.config.cluster
+    apart = cluster.trainers_per_layer > 1 or cluster.blocks_per_trainer != AUTO  # trainers with processes of their own
+    if not apart and not any(is_set(draft.original, name) for name in AS_SHARES):
         draft.decide("cluster.colocate", True, "hidden states stay on the GPU of their layers")
     each = -(-depth // gpus.num_gpus)
     shards = draft.decide(
@@ -195,12 +174,14 @@ def _place_on_gpus(draft: _Draft, sizes: Sizes, gpus: Seen, nodes: Sequence[Node
     )
     share, why = 0.5, "a shard and its trainers are one process, with one GPU"
     if not draft.config.cluster.colocate:
-        share, why = 1 / (1 + -(-depth // shards)), "a shard and its trainers share a GPU"
+        layers = -(-depth // shards) * max(trainers_of_layers(draft.config, sizes))
+        together = 1 if cluster.blocks_per_trainer == AUTO else int(cluster.blocks_per_trainer)
+        share, why = 1 / (1 + -(-layers // together)), "a shard and its trainers share a GPU"
     for name in AS_SHARES:
         draft.decide(name, share, why)
 
 
-def _dtypes(draft: _Draft, bfloat16: bool) -> None:
+def _dtypes(draft: Draft, bfloat16: bool) -> None:
     if not bfloat16:
         draft.warnings.append("not all GPUs have bfloat16: weights and activations stay in float32")
     cluster, why = draft.config.cluster, "GPUs have it" if bfloat16 else "not all GPUs have bfloat16"
@@ -220,7 +201,7 @@ def powers(length: int, least: int, most: int) -> Iterator[int]:
             yield length << n
 
 
-def _micro_batches(draft: _Draft, sizes: Sizes, gpus: Seen) -> None:
+def _micro_batches(draft: Draft, sizes: Sizes, gpus: Seen) -> None:
     length, cluster = draft.config.data.sequence_length, draft.config.cluster
 
     def largest(name: str, most: int, needed: Callable[[RunConfig], Iterable[Demand]]) -> None:
@@ -235,7 +216,7 @@ def _micro_batches(draft: _Draft, sizes: Sizes, gpus: Seen) -> None:
 
 
 def fitting(
-    draft: _Draft, choices: Iterable[tuple[str, int]], needed: Callable[[RunConfig], Iterable[Demand]], gpus: Seen
+    draft: Draft, choices: Iterable[tuple[str, int]], needed: Callable[[RunConfig], Iterable[Demand]], gpus: Seen
 ) -> Iterator[int]:
     """The values of one setting with which every process that is needed has room, in their order."""
     for name, value in choices:
@@ -244,35 +225,38 @@ def fitting(
             yield value
 
 
-def _distillation(draft: _Draft, sizes: Sizes, gpus: Seen) -> None:
+def _distillation(draft: Draft, sizes: Sizes, gpus: Seen) -> None:
     if not draft.config.gkd.trains:
         return
     if not draft.decide("gkd.use_gpu", True, "the cluster has some"):
         _distillation_on_cpus(draft, [])
         return
     length, step = draft.config.data.sequence_length, draft.config.gkd.step_tokens
+    whole = step
+    if step is not None:
+        step //= draft.fixed("gkd.gradient_accumulation") or 1  # what all workers have at a time, at the most
     fixed = draft.fixed("gkd.micro_batch_tokens") or length
     most = next(w for w in range(gpus.num_gpus, 0, -1) if step is None or w == 1 or not step % (w * fixed))
-    why = "each GPU is one" if most == gpus.num_gpus else f"of {gpus.num_gpus} GPUs, as many as share a step of {step} tokens"
+    why = "each GPU is one" if most == gpus.num_gpus else f"of {gpus.num_gpus} GPUs, as many as share a step of {whole} tokens"
     workers = draft.decide("gkd.num_workers", most, why)
     if workers > gpus.num_gpus and draft.open("gkd.min_workers"):
         draft.decide("gkd.min_workers", gpus.num_gpus, f"{workers} workers' micro-batches are shared by those that find a GPU")
     if draft.config.gkd.stages:
         return
     _gkd_micro_batch(draft, sizes, gpus, workers, step)
-    if step is not None:
-        _accumulate(draft, step)
+    if whole is not None:
+        _accumulate(draft, whole)
     elif draft.config.gkd.heldout_tokens:
         draft.decide("gkd.learning_rate", "auto", "a step is what the GPUs have room for, and no rate is known for it")
 
 
-def _gkd_micro_batch(draft: _Draft, sizes: Sizes, gpus: Seen, workers: int, step: int | None) -> None:
+def _gkd_micro_batch(draft: Draft, sizes: Sizes, gpus: Seen, workers: int, step: int | None) -> None:
     """With all activations kept where that leaves micro-batches large enough, else with layers that run twice."""
     name, length, again = "gkd.micro_batch_tokens", draft.config.data.sequence_length, "gkd.activation_checkpointing"
     most = LARGEST_GKD_TOKENS if step is None else min(LARGEST_GKD_TOKENS, max(length, step // workers))
 
     def needed(config: RunConfig) -> list[Demand]:
-        return [gkd_demand(config, sizes.config, sizes, gpus.gpu_bytes)]
+        return [gkd_demand(with_workers_that_start(config, gpus.num_gpus), sizes.config, sizes, gpus.gpu_bytes)]
 
     def divides(tokens: int) -> bool:
         return step is None or not step % (workers * tokens)
@@ -291,13 +275,13 @@ def _gkd_micro_batch(draft: _Draft, sizes: Sizes, gpus: Seen, workers: int, step
     draft.decide(name, found or tried[-1], f"the most, of at most {most}, that has room")
 
 
-def _accumulate(draft: _Draft, step: int) -> None:
+def _accumulate(draft: Draft, step: int) -> None:
     gkd = draft.config.gkd
     together = gkd.num_workers * gkd.micro_batch_tokens
     draft.decide("gkd.gradient_accumulation", max(1, step // together), f"a step of {step} tokens")
 
 
-def _profile(draft: _Draft, sizes: Sizes, gpus: Seen, bfloat16: bool) -> None:
+def _profile(draft: Draft, sizes: Sizes, gpus: Seen, bfloat16: bool) -> None:
     """One GPU for whoever measures, where a whole model fits it: models are timed by who has as many GPUs as a profiler."""
     profile = draft.config.profile
     if profile.engine == "roofline":
@@ -319,24 +303,22 @@ def _profile(draft: _Draft, sizes: Sizes, gpus: Seen, bfloat16: bool) -> None:
 # on CPUs
 
 
-def _on_cpus(draft: _Draft, sizes: Sizes, nodes: Sequence[Node]) -> None:
-    length = draft.config.data.sequence_length
+def _on_cpus(draft: Draft, sizes: Sizes, nodes: Sequence[Node]) -> None:
     for name in AS_SHARES:
         if draft.kept.get(name):
-            draft.decide(name, 1.0, f"as {draft.kept_by}; what is not finished waits for GPUs")
-    for section in ("library", "scoring"):
-        if CPU_TOKENS % length:
-            draft.decide(f"{section}.micro_batch_tokens", max(1, CPU_TOKENS // length) * length, f"whole sequences of {length}")
+            draft.decide(name, 1.0, f"as {draft.kept_by[name]}; what is not finished waits for GPUs")
+    _whole_sequences(draft)
     draft.decide("cluster.num_shards", *_shards_on_cpus(draft, sizes, nodes))
     if draft.config.gkd.trains:
         _distillation_on_cpus(draft, nodes)
+    draft.leave(IN_KEYS)
 
 
 def _with_cpus(nodes: Sequence[Node]) -> int:
     return max(1, sum(node.cpus > 0 for node in nodes))
 
 
-def _shards_on_cpus(draft: _Draft, sizes: Sizes, nodes: Sequence[Node]) -> tuple[int, str]:
+def _shards_on_cpus(draft: Draft, sizes: Sizes, nodes: Sequence[Node]) -> tuple[int, str]:
     """One for each node, or more, where a node's memory is small for a shard; with the reason."""
     memory, depth = min((node.memory_bytes for node in nodes if node.memory_bytes), default=0), len(sizes.layers)
     shards, why = min(_with_cpus(nodes), depth), "one for each node"
@@ -349,7 +331,7 @@ def _shards_on_cpus(draft: _Draft, sizes: Sizes, nodes: Sequence[Node]) -> tuple
     return shards, why
 
 
-def _distillation_on_cpus(draft: _Draft, nodes: Sequence[Node]) -> None:
+def _distillation_on_cpus(draft: Draft, nodes: Sequence[Node]) -> None:
     """A worker for each node, where they can share a step."""
     gkd, length, name = draft.config.gkd, draft.config.data.sequence_length, "gkd.micro_batch_tokens"
     if gkd.stages:

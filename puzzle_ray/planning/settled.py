@@ -2,33 +2,38 @@
 
 A stage is done again where its key changes, and its key has dtypes, micro-batches, the number of GKD's workers, and whether GPUs
 computed. A run that goes on elsewhere must not decide them anew: finished work would not be found any more, or would be mixed with other
-work. So the first run of a parent in a store notes these values in an artifact `hardware-KEY`, and every later run there takes them. Only
+work. So the first run of a parent in a store notes what it decided of them in an artifact `hardware-KEY`, and every later run there takes
+it; the first run that trains by GKD notes GKD's in another. What a config says itself is not noted. Only
 where things are placed is decided by the cluster that is there: shards, shares of a GPU, how many of GKD's workers start.
 
 - What the config says itself wins over the note, and is said to change nothing else: the stages that depend on it are done again.
 - Where the note does not suit the cluster that is there (GPUs that are missing, too little memory), this is said: finished stages are still
   found, and what is not finished waits for such nodes until `cluster.placement_timeout_s`.
-- Whoever wants the cluster that is there to decide removes the note (the folder `hardware-KEY` of the store): it is written again.
-- The profile is measured on the target that is there, and its key has that target: on other hardware it is made again, as ever.
+- Whoever wants the cluster that is there to decide removes the note (the folders `hardware-KEY` of the store): it is written again.
+- The profile is measured on the target that is there, and its key has that target: on other hardware it is made again, as ever. So
+  nothing of it is noted.
+- A `gkd.step_tokens`, or a part of a step, that the config says and the noted parts do not make: the parts are decided anew.
 - The note belongs to a parent (name and revision) and a length of sequences, whose change makes all stages anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from puzzle_ray.config import HARDWARE, TINY, RunConfig
 from puzzle_ray.export.target import configured_space
 from puzzle_ray.models.checkpoint import locate
 from puzzle_ray.models.child import read_config
+from puzzle_ray.planning.draft import IN_KEYS
 from puzzle_ray.planning.resolve import Resolved, resolve
 from puzzle_ray.profiling.nodes import Node, in_words, nodes_of
 from puzzle_ray.recipes import tiny_parent
 from puzzle_ray.store import Artifact, Store, do_once
 
-STAGE = "hardware"
+STAGE, GKD = "hardware", "gkd"
 
 
 @dataclass(frozen=True)
@@ -51,10 +56,14 @@ def config_of_parent(config: RunConfig) -> Any:
     return read_config(locate(config.parent, config.revision), config.trust_remote_code)
 
 
-def note_of(config: RunConfig, store: Store) -> Artifact:
-    """Where a store keeps what was decided for a parent."""
+def note_of(config: RunConfig, store: Store, part: str = "") -> Artifact:
+    """Where a store keeps what was decided for a parent: of library and scores, or of the part `gkd`."""
     about = {"parent": config.parent, "revision": config.revision, "sequence_length": config.data.sequence_length}
-    return store.artifact(STAGE, about, {})
+    return store.artifact(STAGE, about | ({"part": part} if part else {}), {})
+
+
+def _of_part(values: Mapping[str, Any], part: str) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name in IN_KEYS and name.startswith("gkd.") == (part == GKD)}
 
 
 def settle(config: RunConfig, model_config: Any, nodes: Sequence[Node], store: Store | None, notes: bool = True) -> Settled:
@@ -67,18 +76,27 @@ def settle(config: RunConfig, model_config: Any, nodes: Sequence[Node], store: S
     if not nodes and config.hardware != HARDWARE:
         nodes = nodes_of(config.hardware)
     space = configured_space(model_config, config.space, config.search.target_format)
-    note = None if store is None else note_of(config, store)
-    found: list[Resolved] = []
+    parts = ["", GKD] if config.gkd.trains else [""]
+    known = {} if store is None else {part: note_of(config, store, part) for part in parts}
 
-    def decide(artifact: Artifact) -> None:
-        found.append(resolve(config, model_config, space, nodes))
-        artifact.finish({"values": found[0].in_keys(), "cluster": in_words(nodes)})
+    def decided() -> Resolved:
+        kept: dict[str, Any] = {}
+        by: dict[str, str] = {}
+        for part, note in known.items():
+            if note.finished:
+                facts: Mapping[str, Any] = note.facts()
+                values = _of_part(facts["values"], part)
+                words = f"the first run in this store decided, on {facts['cluster']}; {note.name} keeps it"
+                kept, by = kept | values, by | dict.fromkeys(values, words)
+        return resolve(config, model_config, space, nodes, kept, by)
 
-    if note is not None and notes:
-        do_once(note, decide)
-    if not found:
-        known: dict[str, Any] = note.facts() if note is not None and note.finished else {}
-        by = f"the first run in this store decided, on {known['cluster']}; {note.name} keeps it" if note and known else ""
-        found.append(resolve(config, model_config, space, nodes, known.get("values"), by))
-    resolved = found[0]
+    resolved = decided()
+    if notes:
+        missing = [(part, note) for part, note in known.items() if not note.finished]
+        wrote = [do_once(note, partial(_write, values=_of_part(resolved.noted, part), nodes=nodes)) for part, note in missing]
+        resolved = resolved if all(wrote) else decided()  # another run was first
     return Settled(resolved.config, resolved.lines, resolved.warnings)
+
+
+def _write(note: Artifact, values: Mapping[str, Any], nodes: Sequence[Node]) -> None:
+    note.finish({"values": dict(values), "cluster": in_words(nodes)})

@@ -19,6 +19,7 @@ GIB = 1 << 30
 MIB = 1 << 20
 REMEDY = 'write nodes x GPUs and a device, such as "8x8 H100-80GB"'
 GPU_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/kfd")  # one of them is there where a driver is
+MOST_GPUS = 100_000  # of a cluster in words
 _WORDS = re.compile(r"\s*(\d+)\s*x\s*(\d+)(?:\s+|x)(\S.*?)\s*")
 _PROBE = (
     "import json, torch; found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]; "
@@ -63,6 +64,8 @@ def described(words: str) -> tuple[int, int, Device]:
     match = _WORDS.fullmatch(words)
     if match is None or not int(match[1]) or not int(match[2]):
         raise ValueError(f"{words!r} describes no cluster")
+    if int(match[1]) * int(match[2]) > MOST_GPUS:
+        raise ValueError(f"{words!r} describes more than {MOST_GPUS:,} GPUs")
     device = device_of(match[3])
     if device is None:
         raise ValueError(f"{match[3]!r} is no GPU")

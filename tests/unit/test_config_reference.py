@@ -76,3 +76,18 @@ def test_recipes_are_there_and_a_share_of_a_gpu_is_a_whole_part():
     assert set(recipes()) >= {"tiny", "llama31_8b"}
     with pytest.raises(ConfigError, match="gpus_per_shard"):
         load("llama31_8b", overrides=("cluster.gpus_per_shard=0.4",))
+
+
+def test_a_printed_config_leaves_to_the_hardware_what_was_left_to_it(tmp_path):
+    from typer.testing import CliRunner
+
+    from jobs.app import application
+    from puzzle_ray.planning.draft import DECIDED, is_set
+
+    words = ["--recipe", "llama31_8b", "--set", "library.compute_dtype=float32"]
+    shown = CliRunner().invoke(application(), ["config", *words])
+    (tmp_path / "my.yaml").write_text(shown.stdout)
+    asked, again = load("llama31_8b", None, ("library.compute_dtype=float32",)), load(None, str(tmp_path / "my.yaml"))
+    assert again == asked
+    assert [name for name in DECIDED if is_set(again, name)] == [name for name in DECIDED if is_set(asked, name)]
+    assert is_set(again, "library.compute_dtype") and not is_set(again, "gkd.num_workers")

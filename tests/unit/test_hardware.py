@@ -12,14 +12,15 @@ import puzzle_ray.profiling.nodes as looked
 from jobs.hardware import settled
 from jobs.stages import gkd, library, scores
 from puzzle_ray.config import RunConfig, load
-from puzzle_ray.errors import ConfigError
+from puzzle_ray.errors import ConfigError, StoreError
 from puzzle_ray.models.blocks import stack_without_weights
 from puzzle_ray.models.describe import describe
 from puzzle_ray.pipeline import for_this_machine
 from puzzle_ray.planning.activations import kept_bytes_per_token
 from puzzle_ray.planning.demand import Sizes, demands
+from puzzle_ray.planning.draft import IN_KEYS, value_of
 from puzzle_ray.planning.hardware import Seen, problems
-from puzzle_ray.planning.resolve import IN_KEYS, idle, powers, resolve, value_of
+from puzzle_ray.planning.resolve import idle, powers, resolve
 from puzzle_ray.planning.settled import note_of, settle
 from puzzle_ray.profiling.nodes import GIB, Gpus, Node, nodes_of, this_machine
 from puzzle_ray.recipes.shapes import published_config
@@ -41,7 +42,7 @@ def config(**settings):
 
 def decided(asked, nodes, kept=None, model_config=SMALL):
     space = search_space(model_config, asked.space.attention, asked.space.ffn, asked.space.ffn_multiple_of)
-    return resolve(asked, model_config, space, nodes, kept, "before" if kept else "")
+    return resolve(asked, model_config, space, nodes, kept, dict.fromkeys(kept or {}, "before"))
 
 
 def v100(count=4):
@@ -148,11 +149,10 @@ CLUSTERS = [CPUS, H100, v100(2), nodes_of("8x8 H100-80GB"), CPUS * 3]
 def test_what_one_cluster_decided_keeps_every_key_on_any_other(first):
     before = decided(config(), CLUSTERS[first])
     for nodes in CLUSTERS:
-        after = decided(config(), nodes, before.in_keys())
-        for section in ("library", "scoring", "gkd", "profile"):
+        after = decided(config(), nodes, before.noted)
+        for section in ("library", "scoring", "gkd"):
             assert getattr(after.config, section).identity() == getattr(before.config, section).identity(), (section, nodes)
         assert after.config.cluster.library_identity() == before.config.cluster.library_identity()
-        assert after.config.profile.memory() == before.config.profile.memory()
         again = [line for line in after.lines if line.startswith("library.micro_batch_tokens")]
         assert all("as before" in line for line in again)
         gpus = Seen.of(nodes)
@@ -174,10 +174,106 @@ def test_a_store_keeps_what_its_first_run_decided(tmp_path):
         "library.compute_dtype = bfloat16: as the first run in this store decided, on 1 node of 8 x H100, 80 GiB each; "
         f"{note_of(asked, store).name} keeps it"
     ]
+    share = "cluster.gpus_per_shard = 1: as the first run in this store decided, on 1 node of 8 x H100, 80 GiB each; "
+    assert [line for line in later.lines if line.startswith(share)]
     own = settle(config(library={"compute_dtype": "float32"}), SMALL, CPUS, store)
     assert own.config.library.compute_dtype == "float32" and own.config.library.parent_dtype == "bfloat16"
     assert settle(config(data={"sequence_length": 128}), SMALL, CPUS, store).config.library.compute_dtype == "float32"
     assert not collect_garbage(store, older_than_days=-1), "nobody's input, and needed all the same"
+
+
+def test_what_the_first_run_did_not_use_or_was_told_is_left_to_later_ones(tmp_path):
+    store = Store(str(tmp_path / "store"))
+    without = config(gkd={"tokens": 0}, profile={"engine": "roofline", "device": "H100"}, library={"compute_dtype": "float32"})
+    assert settle(without, SMALL, CPUS, store).config.library.compute_dtype == "float32"
+    values = note_of(without, store).facts()["values"]
+    assert "library.parent_dtype" in values and not {"library.compute_dtype", "gkd.use_gpu", "profile.dtype"} & values.keys()
+    later = settle(config(), SMALL, H100, store)
+    assert later.config.gkd.use_gpu and later.config.gkd.num_workers == 8, "no GKD was there to decide for"
+    assert (later.config.profile.num_gpus, later.config.profile.dtype) == (1, "bfloat16")
+    assert later.config.library.parent_dtype == "float32" and "the library" in later.warnings[-1]
+    assert settle(config(), SMALL, CPUS, store).config.gkd.identity() == later.config.gkd.identity(), "it has a note of its own"
+    apart = decided(config(gkd={"use_gpu": False}), H100).noted
+    assert "library.compute_dtype" in apart and not [name for name in apart if name.startswith("gkd.")]
+
+
+def test_a_profile_is_of_the_machine_that_is_there(tmp_path):
+    store = Store(str(tmp_path / "store"))
+    first, later = (settle(config(), SMALL, nodes_of(f"1x2 {name}"), store).config for name in ("H200", "H100-80GB"))
+    assert first.library.identity() == later.library.identity()
+    assert first.profile.memory_mib > later.profile.memory_mib == 81_559
+    cpu = settle(config(), SMALL, CPUS, store).config.profile
+    assert cpu.identity() == RunConfig().profile.identity() and cpu.memory() == {}
+
+
+def test_workers_that_share_micro_batches_are_not_too_many():
+    before = decided(config(), nodes_of("4x8 H100-80GB"))
+    after = decided(config(), nodes_of("1x2 H100-80GB"), before.noted)
+    assert (after.config.gkd.num_workers, after.config.gkd.min_workers) == (32, 2)
+    assert not [line for line in after.warnings if line.startswith("gkd: 32 x worker")]
+    asked = config(gkd={"num_workers": 32, "min_workers": 4})
+    assert any("gkd: 4 x worker take 4 GPUs, the cluster has 2" in line for line in decided(asked, nodes_of("1x2 H100")).warnings)
+
+
+def test_a_part_of_a_step_that_is_set_leaves_the_noted_ones_to_be_derived():
+    before = decided(config(gkd={"step_tokens": 65_536}), H100).noted
+    for own in ({"micro_batch_tokens": 16_384}, {"num_workers": 2}, {"step_tokens": 131_072}, {"gradient_accumulation": 16}):
+        found = decided(config(gkd={"step_tokens": 65_536} | own), H100, before).config.gkd
+        assert found.num_workers * found.micro_batch_tokens * found.gradient_accumulation == found.step_tokens
+        assert {name: getattr(found, name) for name in own} == own
+    unsaid = decided(config(), H100)
+    found = decided(config(gkd={"step_tokens": 4096}), CPUS, unsaid.noted).config.gkd
+    assert found.num_workers * found.micro_batch_tokens * found.gradient_accumulation == 4096 and found.learning_rate == 3e-4
+    same = decided(config(gkd={"step_tokens": 65_536}), nodes_of("1x2 H100"), before).config.gkd
+    assert same.identity() == decided(config(gkd={"step_tokens": 65_536}), H100).config.gkd.identity()
+
+
+LONG = {"data": {"sequence_length": 4096}}
+STAGES = ({"sequence_length": 4096, "tokens": 8192, "micro_batch_tokens": 4096},)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        LONG | {"gkd": {"tokens": 0, "step_tokens": 131_072}},
+        LONG | {"gkd": {"stages": STAGES, "step_tokens": 131_072}},
+        LONG | {"cluster": {"gpus_per_shard": 0}},
+        LONG | {"cluster": {"gpus_per_shard": 0, "gpus_per_trainer": 0}, "gkd": {"use_gpu": False}},
+    ],
+)
+def test_what_nobody_reads_is_refused_on_no_device(asked):
+    for nodes in (CPUS, H100):
+        found = decided(config(**asked), nodes)
+        assert all(getattr(found.config, name).micro_batch_tokens % 4096 == 0 for name in ("library", "scoring", "gkd"))
+        decided(config(**asked), CPUS, found.noted)
+
+
+def test_trainers_that_are_to_have_processes_of_their_own_have_them():
+    two = decided(config(cluster={"trainers_per_layer": 2}), H100).config.cluster
+    assert (two.colocate, two.num_shards, two.trainers_per_layer) == (False, 6, 2)
+    assert two.gpus_per_shard == two.gpus_per_trainer == pytest.approx(1 / 3), "two trainers and a shard"
+    joined = decided(config(cluster={"blocks_per_trainer": 4}), nodes_of("1x1 H100")).config.cluster
+    assert (joined.colocate, joined.num_shards, joined.blocks_per_trainer) == (False, 1, 4)
+    assert joined.gpus_per_trainer == pytest.approx(1 / 3), "six layers are two trainers'"
+
+
+@pytest.mark.parametrize("verb", ["compress", "serial"])
+def test_a_store_that_cannot_be_written_is_told_before_anything_is_decided(verb, tmp_path, monkeypatch):
+    from jobs.app import application
+    from puzzle_ray import compress
+
+    (tmp_path / "file").write_text("no folder")
+    place, run = str(tmp_path / "file" / "store"), CliRunner().invoke
+    monkeypatch.setattr("puzzle_ray.planning.settled.do_once", lambda *what: pytest.fail("it waits for the store for ever"))
+    if verb == "serial":
+        with pytest.raises(StoreError, match="cannot be written"):
+            compress(recipe="tiny", store=place, settings={"hardware": "auto"})
+        return
+    said = [
+        str(run(application(), ["compress", "--recipe", "tiny", "--store", place, "--set", f"hardware={hardware}"]).exception)
+        for hardware in ("auto", "null")
+    ]
+    assert said[0] == said[1] and "cannot be written" in said[0]
 
 
 def test_a_cluster_in_words_takes_the_place_of_a_look(tmp_path):
@@ -187,7 +283,7 @@ def test_a_cluster_in_words_takes_the_place_of_a_look(tmp_path):
     parent = save_parent_with_text(tmp_path / "parent")
     with pytest.raises(ConfigError, match="cluster.autoscaling adds others; write what will be there"):
         settled(make_run(parent, tmp_path, "hardware=auto", "cluster.autoscaling=true"), notes=False)
-    for wrong in ("many", "1x8 H999", "0x8 H100"):
+    for wrong in ("many", "1x8 H999", "0x8 H100", "999999999999x8 H100", "8x20000 H100"):
         with pytest.raises(ConfigError, match="hardware: .*write auto, or nodes x GPUs"):
             load(None, None, (f"hardware='{wrong}'",))
 
