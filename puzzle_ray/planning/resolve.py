@@ -95,11 +95,16 @@ def resolve(
 
 
 def _suiting(config: RunConfig, kept: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Without what GKD's step was made of, where that, with what the config says, is no longer the step that it asks for."""
+    """Without what GKD's step was made of, where that, with what the config says, is no longer the step that it asks for.
+
+    Nor with a learning rate that is found by held-out text where there is none.
+    """
     step = config.gkd.step_tokens
+    if not config.gkd.heldout_tokens:
+        kept = {name: value for name, value in kept.items() if (name, value) != ("gkd.learning_rate", AUTO)}
     if step is None or config.gkd.stages:
         return kept
-    made = [value_of(config, name) if is_set(config, name) or name not in kept else kept[name] for name in STEP]
+    made = [value_of(config, name) if is_set(config, name) else kept.get(name, 0) for name in STEP]  # 0: to be decided
     if math.prod(made) == step:
         return kept
     return {name: value for name, value in kept.items() if name not in (*STEP, "gkd.learning_rate")}

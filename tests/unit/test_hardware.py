@@ -224,6 +224,7 @@ def test_a_part_of_a_step_that_is_set_leaves_the_noted_ones_to_be_derived():
     unsaid = decided(config(), H100)
     found = decided(config(gkd={"step_tokens": 4096}), CPUS, unsaid.noted).config.gkd
     assert found.num_workers * found.micro_batch_tokens * found.gradient_accumulation == 4096 and found.learning_rate == 3e-4
+    assert decided(config(gkd={"heldout_tokens": 0}), H100, unsaid.noted).config.gkd.learning_rate == 3e-4
     same = decided(config(gkd={"step_tokens": 65_536}), nodes_of("1x2 H100"), before).config.gkd
     assert same.identity() == decided(config(gkd={"step_tokens": 65_536}), H100).config.gkd.identity()
 
@@ -246,6 +247,7 @@ def test_what_nobody_reads_is_refused_on_no_device(asked):
         found = decided(config(**asked), nodes)
         assert all(getattr(found.config, name).micro_batch_tokens % 4096 == 0 for name in ("library", "scoring", "gkd"))
         decided(config(**asked), CPUS, found.noted)
+        decided(config(**LONG, gkd={"step_tokens": 16_384}), CPUS, found.noted)
 
 
 def test_trainers_that_are_to_have_processes_of_their_own_have_them():
