@@ -9,6 +9,7 @@ GROUPS = {  # of tests/ray; a group runs in one process, one Ray after another
     "test_cluster.py": "nodes",
     "test_preflight.py": "nodes",
     "test_target.py": "nodes",
+    "test_tokenisers.py": "nodes",
     "test_jobs.py": "nodes",  # the longest of those that share `local_ray`, so apart from the others
     "test_autoscaling.py": "own",  # from here on: each starts the Rays that it needs
     "test_endings.py": "own",
