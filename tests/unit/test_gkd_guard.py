@@ -30,6 +30,9 @@ def test_the_best_weights_are_kept(tmp_path):
     )
     assert trainer.guard.facts()["kept"] == f"step {guard.best_row.step}"
     assert not any(value.requires_grad for value in guard.best.values()), "copies, without the graph of what they are copies of"
+    before = dict(guard.best)
+    guard.rows.clear()
+    assert guard.look(0) and all(guard.best[name] is value for name, value in before.items()), "filled again, not made again"
 
 
 def test_watching_changes_nothing_where_all_goes_well(tmp_path):
@@ -65,10 +68,12 @@ def test_training_goes_back_to_the_best_and_on_with_half_the_rate(tmp_path):
         return kl, kl
 
     trainer.guard.measure = measure
-    back = trainer.go_back
+    back, moments = trainer.go_back, [slots["exp_avg"] for slots in trainer.optimizer.state.values()]
 
     def seen():
         back()
+        now = [slots["exp_avg"] for slots in trainer.optimizer.state.values()]
+        assert all(a is b for a, b in zip(now, moments, strict=True)), "no second set of them: they are as large as the child"
         assert trainer.next_step == 5 and all(torch.equal(p, at_best[name]) for name, p in trainer.parameters.items())
         assert all(not slots["exp_avg"].any() for slots in trainer.optimizer.state.values())
 

@@ -77,6 +77,21 @@ def test_a_quota_on_cpu_time_is_read_as_cores(files, cores):
     assert cpu_quota(files.get) == cores
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another libc")
+def test_what_is_larger_than_activations_goes_back():
+    script = """
+import psutil, torch
+from puzzle_ray.process import compute_with
+compute_with(1)
+large = torch.ones(1 << 26)  # 256 MiB
+held = psutil.Process().memory_info().rss
+del large
+print(held - psutil.Process().memory_info().rss)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 200 << 20
+
+
 def test_a_worker_looks_for_dead_cycles_less_often_until_it_computes():
     script = """
 import gc
