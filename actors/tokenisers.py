@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -238,7 +237,10 @@ class _Flow:
 
 
 class OnRay:
-    """A `Tokeniser` whose work is done by a reader and a pool. Raises ClusterError when they cannot be placed or do not answer."""
+    """A `Tokeniser` whose work is done by a reader and a pool, until it is closed.
+
+    `told` hears of the characters of every block that is done. Raises ClusterError when they cannot be placed or do not answer.
+    """
 
     def __init__(
         self,
@@ -309,20 +311,3 @@ def num_tokenisers(config: DataConfig, cluster: ClusterConfig) -> int:
     room = require(OPTIONS, "a tokeniser", STAGE, cluster.autoscaling)
     wanted = max(1, room) if asked == "auto" else asked
     return wanted if cluster.autoscaling else min(wanted, max(1, room))
-
-
-@contextmanager
-def tokenising(
-    tokenizer: ParentTokenizer,
-    artifact: Artifact,
-    vocab_size: int,
-    cluster: ClusterConfig,
-    num_workers: int,
-    told: Callable[[int], object] = lambda characters: None,
-) -> Iterator[OnRay]:
-    """A reader and workers for as long as they are needed. `told` hears of the characters of every block that is done."""
-    tokenisers = OnRay(tokenizer, artifact, vocab_size, cluster, num_workers, told)
-    try:
-        yield tokenisers
-    finally:
-        tokenisers.close()

@@ -31,6 +31,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,10 @@ def tokenise(parent: str, text: str, store: str, workers: int, block_characters:
     config = DataConfig(train=text, max_train_tokens=10**10, max_heldout_tokens=10**9, tokenise_workers=workers)
     vocab_size, cluster = read_config(Path(parent)).vocab_size, ClusterConfig()
     with connected(cluster, text_bytes(config, workers)):
-        from actors.tokenisers import ParentTokenizer, tokenising
+        from actors.tokenisers import OnRay, ParentTokenizer
 
         artifact = Store(store).artifact("tokens", {"data": config.identity()}, {})
-        with artifact.lease(), tokenising(ParentTokenizer(parent), artifact, vocab_size, cluster, workers) as on_ray:
+        with artifact.lease(), closing(OnRay(ParentTokenizer(parent), artifact, vocab_size, cluster, workers)) as on_ray:
             write_tokens(config, None, artifact, on_ray, on_ray.train_hash)
         print(json.dumps(artifact.facts()))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -43,11 +44,14 @@ def work(run: Run, artifact: Artifact) -> None:
     vocab_size, trusted = parent.model_config.vocab_size, run.config.trust_remote_code
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
-        from actors.tokenisers import ParentTokenizer, num_tokenisers, tokenising
+        from actors.tokenisers import OnRay, ParentTokenizer, num_tokenisers
 
         workers, named = num_tokenisers(data, cluster), ParentTokenizer(parent.address, trusted)
         if workers:
-            with telling(data, run.progress) as told, tokenising(named, artifact, vocab_size, cluster, workers, told) as on_ray:
+            with (
+                telling(data, run.progress) as told,
+                closing(OnRay(named, artifact, vocab_size, cluster, workers, told)) as on_ray,
+            ):
                 write_tokens(data, parent.max_positions, artifact, on_ray, on_ray.train_hash)
             return
     tokenizer = read_tokenizer(parent.folder, trusted)

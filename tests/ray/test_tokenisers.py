@@ -1,6 +1,7 @@
 """Text that is tokenised on Ray: the shards of one process, bit for bit, whoever dies on the way."""
 
 import json
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from small_models import save_parent
 from small_runs import make_run, save_parent_with_text
 
 from actors import tokenisers
-from actors.tokenisers import ParentTokenizer, num_tokenisers, tokenising
+from actors.tokenisers import OnRay, ParentTokenizer, num_tokenisers
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.data import blocks
 from puzzle_ray.data.settings import DataConfig
@@ -80,7 +81,7 @@ def test_on_ray_the_same_shards_are_written_whoever_dies(local_ray, parent, text
     monkeypatch.setattr(blocks, "BLOCK_CHARACTERS", 2500)
     store = Store(str(tmp_path))
     there = store.artifact("tokens", {"where": "there"}, {})
-    with tokenising(parent, there, VOCAB_SIZE, ClusterConfig(), 2) as on_ray:
+    with closing(OnRay(parent, there, VOCAB_SIZE, ClusterConfig(), 2)) as on_ray:
         for case, config in cases(texts).items():
             here = store.artifact("tokens", {"where": "here", "case": case}, {})
             save_tokens(config, byte_tokenizer(), None, here, VOCAB_SIZE)
@@ -119,6 +120,6 @@ def test_what_is_wrong_with_the_text_is_said_as_here(local_ray, parent, tmp_path
     config = DataConfig(train=str(tmp_path / "bad.jsonl"), heldout=str(tmp_path / "bad.jsonl"), sequence_length=LENGTH)
     artifact = Store(str(tmp_path)).artifact("tokens", {}, {})
     words = "bad.jsonl', line 2: column 'text' holds integer, not text"
-    with tokenising(parent, artifact, VOCAB_SIZE, ClusterConfig(), 1) as on_ray, pytest.raises(DataError, match=words):
+    with closing(OnRay(parent, artifact, VOCAB_SIZE, ClusterConfig(), 1)) as on_ray, pytest.raises(DataError, match=words):
         write_tokens(config, None, artifact, on_ray, on_ray.train_hash)
     assert not artifact.finished
