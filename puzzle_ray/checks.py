@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from puzzle_ray.config import TINY, RunConfig
-from puzzle_ray.data.sources import check_source, named_sources
+from puzzle_ray.data.sources import check_apart, check_source, named_sources
 from puzzle_ray.errors import ConfigError, ParentError
 from puzzle_ray.scoring.settings import ScoringConfig
 from puzzle_ray.store import Store
@@ -19,11 +19,13 @@ def check(config: RunConfig, store: Store) -> None:
     from puzzle_ray.search.searcher import find_searcher
 
     store.check()
-    find_searcher(config.search.searcher)
+    for name in (config.search.searcher, *config.search.rivals):
+        find_searcher(name)
     engine_of(config.profile)
     data = config.data
     for where, source in named_sources(data):
         check_source(source.source, where)
+    check_apart(data)
     if config.scoring.downstream is not None:
         check_source(config.scoring.downstream, "scoring.downstream")
     _check_questions(config.scoring)
@@ -66,6 +68,7 @@ def _check_questions(scoring: ScoringConfig) -> None:
 def _check_space(config: RunConfig, model_config: Any) -> None:
     from puzzle_ray.distill.library import starting_library
     from puzzle_ray.export.target import configured_space
+    from puzzle_ray.models.describe import check_resizing
     from puzzle_ray.profiling.batch_sizes import with_batch_sizes
     from puzzle_ray.profiling.measure import check_shapes
     from puzzle_ray.search.budget import check_sizes
@@ -75,6 +78,7 @@ def _check_space(config: RunConfig, model_config: Any) -> None:
 
     space = configured_space(model_config, config.space, config.search.target_format)
     narrowed = library_space(space, config.library)
+    check_resizing(model_config, narrowed)
     check_limits(narrowed, config.search.limits)
     starting_library(config.library, narrowed)
     profile = with_batch_sizes(config.profile, model_config, space, config.search.limits.memory_mib)
