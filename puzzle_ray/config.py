@@ -158,16 +158,16 @@ def recipes() -> dict[str, str]:
     return {f.name.removesuffix(".yaml"): f.read_text() for f in files if f.name.endswith(".yaml")}
 
 
-def load(recipe: str | None = None, file: str | None = None, overrides: tuple[str, ...] = ()) -> RunConfig:
-    """Recipes (`name` or `name,name`), then a YAML file, then `a.b=c` overrides, each on top of the one before. Raises ConfigError."""
+def load(recipe: str | None = None, file: str | Sequence[str] | None = None, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """Recipes (`name` or `name,name`), then YAML files, then `a.b=c` overrides, each on top of the one before. Raises ConfigError."""
     values: dict[str, Any] = {}
-    for name in [] if recipe is None else recipe.split(","):
+    for name in [] if recipe is None else map(str.strip, recipe.split(",")):
         known = recipes()
         if name not in known:
             raise ConfigError("recipe", f"unknown recipe {name!r}", did_you_mean(name, known))
         _merge(values, _parse(known[name], f"recipe {name}"))
-    if file is not None:
-        _merge(values, _parse(_text_of(file), repr(file)))
+    for path in [file] if isinstance(file, str) else file or ():
+        _merge(values, _parse(_text_of(path), repr(path)))
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals or not name:

@@ -251,6 +251,11 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
         raise
     except Exception as error:  # whatever the library raises
         raise ParentError("parent", f"{file} cannot be read ({first_line(error)})", "mend it or fetch it again") from None
+    text = getattr(config, "text_config", None)
+    if text is not None:
+        problem = f"{file} is of a model of several parts ({model_type!r}), of which one reads text"
+        own = getattr(text, "model_type", None) or "its own"
+        raise ParentError("parent", problem, f"give its language model alone, saved with a config.json of model_type {own!r}")
     config.return_dict = True  # what a model returns is read by name here
     config.output_attentions = config.output_hidden_states = False  # nobody reads them, and sdpa refuses
     forget_unused_windows(config)

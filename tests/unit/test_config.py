@@ -3,7 +3,7 @@
 import pytest
 
 from puzzle_ray.config import load, recipes
-from puzzle_ray.errors import ConfigError
+from puzzle_ray.errors import ConfigError, DataError
 
 
 def test_every_recipe_loads():
@@ -77,3 +77,12 @@ def test_a_file_that_is_not_a_mapping(tmp_path):
     file.write_text("- 1\n")
     with pytest.raises(ConfigError, match="holds a list"):
         load(None, str(file))
+
+
+def test_in_a_notebook_a_path_is_as_good_as_its_text(tmp_path):
+    import puzzle_ray
+
+    with pytest.raises(DataError, match=f"no .txt, .jsonl or .parquet file at '{tmp_path / 'a.txt'}'"):
+        puzzle_ray.compress(tmp_path, tmp_path / "a.txt", store=tmp_path / "store", settings={"data.heldout": tmp_path / "b.txt"})
+    with pytest.raises(ConfigError, match=r"^gkd.tokens: \{1\} is a set; give text, a path, a number"):
+        puzzle_ray.compress(settings={"gkd.tokens": {1}})

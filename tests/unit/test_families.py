@@ -20,6 +20,7 @@ from puzzle_ray.models.child import assemble, load_model, new_child, read_config
 from puzzle_ray.models.child_classes import child_classes
 from puzzle_ray.models.describe import _shrunk, check_resizing, describe
 from puzzle_ray.models.manifest import check_weights
+from puzzle_ray.profiling.measure import stack_config
 from puzzle_ray.surgery.kv_cache import cache_from, continuing
 from puzzle_ray.variants.space import search_space
 
@@ -181,3 +182,11 @@ def test_a_child_of_an_unknown_type_loads_in_a_process_that_has_not_seen_its_par
     fresh = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert fresh.returncode == 0, fresh.stderr
     assert float(fresh.stdout) == pytest.approx(float(child(torch.arange(30)[None]).logits.double().sum()))
+
+
+def test_settings_with_an_entry_per_layer_suit_stacks_that_are_deeper_than_the_parent():
+    config = tiny_config("smollm3", no_rope_layers=[1, 1, 0])
+    deep = stack_config(config, "full_attention", 8)
+    assert deep.no_rope_layers == [1, 1, 0, 1, 1, 0, 1, 1] and stack_config(config, "full_attention", 2).no_rope_layers == [1, 1]
+    with torch.device("meta"):
+        new_child(deep, [LayerChoice("noop", "noop")] * 8, torch.float32)
