@@ -93,8 +93,8 @@ def _guarded(call: Callable[[], Any]) -> int:
 def _told(error: Exception) -> int:
     """Says in one line what is wrong; returns the exit code."""
     if isinstance(error, UsageError):
-        remedy = "(puzzle-ray --help lists the verbs, puzzle-ray VERB --help its options)"
-        return _say(error, MINE, f"{error.format_message()} {remedy}")
+        remedy, problem = "(puzzle-ray --help lists the verbs, puzzle-ray VERB --help its options)", error.format_message()
+        return _say(error, MINE, f"{problem} {remedy}") if problem else MINE  # without a verb, the help was shown
     cause = getattr(error, "cause", None)  # an error of a Ray worker is itself and a RayTaskError
     for known in (cause, error):  # the cause has the plain words
         if isinstance(known, PluginError):

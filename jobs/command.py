@@ -30,7 +30,9 @@ Recipe = Annotated[
     str | None,
     typer.Option(help="A recipe that comes with the package, such as tiny; several by commas, each on top of the one before."),
 ]
-Config = Annotated[str | None, typer.Option(help="A YAML file of settings.")]
+Config = Annotated[
+    list[str] | None, typer.Option(help="A YAML file of settings; may be repeated, each on top of the one before.")
+]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="One setting, section.key=value; may be repeated.")]
 ParentName = Annotated[str | None, typer.Option("--parent", help="tiny, a Hugging Face folder, or a hub id.")]
 Data = Annotated[str | None, typer.Option(help="Training text: file, folder, glob, URL, or a datasets hub id.")]
@@ -106,7 +108,12 @@ def stage_verb(
 
 
 def loaded(
-    recipe: str | None, config: str | None, overrides: list[str] | None, parent: str | None, data: str | None, store: str | None
+    recipe: str | None,
+    config: list[str] | None,
+    overrides: list[str] | None,
+    parent: str | None,
+    data: str | None,
+    store: str | None,
 ) -> RunConfig:
     """The settings that a command line asks for. Raises ConfigError."""
     from puzzle_ray.config import load
@@ -119,7 +126,12 @@ def loaded(
 
 
 def configured(
-    recipe: str | None, config: str | None, overrides: list[str] | None, parent: str | None, data: str | None, store: str | None
+    recipe: str | None,
+    config: list[str] | None,
+    overrides: list[str] | None,
+    parent: str | None,
+    data: str | None,
+    store: str | None,
 ) -> Run:
     """The run that a command line asks for. Raises ConfigError."""
     from jobs.run import Run

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from puzzle_ray.config import TINY, RunConfig
-from puzzle_ray.data.sources import check_source, named_sources
+from puzzle_ray.data.sources import check_apart, check_source, named_sources
 from puzzle_ray.errors import ConfigError, ParentError
 from puzzle_ray.scoring.settings import ScoringConfig
 from puzzle_ray.store import Store
+from puzzle_ray.store.root import is_hidden
 
 
 def check(config: RunConfig, store: Store) -> None:
@@ -19,11 +21,14 @@ def check(config: RunConfig, store: Store) -> None:
     from puzzle_ray.search.searcher import find_searcher
 
     store.check()
-    find_searcher(config.search.searcher)
+    for name in (config.search.searcher, *config.search.rivals):
+        find_searcher(name)
     engine_of(config.profile)
     data = config.data
     for where, source in named_sources(data):
         check_source(source.source, where)
+        _check_store_apart(store, source.source, where)
+    check_apart(data)
     if config.scoring.downstream is not None:
         check_source(config.scoring.downstream, "scoring.downstream")
     _check_questions(config.scoring)
@@ -33,6 +38,17 @@ def check(config: RunConfig, store: Store) -> None:
     _check_space(config, model_config)
     layer_weights(config.gkd, model_config)
     _check_evaluation(config, model_config)
+
+
+def _check_store_apart(store: Store, source: str, where: str) -> None:
+    """What a run writes must be no text of the next one."""
+    if not store.is_local or "://" in source:
+        return
+    root, folder = Path(store.root).resolve(), Path(source).expanduser().resolve()
+    inside = root.is_relative_to(folder) and not is_hidden(root.relative_to(folder).as_posix())
+    if folder.is_dir() and (root == folder or inside):
+        problem = f"{store.root!r} lies in {source!r}, all of which is read as {where}"
+        raise ConfigError("store", problem, "name a store elsewhere, or the files of text by a glob")
 
 
 def _check_evaluation(config: RunConfig, model_config: Any) -> None:
@@ -66,6 +82,7 @@ def _check_questions(scoring: ScoringConfig) -> None:
 def _check_space(config: RunConfig, model_config: Any) -> None:
     from puzzle_ray.distill.library import starting_library
     from puzzle_ray.export.target import configured_space
+    from puzzle_ray.models.describe import check_resizing
     from puzzle_ray.profiling.batch_sizes import with_batch_sizes
     from puzzle_ray.profiling.measure import check_shapes
     from puzzle_ray.search.budget import check_sizes
@@ -75,6 +92,7 @@ def _check_space(config: RunConfig, model_config: Any) -> None:
 
     space = configured_space(model_config, config.space, config.search.target_format)
     narrowed = library_space(space, config.library)
+    check_resizing(model_config, narrowed)
     check_limits(narrowed, config.search.limits)
     starting_library(config.library, narrowed)
     profile = with_batch_sizes(config.profile, model_config, space, config.search.limits.memory_mib)
@@ -123,13 +141,23 @@ def _checked_parent(config: RunConfig) -> Any:
 
 
 def check_asked(config: RunConfig, tokenizer: Any, model_config: Any) -> None:
-    """Raises ConfigError or DataError for a prompt or questions that the parent's vocabulary or positions are too small for.
+    """Raises ConfigError or DataError for a prompt or questions that the parent's vocabulary or positions are too small for, and for
+    numbers that do not fit a text in which they are to be found again.
 
     The tiny parent's tokenizer is there only when it is trained; its runs look then.
     """
     from puzzle_ray.evaluation.evaluate import check_prompt
     from puzzle_ray.scoring.downstream import HALVES, batches_for
 
-    check_prompt(config.evaluate, tokenizer, getattr(model_config, "max_position_embeddings", None))
+    positions = getattr(model_config, "max_position_embeddings", None)
+    check_prompt(config.evaluate, tokenizer, positions, model_config.vocab_size)
+    if lengths := config.evaluate.retrieval_tokens:
+        from puzzle_ray.evaluation.retrieval import make_questions
+
+        of_length = config.evaluate.retrieval_depths, config.evaluate.retrieval_questions
+        make_questions(tokenizer, [min(lengths)], *of_length, config.seed)
+    if config.evaluate.tasks and tokenizer.eos_token_id is None:
+        problem = "the parent's tokenizer has no token that ends a text, which the harness asks for"
+        raise ConfigError("evaluate.tasks", problem, "leave them out, or save the tokenizer with its eos_token")
     for half in HALVES if config.scoring.downstream is not None else ():
         batches_for(tokenizer, config.scoring, model_config, half)

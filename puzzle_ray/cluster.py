@@ -6,13 +6,13 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from puzzle_ray.settings import Count, GpuShare, Positive, Section
+from puzzle_ray.settings import Count, GpuShare, Name, Positive, Section
 
 
 class ClusterConfig(Section):
     """Ray. `address`: `local` starts a cluster on this machine; `auto` or host:port joins one. RAY_ADDRESS wins over `local`."""
 
-    address: str = "local"
+    address: Name = "local"
     connect_timeout_s: Positive = 30.0
     placement_timeout_s: Positive = 300.0
     num_shards: Count = 2

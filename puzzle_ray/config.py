@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -22,12 +24,13 @@ from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.scoring.halves import Half
 from puzzle_ray.scoring.settings import ScoringConfig
 from puzzle_ray.search.settings import SearchConfig
-from puzzle_ray.settings import Section
+from puzzle_ray.settings import Name, Section
 from puzzle_ray.variants.space import SpaceConfig
 
 TINY = "tiny"
 HARDWARE = "auto"  # the cluster that is there decides
 _LONGEST = 200  # characters of what a user wrote, in an error
+_KIND_OF_VALUE = re.compile(r"(constrained-)?(int|str|float|bool)|(literal|tuple|list|dict|function-\w+)\[.*\]|\[key\]", re.S)
 
 
 class RunConfig(Section):
@@ -38,10 +41,10 @@ class RunConfig(Section):
     the start, and `puzzle-ray config --resolved` shows it. What a result depends on is kept in the store, and holds for later runs there.
     """
 
-    parent: str = TINY  # `tiny` (trained on this machine), a folder, or a hub id
+    parent: Name = TINY  # `tiny` (trained on this machine), a folder, or a hub id
     revision: str | None = None
     trust_remote_code: bool = False  # code that comes with the parent's checkpoint may run
-    store: str = "runs"
+    store: Name = "runs"
     hardware: str | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     rounds: Annotated[int, Field(ge=1, le=32)] = 1  # to the budget; every round's child, distilled, is the next one's parent
@@ -155,16 +158,16 @@ def recipes() -> dict[str, str]:
     return {f.name.removesuffix(".yaml"): f.read_text() for f in files if f.name.endswith(".yaml")}
 
 
-def load(recipe: str | None = None, file: str | None = None, overrides: tuple[str, ...] = ()) -> RunConfig:
-    """Recipes (`name` or `name,name`), then a YAML file, then `a.b=c` overrides, each on top of the one before. Raises ConfigError."""
+def load(recipe: str | None = None, file: str | Sequence[str] | None = None, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """Recipes (`name` or `name,name`), then YAML files, then `a.b=c` overrides, each on top of the one before. Raises ConfigError."""
     values: dict[str, Any] = {}
-    for name in [] if recipe is None else recipe.split(","):
+    for name in [] if recipe is None else map(str.strip, recipe.split(",")):
         known = recipes()
         if name not in known:
             raise ConfigError("recipe", f"unknown recipe {name!r}", did_you_mean(name, known))
         _merge(values, _parse(known[name], f"recipe {name}"))
-    if file is not None:
-        _merge(values, _parse(_text_of(file), repr(file)))
+    for path in [file] if isinstance(file, str) else file or ():
+        _merge(values, _parse(_text_of(path), repr(path)))
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals or not name:
@@ -181,13 +184,27 @@ def validated(values: dict[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(_shortened(" ".join(str(part).split())) for part in first["loc"]) or "config"
+        first, *others = error.errors()
+        where = _place(first["loc"]) or "config"
         if first["type"] == "extra_forbidden":
             raise ConfigError(where, "unknown setting", did_you_mean(str(first["loc"][-1]), _known(first["loc"][:-1]))) from None
         message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "tuple_type":
+            message = f"Input should be a list: write {_as_list(first['input'])}"
+        words = [e["ctx"]["expected"] for e in others if e["type"] == "literal_error" and (_place(e["loc"]) or "config") == where]
+        message = " or ".join([message, *words])
         given = f" (given: {_shortened(' '.join(repr(first['input']).split()))})" if not isinstance(first["input"], dict) else ""
         raise ConfigError(where, f"{message}{given}") from None
+
+
+def _place(location: Sequence[int | str]) -> str:
+    """The dotted name of a setting. Pydantic adds the kinds of value that a setting may have, where there are several."""
+    parts = [part for part in location if isinstance(part, int) or not _KIND_OF_VALUE.fullmatch(part)]
+    return ".".join(_shortened(" ".join(str(part).split())) for part in parts)
+
+
+def _as_list(given: object) -> str:
+    return f"[{_shortened(str(given))}]" if isinstance(given, str | int | float) and not isinstance(given, bool) else "[...]"
 
 
 def _known(path: tuple[int | str, ...]) -> list[str]:
@@ -250,7 +267,13 @@ def _parse(text: str, name: str) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ConfigError("config", f"{name} holds a {type(values).__name__}", "write section: {key: value}")
-    return values
+    return {key: value for key, value in values.items() if value is not None or not _is_section(key)}
+
+
+def _is_section(key: object) -> bool:
+    """Of a section whose lines are all comments nothing is left but its name."""
+    field = RunConfig.model_fields.get(str(key))
+    return field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
 
 
 def _merge(base: dict[str, Any], extra: dict[str, Any]) -> None:

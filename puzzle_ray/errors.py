@@ -104,10 +104,10 @@ class NotFinite(PuzzleError):
 
     def __str__(self) -> str:
         what, layer, variant, micro_batch = self.args
-        return (
-            f"{what} is not finite at layer {layer}, variant {variant}, micro-batch {micro_batch}; "
-            "lower library.learning_rate, or drop the variant from the search space"
-        )
+        remedy = "lower library.learning_rate, or drop the variant from the search space"
+        if variant == "parent":
+            remedy = "set library.parent_dtype and library.activation_dtype to float32, or take another checkpoint"
+        return f"{what} is not finite at layer {layer}, variant {variant}, micro-batch {micro_batch}; {remedy}"
 
 
 class OutOfOrder(PuzzleError):

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from os import PathLike, fspath
 from typing import Any
 
 import torch
@@ -75,12 +76,12 @@ class Compressed:
 
 
 def compress(
-    parent: str | None = None,
-    data: str | None = None,
+    parent: str | PathLike[str] | None = None,
+    data: str | PathLike[str] | None = None,
     *,
     recipe: str | None = None,
-    file: str | None = None,
-    store: str | None = None,
+    file: str | PathLike[str] | None = None,
+    store: str | PathLike[str] | None = None,
     settings: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Compressed:
@@ -91,7 +92,7 @@ def compress(
     """
     named = {"parent": parent, "data.train": data, "store": store}
     words = {**(settings or {}), **{name: value for name, value in named.items() if value is not None}}
-    config = load(recipe, file, tuple(f"{name}={json.dumps(value)}" for name, value in words.items()))
+    config = load(recipe, None if file is None else fspath(file), tuple(_assignment(*word) for word in words.items()))
     if config.gkd.parallel == "fsdp":
         problem = "fsdp shards a child over several processes, and this is one"
         raise ConfigError("gkd.parallel", problem, "leave it at auto, or use puzzle-ray compress")
@@ -100,6 +101,18 @@ def compress(
         config = for_this_machine(config, place)
     check(config, place)
     return run(Setting(config, place, progress or Display()))
+
+
+def _assignment(name: str, value: Any) -> str:
+    """As a command line has it. Raises ConfigError for a value that no config file could hold."""
+
+    def plain(found: Any) -> Any:
+        if isinstance(found, PathLike):
+            return fspath(found)
+        problem = f"{found!r} is a {type(found).__name__}"
+        raise ConfigError(name, problem, "give text, a path, a number, true or false, or a list or mapping of these")
+
+    return f"{name}={json.dumps(value, default=plain)}"
 
 
 def for_this_machine(config: RunConfig, store: Store) -> RunConfig:

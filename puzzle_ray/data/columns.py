@@ -37,7 +37,8 @@ def columns_of(row: Any, before: str = "") -> Iterator[str]:
 def type_of(value: Any) -> str:
     """What a value is, in a few words."""
     if isinstance(value, list):
-        return f"list of {type_of(value[0])}" if value else "empty list"
+        odd = next((each for each in value if not _is_message(each)), value[0]) if value else None
+        return f"list of {type_of(odd)}" if value else "empty list"
     if isinstance(value, dict):
         return f"object with {', '.join(repr(str(name)) for name in list(value)[:6])}"
     if value is None:
@@ -48,8 +49,12 @@ def type_of(value: Any) -> str:
 
 
 def is_chat(value: Any) -> bool:
-    """Whether this is a list of messages with `role` and `content`."""
-    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value)
+    """Whether this is a list of messages with `role` and `content`. A call of tools may have no content."""
+    return isinstance(value, list) and bool(value) and all(map(_is_message, value))
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and "role" in value and ("content" in value or bool(value.get("tool_calls")))
 
 
 def text_of(value: Any, tokenizer: Any, column: str, place: str, where: str) -> str:
@@ -76,7 +81,8 @@ def _written_out(messages: list[dict[str, Any]], tokenizer: Any, column: str, pl
         name = getattr(tokenizer, "name_or_path", "") or "given"
         problem = f"{place}: column {column!r} holds chat messages, and the tokenizer {name!r} has no chat template"
         raise DataError(where, problem, "set data.text_column to a column of strings, or save a chat template with the parent")
-    given = [{k: v for k, v in message.items() if v is not None or k == "content"} for message in messages]
+    # what is null is not there: a template would write out the word None
+    given = [{"content": ""} | {k: v for k, v in message.items() if v is not None} for message in messages]
     try:
         text = str(tokenizer.apply_chat_template(given, tokenize=False))
     except Exception as error:  # a template is a program of its own

@@ -100,7 +100,7 @@ def find_files(source: str, where: str = "data") -> Found:
         else:
             found, literal = _local(source)
     if literal:
-        return Found(tuple(file for file in found if file.format))
+        return Found(tuple(file for file in found if file.format), tuple(file.name for file in found if not file.format))
     return _of_one_kind(source, found, where)
 
 
@@ -202,6 +202,9 @@ def _of_one_kind(source: str, found: list[TextFile], where: str) -> Found:
     text = [file for file in found if file.format]
     kept = [file for file in text if not _is_about_the_data(file)]
     formats = sorted({str(file.format) for file in kept})
+    if formats in ([], ["json"]) and any(file.path.endswith(".arrow") for file in found):
+        problem = f"{source!r} holds .arrow files, as the datasets library keeps them for itself"
+        raise DataError(where, problem, "write them as text: datasets.load_from_disk(FOLDER), then to_parquet or to_json")
     if len(formats) > 1:
         raise DataError(where, f"{source!r} mixes {', '.join(formats)} files", "name a glob of one kind")
     if text and not kept:

@@ -63,9 +63,26 @@ def check_source(source: str, where: str) -> None:
     named_as_file = TextFile(source, source).format is not None
     looks_like_path = source.startswith((".", "/", "~")) or "://" in source or named_as_file or source.count("/") > 1
     if looks_like_path or Path(source).exists():
-        raise DataError(
-            where, f"no .txt, .jsonl or .parquet file at {source!r}", "name a file, a folder, a glob, a URL or a hub id"
-        )
+        remedy = "name a file, a folder, a glob, a URL or a hub id"
+        if found.left_out:
+            remedy += "; write tables of other kinds, such as .csv, as .jsonl or .parquet"
+        raise DataError(where, f"no .txt, .jsonl or .parquet file at {source!r}", remedy)
+
+
+def check_apart(config: DataConfig) -> None:
+    """Raises DataError where held-out text is trained on. Only names are compared: of files, or of parts of a hub data set."""
+    train: dict[tuple[str | None, ...], str] = {}
+    for where, source in named_sources(config):
+        own = config.read_as(source)
+        files = find_files(source.source, where).files
+        places = [str(Path(f.path).resolve()) if f.filesystem is None else f.name for f in files]
+        named: list[tuple[str | None, ...]] = [(place, own.text_column) for place in places]
+        for key in named or [(source.source, own.text_column, own.config_name, own.split)]:
+            if where.startswith("data.train"):
+                train[key] = where
+            elif key in train:
+                remedy = "name other text, or leave data.heldout out: then a share of the text is held out"
+                raise DataError(where, f"{key[0]} is text of {train[key]}, too", remedy)
 
 
 def source_fingerprint(source: str, where: str = "data") -> str:

@@ -26,7 +26,7 @@ from puzzle_ray.distill.conditioning import ParentNorms, changed_inputs, norms, 
 from puzzle_ray.distill.losses import LayerPass, block_loss, training_loss
 from puzzle_ray.distill.schedule import LearningRate, Phase, Schedule, has_risen, is_flat
 from puzzle_ray.distill.settings import LibraryConfig
-from puzzle_ray.errors import NotFinite, OutOfOrder
+from puzzle_ray.errors import NotFinite, OutOfOrder, ParentError
 from puzzle_ray.models.blocks import LayerStack, swapped
 from puzzle_ray.variants.base import needed_statistics
 
@@ -117,6 +117,7 @@ class LayerTrainer:
             raise OutOfOrder(position, self.position + 1)
         if not torch.isfinite(y).all():
             raise NotFinite("the parent's activation", self.index, PARENT, position)
+        self._check_own_dtype(y)
         phase, number = self.schedule.phase(position)
         arguments = self.stack.layer_arguments(x, self.index)
         loss = None
@@ -138,6 +139,15 @@ class LayerTrainer:
             candidate.position = position
         self.position = position
         return loss
+
+    def _check_own_dtype(self, y: Tensor) -> None:
+        """Raises ParentError where a parent in float16 has activations that float16 does not hold: its children would be of its dtype."""
+        if self.stack.own_dtype != torch.float16:
+            return
+        largest, most = float(y.abs().max()), torch.finfo(torch.float16).max
+        if largest > most:
+            problem = f"activations behind layer {self.index} reach {largest:.3g}, and the parent's float16 ends at {most:g}"
+            raise ParentError("parent", problem, "save it in bfloat16 or float32, in which its children will be, too")
 
     def _behind(self, position: int) -> list[Candidate]:
         """Those that have not done a position yet: others may be further, from a checkpoint."""

@@ -34,7 +34,11 @@ def realize(parent: str, choices: Sequence[LayerChoice], library: Artifact, arti
     with quiet_transformers(), artifact.folder_to_publish("child") as target:
         made = {"assembled": "the parent's weights, and blocks of a library", "library": library.key}
         num_params = write_child(folder, config, choices, states_of, dtype, target, made)
-        if not torch.equal(_exchanged(folder, config, choices, states_of, dtype), _saved(target, dtype)):
+        wanted = _exchanged(folder, config, choices, states_of, dtype)
+        if not torch.isfinite(wanted).all():
+            problem = f"the child's logits are not finite in {str(dtype).removeprefix('torch.')}, the parent's dtype"
+            raise ParentError("parent", problem, "save the parent in bfloat16 or float32")
+        if not torch.equal(wanted, _saved(target, dtype)):
             raise ParentError("child", "the saved child does not give the logits it was saved with", "report this as a bug")
     artifact.finish({"num_params": num_params, "dtype": str(dtype).removeprefix("torch.")})
 

@@ -119,9 +119,14 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     return [*start, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
 
 
-def check_prompt(config: EvaluateConfig, tokenizer: Any, max_positions: int | None) -> None:
+def check_prompt(config: EvaluateConfig, tokenizer: Any, max_positions: int | None, vocab_size: int | None = None) -> None:
     """Raises ConfigError for a prompt that no text can be generated behind."""
-    count = len(prompt_ids(tokenizer, config.prompt))
+    ids = prompt_ids(tokenizer, config.prompt)
+    count = len(ids)
+    if vocab_size is not None and max(ids, default=0) >= vocab_size:
+        token = tokenizer.convert_ids_to_tokens(max(ids))
+        problem = f"it has {token!r}, and the parent's embedding of {vocab_size} rows none for that token"
+        raise ConfigError("evaluate.prompt", problem, "leave it out")
     if not count:
         problem = f"{config.prompt!r} has no token, and the parent's tokenizer has none that begins a text"
         raise ConfigError("evaluate.prompt", problem, "write a word or more")

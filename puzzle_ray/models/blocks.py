@@ -73,8 +73,11 @@ class LayerStack(nn.Module):
     """Layers `first` to `last` (exclusive) of a parent.
 
     Where `first` is 0 it has the embedding too, and where `last` is the end of the model it has the final norm and the head. With
-    `ends=False` it has layers only. `hidden_states` are `[batch, tokens, hidden_size]`, of sequences without padding.
+    `ends=False` it has layers only. `hidden_states` are `[batch, tokens, hidden_size]`, of sequences without padding. `own_dtype` is the
+    one that the parent is stored in, where that is known.
     """
+
+    own_dtype: torch.dtype | None = None
 
     def __init__(
         self, model: nn.Module, descriptor: Descriptor, config: Any, first: int, last: int, *, ends: bool = True
@@ -203,11 +206,13 @@ def stack_without_weights(
     ends: bool = True,
 ) -> tuple[LayerStack, Any]:
     """A stack whose weights have shapes and dtypes only (device meta), and the whole model that it is a part of."""
-    config = copy.deepcopy(config)
+    own_dtype, config = getattr(config, "dtype", None), copy.deepcopy(config)
     config._attn_implementation = descriptor.attn_implementation
     with torch.device("meta"):
         model = model_class_of(config, descriptor)._from_config(config, dtype=dtype)
-    return LayerStack(model, descriptor, config, first, last, ends=ends), model
+    stack = LayerStack(model, descriptor, config, first, last, ends=ends)
+    stack.own_dtype = own_dtype
+    return stack, model
 
 
 def _fill(stack: LayerStack, model: Any, layers: range, checkpoint: Checkpoint, device: torch.device) -> None:

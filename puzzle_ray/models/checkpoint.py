@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -216,7 +217,7 @@ class Checkpoint:
     def read(self, names: Iterable[str], rows: Mapping[str, slice] | None = None) -> Iterator[tuple[str, Tensor]]:
         """The named tensors, file by file; of those in `rows` these rows alone.
 
-        Raises ParentError for a name the checkpoint lacks, and for weights that are no floats.
+        Raises ParentError for a name the checkpoint lacks, and for weights that are no floats or no finite ones.
         """
         part = rows or {}
         by_file: dict[Path, list[tuple[str, str]]] = {}
@@ -235,6 +236,8 @@ class Checkpoint:
                         raise broken(path, error) from None
                     if dtype not in FLOATS:
                         raise not_floats(path, [f"{name} is {dtype}"])
+                    if value.numel() and not all(map(math.isfinite, map(float, value.aminmax()))):
+                        raise ParentError("parent", f"{path}: {name} holds NaN or infinite numbers", AGAIN)
                     yield name, value
 
     def same(self, one: str, other: str) -> bool:

@@ -251,9 +251,31 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
         raise
     except Exception as error:  # whatever the library raises
         raise ParentError("parent", f"{file} cannot be read ({first_line(error)})", "mend it or fetch it again") from None
+    text = getattr(config, "text_config", None)
+    if text is not None:
+        problem = f"{file} is of a model of several parts ({model_type!r}), of which one reads text"
+        own = getattr(text, "model_type", None) or "its own"
+        raise ParentError("parent", problem, f"give its language model alone, saved with a config.json of model_type {own!r}")
     config.return_dict = True  # what a model returns is read by name here
+    config.output_attentions = config.output_hidden_states = False  # nobody reads them, and sdpa refuses
+    forget_unused_windows(config)
     checkpoint = Checkpoint(folder)
     return as_stored(config, checkpoint) if checkpoint.present else config
+
+
+def forget_unused_windows(config: Any) -> None:
+    """Takes windows out of a config, in place, that the family's own class does not have: its layers see all tokens.
+
+    Masks and caches are made by what a config says, whoever's it is. A list of layers' types goes where it says nothing more than that.
+    """
+    own = type(config)()
+    if getattr(config, "sliding_window", None) is not None and not hasattr(own, "sliding_window"):
+        del config.sliding_window
+    types = getattr(config, "layer_types", None)
+    if types and not hasattr(own, "layer_types"):
+        windowed = getattr(config, "sliding_window", None) is not None
+        if set(types) == {"sliding_attention" if windowed else "full_attention"}:
+            del config.layer_types
 
 
 @contextmanager

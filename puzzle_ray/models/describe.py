@@ -2,8 +2,8 @@
 
 A model type without a table is treated as shaped like Llama if it passes a check. The check has two parts. First the model is built
 without weights from the parent's own config. Every layer must have Llama's modules and no others. Then a small model with the same
-settings is built with random weights. It is divided into layers, every layer into halves, and it is rebuilt as a child of parent
-blocks only. Each time the logits must equal those of the whole model, bit for bit.
+settings, and a layer of every kind, is built with random weights. It is divided into layers, every layer into halves, and it is rebuilt
+as a child of parent blocks only. Each time the logits must equal those of the whole model, bit for bit.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import json
 from functools import cache
 from typing import Any
 
-from puzzle_ray.errors import ParentError
+from puzzle_ray.artifacts import LayerChoice, SearchSpace, SubblockKind
+from puzzle_ray.errors import ConfigError, ParentError
 from puzzle_ray.families.descriptor import Descriptor
 from puzzle_ray.families.registry import descriptor_of, families, llama_like, unsupported_family
 
@@ -30,12 +31,21 @@ _SMALL = {
     "pad_token_id": None,
 }
 _TOKENS = 12
+_KINDS_OF_LAYERS = 8  # at most, in the small model
+_RESIZED: dict[
+    SubblockKind, tuple[str, ...]
+] = {  # an example for the small model, the variants it stands for, and what they change
+    "attention": ("gqa:1", "gqa", "gqa_prune", "another number of KV heads"),
+    "ffn": ("ffn:24", "ffn", "ffn_iterative", "an FFN of another width"),
+}
+_TYPES_OF_LAYERS = {"full_attention", "sliding_attention"}
 
 
 def describe(config: Any) -> Descriptor:
     """The descriptor for a transformers config. Raises ParentError where the family, or a setting of it, is not supported."""
     descriptor = descriptor_of(config)
     model_type = descriptor.model_type
+    _check_masks(config, model_type)
     if model_type not in families():
         _check_like_llama(descriptor, config)
     for name, values in descriptor.unsupported.items():
@@ -47,21 +57,89 @@ def describe(config: Any) -> Descriptor:
     return descriptor
 
 
+def _check_masks(config: Any, model_type: str) -> None:
+    """Raises ParentError for tokens that see what comes behind them, and for types of layers that the family's own code does not read."""
+    if not getattr(config, "is_causal", True):
+        raise ParentError(
+            "parent", f"{model_type} with is_causal=False is not supported", "give a model that predicts the next token"
+        )
+    types = sorted(set(getattr(config, "layer_types", None) or ()))
+    if other := sorted(set(types) - _TYPES_OF_LAYERS):
+        raise unsupported_family(model_type, f"it has layers of type {', '.join(other)}")
+    if "sliding_attention" in types and not getattr(config, "sliding_window", None):
+        problem = f"{model_type} with layer_types of sliding_attention has no sliding_window"
+        raise ParentError("parent", problem, "take config.json as the model was published")
+    if types and not hasattr(type(config)(), "layer_types"):
+        problem = (
+            f"{model_type} with layer_types of {', '.join(types)} is not supported: in transformers all its layers are alike"
+        )
+        raise ParentError("parent", problem, "take config.json as the model was published, with the model_type that it has there")
+
+
 def _check_like_llama(descriptor: Descriptor, config: Any) -> None:
     """Raises ParentError that says what differs from Llama."""
-    settings = copy.deepcopy(config).to_dict()
-    for name in ("model_type", "architectures", "transformers_version", "puzzle_layers", "dtype"):
-        settings.pop(name, None)
-    problem = _problem(descriptor.model_type, json.dumps(settings, sort_keys=True, default=str))
+    problem = _problem(descriptor.model_type, _settings(config))
     if problem:
         raise unsupported_family(descriptor.model_type, problem)
 
 
+def _settings(config: Any) -> str:
+    """As JSON: those of the model that a child was made of in the first place."""
+    from puzzle_ray.models.child import original_config
+
+    settings = copy.deepcopy(original_config(config)).to_dict()
+    for name in ("model_type", "architectures", "transformers_version", "dtype"):
+        settings.pop(name, None)
+    return json.dumps(settings, sort_keys=True, default=str)
+
+
+def check_resizing(config: Any, space: SearchSpace) -> None:
+    """Raises ConfigError for variants of another size than the parent's where a type without a table cannot have them."""
+    descriptor = descriptor_of(config)
+    if descriptor.model_type in families():
+        return
+    for kind, (example, *names, words) in _RESIZED.items():
+        used = {name.partition(":")[0] for layer in space.layers for name in layer.variants(kind)} & set(names)
+        if used and not _can_be(LayerChoice(**{kind: example}), descriptor.model_type, _settings(config)):
+            problem = f"layers of family {descriptor.model_type!r} cannot have {words}"
+            raise ConfigError(f"space.{kind}", problem, f"leave out {', '.join(sorted(used))}")
+
+
+@cache
+def _can_be(choice: LayerChoice, model_type: str, settings: str) -> bool:
+    """Whether a small model whose first layer is `choice` runs, and gives the same with a cache."""
+    import torch
+
+    from puzzle_ray.models.child_classes import child_classes
+    from puzzle_ray.surgery.kv_cache import cache_from, continuing
+
+    small = _shrunk(json.loads(settings))
+    child_config, child_model = child_classes(model_type)
+    layers = [{"attention": choice.attention, "ffn": choice.ffn}] + [{"attention": "parent", "ffn": "parent"}]
+    settings_of_child = small | {"puzzle_layers": layers[:1] + layers[1:] * (small["num_hidden_layers"] - 1)}
+    ids = torch.arange(_TOKENS).remainder(small["vocab_size"]).unsqueeze(0)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        try:
+            child: Any = child_model(child_config(**settings_of_child)).float().eval()
+            _randomise(child)
+            whole, half = child(ids, use_cache=False).logits, _TOKENS // 2
+            cache = cache_from(child(ids[:, :half], use_cache=True))
+            return torch.allclose(child(ids[:, half:], **continuing(cache)).logits, whole[:, half:], atol=1e-3)
+        except (ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError):
+            return False
+
+
 def _shrunk(settings: dict[str, Any]) -> dict[str, Any]:
-    """The same settings for a small model of two layers. Lists with one entry per layer are shortened."""
+    """The same settings for a small model: one layer of every kind that lists with an entry per layer tell apart, at least two layers."""
     layers = settings.get("num_hidden_layers")
-    small = {k: v[:2] if isinstance(v, list) and len(v) == layers else v for k, v in settings.items()}
-    return small | {k: v for k, v in _SMALL.items() if settings.get(k) is not None}
+    by_layer = {k: v for k, v in settings.items() if isinstance(v, list) and len(v) == layers}
+    kinds: dict[str, int] = {}
+    for index in range(layers if by_layer and layers else 0):
+        kinds.setdefault(repr([v[index] for v in by_layer.values()]), index)
+    chosen = sorted({*list(kinds.values())[:_KINDS_OF_LAYERS], *([0, 1][:layers] if len(kinds) < 2 else [])})
+    small = settings | {k: [v[index] for index in chosen if index < len(v)] for k, v in by_layer.items()}
+    return small | {k: v for k, v in _SMALL.items() if settings.get(k) is not None} | {"num_hidden_layers": len(chosen)}
 
 
 @cache
@@ -113,16 +191,22 @@ def _unlike(model: Any, descriptor: Descriptor) -> str:
     return ""
 
 
+def _randomise(model: Any) -> None:
+    """Weights large enough that blocks matter."""
+    from torch.nn import init
+
+    for parameter in model.parameters():
+        init.normal_(parameter, 0.0, 0.25) if parameter.dim() > 1 else init.uniform_(parameter, 0.5, 1.5)
+
+
 def _differs(model: Any, descriptor: Descriptor) -> str:
     """What the divided or rebuilt model computes differently, in words, or the empty string."""
     import torch
 
-    from puzzle_ray.artifacts import LayerChoice
     from puzzle_ray.models.blocks import LayerStack, swapped
     from puzzle_ray.models.child_classes import child_classes
 
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, 0.0, 0.25) if parameter.dim() > 1 else torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    _randomise(model)
     config = model.config
     ids = torch.arange(2 * _TOKENS).remainder(config.vocab_size).reshape(2, _TOKENS)
     with torch.no_grad():

@@ -117,7 +117,13 @@ def _ignored(model: Any, config: Any) -> tuple[str, ...]:
 
 
 def _remarks(folder: Path, config: Any) -> Iterable[str]:
-    said = read_json(folder / "config.json").get("tie_word_embeddings", type(config)().tie_word_embeddings)
+    raw = read_json(folder / "config.json")
+    if raw.get("sliding_window") is not None and not hasattr(config, "sliding_window"):
+        yield (
+            f"{folder}/config.json says sliding_window={raw['sliding_window']}, which {type(config).__name__} does not have: "
+            "every token sees all before it, as in transformers"
+        )
+    said = raw.get("tie_word_embeddings", type(config)().tie_word_embeddings)
     if said and not config.tie_word_embeddings:
         yield (
             f"{folder}/config.json says tie_word_embeddings=true, but the head there is not the embedding: "

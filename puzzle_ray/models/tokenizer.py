@@ -9,7 +9,7 @@ from puzzle_ray.errors import ParentError
 from puzzle_ray.models.checkpoint import first_line, read_json, some
 
 _JSON_FILES = ("tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
-_MEDIA = ("image", "video", "audio", "boi", "eoi")  # their tokens stand for pictures and sounds
+_NO_TEXT = ("image", "video", "audio", "boi", "eoi", "pad")  # their tokens stand for pictures and sounds, or fill up
 
 
 def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -39,11 +39,11 @@ def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
 def check_tokenizer(tokenizer: Any, config: Any) -> None:
     """Raises ParentError for a tokenizer with ids that have no row in the embedding.
 
-    Tokens for media are let through: published models have them behind the embedding, and hardly any text holds their names. A text
-    that does is refused when it is tokenised.
+    Tokens for media and padding are let through: published models have them behind the embedding, and hardly any text holds their
+    names. A text that does is refused when it is tokenised.
     """
-    media = {getattr(tokenizer, f"{kind}_token", None) for kind in _MEDIA}
-    beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= config.vocab_size and token not in media}
+    no_text = {getattr(tokenizer, f"{kind}_token", None) for kind in _NO_TEXT}
+    beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= config.vocab_size and token not in no_text}
     if beyond:
         names = some(f"{token!r} is {i}" for token, i in beyond.items())
         problem = f"the tokenizer has ids that an embedding of {config.vocab_size} rows does not ({names})"

@@ -169,6 +169,10 @@ class Measurement:
 def stack_config(model_config: Any, layer_type: str, num_layers: int) -> Any:
     """The family's config with `num_layers` layers of one type. All layers are the original's where the parent is a child itself."""
     config = copy.deepcopy(original_config(model_config))
+    own = config.num_hidden_layers
+    for name, values in config.to_dict().items():  # settings with an entry per layer: a stack may be deeper than the parent
+        if isinstance(values, list) and len(values) == own:
+            setattr(config, name, [values[index % own] for index in range(num_layers)])
     config.num_hidden_layers = num_layers
     if getattr(config, "layer_types", None) is not None:
         config.layer_types = [layer_type] * num_layers

@@ -20,7 +20,7 @@ MIB = 1 << 20
 REMEDY = 'write nodes x GPUs and a device, such as "8x8 H100-80GB"'
 GPU_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/kfd")  # one of them is there where a driver is
 MOST_GPUS = 100_000  # of a cluster in words
-_WORDS = re.compile(r"\s*(\d+)\s*x\s*(\d+)(?:\s+|x)(\S.*?)\s*")
+_WORDS = re.compile(r"\s*(\d+)\s*[xX]\s*(\d+)(?:\s+|[xX])(\S.*?)\s*")
 _PROBE = (
     "import json, torch; found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]; "
     "print(json.dumps([[p.name, p.total_memory, p.major] for p in found]))"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from puzzle_ray.plugins import did_you_mean
+from puzzle_ray.settings import Section
 
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 SPEEDS = ("speedup", "throughput_tokens_per_s")
@@ -14,10 +15,8 @@ SCENARIO_AXES = ("batch_size", "input_tokens", "output_tokens")  # what a sweep 
 NO_LIMITS = ("fixed", "agree", "at_least")
 
 
-class FixedChoice(BaseModel):
+class FixedChoice(Section):
     """The variants of one layer that the user has decided. A half that is left out stays free."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     attention: str | None = None
     ffn: str | None = None
@@ -29,7 +28,7 @@ class FixedChoice(BaseModel):
         return self
 
 
-class Limits(BaseModel):
+class Limits(Section):
     """Upper limits on cost and lower limits on speed in the serving scenario. All of them hold at once.
 
     - `speedup`: the child's predicted throughput over the parent's. At one batch size that is the parent's runtime over the child's.
@@ -40,8 +39,6 @@ class Limits(BaseModel):
     - A cost may be a range `[min, max]`. That is short for the maximum and an entry in `at_least`.
     - `fixed` maps a layer to what it must be. Every group of layers in `agree` takes one and the same choice.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     speedup: PositiveFloat | None = None
     throughput_tokens_per_s: PositiveFloat | None = None
@@ -66,7 +63,10 @@ class Limits(BaseModel):
         if not isinstance(values, dict):
             return values
         values = dict(values)
-        at_least = dict(values.get("at_least") or {})
+        at_least = values.get("at_least") or {}
+        if not isinstance(at_least, dict):
+            return values
+        at_least = dict(at_least)
         for name, value in list(values.items()):
             if name in NO_LIMITS or not isinstance(value, list | tuple):
                 continue

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import jobs
 from jobs import app
@@ -35,6 +36,23 @@ def test_every_verb_is_a_module_of_its_name_and_explains_its_options(capsys):
         assert app.run([name, "--help"]) == 0
         out, _ = said(capsys)
         assert "--debug" in out and (verb.call.__doc__ or "").strip().split()[0] in out
+
+
+@pytest.mark.parametrize("words", [[], ["store"]])
+def test_without_a_verb_the_help_is_shown_and_no_error(words, capsys):
+    assert app.run(words) == 2
+    out, err = said(capsys)
+    assert "Usage: puzzle-ray" in out and err == ""
+
+
+def test_config_files_stand_on_top_of_each_other(tmp_path, capsys):
+    for name, text in (("a.yaml", "seed: 5\nlibrary: {tokens: 4096}\n"), ("b.yaml", "seed: 6\n")):
+        (tmp_path / name).write_text(text)
+    assert app.run(["config", "--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml")]) == 0
+    shown = yaml.safe_load(said(capsys)[0])
+    assert (shown["seed"], shown["library"]["tokens"]) == (6, 4096)
+    assert app.run(["config", "--config", str(tmp_path / "none.yaml"), "--config", str(tmp_path / "b.yaml")]) == 2
+    assert "there is no file" in said(capsys)[1]
 
 
 def test_a_verb_runs_as_a_module_too():

@@ -94,6 +94,10 @@ BAD = {
     "no architecture": (words("--set", f"{NARROW}=FOLDER/nowhere.json"), "library.narrow_from: "),
     "no such filesystem": (words("--set", f"{NARROW}=nowhere://a.json"), "library.narrow_from: "),
     "a library that is none": (words("--set", "library.start_from=FOLDER"), "is no finished library"),
+    "numbers hidden in too little": (words("--set", "evaluate.retrieval_tokens=[100, 40]"), "40 tokens do not hold a question"),
+    "a rival that is none": (words("--set", "search.rivals=[gredy]"), "unknown searcher 'gredy'; did you mean 'greedy'?"),
+    "held-out text that is trained on": (words("--set", "data.heldout=TEXT"), "text.txt is text of data.train, too; name other"),
+    "a store among the text": (words("--data", "FOLDER"), "all of which is read as data.train; name a store elsewhere"),
     "a store of no filesystem": (words("--store", "nowhere://store"), "store: 'nowhere://store' cannot be"),
     "a store that is a file": (words("--store", "FOLDER/text.txt"), "cannot be written"),
 }
@@ -114,7 +118,7 @@ def test_bad_settings(parent, tmp_path, name, capsys, monkeypatch):
     store = [] if "--store" in given else ["--store", str(tmp_path / "store")]
     plain = ["--set", "data.sequence_length=16", "--parent", str(parent[0]), "--data", str(parent[1])]
     capsys.readouterr()
-    code = app.run(["build-library", *plain, *store, *given])
+    code = app.run(["build-library", *plain, *store, *(word.replace("TEXT", str(parent[1])) for word in given)])
     out, err = capsys.readouterr()
     assert code == 2 and out == ""
     assert err.startswith("error: ") and err.count("\n") == 1 and wanted in err and len(err) < 700, err

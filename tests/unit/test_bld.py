@@ -17,8 +17,8 @@ from puzzle_ray.distill.library_checkpoints import checkpoint_file
 from puzzle_ray.distill.losses import normalised_mse
 from puzzle_ray.distill.schedule import LearningRate, Schedule
 from puzzle_ray.distill.text import LibraryText
-from puzzle_ray.errors import NotFinite, OutOfOrder, StoreError
-from puzzle_ray.models.child import read_config
+from puzzle_ray.errors import NotFinite, OutOfOrder, ParentError, StoreError
+from puzzle_ray.models.child import load_model, read_config
 from puzzle_ray.progress import Quiet
 from puzzle_ray.store import Store
 from puzzle_ray.variants.space import search_space
@@ -107,6 +107,15 @@ def test_a_parent_that_is_not_finite_is_named(parent_folder):
     x = torch.randn(2, 16, 32)
     with pytest.raises(NotFinite, match="layer 1, variant parent, micro-batch 0"):
         t.step(0, x, torch.full_like(x, float("nan")))
+
+
+def test_activations_that_the_parents_float16_does_not_hold_are_told_at_once(tmp_path):
+    """BLD computes in float32 and would not notice; children are saved in float16, and their logits would not be finite."""
+    load_model(save_parent(tmp_path), torch.float16).save_pretrained(tmp_path)
+    t, x = trainer(tmp_path), torch.randn(2, 16, 32)
+    t.step(0, x, 1e4 * x)
+    with pytest.raises(ParentError, match="behind layer 1 reach .*, and the parent's float16 ends at 65504; save it in bfloat16"):
+        t.step(1, x, 1e5 * x)
 
 
 def test_a_variant_that_diverges_is_reported_and_the_others_go_on(parent_folder):

@@ -3,7 +3,7 @@
 import pytest
 
 from puzzle_ray.config import load, recipes
-from puzzle_ray.errors import ConfigError
+from puzzle_ray.errors import ConfigError, DataError
 
 
 def test_every_recipe_loads():
@@ -34,11 +34,35 @@ def test_overrides_win_over_the_file_and_the_file_over_the_recipe(tmp_path):
         ("cluster.gpus_per_shard=0.4", "whole part of one GPU; write 0, 1, 0.5"),
         ("cluster.gpus_per_trainer=2", "less than or equal to 1"),
         ("seed", "is no assignment"),
+        ("library.tokens=yes", "library.tokens: write a number .given: True"),
+        ("search.limits.speedup=on", "search.limits.speedup: write a number"),
+        ("search.sweep={speedup: [true]}", "search.sweep: write a number"),
+        ("search.limits.speedup=.inf", "search.limits.speedup: Input should be a finite number"),
+        ("search.limits={at_least: 3, params: 5}", "search.limits.at_least: Input should be a valid dictionary"),
+        ("library.window=0", "^library.window: Input should be greater than or equal to 1 or 'auto' .given: 0.$"),
+        ("profile.batch_sizes=4", r"^profile.batch_sizes: Input should be a list: write \[4\] or 'auto'"),
+        ("space.attention=parent", r"^space.attention: Input should be a list: write \[parent\] .given: 'parent'.$"),
+        ("data.train=5", "^data.train: "),
+        ("store=''", "^store: .* at least 1 character"),
+        ("parent=''", "^parent: .* at least 1 character"),
     ],
 )
 def test_wrong_settings_are_explained(override, words):
     with pytest.raises(ConfigError, match=words):
         load(None, None, (override,))
+
+
+def test_counts_may_be_written_with_an_exponent():
+    config = load(None, None, ("library.tokens=1e6", "gkd.tokens=2.5E3", "gkd.learning_rate=1e-4", "revision='1e10'"))
+    assert (config.library.tokens, config.gkd.tokens, config.gkd.learning_rate, config.revision) == (10**6, 2500, 1e-4, "1e10")
+    with pytest.raises(ConfigError, match="library.tokens: .*unable to parse"):
+        load(None, None, ("library.tokens=1.5e0",))
+
+
+def test_a_section_of_comments_alone_is_no_section(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("library:\n  # tokens: 5\nsearch:\n  limits:\n    speedup: 2\n")
+    assert load(None, str(file)).library == load().library and load("tiny", str(file)).library == load("tiny").library
 
 
 def test_missing_file_and_recipe():
@@ -53,3 +77,12 @@ def test_a_file_that_is_not_a_mapping(tmp_path):
     file.write_text("- 1\n")
     with pytest.raises(ConfigError, match="holds a list"):
         load(None, str(file))
+
+
+def test_in_a_notebook_a_path_is_as_good_as_its_text(tmp_path):
+    import puzzle_ray
+
+    with pytest.raises(DataError, match=f"no .txt, .jsonl or .parquet file at '{tmp_path / 'a.txt'}'"):
+        puzzle_ray.compress(tmp_path, tmp_path / "a.txt", store=tmp_path / "store", settings={"data.heldout": tmp_path / "b.txt"})
+    with pytest.raises(ConfigError, match=r"^gkd.tokens: \{1\} is a set; give text, a path, a number"):
+        puzzle_ray.compress(settings={"gkd.tokens": {1}})

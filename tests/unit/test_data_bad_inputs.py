@@ -79,7 +79,12 @@ BAD = [
     ("no.txt.zst", b"plain", {}, "no.txt.zst' cannot be read"),
     ("no.txt.xz", b"plain", {}, "no.txt.xz' cannot be read"),
     ("no.txt.bz2", b"plain", {}, "no.txt.bz2' cannot be read"),
-    ("table.csv", b"text\na\n", {}, "no .txt, .jsonl or .parquet file at"),
+    (
+        "table.csv",
+        b"text\na\n",
+        {},
+        "no .txt, .jsonl or .parquet file at .*; write tables of other kinds, such as .csv, as .jsonl",
+    ),
     ("x.parquet.gz", b"", {}, "no .txt, .jsonl or .parquet file at"),
     ("empty.txt", b"", {}, "is empty"),
     ("blank.jsonl", b"\n\n", {}, "not even one sequence of 8 tokens"),
@@ -116,6 +121,7 @@ def test_bad_texts_are_refused_in_one_line(tmp_path, name, content, settings, wo
         ("{folder}/absent/*.txt", "no .txt, .jsonl or .parquet file"),
         ("{folder}/only_about", "holds no text but 'README.md'; name that file itself"),
         ("{folder}/mixed", "mixes json, text files; name a glob of one kind"),
+        ("{folder}/kept", "holds .arrow files, as the datasets library keeps them for itself; .* to_parquet"),
         ("~nobody-of-this-name/x.txt", "cannot be read|no .txt, .jsonl or .parquet file"),
         ("{folder}/zero\0.txt", "cannot be read|no .txt, .jsonl or .parquet file"),
         ("nothing://x/y.txt", "'nothing://x/y.txt' cannot be opened .Protocol not known"),
@@ -126,7 +132,8 @@ def test_bad_texts_are_refused_in_one_line(tmp_path, name, content, settings, wo
     ],
 )
 def test_bad_names_are_refused_in_one_line(tmp_path, source, words):
-    for folder, names in (("only_about", ["README.md"]), ("mixed", ["a.txt", "b.jsonl"])):
+    kept = ["dataset_info.json", "state.json", "data-00000-of-00001.arrow"]
+    for folder, names in (("only_about", ["README.md"]), ("mixed", ["a.txt", "b.jsonl"]), ("kept", kept)):
         (tmp_path / folder).mkdir()
         for name in names:
             (tmp_path / folder / name).write_text("x")

@@ -166,6 +166,20 @@ def test_chat_messages_are_written_out_by_the_chat_template(tmp_path):
     check_text(DataConfig(train=str(tmp_path / "a.jsonl"), text_column="messages"), tokenizer)
 
 
+def test_a_call_of_a_tool_may_have_no_content(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace("{{ m.content }}", "{{ m.content }}{{ 'CALL' if m.tool_calls }}")
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+    for call in ({"role": "assistant", "tool_calls": calls}, {"role": "assistant", "content": None, "tool_calls": calls}):
+        path = jsonl(tmp_path / "a.jsonl", [{"text": [CHAT[0], call, {"role": "tool", "content": "2"}]}])
+        assert read(path, tokenizer)[0] == ["user: hi\nassistant: CALL\ntool: 2\n"]
+    pq.write_table(pa.table({"text": [[CHAT[0], call]]}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet", tokenizer)[0] == ["user: hi\nassistant: CALL\n"]
+    odd = jsonl(tmp_path / "b.jsonl", [{"text": [CHAT[0], {"role": "assistant", "value": "ho"}]}])
+    with pytest.raises(DataError, match="holds list of object with 'role', 'value', not text"):
+        read(odd, tokenizer)
+
+
 def test_the_check_looks_at_the_first_rows_of_both_sources(tmp_path):
     good = jsonl(tmp_path / "good.jsonl", [{"text": "a"}])
     late = jsonl(tmp_path / "late.jsonl", [{"text": "a"}] * 150 + [{"text": 1}])

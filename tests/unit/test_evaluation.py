@@ -102,6 +102,10 @@ def test_a_prompt_that_passes_the_check_can_be_continued_and_no_longer_one(tmp_p
     assert greedy_sample(model, tokenizer, longest.prompt, longest.sample_tokens).startswith("a text")
     with pytest.raises(ConfigError, match="sample_tokens: 7 tokens behind the 7 of evaluate.prompt do not fit the parent's 12"):
         check_prompt(EvaluateConfig(prompt="a text", sample_tokens=positions - 7 + 2), tokenizer, positions)
+    with pytest.raises(
+        ConfigError, match="evaluate.prompt: it has .*, and the parent's embedding of 60 rows none for that token"
+    ):
+        check_prompt(EvaluateConfig(prompt="a text"), tokenizer, None, vocab_size=60)
     check_prompt(EvaluateConfig(prompt="", sample_tokens=4), tokenizer, None)
     assert isinstance(greedy_sample(model, tokenizer, "", 4), str)
     tokenizer.bos_token = None

@@ -155,6 +155,11 @@ BAD = {  # name: (what the folder is made of, how it is broken, what must be sai
     "dtype_of_no_float": ({}, settings(dtype="float8_e4m3fn"), "dtype 'float8_e4m3fn'"),
     "code_of_its_own": ({}, settings(**REMOTE, model_type="own"), "auto_map, model_type 'own'.*trust_remote_code"),
     "unsupported_family": ({"model_type": "bloom", "vocab_size": 300}, lambda _: None, "family 'bloom' is not supported"),
+    "a_model_of_several_parts": (
+        {},
+        settings(model_type="gemma3"),
+        "of several parts .'gemma3'.*alone, .* of model_type 'gemma3_text'",
+    ),
     "quantization_config": ({}, settings(quantization_config={"quant_method": "fp8"}), "are quantized"),
     "adapter": ({}, text("adapter_config.json", "{}"), "holds an adapter"),
     "weights_elsewhere": ({}, settings(transformers_weights="other.safetensors"), "has its weights in 'other.safetensors'"),
@@ -341,14 +346,15 @@ def test_code_beside_a_type_that_transformers_knows_is_not_run_nor_asked_about(t
     assert type(read_config(folder, trust_remote_code=True)).__name__ == "LlamaConfig"
 
 
-def test_a_token_for_pictures_behind_the_embedding_is_let_through(tmp_path):
+@pytest.mark.parametrize("kind", ["image_token", "pad_token"])
+def test_a_token_for_pictures_or_padding_behind_the_embedding_is_let_through(tmp_path, kind):
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["<picture>"], special_tokens=True)
     folder = parent(tmp_path, vocab_size=257)
     tokenizer.save_pretrained(folder)
     with pytest.raises(ParentError, match="'<picture>' is 257"):
         check_tokenizer(read_tokenizer(folder), read_config(folder))
-    settings("tokenizer_config.json", image_token="<picture>")(folder)
+    settings("tokenizer_config.json", **{kind: "<picture>"})(folder)
     assert len(read_tokenizer(folder)) == 258
     check_tokenizer(read_tokenizer(folder), read_config(folder))
 
@@ -356,3 +362,18 @@ def test_a_token_for_pictures_behind_the_embedding_is_let_through(tmp_path):
 def test_a_file_without_rights_is_named():
     found = broken(Path("/x/model.safetensors"), PermissionError(13, "Permission denied"))
     assert str(found) == "parent: /x/model.safetensors may not be read (permission denied); give this user the right to read it"
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_told_when_they_are_read(tmp_path, number):
+    """Else the first to notice is a loss, hours later; and an embedding's row of a rare token is noticed by nobody."""
+    folder = parent(tmp_path, dtype="bfloat16")
+
+    def spoil(held):
+        held[EMBEDDING][299, 3] = number
+        return held
+
+    tensors(folder, spoil)
+    config = read_config(folder)
+    with pytest.raises(ParentError, match=f"model.safetensors: {EMBEDDING} holds NaN or infinite numbers"):
+        load_stack(folder, describe(config), config, 0, 3, torch.float32)
