@@ -1,5 +1,6 @@
 """Children behind HTTP: FastAPI routes under Ray Serve on one engine per model. What they answer is `OpenAIService`'s matter."""
 
+import asyncio
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -20,6 +21,7 @@ from puzzle_ray.serving.settings import ServeSettings
 
 Body = TypeVar("Body", CompletionRequest, ChatRequest)
 
+_LARGE_BODY = 1 << 17  # bytes
 _READ = ["GET", "HEAD"]
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies pass on each event as it comes
 
@@ -167,7 +169,10 @@ class ChildServer:
 
     async def _read(self, kind: type[Body], request: Request) -> Body:
         most_bytes = int(self.settings.max_body_mib * 2**20)
-        return parse(kind, await read_body(request.headers, request.receive, most_bytes, self.settings.body_timeout_s))
+        body = await read_body(request.headers, request.receive, most_bytes, self.settings.body_timeout_s)
+        if len(body) < _LARGE_BODY:
+            return parse(kind, body)
+        return await asyncio.to_thread(parse, kind, body)  # a hundred thousand messages take seconds, in which others are served
 
     async def _reply(self, request: CompletionRequest | ChatRequest) -> Response:
         if request.stream:
