@@ -1,5 +1,6 @@
 """Children behind HTTP: FastAPI routes under Ray Serve on one engine per model. What they answer is `OpenAIService`'s matter."""
 
+import asyncio
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -11,7 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from puzzle_ray.errors import PuzzleError
-from puzzle_ray.serving.access import KeyCheck, read_body
+from puzzle_ray.serving.access import KeyCheck, read_body, without_end_slash
 from puzzle_ray.serving.api_errors import error_body, error_headers, error_response, validation_body
 from puzzle_ray.serving.metrics import CONTENT_TYPE
 from puzzle_ray.serving.openai_api import OpenAIService, ServedModel
@@ -20,7 +21,11 @@ from puzzle_ray.serving.settings import ServeSettings
 
 Body = TypeVar("Body", CompletionRequest, ChatRequest)
 
-app = FastAPI(title="puzzle_ray")
+_LARGE_BODY = 1 << 17  # bytes
+_READ = ["GET", "HEAD"]
+_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies pass on each event as it comes
+
+app = FastAPI(title="puzzle_ray", redirect_slashes=False)
 
 
 class _Access:
@@ -34,6 +39,7 @@ class _Access:
         if scope["type"] != "http":
             await self._inner(scope, receive, send)
             return
+        scope["path"] = without_end_slash(scope["path"], scope.get("root_path", ""))
         if self._chain is None:
             settings = serve.get_replica_context().servable_object.settings
             self._chain = KeyCheck(self._inner, settings.api_key_sha256)
@@ -62,6 +68,12 @@ async def _invalid_body(request: Request, error: ValidationError) -> JSONRespons
 async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
     body = error_body(f"{request.method} {request.url.path}: {error.detail}")
     return JSONResponse(body, error.status_code, headers=error.headers)  # a 405 says what is allowed
+
+
+@app.exception_handler(Exception)
+async def _fault(request: Request, error: Exception) -> JSONResponse:
+    """Of a fault of ours. It is raised again afterwards, so the log has it."""
+    return JSONResponse(error_body(f"the server failed: {type(error).__name__}", kind="server_error"), 500)
 
 
 class _EventStream(StreamingResponse):
@@ -124,23 +136,23 @@ class ChildServer:
         """Serve replaces the replica when this raises: an engine has stopped, or a forward pass does not end."""
         self.service.check()
 
-    @app.get("/health")
+    @app.api_route("/health", methods=_READ)
     async def health(self) -> dict[str, Any]:
         """Whether requests are served, and the engines' counters."""
         return self.service.health()
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", methods=_READ)
     async def metrics(self) -> Response:
         """Counters and histograms of this replica, for Prometheus."""
         replica = serve.get_replica_context().replica_tag
         return Response(self.service.metrics({"replica": replica}), media_type=CONTENT_TYPE)
 
-    @app.get("/v1/models")
+    @app.api_route("/v1/models", methods=_READ)
     async def models(self) -> dict[str, Any]:
         """The models there are."""
         return self.service.models()
 
-    @app.get("/v1/models/{name:path}")
+    @app.api_route("/v1/models/{name:path}", methods=_READ)
     async def model(self, name: str) -> dict[str, Any]:
         """One model."""
         return self.service.model(name).card()
@@ -157,9 +169,12 @@ class ChildServer:
 
     async def _read(self, kind: type[Body], request: Request) -> Body:
         most_bytes = int(self.settings.max_body_mib * 2**20)
-        return parse(kind, await read_body(request.headers, request.receive, most_bytes, self.settings.body_timeout_s))
+        body = await read_body(request.headers, request.receive, most_bytes, self.settings.body_timeout_s)
+        if len(body) < _LARGE_BODY:
+            return parse(kind, body)
+        return await asyncio.to_thread(parse, kind, body)  # a hundred thousand messages take seconds, in which others are served
 
     async def _reply(self, request: CompletionRequest | ChatRequest) -> Response:
         if request.stream:
-            return _EventStream(await self.service.answer_stream(request), media_type="text/event-stream")
+            return _EventStream(await self.service.answer_stream(request), headers=_STREAM_HEADERS, media_type="text/event-stream")
         return JSONResponse(await self.service.answer(request))

@@ -32,6 +32,8 @@ def export_child(
     """Write a child as a checkpoint that stock engines load; what one of them could not run is refused, with what to do instead."""
     from puzzle_ray.export.folders import export_to
 
+    if "://" in out:
+        raise ConfigError("out", f"{out!r} is a URL", "name a folder of this machine, and copy it from there")
     if format_ not in _FORMATS:
         raise ConfigError("format", f"is {format_!r}", f"give one of {', '.join(_FORMATS)}")
     if format_ == "native" and (untie or engine):

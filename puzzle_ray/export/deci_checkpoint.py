@@ -64,7 +64,7 @@ def export_nemotron_nas(child: Path, target: Path, engines: Sequence[str], untie
     _write_weights(checkpoint, tensors, target)
     copy_tokenizer(child, target)
     copy_history(child, target)
-    for file in target.iterdir():
+    for file in target.rglob("*"):
         if file.is_file():
             file.chmod(FILE_MODE)
 

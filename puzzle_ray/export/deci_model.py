@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM, LlamaModel
 from puzzle_ray.export.configuration_nemotron_nas import NemotronNasConfig
 from puzzle_ray.families.descriptor import Descriptor
 from puzzle_ray.surgery.projections import resize_attention, resize_ffn
-from puzzle_ray.surgery.shapes import linear_attention, linear_ffn, remove_attention, remove_ffn
+from puzzle_ray.surgery.shapes import linear_attention, linear_ffn, remove_attention, remove_ffn, with_begun_weights
 
 LLAMA = Descriptor("nemotron-nas", "NemotronNasConfig", "DeciLMForCausalLM")
 WIDTH_MULTIPLE = 256
@@ -61,8 +61,13 @@ class DeciLayers:
         )  # each layer has its own
         super().__init__(config, *args, **settings)  # type: ignore[call-arg]
         config.num_key_value_heads = config.intermediate_size = None
-        for layer, block in zip(self.base_model.layers, config.block_configs, strict=True):  # type: ignore[attr-defined]
-            reshape_block(layer, block, config)
+        layers: nn.ModuleList = self.base_model.layers  # type: ignore[attr-defined]
+
+        def reshape() -> None:
+            for layer, block in zip(layers, config.block_configs, strict=True):
+                reshape_block(layer, block, config)
+
+        with_begun_weights(self, layers, reshape)
 
 
 class DeciLMModel(DeciLayers, LlamaModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,22 +27,32 @@ def export_to(child: str, target: Path, target_format: str, engines: Sequence[st
     config = read_config(folder)
     if not getattr(config, "puzzle_layers", None):
         raise ParentError("child", f"{child!r} is no child of this package", "give the folder that compress prints last")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError("out", f"{str(target)!r} is there already", "name a folder that is empty or absent")
+    _check_target(target)
     evaluated = evaluation_of(child)
     with quiet_transformers():
         if target_format == "nemotron_nas":
             export_nemotron_nas(folder, target, engines, untie)
             said = [f"{target}: nemotron_nas, by the rules of {', '.join(engines)}"]
         else:
+            child_model = load_model(folder)
             target.mkdir(parents=True, exist_ok=True)
-            save_child(load_model(folder), folder, target)
+            save_child(child_model, folder, target)
             said = [f"{target}: native; transformers and vLLM load it with trust_remote_code"]
     if evaluated is not None:
         artifact, name = evaluated
         add_evaluation(config, target, evaluation_facts(artifact.read_json(FILE), name))
         said.append(f"the model card has the figures of {artifact.name}")
     return said
+
+
+def _check_target(target: Path) -> None:
+    """Raises ConfigError where no folder can be written."""
+    if os.path.exists(target) and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError("out", f"{str(target)!r} is there already", "name a folder that is empty or absent")
+    above = next(folder for folder in (target.absolute(), *target.absolute().parents) if os.path.exists(folder))
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        reason = "may not be written to" if above.is_dir() else "is no folder"
+        raise ConfigError("out", f"{str(target)!r} cannot be made: {above} {reason}", "name another folder")
 
 
 def evaluation_of(child: str) -> tuple[Artifact, str] | None:

@@ -34,15 +34,21 @@ from puzzle_ray.models.checkpoint import (
 from puzzle_ray.models.child_classes import FILE_MODE, child_classes, register_children
 from puzzle_ray.models.child_settings import OURS, version_4_rope
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
+TOKENIZER_FILES = (  # patterns
+    "tokenizer*.json",
     "special_tokens_map.json",
-    "tokenizer.model",
+    "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "added_tokens.json",
+    "vocab.txt",
+    "tokenizer.model*",  # sentencepiece's, as the next two
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "tokenization_*.py",  # of a tokenizer with code of its own
     "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
     "generation_config.json",
 )
 
@@ -74,7 +80,7 @@ def child_config(parent_config: Any, choices: Sequence[LayerChoice]) -> Any:
 
 
 def _skeleton(parent_config: Any, choices: Sequence[LayerChoice], dtype: torch.dtype) -> Any:
-    """A child of the right shapes. The weights of its replaced subblocks are undefined."""
+    """A child of the right shapes. Its weights are random."""
     config = child_config(parent_config, choices)
     descriptor = descriptor_of(config)
     _, model_class = child_classes(descriptor.model_type)
@@ -165,15 +171,17 @@ def add_what_goes_with(child: Any, source: Path, folder: Path, made: Mapping[str
     """Tokenizer, history and model card, and the mode of all files, see `save_child`."""
     copy_tokenizer(source, folder)
     add_card(child, source, folder, made)
-    for file in folder.iterdir():
+    for file in folder.rglob("*"):
         if file.is_file():
             file.chmod(FILE_MODE)
 
 
-def copy_tokenizer(source: Path, target: Path, names: Iterable[str] = TOKENIZER_FILES) -> None:
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+def copy_tokenizer(source: Path, target: Path, patterns: Iterable[str] = TOKENIZER_FILES) -> None:
+    """Copies what a folder has of these files."""
+    for file in (file for pattern in patterns for file in sorted(source.glob(pattern)) if file.is_file()):
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
 
 
 def copy_history(source: Path, target: Path) -> None:

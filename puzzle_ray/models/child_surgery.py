@@ -11,14 +11,14 @@ from torch import nn
 
 from puzzle_ray.families.descriptor import Descriptor
 from puzzle_ray.models.child_settings import words_of_layers
-from puzzle_ray.surgery.shapes import reshape_by_words
+from puzzle_ray.surgery.shapes import reshape_by_words, with_begun_weights
 from puzzle_ray.surgery.subblocks import part_joined_tokens
 
 
 class ChildLayers:
     """Gives the layers of a model the shapes that its config says. It stands before the parent's class among a class's bases.
 
-    The model is built from the settings of the whole first. So the weights of layers that differ are undefined until they are loaded.
+    The model is built from the settings of the whole first.
     """
 
     descriptor: Descriptor
@@ -29,7 +29,7 @@ class ChildLayers:
         first, _, rest = self.descriptor.layers.partition(".")
         path = self.descriptor.layers if hasattr(self, first) else rest  # without a head, names are shorter
         layers = self.get_submodule(path)  # type: ignore[attr-defined]
-        self.reshape(layers, config)
+        with_begun_weights(self, layers, lambda: self.reshape(layers, config))
         for layer in layers:
             part_joined_tokens(layer, self.descriptor)
 

@@ -23,11 +23,19 @@ OPEN_PATHS = ("/health", "/metrics")  # for those who watch the server
 _WHOLE_BODY = 4  # times the time that its next part may take
 
 
+def without_end_slash(path: str, root_path: str = "") -> str:
+    """The path that a client means which puts a slash at its end. `root_path` is the server's own prefix of it."""
+    return path.rstrip("/") if len(path.rstrip("/")) > len(root_path) else path
+
+
 async def read_body(headers: Mapping[str, str], receive: Receive, most_bytes: int, timeout_s: float) -> bytes:
     """A request's whole body. Raises BodyRefused where it is longer, or does not come in time.
 
     `timeout_s` is for the next part. A client that sends a byte now and then has four times as long for the whole.
     """
+    encoding = headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise BodyRefused(415, f"the body is encoded ({encoding[:40]}); send it as it is, without Content-Encoding")
     declared = headers.get("content-length", "")
     too_long = BodyRefused(413, f"the body is longer than {most_bytes} bytes, which is the limit here (max_body_mib)")
     if declared.isdigit() and int(declared[:20]) > most_bytes:

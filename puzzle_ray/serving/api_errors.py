@@ -7,6 +7,7 @@ from typing import Any
 
 from puzzle_ray.errors import ConfigError, PuzzleError
 from puzzle_ray.serving.generation import EngineBusy
+from puzzle_ray.serving.limits import TooLong
 
 Json = dict[str, Any]
 
@@ -48,7 +49,8 @@ def error_response(error: PuzzleError) -> tuple[int, Json]:
     if isinstance(error, KeyRefused):
         return 401, error_body(str(error), code="invalid_api_key")
     if isinstance(error, ConfigError):
-        return 400, error_body(str(error), param=str(error.args[0]))
+        code = "context_length_exceeded" if isinstance(error, TooLong) else None  # clients shorten the conversation then
+        return 400, error_body(str(error), param=str(error.args[0]), code=code)
     if isinstance(error, EngineBusy):
         return 503, error_body(str(error), kind="server_error", code="engine_busy")
     return 500, error_body(str(error), kind="server_error")

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.serving.generation import EngineFailed, Generation
-from puzzle_ray.serving.limits import check_length, free_memory_bytes
+from puzzle_ray.serving.limits import TooLong, check_length, free_memory_bytes
 from puzzle_ray.serving.metrics import EngineMetrics
 from puzzle_ray.serving.output import Output
 from puzzle_ray.serving.prefixes import PrefixCache
@@ -26,7 +26,7 @@ from puzzle_ray.serving.rows import Rows
 from puzzle_ray.serving.sampling import SamplingParams
 from puzzle_ray.serving.scheduler import Scheduler
 from puzzle_ray.serving.sequences import Sequence
-from puzzle_ray.serving.text import TextStream
+from puzzle_ray.serving.text import TextStream, special_token_ids
 from puzzle_ray.serving.waiting import Waiting
 
 _log = logging.getLogger(__name__)
@@ -91,10 +91,10 @@ class Engine:
         self.max_length = self._divide_memory(model.device, length, max_length is not None, kv_cache_mib, prefix_cache)
         self._waiting = Waiting(max_waiting)
         self._output = Output(self.metrics)
-        self._special_ids = frozenset(tokenizer.all_special_ids)
+        self._special_ids, self._eos_ids = special_token_ids(tokenizer), _eos_ids(model)
         self._scheduler = Scheduler(
             self._rows, self._prefixes, self._waiting, self._output, max_rows=max_batch_size, max_length=self.max_length,
-            prefill_tokens=prefill_tokens, eos_ids=_eos_ids(model), vocab_size=self.vocab_size, device=model.device,
+            prefill_tokens=prefill_tokens, eos_ids=self._eos_ids, vocab_size=self.vocab_size, device=model.device,
         )  # fmt: skip
         self._stall_timeout_s = stall_timeout_s
         self._closing = False
@@ -130,7 +130,9 @@ class Engine:
         return generations
 
     def _text_stream(self, prompt_ids: SequenceOf[int], params: SamplingParams) -> TextStream:
-        return TextStream(self.tokenizer, prompt_ids, params.stop, self._special_ids)
+        """The token that ends an answer is no part of its text, whether the tokenizer calls it special or not."""
+        hidden = self._special_ids.union(() if params.ignore_eos else self._eos_ids, params.stop_token_ids)
+        return TextStream(self.tokenizer, prompt_ids, params.stop, hidden)
 
     def check_number(self, number: int) -> None:
         """Raise ConfigError if so many requests can never be submitted together."""
@@ -212,11 +214,11 @@ class Engine:
                 raise ConfigError(name, "holds a token id out of range", f"ids go from 0 to {self.vocab_size - 1}")
         room = self.max_length - len(prompt_ids)
         if room < (0 if params.max_tokens == 0 else 1):
-            problem = f"has {len(prompt_ids)} tokens, and prompt and completion together may have {self.max_length}"
-            raise ConfigError("prompt", problem, "shorten it")
+            limit = f"this model's maximum context length is {self.max_length} tokens, prompt and completion together"
+            raise TooLong("prompt", f"has {len(prompt_ids)} tokens, and {limit}", "shorten it")
         if params.max_tokens is not None and params.max_tokens > room:
-            limit = f"together with the prompt's {len(prompt_ids)} tokens that is more than {self.max_length}"
-            raise ConfigError("max_tokens", f"is {params.max_tokens}, {limit}", f"give at most {room}")
+            limit = f"with the prompt's {len(prompt_ids)} tokens this model's maximum context length is {self.max_length}"
+            raise TooLong("max_tokens", f"is {params.max_tokens}, and {limit}", f"give at most {room}")
 
     # What the engine's thread does.
 

@@ -14,6 +14,10 @@ from puzzle_ray.models.rope import constant_up_to
 _SHARE_OF_GPU, _SHARE_OF_CPU = 0.8, 0.3
 
 
+class TooLong(ConfigError):
+    """A prompt, or a prompt with what was asked for, that no row can hold."""
+
+
 def position_limit(config: Any) -> int:
     """The longest request that the model computes alike in any company. Raises ConfigError for a model without position limit.
 

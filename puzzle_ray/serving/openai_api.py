@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import asdict
 
 from transformers import PreTrainedTokenizerBase
@@ -93,7 +93,9 @@ class OpenAIService:
         model.engine.check()
         model.engine.check_number(request.num_prompts * len(params))  # before a million prompts are tokenised
         prompts = await model.prompts.token_ids(request)
-        return model.engine.submit_all([(prompt_ids, each) for prompt_ids in prompts for each in params])
+        rooms = [model.engine.max_length - len(prompt_ids) for prompt_ids in prompts]
+        asked = [(ids, request.within(each, room)) for ids, room in zip(prompts, rooms, strict=True) for each in params]
+        return model.engine.submit_all(asked)
 
     async def answer(self, request: CompletionRequest | ChatRequest) -> Json:
         """The whole response. Where this call is cancelled, because the client has gone, the slots are freed."""
@@ -106,11 +108,19 @@ class OpenAIService:
         choices = [answer.whole(index, each) for index, each in enumerate(chosen)]
         return {**answer.head(), "choices": choices, "usage": usage(generations, per_prompt)}
 
-    async def answer_stream(self, request: CompletionRequest | ChatRequest) -> AsyncIterator[str]:
-        """Server-sent events. Errors are raised before the first event. Closing the iterator frees the slots."""
-        return self._events(request, await self.submit(request))
+    async def answer_stream(self, request: CompletionRequest | ChatRequest) -> AsyncGenerator[str, None]:
+        """Server-sent events. Errors are raised before the first event. Closing the iterator frees the slots, and so does losing it."""
+        events = self._events(request, await self.submit(request))
+        await anext(events)  # a generator that has not begun would be closed without a look at its `finally`
+        return events
 
-    async def _events(self, request: CompletionRequest | ChatRequest, generations: Sequence[Generation]) -> AsyncIterator[str]:
+    async def _events(self, request: CompletionRequest | ChatRequest, generations: Sequence[Generation]) -> AsyncGenerator[str, None]:
+        try:
+            yield ""  # it has begun
+        except GeneratorExit:
+            for generation in generations:
+                generation.cancel()
+            raise
         model = self.model(request.model)
         answer = Answer(request, model.name, model.texts, chunks=True)
         has_usage = request.stream_options is not None and request.stream_options.include_usage

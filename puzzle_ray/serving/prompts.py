@@ -14,7 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.serving.generation import EngineBusy
+from puzzle_ray.serving.limits import TooLong
 from puzzle_ray.serving.requests import ChatRequest, CompletionRequest
+from puzzle_ray.serving.text import special_token_ids
 
 _THREADS = 2
 _MAX_PENDING = 64
@@ -76,8 +78,8 @@ class Prompts:
     def _check_characters(self, number: int, where: str) -> None:
         most = self._longest_token * self._max_tokens
         if number > most:
-            problem = f"has {number} characters, and the {self._max_tokens} tokens that a request may have are at most {most}"
-            raise ConfigError(where, problem, "shorten it")
+            problem = f"has {number} characters, and this model's maximum context length is {self._max_tokens} tokens, at most {most}"
+            raise TooLong(where, problem, "shorten it")
 
 
 class TokenTexts:
@@ -87,7 +89,7 @@ class TokenTexts:
         self._tokenizer = tokenizer
         self._anchor = list(tokenizer(_ANCHOR, add_special_tokens=False)["input_ids"])
         self._known: dict[int, tuple[str, bytes]] = {}
-        self._special_ids = frozenset(tokenizer.all_special_ids)
+        self._special_ids = special_token_ids(tokenizer)
         self._bytes = {character: byte for byte, character in _byte_letters().items()}
 
     def text(self, token_id: int) -> str:

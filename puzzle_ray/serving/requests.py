@@ -9,44 +9,66 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, field_validator, model_validator
 
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.serving.api_errors import BodyRefused, Json
 from puzzle_ray.serving.sampling import SamplingParams
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's documented default for completions; chat has no default limit
-_MAX_STOP_STRINGS = 4
+_MAX_STOP_STRINGS = 32  # OpenAI takes 4; tasks of lm-evaluation-harness have more
 _MAX_CHOICES = 128
 _MAX_BIASES = 1024
 _MAX_STOP_IDS = 1024
+_MAX_FIELDS = 200  # of one object: each unknown one is an error of its own
 _SEED_STEP = 0x9E3779B97F4A7C15  # between the seeds of a request's choices
 
+
+class _UpToAnError:
+    """Of a list of a million wrong values, the first is told: an error takes a kilobyte, and some microseconds of the event loop."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        return {**handler(source), "fail_fast": True}
+
+
+_Ids = Annotated[list[int], _UpToAnError()]
+_Texts = Annotated[list[str], _UpToAnError()]
 Neutral = dict[str, tuple[Any, ...] | None]  # field -> values that change nothing; None: no value changes the answer
 Request = TypeVar("Request", bound="GenerationRequest")
 
 
-class StreamOptions(BaseModel):
+class Fields(BaseModel):
+    """An object in a body. Unknown fields are refused by name."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_number_of_fields(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and len(fields) > _MAX_FIELDS:
+            raise ConfigError("body", f"has an object of {len(fields)} fields", f"send at most {_MAX_FIELDS}")
+        return fields
+
+
+class StreamOptions(Fields):
     """`include_usage`: the stream ends with one more chunk, which has the token counts."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    include_usage: bool = False
-    include_obfuscation: Literal[False] = False
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
-class GenerationRequest(BaseModel):
+class GenerationRequest(Fields):
     """The fields that completions and chat completions share. null stands for a field's default."""
-
-    model_config = ConfigDict(extra="forbid")
 
     neutral: ClassVar[Neutral] = {
         "service_tier": ("auto", "default"),
         "metadata": None,
         "safety_identifier": None,
         "prompt_cache_key": None,
+        "prompt_cache_options": None,
+        "prompt_cache_retention": None,
     }
 
     model: str | None = None
@@ -61,8 +83,8 @@ class GenerationRequest(BaseModel):
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | _Texts | None = None
+    stop_token_ids: _Ids | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
@@ -75,14 +97,19 @@ class GenerationRequest(BaseModel):
     def _drop_neutral_fields(cls, fields: Any) -> Any:
         return without_neutral(fields, cls.neutral)
 
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _check_number_of_biases(cls, biases: Any) -> Any:
+        if isinstance(biases, dict) and len(biases) > _MAX_BIASES:
+            raise ConfigError("logit_bias", f"names {len(biases)} tokens", f"give at most {_MAX_BIASES}")
+        return biases
+
     @model_validator(mode="after")
     def _check_shared(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
             raise ConfigError("stream_options", "is for streams", "send stream=true, or leave it out")
         if not 1 <= self.num_choices <= _MAX_CHOICES:
             raise ConfigError("n", f"is {self.num_choices}", f"give 1 to {_MAX_CHOICES}")
-        if len(self.logit_bias or {}) > _MAX_BIASES:
-            raise ConfigError("logit_bias", f"names {len(self.logit_bias or {})} tokens", f"give at most {_MAX_BIASES}")
         if len(self.stop_token_ids or ()) > _MAX_STOP_IDS:
             raise ConfigError("stop_token_ids", f"holds {len(self.stop_token_ids or ())} ids", f"give at most {_MAX_STOP_IDS}")
         return self
@@ -125,6 +152,10 @@ class GenerationRequest(BaseModel):
         """The largest number of tokens to generate. None: as many as fit."""
         return self.max_tokens
 
+    def within(self, params: SamplingParams, room: int) -> SamplingParams:
+        """The parameters where only `room` more tokens fit. What was asked for stays, and is refused if it is too much."""
+        return params
+
     def logprob_params(self) -> dict[str, Any]:
         """The sampling parameters about log-probabilities."""
         return {}
@@ -143,10 +174,15 @@ class CompletionRequest(GenerationRequest):
 
     neutral: ClassVar[Neutral] = {**GenerationRequest.neutral, "suffix": ("",)}
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | _Ids | _Texts | Annotated[list[_Ids], _UpToAnError()]
     best_of: int | None = None
     echo: bool | None = None
     logprobs: int | None = None
+
+    @field_validator("logprobs", mode="before")
+    @classmethod
+    def _false_is_none(cls, logprobs: Any) -> Any:
+        return None if logprobs is False else logprobs  # as chat has it; 0 would be log-probabilities without alternatives
 
     @model_validator(mode="after")
     def _check_own(self) -> CompletionRequest:
@@ -178,16 +214,19 @@ class CompletionRequest(GenerationRequest):
     def token_limit(self) -> int | None:
         return _DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
 
+    def within(self, params: SamplingParams, room: int) -> SamplingParams:
+        return params if self.max_tokens is not None else replace(params, max_tokens=min(_DEFAULT_MAX_TOKENS, max(room, 1)))
+
     def logprob_params(self) -> dict[str, Any]:
         ranked = self.num_candidates > self.num_choices  # by log-probability
         number = 0 if self.logprobs is None and ranked else self.logprobs
         return {"logprobs": number, "prompt_logprobs": bool(self.echo) and self.logprobs is not None}
 
 
-class TextPart(BaseModel):
+class TextPart(Fields):
     """A part of a message's content. There are only texts."""
 
-    model_config = ConfigDict(extra="forbid")
+    neutral: ClassVar[Neutral] = {"prompt_cache_breakpoint": None}
 
     @model_validator(mode="before")
     @classmethod
@@ -196,16 +235,14 @@ class TextPart(BaseModel):
             raise ConfigError(
                 "messages", f"a part of type {_short(fields['type'])} is not supported", 'send parts of type "text"'
             )
-        return fields
+        return without_neutral(fields, cls.neutral)
 
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(Fields):
     """One turn of a conversation, text only."""
-
-    model_config = ConfigDict(extra="forbid")
 
     neutral: ClassVar[Neutral] = {
         "tool_calls": ([],),
@@ -217,7 +254,7 @@ class ChatMessage(BaseModel):
     }
 
     role: str
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], _UpToAnError()]
     name: str | None = None
 
     @model_validator(mode="before")
@@ -251,14 +288,14 @@ class ChatRequest(GenerationRequest):
         "verbosity": ("medium",),
     }
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Annotated[list[ChatMessage], _UpToAnError()] = Field(min_length=1)
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
 
     @model_validator(mode="after")
     def _check_own(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ConfigError("top_logprobs", "is given without logprobs", "send logprobs=true, or leave it out")
         if self.token_limit() == 0:
             raise ConfigError("max_tokens", "is 0", "ask for at least 1")

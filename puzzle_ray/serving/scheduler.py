@@ -214,7 +214,10 @@ class Scheduler:
             else:
                 self._prefixes.keep(sequence.token_ids, row)
         tokens = [int(token_id) if asked else None for token_id, asked in zip(ids, asks, strict=True)]
-        kinds = [int(outcome) if asked else Outcome.LENGTH for outcome, asked in zip(outcomes, asks, strict=True)]
+        kinds = [
+            int(outcome) if asked or outcome == Outcome.FAILED else Outcome.LENGTH
+            for outcome, asked in zip(outcomes, asks, strict=True)
+        ]
         self._settle()
         self._prefilling = []
         for index, sequence in enumerate(group):

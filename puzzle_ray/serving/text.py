@@ -19,7 +19,7 @@ class TextStream:
     `push` takes one token, `push_all` several; both return the text that can be shown. The bytes of an unfinished character are held
     back until the rest comes. Text that may be the beginning of a stop string is held back until it is known not to be one. After a
     stop string, `stopped` is True, and all text before it has been returned. `special_ids` are shown as nothing: by default the
-    tokenizer's, which takes a while to ask for.
+    tokenizer's, which takes a while to ask for (see `special_token_ids`).
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class TextStream:
     ) -> None:
         self.stopped = False
         self._tokenizer = tokenizer
-        self._special_ids = frozenset(tokenizer.all_special_ids) if special_ids is None else special_ids
+        self._special_ids = special_token_ids(tokenizer) if special_ids is None else special_ids
         self._stop = tuple(stop)
         self._context = list(prompt_ids[-_CONTEXT_TOKENS:])
         self._pending: list[int] = []
@@ -94,6 +94,18 @@ class TextStream:
         cut = len(text) - held
         self._held = text[cut:]
         return text[:cut]
+
+
+def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that `decode(skip_special_tokens=True)` skips.
+
+    They are more than the tokenizer's named ones: `<|end|>` of Phi-3 and `<|eot_id|>` of Llama 3 may have no role, and are special.
+    """
+    try:
+        added = tokenizer.added_tokens_decoder
+    except NotImplementedError:  # mistral_common's
+        added = {}
+    return frozenset(tokenizer.all_special_ids) | {token_id for token_id, token in added.items() if token.special}
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -7,7 +7,7 @@ subblocks in whose place there is a matrix, and `window` is the number of tokens
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -72,6 +72,22 @@ def narrow_window(layer: nn.Module, window: int, descriptor: Descriptor) -> None
     """Limits the attention to a window, in place."""
     attention, config = layer.get_submodule(descriptor.attention), descriptor.core(layer, "attention").config
     limit_window(attention, window, getattr(attention, descriptor.layer_index), descriptor.attn_implementation, config)
+
+
+def with_begun_weights(model: Any, layers: nn.Module, reshape: Callable[[], None]) -> None:
+    """Runs `reshape`, and gives the modules that it makes the weights that a new model of the family begins with.
+
+    Somebody may train the model from its beginning (`AutoModelForCausalLM.from_config`). On device meta nothing is done, and the random
+    numbers that are drawn later are the same with and without this.
+    """
+    before = set(layers.modules())
+    reshape()
+    made = [module for module in layers.modules() if module not in before]
+    if any(parameter.is_meta for module in made for parameter in module.parameters()):
+        return
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for module in made:
+            model._init_weights(module)
 
 
 def reshape_by_words(layer: nn.Module, words: Mapping[str, Any], descriptor: Descriptor, config: Any) -> None:

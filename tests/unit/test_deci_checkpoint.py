@@ -13,6 +13,7 @@ from puzzle_ray.errors import ConfigError, ParentError
 from puzzle_ray.export import deci_checkpoint
 from puzzle_ray.export.deci_checkpoint import export_nemotron_nas
 from puzzle_ray.export.engine_rules import ENGINES, problems
+from puzzle_ray.export.folders import export_to
 from puzzle_ray.export.target import configured_space
 from puzzle_ray.models.checkpoint import Checkpoint
 from puzzle_ray.models.child import load_model, new_child, read_config, save_child
@@ -124,6 +125,36 @@ def test_the_verb_writes_both_formats_and_says_in_one_line_what_is_wrong(tmp_pat
     assert "is there already; name a folder that is empty or absent" in capsys.readouterr().err
     assert run(["export-child", "--child", str(tmp_path / "parent"), "--out", str(tmp_path / "x")]) == 2
     assert "is no child of this package" in capsys.readouterr().err
+    for format_ in ("native", "nemotron_nas"):
+        inside_a_file = str(folder / "config.json" / "x")
+        assert run(["export-child", "--child", str(folder), "--format", format_, "--out", inside_a_file]) == 2
+        assert "config.json is no folder; name another folder" in capsys.readouterr().err
+        assert run(["export-child", "--child", str(folder), "--format", format_, "--out", "s3://bucket/x"]) == 2
+        assert "'s3://bucket/x' is a URL" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("format_", ["native", "nemotron_nas"])
+def test_a_child_that_is_trained_from_its_beginning_has_weights_to_begin_with(format_, tmp_path):
+    """`from_config` builds every layer. What a layer's own shape has made anew is drawn as the family draws it, and nothing else changes."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    _, folder = saved(tmp_path, initializer_range=0.3)
+    export_to(str(folder), tmp_path / "out", format_, ["transformers"])
+    config = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    first, second = [], []
+    for found in (first, second):
+        torch.manual_seed(3)
+        found.append(AutoModelForCausalLM.from_config(config, trust_remote_code=True))
+        found.append(torch.rand(1))
+    states = [dict(found[0].state_dict()) for found in (first, second)]
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+        if value.dim() == 2:
+            assert float(value.std()) == pytest.approx(0.3, rel=0.1), name
+    torch.manual_seed(3)
+    AutoModelForCausalLM.from_config(read_config(tmp_path / "parent"))
+    if format_ == "native":
+        assert torch.equal(torch.rand(1), first[1])
 
 
 def test_the_search_can_be_kept_within_the_format(tmp_path):

@@ -11,7 +11,8 @@ from byte_tokenizer import VOCAB_SIZE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving_models import ENDLESS, GREEDY, TOKENIZER, WAIT_S, gated, generated, some_prompts, tiny_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.models.child import load_model
@@ -128,6 +129,28 @@ def test_it_stops_after_the_end_of_text_token():
         on = engine.submit(prompt, SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)).result(WAIT_S)
     assert (result.token_ids, result.finish_reason) == (tokens[: tokens.index(tokens[6]) + 1], "stop")
     assert (len(on.token_ids), on.finish_reason) == (20, "length")
+
+
+def test_the_token_that_ends_an_answer_is_no_part_of_its_text(model):
+    """Whether the tokenizer calls it special or not: end-of-turn tokens of some chat models are plain to their tokenizers."""
+    prompt = [5, 9, 77]
+    tokens = generated(model, prompt, 8)
+    end = next(token for token in tokens[2:] if token not in tokens[:2])
+    number = tokens.index(end) + 1
+
+    def text(tokens):
+        stream = TextStream(TOKENIZER, prompt)
+        return stream.push_all(tokens) + stream.finish()
+
+    model.generation_config.eos_token_id = [0, end]
+    try:
+        with Engine(model, TOKENIZER) as engine:
+            ended = engine.submit(prompt, SamplingParams(max_tokens=number + 1, temperature=0)).result(WAIT_S)
+            kept = engine.submit(prompt, SamplingParams(max_tokens=number, temperature=0, ignore_eos=True)).result(WAIT_S)
+    finally:
+        model.generation_config.eos_token_id = 0
+    assert (ended.text, ended.token_ids, ended.finish_reason) == (text(tokens[: number - 1]), tokens[:number], "stop")
+    assert (kept.text, kept.token_ids) == (text(tokens[:number]), tokens[:number])
 
 
 def test_cancelling_frees_the_slot():
@@ -248,6 +271,9 @@ def test_a_request_whose_logits_are_nan_fails_alone():
         with pytest.raises(EngineFailed, match="not finite numbers"):
             broken.result(WAIT_S)
         assert len(sound.result(WAIT_S).token_ids) == 1
+        scored = engine.submit([3, 9], SamplingParams(max_tokens=0, temperature=0, logprobs=0, prompt_logprobs=True))
+        with pytest.raises(EngineFailed, match="not finite numbers"):
+            scored.result(WAIT_S)
         for _ in range(3):  # in the rows that the broken request has left, beside longer ones
             others = [engine.submit(prompt, GREEDY) for prompt in ([5, 6], [3, 4, 5, 6, 7])]
             assert all(len(other.result(WAIT_S).token_ids) >= 1 for other in others)
@@ -330,7 +356,7 @@ def test_tokens_of_which_no_text_can_be_made_end_their_own_request_only(model, s
     bad = next(token for token in tokens if token not in [*tokens[:2], *prompt])
 
     class Broken:
-        all_special_ids = TOKENIZER.all_special_ids
+        all_special_ids, added_tokens_decoder = TOKENIZER.all_special_ids, {}
 
         def decode(self, ids, **options):
             if bad in ids:
@@ -367,6 +393,22 @@ def test_spacing_is_that_of_prompt_and_answer_in_one(shared_data):
         stream = TextStream(tokenizer, ids[:5])
         pieces = [stream.push_all(ids[start : start + size]) for start in range(5, len(ids), size)]
         assert "".join([*pieces, stream.finish()]) == " naïve 😀 dogs ran. é€😀!"
+
+
+def test_text_goes_on_behind_a_special_token_that_has_no_role():
+    """Special to the tokenizer and no bos, eos or pad: `<|end|>` of Phi-3. A decoder that drops the first space must not begin anew there."""
+    vocab = {"▁once": 0, "▁upon": 1, "▁a": 2, "<unk>": 3}
+    inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    inner.decoder = decoders.Metaspace()
+    inner.add_special_tokens(["<|end|>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner)
+    assert tokenizer.all_special_ids == []
+    ids = [1, 4, 2, 4, 4, 0]
+    whole = tokenizer.decode([0, *ids], skip_special_tokens=True)
+    assert whole == "once upon a once"
+    one_by_one, together = TextStream(tokenizer, [0]), TextStream(tokenizer, [0])
+    assert "once" + "".join(map(one_by_one.push, ids)) + one_by_one.finish() == whole
+    assert "once" + together.push_all(ids[:3]) + together.push_all(ids[3:]) + together.finish() == whole
 
 
 def ids_of(text: str) -> list[int]:

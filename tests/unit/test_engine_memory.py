@@ -127,7 +127,7 @@ def test_memory_that_is_too_little_is_said_at_the_start():
         Engine(model, TOKENIZER, max_length=100, kv_cache_mib=0.01)
     engine = Engine(model, TOKENIZER, kv_cache_mib=2 * 4 * 3 * 2 * 8 * 80 / 2**20, prefix_cache=False)
     assert engine.max_length == 80  # nobody has asked for the model's own 128
-    with pytest.raises(ConfigError, match="may have 80"):
+    with pytest.raises(ConfigError, match="maximum context length is 80"):
         engine.submit(LONG, GREEDY)
     engine.close()
 

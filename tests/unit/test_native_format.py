@@ -190,6 +190,24 @@ def test_everyone_may_read_it_and_its_card_says_what_it_is(llama):
     assert "1. made: for a test" in card and "trust_remote_code=True" in card
 
 
+def test_whatever_a_tokenizer_is_made_of_goes_with_the_child(llama, tmp_path):
+    child, folder = llama
+    source = tmp_path / "source"
+    source.mkdir()
+    names = [
+        "tokenizer.model", "tokenizer.model.v3", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "vocab.txt",
+        "tokenization_own.py", "chat_template.jinja", "additional_chat_templates/tool_use.jinja", "puzzle_ray.json",
+    ]  # fmt: skip
+    for name in names:
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text((folder / "puzzle_ray.json").read_text() if name == "puzzle_ray.json" else name)
+    (source / "pytorch_model.bin").touch()
+    save_child(child, source, tmp_path / "child")
+    found = {file.relative_to(tmp_path / "child").as_posix(): file for file in (tmp_path / "child").rglob("*") if file.is_file()}
+    assert set(names) < set(found) and "pytorch_model.bin" not in found
+    assert {oct(file.stat().st_mode & 0o777) for file in found.values()} == {"0o644"}
+
+
 def test_the_history_goes_on_with_the_child(llama, tmp_path):
     child, folder = llama
     save_child(child, folder, tmp_path, {"distilled": "globally"})

@@ -193,6 +193,17 @@ def test_an_echo_has_the_text_without_the_tokens_that_stand_before_it(service):
     assert choice["logprobs"]["text_offset"] == [0, *range(9)]
 
 
+def test_a_request_that_names_no_limit_gets_what_fits(service):
+    asked = {name: value for name, value in ASK.items() if name != "max_tokens"}
+    for length, tokens in ((100, 16), (120, 8), (127, 1)):
+        found = answer(service, CompletionRequest(**asked | {"prompt": ["x" * length, "x"]}))
+        assert found["usage"]["completion_tokens"] == tokens + 16
+    with pytest.raises(ConfigError, match="prompt: has 128 tokens"):
+        submit(service, CompletionRequest(**asked | {"prompt": "x" * 128}))
+    with pytest.raises(ConfigError, match="max_tokens: is 16"):
+        submit(service, CompletionRequest(**asked | {"prompt": "x" * 120, "max_tokens": 16}))
+
+
 @pytest.mark.parametrize("echo", [False, True])
 def test_streamed_log_probabilities_are_those_of_the_whole_answer(service, echo):
     asked = ASK | {"logprobs": 3, "echo": echo}
@@ -238,7 +249,7 @@ def test_settings_of_the_request_reach_the_sampler(service):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [({"prompt": []}, "prompt: is empty"), ({"prompt": ""}, "prompt: is empty"), ({"prompt": [[]]}, "prompt: is empty"),
-     ({"stop": list("abcde")}, "stop: holds 5"), ({"max_tokens": 0}, "max_tokens: is 0"), ({"max_tokens": 1000}, "give at most"),
+     ({"stop": ["a"] * 33}, "stop: holds 33"), ({"max_tokens": 0}, "max_tokens: is 0"), ({"max_tokens": 1000}, "give at most"),
      ({"prompt": ["fine", [1]]}, "prompt"), ({"model": "other"}, "no model 'other'"), ({"prompt": "\ud800"}, "surrogate"),
      ({"prompt": "a" * 10**6}, "prompt: has 1000000 characters"), ({"prompt": ["a"] * 5, "n": 4}, "at most 16 may wait"),
      ({"prompt": [10**30]}, "out of range"), ({"logit_bias": {"300": 1}}, "logit_bias"), ({"stop_token_ids": [-1]}, "stop_token_ids")],
@@ -342,6 +353,22 @@ def test_a_failure_in_mid_stream_is_the_last_event(service):
     assert "the engine is closed" in json.loads(error.removeprefix("data: "))["error"]["message"] and done == "data: [DONE]\n\n"
     with pytest.raises(EngineFailed):
         failing.api.health()
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_stream_that_is_closed_frees_its_slot_whether_it_was_read_or_not(service, begun):
+    async def run():
+        before = service.engine.stats().finished
+        stream = await service.api.answer_stream(CompletionRequest(**ASK | {"max_tokens": 119}, stream=True))
+        (generation,) = stream.ag_frame.f_locals["generations"]
+        if begun:
+            await anext(stream)
+        await stream.aclose()
+        assert generation.cancelled
+        while service.engine.stats().finished == before:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(run())
 
 
 def test_where_many_streams_run_each_has_fewer_events(service):

@@ -31,8 +31,16 @@ def test_null_and_neutral_fields_change_nothing():
     neutral = {
         "response_format": {"type": "text"}, "tool_choice": "none", "tools": [], "parallel_tool_calls": True, "store": False,
         "modalities": ["text"], "functions": [], "function_call": "none", "audio": None, "reasoning_effort": None,
+        "prompt_cache_retention": "24h", "prompt_cache_options": {"mode": "implicit"},
     }  # fmt: skip
     assert ChatRequest(**CHAT, **neutral) == ChatRequest(**CHAT)
+    assert ChatRequest(**CHAT, logprobs=False, top_logprobs=0).logprob_params() == {"logprobs": None}
+    assert CompletionRequest(**ASK, logprobs=False) == CompletionRequest(**ASK)  # and not log-probabilities without alternatives
+    part = {"type": "text", "text": "hello", "prompt_cache_breakpoint": {"mode": "explicit"}}
+    (turn,) = ChatRequest(**CHAT | {"messages": [{"role": "user", "content": [part]}]}).messages
+    assert turn.turn() == CHAT["messages"][0]
+    asked = {"stream": True, "stream_options": {"include_usage": None, "include_obfuscation": False}}
+    assert not CompletionRequest(**ASK, **asked).stream_options.include_usage
 
 
 UNSUPPORTED = [
@@ -40,7 +48,7 @@ UNSUPPORTED = [
     (CompletionRequest, {"n": 0}), (CompletionRequest, {"n": 10**6}), (CompletionRequest, {"best_of": 3, "stream": True}),
     (CompletionRequest, {"n": 3, "best_of": 2}), (CompletionRequest, {"max_tokens": 0}),
     (CompletionRequest, {"logprobs": 21}), (CompletionRequest, {"logit_bias": {"5": 101}}), (CompletionRequest, {"logit_bias": {"x": 1}}),
-    (CompletionRequest, {"presence_penalty": float("nan")}), (CompletionRequest, {"stop": list("abcde")}),
+    (CompletionRequest, {"presence_penalty": float("nan")}), (CompletionRequest, {"stop": ["a"] * 33}),
     (CompletionRequest, {"stop_token_ids": [5] * 1025}),
     (ChatRequest, {"response_format": {"type": "json_object"}}), (ChatRequest, {"tool_choice": "required"}),
     (ChatRequest, {"tools": [{"type": "function"}]}), (ChatRequest, {"top_logprobs": 2}), (ChatRequest, {"max_tokens": 0}),
@@ -62,6 +70,29 @@ def test_malformed_bodies_name_the_field(field, value):
         CompletionRequest(**ASK | {field: value})
     error = validation_body(caught.value.errors())["error"]
     assert error["param"] == field and error["message"].startswith(field) and error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (CompletionRequest, {"prompt": [0] * 10**5 + ["a"]}),
+        (CompletionRequest, {"prompt": [[0.5]] * 10**5}),
+        (CompletionRequest, {"stop": [1] * 10**5}),
+        (CompletionRequest, {"stop_token_ids": ["a"] * 10**5}),
+        (CompletionRequest, {"logit_bias": {f"a{number}": "b" for number in range(10**5)}}),
+        (CompletionRequest, {f"a{number}": 1 for number in range(10**5)}),
+        (CompletionRequest, {"stream_options": {f"a{number}": 1 for number in range(10**5)}}),
+        (ChatRequest, {"messages": [1] * 10**5}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [{"type": "text"}] * 10**5}]}),
+        (ChatRequest, {"messages": [{"role": "user", "content": "x"} | {f"a{number}": 1 for number in range(10**5)}]}),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else value.__name__,
+)
+def test_however_much_is_wrong_the_error_is_short(kind, fields):
+    """Pydantic makes an error for each of a million wrong values, which takes gigabytes, and seconds of the event loop."""
+    with pytest.raises((ConfigError, ValidationError)) as caught:
+        kind(**(ASK if kind is CompletionRequest else CHAT) | fields)
+    assert not isinstance(caught.value, ValidationError) or caught.value.error_count() < 10
 
 
 def messages(*parts: bytes, pause_s: float = 0.0):
