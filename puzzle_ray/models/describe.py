@@ -29,6 +29,7 @@ _SMALL = {
     "sliding_window": 4,
     "pad_token_id": None,
 }
+_SMALL_OF_SOME = {"attention_types": [[["global", "local"], 1]], "window_size": 4, "word_embed_proj_dim": 32}
 _TOKENS = 12
 
 
@@ -49,12 +50,47 @@ def describe(config: Any) -> Descriptor:
 
 def _check_like_llama(descriptor: Descriptor, config: Any) -> None:
     """Raises ParentError that says what differs from Llama."""
-    settings = copy.deepcopy(config).to_dict()
-    for name in ("model_type", "architectures", "transformers_version", "puzzle_layers", "dtype"):
-        settings.pop(name, None)
-    problem = _problem(descriptor.model_type, json.dumps(settings, sort_keys=True, default=str))
+    problem = _problem(descriptor.model_type, json.dumps(_settings(config), sort_keys=True, default=str))
     if problem:
         raise unsupported_family(descriptor.model_type, problem)
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    found: dict[str, Any] = copy.deepcopy(config).to_dict()
+    for name in ("model_type", "architectures", "transformers_version", "puzzle_layers", "dtype"):
+        found.pop(name, None)
+    return found
+
+
+def small_model(config: Any) -> Any:
+    """A small model of a config's type with random weights, always the same.
+
+    Of a type with a table it has the settings that all of that type have by default; of another one, those of the config.
+    """
+    import torch
+    import transformers
+
+    descriptor = descriptor_of(config)
+    config_class = getattr(transformers, descriptor.config_class)
+    if descriptor.model_type in families():
+        known = config_class()
+        own = config_class(**{name: value for name, value in (_SMALL | _SMALL_OF_SOME).items() if hasattr(known, name)})
+    else:
+        own = config_class(**_shrunk(json.loads(json.dumps(_settings(config), default=str))))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model_class: Any = getattr(transformers, descriptor.model_class)
+        model = model_class._from_config(own, attn_implementation=descriptor.attn_implementation).float().eval()
+        _draw(model)
+    return model
+
+
+def _draw(model: Any) -> None:
+    """Weights large enough that every part matters."""
+    import torch
+
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0.0, 0.25) if parameter.dim() > 1 else torch.nn.init.uniform_(parameter, 0.5, 1.5)
 
 
 def _shrunk(settings: dict[str, Any]) -> dict[str, Any]:
@@ -121,8 +157,7 @@ def _differs(model: Any, descriptor: Descriptor) -> str:
     from puzzle_ray.models.blocks import LayerStack, swapped
     from puzzle_ray.models.child_classes import child_classes
 
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, 0.0, 0.25) if parameter.dim() > 1 else torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    _draw(model)
     config = model.config
     ids = torch.arange(2 * _TOKENS).remainder(config.vocab_size).reshape(2, _TOKENS)
     with torch.no_grad():
