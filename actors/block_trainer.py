@@ -9,7 +9,7 @@ import ray
 
 from actors.metrics import note_gpu_memory
 from actors.names import part_in_words
-from actors.transport import Container
+from actors.transport import Container, unpacked_positions
 from puzzle_ray.artifacts import SearchSpace
 from puzzle_ray.distill.settings import LibraryConfig
 from puzzle_ray.store import Artifact
@@ -60,11 +60,16 @@ class Trainer:
         """Writes a checkpoint of every variant here."""
         self.group.save()
 
-    def step(self, position: int, indices: Sequence[int], *hidden_states: Container) -> float | None:
-        """One micro-batch: `hidden_states[n]` is the input of layer `indices[n]`. Raises OutOfOrder for a gap."""
+    def step(
+        self, position: int, indices: Sequence[int], *hidden_states: Container, position_ids: Container | None = None
+    ) -> float | None:
+        """One micro-batch: `hidden_states[n]` is the input of layer `indices[n]`. Raises OutOfOrder for a gap.
+
+        `position_ids` are as of `Shard.forward`.
+        """
         arrived = [self.transport.unpack(h, self.travels) for h in hidden_states]
         tensors = {i: tensor.to(self.device).float() for i, tensor in zip(indices, arrived, strict=True)}
-        loss = self.group.step(position, tensors)
+        loss = self.group.step(position, tensors, unpacked_positions(position_ids, self.device))
         note_gpu_memory(f"block trainer, {self.words}", self.device)
         return loss
 

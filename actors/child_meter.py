@@ -34,6 +34,7 @@ class _Pipeline:
     shards: list[ActorHandle[Any]]
     library: Artifact
     batches: ObjectRef[list[Container]]
+    separator: int | None
     entering: list[Any] = field(default_factory=list)  # per shard: the parent's hidden states at its border
 
     def measure(self, choices: Choices) -> ObjectRef[Measured]:
@@ -41,10 +42,11 @@ class _Pipeline:
         if not self.entering:
             self.entering = [[]]
             for shard in self.shards:
-                self.entering.append(shard.remember_parent.remote(self.library, self.batches, self.entering[-1]))
+                parent = (self.library, self.batches, self.entering[-1], self.separator)
+                self.entering.append(shard.remember_parent.remote(*parent))
         out: Any = []
         for shard, parent_entering in zip(self.shards, self.entering, strict=False):
-            out = shard.run_child.remote(choices, out, self.library, self.batches, parent_entering)
+            out = shard.run_child.remote(choices, out, self.library, self.batches, parent_entering, self.separator)
         measured: ObjectRef[Measured] = out
         return measured
 
@@ -68,10 +70,11 @@ class ChildMeters:
         progress: Progress,
         dtype: str = "float32",
         tf32: bool = False,
+        separator: int | None = None,
     ) -> None:
         self.parent, self.library, self.batches = parent, library, list(batches)
         self.cluster, self.artifact, self.progress = cluster, artifact, progress
-        self.dtype, self.tf32 = dtype, tf32
+        self.dtype, self.tf32, self.separator = dtype, tf32, separator
         self.pipelines: ParentPipelines[_Pipeline] | None = None
 
     def __call__(self, children: Sequence[Choices]) -> list[Measured]:
@@ -87,10 +90,11 @@ class ChildMeters:
             config = read_config(locate(self.parent))
             descriptor, tokens = describe(config), max((batch.size for batch in self.batches), default=1)
             how = ScoringConfig.model_validate({"dtype": self.dtype})
+            masked = 0 if self.separator is None else max((batch.shape[1] for batch in self.batches), default=0)
             ids = ray.put(self.batches)
 
             def held_bytes(layers: range) -> int:
-                held = shard_bytes(config, descriptor, layers, how, tokens, None)
+                held = shard_bytes(config, descriptor, layers, how, tokens, None, masked)
                 return held.total + KEPT_BYTES
 
             self.pipelines = ParentPipelines(
@@ -100,7 +104,7 @@ class ChildMeters:
                 "search",
                 limit,
                 held_bytes,
-                lambda shards, _: _Pipeline(shards, self.library, ids),
+                lambda shards, _: _Pipeline(shards, self.library, ids, self.separator),
                 dtype=self.dtype,
                 tf32=self.tf32,
             )
@@ -134,9 +138,13 @@ def measuring(
     progress: Progress,
     dtype: str = "float32",
     tf32: bool = False,
+    separator: int | None = None,
 ) -> Iterator[ChildMeters]:
-    """Meters for as long as they are needed. They compute as blocks are scored: see `scoring.dtype` and `scoring.tf32`."""
-    meters = ChildMeters(parent, library, batches, cluster, artifact, progress, dtype, tf32)
+    """Meters for as long as they are needed. They compute as blocks are scored: see `scoring.dtype` and `scoring.tf32`.
+
+    `separator` is as of `puzzle_ray.evaluation.child_meter.ShardMeter`.
+    """
+    meters = ChildMeters(parent, library, batches, cluster, artifact, progress, dtype, tf32, separator)
     try:
         yield meters
     finally:

@@ -8,7 +8,7 @@ import ray
 
 from actors.block_trainer import Trainer
 from actors.parent_shard import Shard
-from actors.transport import Container
+from actors.transport import Container, unpacked_positions
 
 
 class Colocated(Shard):
@@ -38,16 +38,19 @@ class Colocated(Shard):
         if self.trainer is not None:
             self.trainer.save()
 
-    def forward_and_train(self, position: int, entering: Container) -> tuple[Container | None, float | None]:
+    def forward_and_train(
+        self, position: int, entering: Container, position_ids: Container | None = None
+    ) -> tuple[Container | None, float | None]:
         """One micro-batch: what the next shard is entered with (None behind the last), and the mean training loss.
 
-        `entering` is token ids for the first shard, else hidden states. Raises OutOfOrder for a gap.
+        `entering` is token ids for the first shard, else hidden states; `position_ids` are as of `Shard.forward`. Raises OutOfOrder for
+        a gap.
         """
         import torch
 
         torch.set_num_threads(self.threads)
         with torch.inference_mode():
-            states = list(self._states(entering))
+            states = list(self._states(entering, position_ids))
             leaving = None if self.is_last else self.transport.pack(states[-1], self.travels)
         self._sent_some([] if leaving is None else [leaving])
         if self.trainer is None:
@@ -56,7 +59,7 @@ class Colocated(Shard):
         own = {index for trainer in self.trainer.group.trainers for index in (trainer.index, trainer.index + 1)}
         # copies: a tensor of inference mode cannot be trained on
         tensors = {index: states[index - self.stack.first].clone().to(self.trainer.device).float() for index in own}
-        return leaving, self.trainer.group.step(position, tensors)
+        return leaving, self.trainer.group.step(position, tensors, unpacked_positions(position_ids, self.trainer.device))
 
 
 @ray.remote(

@@ -22,11 +22,12 @@ class Flow:
     tokens: int
     hidden_size: int
     dtype_bytes: int
+    has_positions: bool = False  # position ids go along, see `data.document_mask`
 
     @classmethod
-    def of(cls, config: LibraryConfig, hidden_size: int, num_shards: int) -> Flow:
+    def of(cls, config: LibraryConfig, hidden_size: int, num_shards: int, has_positions: bool = False) -> Flow:
         dtype_bytes = 4 if config.activation_dtype == "float32" else 2
-        return cls(config.in_flight(num_shards), config.micro_batch_tokens, hidden_size, dtype_bytes)
+        return cls(config.in_flight(num_shards), config.micro_batch_tokens, hidden_size, dtype_bytes, has_positions)
 
     @property
     def state_bytes(self) -> int:
@@ -34,8 +35,9 @@ class Flow:
         return self.tokens * self.hidden_size * self.dtype_bytes
 
     def bound_bytes(self, num_states: int) -> int:
-        """In flight at the most, with `num_states` hidden states of each micro-batch: window x (states + token ids)."""
+        """In flight at the most, with `num_states` hidden states of each micro-batch: window x (states + token ids + position ids)."""
         ids = self.tokens * 8 + OBJECT_OVERHEAD
+        ids += self.tokens * 4 + OBJECT_OVERHEAD if self.has_positions else 0
         return self.window * (num_states * (self.state_bytes + OBJECT_OVERHEAD) + ids)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ from actors.parent_shard import ParentShard, ShardUsage
 from actors.placement import DIED, not_placed, trainer_options, wait_ready
 from actors.reservation import Reservation, ShardPlan, check_stores, plan_shards, room_elsewhere, say
 from actors.spill_watch import SpillWatch
-from actors.transport import find_transport
+from actors.transport import find_transport, packed_positions
 from puzzle_ray.artifacts import SearchSpace
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.data.order import Tokens
@@ -72,20 +72,23 @@ class Stream:
         """Layers of each trainer; a layer has several where its variants are split."""
         return [group for plan in self.plans for group in plan.groups]
 
-    def send(self, position: int, ids: Any) -> list[ObjectRef[Any]]:
-        """Lets one micro-batch flow; returns one reference per trainer. Hidden state i is the input of layer i."""
+    def send(self, position: int, ids: Any, known: Mapping[str, Any]) -> list[ObjectRef[Any]]:
+        """Lets one micro-batch flow; returns one reference per trainer. Hidden state i is the input of layer i.
+
+        `known` goes along to everyone: `position_ids`, where attention does not cross documents.
+        """
         hidden: list[ObjectRef[Any]] = []
         entering: Any = ids
         options = find_transport(self.cluster.transport).method_options
         for shard, plan in zip(self.shards, self.plans, strict=True):
             returns = len(plan.layers) + (not hidden)
-            out = shard.forward.options(num_returns=returns, **options).remote(entering)
+            out = shard.forward.options(num_returns=returns, **options).remote(entering, **known)
             hidden += out if isinstance(out, list) else [out]
             entering = hidden[-1]
         pending = []
         for trainer, layers in zip(self.trainers, self.groups, strict=True):
             indices = sorted({i for layer in layers for i in (layer, layer + 1)})
-            pending.append(trainer.step.remote(position, indices, *[hidden[i] for i in indices]))
+            pending.append(trainer.step.remote(position, indices, *[hidden[i] for i in indices], **known))
         return pending
 
     def collect(self, pending: Sequence[ObjectRef[Any]]) -> float | None:
@@ -151,25 +154,32 @@ class ColocatedStream(Stream):
         """Of shards that train nothing, too: a call of one that is being started again fails at once."""
         return [shard.pid.remote() for shard in self.shards]
 
-    def send(self, position: int, ids: Any) -> list[ObjectRef[Any]]:
+    def send(self, position: int, ids: Any, known: Mapping[str, Any]) -> list[ObjectRef[Any]]:
         entering: Any = ids
         pending = []
         options = find_transport(self.cluster.transport).method_options
         for shard in self.shards:
-            entering, loss = shard.forward_and_train.options(num_returns=2, **options).remote(position, entering)
+            call = shard.forward_and_train.options(num_returns=2, **options)
+            entering, loss = call.remote(position, entering, **known)
             pending.append(loss)
         return pending
 
 
 def open_stream(
-    parent: str, layers: Sequence[int], space: SearchSpace, config: LibraryConfig, cluster: ClusterConfig, artifact: Artifact
+    parent: str,
+    layers: Sequence[int],
+    space: SearchSpace,
+    config: LibraryConfig,
+    cluster: ClusterConfig,
+    artifact: Artifact,
+    masked: bool = False,
 ) -> Stream:
-    """Starts the actors that train `layers`, and waits for them; whoever opens a stream releases it.
+    """Starts the actors that train `layers`, and waits for them; whoever opens a stream releases it. `masked`: position ids go along.
 
     Raises ClusterError when they cannot be placed, or when a node's store cannot hold what flows through it.
     """
     plans = plan_shards(layers, cluster, space)
-    flow = Flow.of(config, read_config(locate(parent)).hidden_size, len(plans))
+    flow = Flow.of(config, read_config(locate(parent)).hidden_size, len(plans), masked)
     reservation = Reservation.make(plans, cluster)
     shards: list[ActorHandle[Any]] = []
     trainers: list[ActorHandle[Any]] = []
@@ -231,7 +241,8 @@ def flow(
                 break
             while len(in_flight) >= window:
                 await_oldest()
-            in_flight.append(stream.send(position, text.batch(position).numpy()))
+            ids = text.batch(position)
+            in_flight.append(stream.send(position, ids.numpy(), _known(text, ids)))
             note("queue_depth", len(in_flight), stage="library")
         while in_flight:
             await_oldest()
@@ -239,6 +250,12 @@ def flow(
         stream.drain(in_flight)
         raise
     return not left
+
+
+def _known(text: LibraryText, ids: Any) -> dict[str, Any]:
+    """What every shard and trainer is told of a micro-batch beside hidden states; put once for all of them."""
+    position_ids = packed_positions(text.position_ids(ids))
+    return {} if position_ids is None else {"position_ids": ray.put(position_ids)}
 
 
 def build_library(
@@ -260,7 +277,8 @@ def build_library(
     if layers:
         text = LibraryText.of(tokens, seed, config)
         text.say_epochs()
-        stream = open_stream(parent, layers, space, config, cluster, artifact)
+        masked = tokens.separator is not None
+        stream = open_stream(parent, layers, space, config, cluster, artifact, masked)
         try:
             with progress.stage("library", text.schedule.positions, "micro-batch") as bar:
                 counting = _Counting(bar)
@@ -268,7 +286,7 @@ def build_library(
                     stream.save()
                     stream.release()
                     layers = unfinished_layers(space, artifact)
-                    stream = open_stream(parent, layers, space, config, cluster, artifact)
+                    stream = open_stream(parent, layers, space, config, cluster, artifact, masked)
             _say_usage(stream)
         finally:
             stream.release()

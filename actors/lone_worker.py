@@ -40,6 +40,7 @@ def evaluate(
     dtype: str,
     use_gpu: bool,
     questions: Sequence[QuestionBatch] = (),
+    separator: int | None = None,
 ) -> dict[str, Any]:
     """Measures the parent and its children side by side."""
     import torch
@@ -49,11 +50,11 @@ def evaluate(
 
     compute_with(num_threads)
     tensors = [torch.from_numpy(batch.copy()) for batch in batches]
-    return library.evaluate(folders, tensors, architecture, scenario, config, dtype, Quiet(), use_gpu, questions)
+    return library.evaluate(folders, tensors, architecture, scenario, config, dtype, Quiet(), use_gpu, questions, separator)
 
 
 def predict(
-    num_threads: int, folders: Mapping[str, str], batches: Sequence[Container], use_gpu: bool
+    num_threads: int, folders: Mapping[str, str], batches: Sequence[Container], use_gpu: bool, separator: int | None = None
 ) -> dict[str, dict[str, float]]:
     """Held-out predictions of the parent and its children, nothing timed."""
     import torch
@@ -63,7 +64,7 @@ def predict(
 
     compute_with(num_threads)
     models = Models(folders, torch.device("cuda" if use_gpu else "cpu"))
-    return predictions(models, [torch.from_numpy(batch.copy()) for batch in batches])
+    return predictions(models, [torch.from_numpy(batch.copy()) for batch in batches], separator=separator)
 
 
 @ray.remote(max_restarts=0)  # the pool starts another, which does the work again from the start, into the same step

@@ -14,7 +14,7 @@ import ray
 
 from actors.metrics import note_gpu_memory
 from actors.names import layers_in_words
-from actors.transport import Container
+from actors.transport import Container, unpacked_positions
 from puzzle_ray.artifacts import Choices, Measured, SearchSpace
 from puzzle_ray.scoring.downstream import QuestionBatch
 from puzzle_ray.scoring.fisher import Estimates
@@ -25,10 +25,14 @@ from puzzle_ray.store import Artifact
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """What all shards score on: token ids `[batch, tokens]` of each text batch, and batches of questions."""
+    """What all shards score on: token ids `[batch, tokens]` of each text batch, and batches of questions.
+
+    `separator` is the token that the text's documents begin with, where attention does not cross them.
+    """
 
     texts: Sequence[Container]
     questions: Sequence[QuestionBatch]
+    separator: int | None = None
 
 
 @dataclass(frozen=True)
@@ -100,33 +104,35 @@ class Shard:
         on_gpu = torch.cuda.max_memory_allocated(self.stack.device) if self.stack.device.type == "cuda" else 0
         return ShardUsage(sum(held.values()), peak, on_gpu, self.sent_bytes, self.sent_tokens)
 
-    def forward(self, entering: Container) -> list[Container]:
+    def forward(self, entering: Container, position_ids: Container | None = None) -> list[Container]:
         """Token ids (first shard) or hidden states in; every layer's output out, behind the embedding's for the first shard.
 
-        As an actor method, call it with `num_returns` = layers (+ 1 for the first shard): each hidden state is put once.
+        `position_ids`, int32 of the shape of the ids, say where documents begin (see `puzzle_ray.data.packing`). As an actor method,
+        call it with `num_returns` = layers (+ 1 for the first shard): each hidden state is put once.
         """
         import torch
 
         with torch.inference_mode():
-            states = self._states(entering)
+            states = self._states(entering, position_ids)
             first = next(states)
             ours = states if self.stack.embedding is None else chain([first], states)  # what entered is there already
             leaving = self.transport.pack_all(ours, self.travels)
         self._sent_some(leaving)
         return leaving if len(leaving) > 1 else leaving[0]
 
-    def _states(self, entering: Container) -> Iterator[Any]:
+    def _states(self, entering: Container, position_ids: Container | None) -> Iterator[Any]:
         """The input of the first layer and every layer's output, on the device, rounded as they travel; in inference mode."""
         import torch
 
+        known = unpacked_positions(position_ids, self.stack.device)
         if self.stack.embedding is not None:
-            hidden = self.stack.embed(torch.from_numpy(entering.copy()).to(self.stack.device)).to(self.travels)
+            hidden = self.stack.embed(torch.from_numpy(entering.copy()).to(self.stack.device), known).to(self.travels)
         else:
             hidden = self._arrived(entering, self.travels)
         yield hidden
         for index in range(self.stack.first, self.stack.last):
             entered = hidden.to(self.stack.dtype)  # rounded as it travels, so that where shards end makes no difference
-            hidden = self.stack.run_layer(self.stack.layer(index), index, entered).to(self.travels)
+            hidden = self.stack.run_layer(self.stack.layer(index), index, entered, position_ids=known).to(self.travels)
             yield hidden
 
     def _sent_some(self, leaving: Sequence[Container]) -> None:
@@ -153,7 +159,8 @@ class Shard:
         from puzzle_ray.scoring.shard import ShardScorer
 
         if self.scorer is None:
-            self.scorer = ShardScorer(self.stack, [torch.from_numpy(batch.copy()) for batch in data.texts], data.questions)
+            texts = [torch.from_numpy(batch.copy()) for batch in data.texts]
+            self.scorer = ShardScorer(self.stack, texts, data.questions, data.separator)
         arrived = [self._arrived(batch, self.stack.dtype) for batch in entering]
         return self._sent(self.scorer.run_parent(arrived, batches))
 
@@ -184,7 +191,7 @@ class Shard:
     ) -> Any:
         """The same for a shard behind the one that exchanged."""
         self._remember(batches, data, entering)
-        return self._leave(task, self.scorer.run_suffix([self._arrived(batch, self.stack.dtype) for batch in damaged]))
+        return self._leave(task, self.scorer.run_suffix(task, [self._arrived(batch, self.stack.dtype) for batch in damaged]))
 
     def _leave(self, task: ScoringTask, leaving: Sequence[Any]) -> list[Container] | list[list[Damage]]:
         if not self.scorer.ends:
@@ -220,14 +227,20 @@ class Shard:
 
     # measuring whole children
 
-    def remember_parent(self, library: Artifact, ids: Sequence[Container], entering: Sequence[Container]) -> list[Container]:
-        """Prepares measuring: remembers the parent's predictions on batches of token ids. Returns the next shard's input."""
+    def remember_parent(
+        self, library: Artifact, ids: Sequence[Container], entering: Sequence[Container], separator: int | None = None
+    ) -> list[Container]:
+        """Prepares measuring: remembers the parent's predictions on batches of token ids. Returns the next shard's input.
+
+        `separator` is as of `EvaluationData`.
+        """
         import torch
 
         from puzzle_ray.distill.library import Library
         from puzzle_ray.evaluation.child_meter import ShardMeter
 
-        self.meter = ShardMeter(self.stack, Library(library), [torch.from_numpy(batch.copy()) for batch in ids])
+        batches = [torch.from_numpy(batch.copy()) for batch in ids]
+        self.meter = ShardMeter(self.stack, Library(library), batches, separator=separator)
         leaving = self.meter.remember_parent([self._arrived(batch, self.stack.dtype) for batch in entering])
         return self._sent(leaving)
 
@@ -238,10 +251,11 @@ class Shard:
         library: Artifact,
         ids: Sequence[Container],
         parent_entering: Sequence[Container],
+        separator: int | None = None,
     ) -> list[Container] | Measured:
         """Runs this shard's layers of a child. Returns the next shard's input, or at the end what was measured."""
         if self.meter is None:  # this process was restarted
-            self.remember_parent(library, ids, parent_entering)
+            self.remember_parent(library, ids, parent_entering, separator)
         leaving = self.meter.run(choices, [self._arrived(batch, self.stack.dtype) for batch in entering])
         measured: Measured | None = self.meter.compare(leaving) if self.stack.head is not None else None
         return self._sent(leaving) if measured is None else measured

@@ -112,9 +112,10 @@ class _Pipelines:
         self.batch_tokens = [batch.size for batch in (*data.texts, *(q.input_ids for q in data.questions))]
         depth, descriptor = self.model_config.num_hidden_layers, describe(self.model_config)
         largest = max(self.batch_tokens)
+        masked = 0 if data.separator is None else data.texts[0].shape[1]
 
         def held_bytes(layers: range) -> int:
-            return shard_bytes(self.model_config, descriptor, layers, config, largest, None).total
+            return shard_bytes(self.model_config, descriptor, layers, config, largest, None, masked).total
 
         def handle_of(shards: list[ActorHandle[Any]], layers: list[range]) -> _Pipeline:
             self.sent = self.sent or ray.put(data)
@@ -148,7 +149,7 @@ class _Pipelines:
 def _evaluation_data(parent: str, model_config: Any, config: ScoringConfig, tokens: Tokens) -> EvaluationData:
     questions = load_questions(parent, config, model_config)
     sequences = config.micro_batch_tokens // tokens.sequences.shape[1]
-    return EvaluationData([batch.numpy() for batch in tokens.first(config.tokens, sequences)], questions)
+    return EvaluationData([batch.numpy() for batch in tokens.first(config.tokens, sequences)], questions, tokens.separator)
 
 
 def score_blocks(

@@ -32,6 +32,16 @@ class Transport(Protocol):
         """The tensor again, in the `dtype` it was packed in. It may be shared with other receivers: never write to it."""
 
 
+def packed_positions(position_ids: Tensor | None) -> Container | None:
+    """Position ids as they travel beside hidden states: four bytes a token."""
+    return None if position_ids is None else position_ids.to(torch.int32).numpy()
+
+
+def unpacked_positions(packed: Container | None, device: torch.device) -> Tensor | None:
+    """The same where they arrive."""
+    return None if packed is None else torch.from_numpy(packed.astype(np.int64)).to(device)
+
+
 class HostCopies:
     """Copies from a GPU to the host while the GPU goes on computing; a tensor of the host is its own copy.
 

@@ -155,5 +155,6 @@ def window_bytes(run: Run) -> int:
     model_config: Any = run.parent.model_config
     shards = min(run.config.cluster.num_shards, model_config.num_hidden_layers)
     states = (shards if run.config.cluster.colocate else model_config.num_hidden_layers) + 1
-    flow = Flow.of(run.config.library, model_config.hidden_size, shards).bound_bytes(states)
+    masked = run.config.data.document_mask
+    flow = Flow.of(run.config.library, model_config.hidden_size, shards, masked).bound_bytes(states)
     return max(flow, text_bytes(run.config.data, num_cores()))

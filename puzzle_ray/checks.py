@@ -36,6 +36,7 @@ def check(config: RunConfig, store: Store) -> None:
         raise ConfigError("data.train", "no training text is named", "give --data, or use parent: tiny without data.heldout")
     model_config = _tiny_config() if config.parent == TINY else _checked_parent(config)
     _check_space(config, model_config)
+    _check_document_mask(config, model_config)
     layer_weights(config.gkd, model_config)
     _check_evaluation(config, model_config)
 
@@ -68,6 +69,15 @@ def _check_evaluation(config: RunConfig, model_config: Any) -> None:
         from puzzle_ray.evaluation.harness import check_tasks
 
         check_tasks(evaluate.tasks)
+
+
+def _check_document_mask(config: RunConfig, model_config: Any) -> None:
+    """Whether the parent, and so all of its children, read every document of a packed sequence as if it stood alone."""
+    from puzzle_ray.models.packed import check_packed
+
+    if config.data.document_mask:
+        rows = (config.data.sequence_length, config.evaluate.window_tokens or 0)
+        check_packed(model_config, max(*rows, *(stage.sequence_length for stage in config.gkd.stages)))
 
 
 def _check_questions(scoring: ScoringConfig) -> None:
@@ -144,11 +154,15 @@ def check_asked(config: RunConfig, tokenizer: Any, model_config: Any) -> None:
     """Raises ConfigError or DataError for a prompt or questions that the parent's vocabulary or positions are too small for, and for
     numbers that do not fit a text in which they are to be found again.
 
-    The tiny parent's tokenizer is there only when it is trained; its runs look then.
+    Also for text that `data.document_mask` cannot be used with. The tiny parent's tokenizer is there only when it is trained; its runs
+    look then.
     """
+    from puzzle_ray.data.documents import check_separators
     from puzzle_ray.evaluation.evaluate import check_prompt
     from puzzle_ray.scoring.downstream import HALVES, batches_for
 
+    if config.data.document_mask:
+        check_separators(config.data, tokenizer)
     positions = getattr(model_config, "max_position_embeddings", None)
     check_prompt(config.evaluate, tokenizer, positions, model_config.vocab_size)
     if lengths := config.evaluate.retrieval_tokens:

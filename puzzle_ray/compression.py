@@ -12,11 +12,13 @@ import torch
 from puzzle_ray.artifacts import Choices, SearchSpace
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.config import TINY, RunConfig
+from puzzle_ray.data.packing import masked_by
 from puzzle_ray.export.target import configured_space
 from puzzle_ray.models.blocks import LayerStack, load_stack
 from puzzle_ray.models.checkpoint import fingerprint, locate
 from puzzle_ray.models.child import read_config
 from puzzle_ray.models.describe import describe
+from puzzle_ray.models.tokenizer import read_tokenizer
 from puzzle_ray.process import compute_with
 from puzzle_ray.profiling.batch_sizes import with_batch_sizes
 from puzzle_ray.profiling.settings import ProfileConfig
@@ -69,6 +71,13 @@ class Setting:
     @cached_property
     def model_config(self) -> Any:
         return read_config(self.parent)
+
+    @cached_property
+    def separator(self) -> int | None:
+        """The token that documents begin with, where attention does not cross them (`data.document_mask`)."""
+        if not self.config.data.document_mask:
+            return None
+        return masked_by(read_tokenizer(self.original.parent, self.config.trust_remote_code))
 
     @property
     def max_positions(self) -> int | None:

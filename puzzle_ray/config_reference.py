@@ -43,6 +43,7 @@ AIMS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "three parts of one text to one of another",
         ("data.train=[{source: org/web, config_name: en, weight: 3}, {source: code.jsonl}]",),
     ),
+    ("documents that do not see each other", ("data.document_mask=true",)),
     ("a first look in little time", ("library.tokens=1000000", "gkd.tokens=0", "search.candidates=1")),
     ("a better child", ("library.tokens=1000000000", "gkd.tokens=5000000000")),
     (

@@ -173,7 +173,8 @@ def tokens_of(s: Setting) -> Artifact:
 def parts_of(s: Setting, tokens: Artifact) -> HeldoutParts:
     """Held-out text in three parts that share no sequence: what scores blocks, what picks the child, what is reported."""
     config = s.config
-    return heldout_parts(load_tokens(tokens)[1], config.scoring.tokens, config.pick_tokens, config.evaluate.tokens)
+    heldout = load_tokens(tokens, s.separator)[1]
+    return heldout_parts(heldout, config.scoring.tokens, config.pick_tokens, config.evaluate.tokens)
 
 
 def library_of(s: Setting, tokens: Artifact) -> Artifact:
@@ -185,12 +186,13 @@ def library_of(s: Setting, tokens: Artifact) -> Artifact:
     inputs |= {"carried over": f"{s.after.library.key} {list(kept)}"} if s.after and kept else {}
 
     def work(artifact: Artifact) -> None:
-        train, _ = load_tokens(tokens)
+        train, _ = load_tokens(tokens, s.separator)
         if s.after:
             carry_over(s.after.library, kept, s.space, artifact)
         build_serially(str(s.parent), s.space, config, train, seed, artifact, s.progress, s.cluster.cpus_per_trainer)
 
     settings = {"library": config.identity(), "seed": seed, "torch": torch_series(), "cluster": s.cluster.library_identity()}
+    settings |= s.config.data.mask_identity()
     return once(s.store.artifact("library", settings, inputs), work)
 
 
@@ -237,9 +239,10 @@ def scores_of(s: Setting, tokens: Artifact, library: Artifact) -> Artifact:
     def work(artifact: Artifact) -> None:
         questions = load_questions(str(s.parent), config, s.model_config)
         data = (scoring_texts(s, tokens), s.space, config, artifact, Library(library).states, s.progress, questions)
-        score_serially(s.stack(), *data)
+        score_serially(s.stack(), *data, s.separator)
 
     settings = {"scoring": config.identity(), "torch": torch_series(), "cluster": s.cluster.shards_identity()}
+    settings |= s.config.data.mask_identity()
     inputs = {"library": library.key} | parts_of(s, tokens).sources(score=config.tokens) | questions_source(s)
     return once(s.store.artifact("scores", settings, inputs), work)
 
@@ -255,6 +258,7 @@ def architecture_of(s: Setting, tokens: Artifact, library: Artifact, profile: Ar
     settings |= {"memory": s.profile_config.memory()}
     settings |= {"round": [s.number, config.rounds]} if config.rounds > 1 else {}
     settings |= {"gkd": shortened(s).identity(), "torch": torch_series()} if search.distil_tokens else {}
+    settings |= config.data.mask_identity() if search.measures else {}
 
     def work(artifact: Artifact) -> None:
         costs = read_profile(s, profile)
@@ -295,7 +299,7 @@ def exact(s: Setting, tokens: Artifact, library: Artifact, scores: Artifact) -> 
     artifact = s.store.artifact("exact_scores", {}, {"scores": scores.key})
     questions = load_questions(str(s.parent), config, s.model_config)
     data = (scoring_texts(s, tokens), config, artifact, Library(library).states, s.progress, questions)
-    scorer = SerialScorer(s.stack(), *data)
+    scorer = SerialScorer(s.stack(), *data, s.separator)
 
     def make(found: Scores, answers: Answers) -> Scores:
         with adding_items(artifact):
@@ -308,7 +312,8 @@ def exact(s: Setting, tokens: Artifact, library: Artifact, scores: Artifact) -> 
 def measuring(s: Setting, tokens: Artifact, library: Artifact) -> Iterator[Measure]:
     """A function that measures whole children on held-out text."""
     count, sequences = s.config.search.measure_tokens, s.config.scoring.micro_batch_tokens // s.config.data.sequence_length
-    meter = ChildMeter(s.stack(), Library(library), parts_of(s, tokens).pick.first(count, max(1, sequences)))
+    batches = parts_of(s, tokens).pick.first(count, max(1, sequences))
+    meter = ChildMeter(s.stack(), Library(library), batches, separator=s.separator)
     yield lambda children: [meter.measure(choices) for choices in children]
 
 
@@ -333,9 +338,10 @@ def distilled_of(s: Setting, tokens: Artifact, child: Artifact) -> Artifact:
         heldout = (
             tuple(ids.numpy() for ids in parts.pick.first(config.heldout_tokens, SEQUENCES)) if config.heldout_tokens else ()
         )
-        distill_child(GkdJob(str(s.original.parent), child, tokens, artifact, config, seed, heldout=heldout), s.progress)
+        parent = str(s.original.parent)
+        distill_child(GkdJob(parent, child, tokens, artifact, config, seed, None, heldout, s.separator), s.progress)
 
-    settings = {"gkd": config.identity(), "seed": seed, "torch": torch_series()}
+    settings = {"gkd": config.identity(), "seed": seed, "torch": torch_series()} | s.config.data.mask_identity()
     inputs = {"child": child.key} | train_tokens_source(tokens)
     inputs |= parts.sources(pick=config.heldout_tokens) if config.heldout_tokens else {}
     inputs |= original_source(s)
@@ -352,12 +358,12 @@ def evaluation_of(
         compute_with(num_cores())
         batches = parts.test.first(config.tokens, config.sequences(s.config.data.sequence_length))
         questions = load_questions(str(s.parent), scoring, s.model_config, "test")
-        how = (profile.scenario, config, profile.dtype, s.progress, profile.num_gpus > 0, questions)
+        how = (profile.scenario, config, profile.dtype, s.progress, profile.num_gpus > 0, questions, s.separator)
         found = evaluate(folders, batches, read_architecture(architecture), *how)
         artifact.write_json(EVALUATION, found | {"heldout": parts.ranges})
         artifact.finish({name: found[name] for name in ("measured_speedup", "predicted_speedup")})
 
-    settings: dict[str, Any] = {"evaluate": config.identity(), "profile": profile.identity()}
+    settings: dict[str, Any] = {"evaluate": config.identity(), "profile": profile.identity()} | s.config.data.mask_identity()
     settings |= {} if scoring.downstream is None else {"downstream_questions": scoring.downstream_questions}
     inputs = {"gkd": distilled.key, "child": child.key, "architecture": architecture.key} | parts.sources(test=config.tokens)
     inputs |= original_source(s)
@@ -379,6 +385,6 @@ def quality_of(s: Setting, tokens: Artifact, child: Artifact, distilled: Artifac
 
     inputs = {"gkd": distilled.key, "child": child.key} | parts.sources(test=config.tokens) | train_tokens_source(tokens)
     inputs |= original_source(s)
-    settings = {"quality": s.config.quality_identity(), "cluster": s.cluster.shards_identity()}
+    settings = {"quality": s.config.quality_identity(), "cluster": s.cluster.shards_identity()} | s.config.data.mask_identity()
     artifact = once(s.store.artifact("quality", settings, inputs | task_sources(config.tasks)), work)
     return dict(artifact.read_json(QUALITY))

@@ -29,7 +29,8 @@ def settings(run: Run) -> dict[str, Any]:
     found: dict[str, Any] = {"search": run.config.search.identity(), "memory": run.profile_config.memory()}
     if run.config.search.distil_tokens:
         found |= {"gkd": shortened(run).identity(), "torch": torch_series()}
-    return found | scores.identity(run) | rounds
+    mask = run.config.data.mask_identity() if run.config.search.measures else {}
+    return found | scores.identity(run) | rounds | mask
 
 
 def shortened(run: Run) -> GkdConfig:
@@ -63,12 +64,20 @@ def measuring(run: Run) -> Iterator[ChildMeters]:
     inputs = {"library": library.key} | parts.sources(pick=count)
     scoring = run.config.scoring
     how = {"tokens": count, "sequences": sequences, "cluster": run.config.cluster.shards_identity(), "dtype": scoring.dtype}
-    how |= {"tf32": scoring.tf32}
+    how |= {"tf32": scoring.tf32} | run.config.data.mask_identity()
     artifact = run.store.artifact("measured", how, inputs)
     with (
         adding_items(artifact),
         pool(
-            run.parent.address, library, batches, run.config.cluster, artifact, run.progress, scoring.dtype, scoring.tf32
+            run.parent.address,
+            library,
+            batches,
+            run.config.cluster,
+            artifact,
+            run.progress,
+            scoring.dtype,
+            scoring.tf32,
+            parts.pick.separator,
         ) as measure,
     ):
         yield measure

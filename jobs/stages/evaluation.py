@@ -14,6 +14,7 @@ EVALUATION = "evaluation.json"
 
 def settings(run: Run) -> dict[str, Any]:
     found = {"evaluate": run.config.evaluate.identity(), "profile": run.profile_config.identity()}
+    found |= run.config.data.mask_identity()
     scoring = run.config.scoring
     return found | ({} if scoring.downstream is None else {"downstream_questions": scoring.downstream_questions})
 
@@ -45,6 +46,7 @@ def compare(run: Run, folders: Mapping[str, str]) -> dict[str, Any]:
         profile.dtype,
         profile.num_gpus > 0,
         load_questions(run.parent.address, config.scoring, run.parent.model_config, "test"),
+        tokens.separator(run),
         cluster=config.cluster,
         what="evaluate",
         profile=profile,
@@ -60,12 +62,13 @@ def heldout_of(run: Run, distilled: Artifact) -> Mapping[str, float]:
 
     def work(artifact: Artifact) -> None:
         folders = {"parent": run.parent.address, "child": distilled.path("child")}
-        how = (folders, _batches(run), profile.num_gpus > 0)
+        how = (folders, _batches(run), profile.num_gpus > 0, tokens.separator(run))
         found = run_alone(predict, *how, cluster=run.config.cluster, what="evaluate", profile=profile)
         artifact.finish(found["child"])
 
     inputs = {"child": distilled.key} | parts.sources(test=count)
-    return run.finish(run.store.artifact("heldout", {"tokens": count}, inputs), work).facts()
+    settings = {"tokens": count} | run.config.data.mask_identity()
+    return run.finish(run.store.artifact("heldout", settings, inputs), work).facts()
 
 
 def work(run: Run, artifact: Artifact) -> None:

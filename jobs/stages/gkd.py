@@ -19,7 +19,8 @@ SEQUENCES = 8  # of a batch of held-out text
 
 def settings(run: Run, config: GkdConfig | None = None) -> dict[str, Any]:
     """Of the run's own distillation, or of one that is configured otherwise."""
-    return {"gkd": (config or run.config.gkd).identity(), "seed": run.config.seed, "torch": torch_series()}
+    found = {"gkd": (config or run.config.gkd).identity(), "seed": run.config.seed, "torch": torch_series()}
+    return found | run.config.data.mask_identity()
 
 
 def said(facts: Mapping[str, Any]) -> str:
@@ -46,7 +47,8 @@ def job_of(run: Run, child: Artifact, artifact: Artifact, config: GkdConfig | No
 
     config, seed = config or run.config.gkd, run.config.seed
     heldout = tuple(tokens.batches(tokens.parts(run).pick, config.heldout_tokens, SEQUENCES)) if config.heldout_tokens else ()
-    return GkdJob(run.original.parent.address, child, run.content("tokens"), artifact, config, seed, heldout=heldout)
+    parent, text = run.original.parent.address, run.content("tokens")
+    return GkdJob(parent, child, text, artifact, config, seed, heldout=heldout, separator=tokens.separator(run))
 
 
 def distil(run: Run, child: Artifact, artifact: Artifact) -> None:

@@ -13,7 +13,7 @@ from puzzle_ray.version import torch_series
 def settings(run: Run) -> dict[str, Any]:
     config = run.config
     about = {"seed": config.seed, "torch": torch_series(), "cluster": config.cluster.library_identity()}
-    return {"library": config.library.for_parent(run.parent.model_config).identity()} | about
+    return {"library": config.library.for_parent(run.parent.model_config).identity()} | about | config.data.mask_identity()
 
 
 def _start(run: Run) -> Any:

@@ -13,7 +13,8 @@ QUALITY = "quality.json"
 
 
 def settings(run: Run) -> dict[str, Any]:
-    return {"quality": run.config.quality_identity(), "cluster": run.config.cluster.shards_identity()}
+    found = {"quality": run.config.quality_identity(), "cluster": run.config.cluster.shards_identity()}
+    return found | run.config.data.mask_identity()
 
 
 def sources(run: Run) -> dict[str, str]:

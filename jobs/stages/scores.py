@@ -13,7 +13,8 @@ from puzzle_ray.version import torch_series
 
 
 def settings(run: Run) -> dict[str, Any]:
-    return {"scoring": run.config.scoring.identity(), "torch": torch_series(), "cluster": run.config.cluster.shards_identity()}
+    found = {"scoring": run.config.scoring.identity(), "torch": torch_series(), "cluster": run.config.cluster.shards_identity()}
+    return found | run.config.data.mask_identity()
 
 
 def sources(run: Run) -> dict[str, str]:

@@ -19,6 +19,8 @@ def settings(run: Run) -> dict[str, Any]:
         found |= {"gkd": config.gkd.identity(), "evaluate": {"tokens": config.evaluate.tokens}}
     if search.sweep_rungs > 1:
         found |= {"rungs": search.sweep_rungs}
+    if search.sweep_measure or search.sweep_gkd or search.sweep_rungs > 1:
+        found |= config.data.mask_identity()
     return found
 
 

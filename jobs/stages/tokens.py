@@ -11,6 +11,7 @@ import numpy as np
 from jobs.run import Run, Stage
 from puzzle_ray.config import TINY
 from puzzle_ray.data.order import Tokens
+from puzzle_ray.data.packing import masked_by
 from puzzle_ray.data.parts import HeldoutParts, heldout_parts
 from puzzle_ray.data.settings import DataConfig
 from puzzle_ray.data.splits import load_tokens, save_tokens, telling, tokens_summary, train_tokens_source, write_tokens
@@ -69,7 +70,16 @@ def foreseen(run: Run) -> None:
 
 def read(run: Run) -> tuple[Tokens, Tokens]:
     """(train, held-out)."""
-    return load_tokens(run.content("tokens"))
+    return load_tokens(run.content("tokens"), separator(run))
+
+
+def separator(run: Run) -> int | None:
+    """The token that documents begin with, where attention does not cross them (`data.document_mask`)."""
+    from puzzle_ray.models.tokenizer import read_tokenizer
+
+    if not run.config.data.document_mask:
+        return None
+    return masked_by(read_tokenizer(run.original.parent.folder, run.config.trust_remote_code))
 
 
 def parts(run: Run) -> HeldoutParts:

@@ -19,6 +19,7 @@ from puzzle_ray.data.documents import Piece
 from puzzle_ray.data.files import find_files
 from puzzle_ray.data.foreign import reason_of
 from puzzle_ray.data.mixture import SourceRead, mixed
+from puzzle_ray.data.packing import separator_of
 from puzzle_ray.data.settings import DataConfig
 from puzzle_ray.errors import DataError
 
@@ -178,7 +179,7 @@ def tokenise_block(block: Block, room: Mapping[str, int], tokenizer: Any) -> dic
 
     It tokenises now and then, a batch at a time, and not much more than there is room for.
     """
-    separator = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    separator = separator_of(tokenizer)
     found = {split: Taken(tokens) for split, tokens in room.items()}
     batch: list[tuple[str, Piece]] = []
     size = 0

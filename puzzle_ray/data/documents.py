@@ -13,6 +13,7 @@ from puzzle_ray.data.columns import MISSING, columns_of, find, text_of, type_of
 from puzzle_ray.data.files import Found, find_files
 from puzzle_ray.data.foreign import reading
 from puzzle_ray.data.formats import rows, text_chunks
+from puzzle_ray.data.packing import SETTING, masked_by
 from puzzle_ray.data.settings import DataConfig
 from puzzle_ray.data.sources import check_source, hub_commit, named_sources
 from puzzle_ray.errors import DataError
@@ -22,6 +23,7 @@ PIECE_CHARACTERS = 1 << 16
 _NEAR_CHARACTERS = 512  # how far before its end a place to cut a piece is looked for first
 _FIRST_ROWS = 1000  # what the check before any work looks at
 _FIRST_DOCUMENTS = 100
+_CHARACTERS_LOOKED_AT = 10_000  # of each, in `check_separators`
 _NAMES_SHOWN = 20
 _BETWEEN_WORDS = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
 _SPACE = re.compile(r"(?<=\S)\s")
@@ -140,6 +142,25 @@ def check_text(config: DataConfig, tokenizer: Any) -> None:
         first = pieces(source.source, config.read_as(source), where, tokenizer, max_rows=_FIRST_ROWS)
         for _ in islice(first, _FIRST_DOCUMENTS):
             pass
+
+
+def check_separators(config: DataConfig, tokenizer: Any) -> None:
+    """Looks at the first documents of all sources. Raises DataError for one in which stands what documents begin with.
+
+    `document_mask` would cut it there. So it is with chat messages whose template ends every turn by the tokenizer's end of text. At a
+    document's very beginning it may stand once more.
+    """
+    separator = masked_by(tokenizer)
+    for where, source in named_sources(config):
+        first = pieces(source.source, config.read_as(source), where, tokenizer, max_rows=_FIRST_ROWS)
+        for number, piece in enumerate(islice(first, _FIRST_DOCUMENTS), 1):
+            ids = tokenizer(piece.text[:_CHARACTERS_LOOKED_AT], add_special_tokens=False, verbose=False)["input_ids"]
+            if separator in ids[1:]:
+                token = tokenizer.convert_ids_to_tokens(separator)
+                problem = f"document {number} has {token!r} in it, where another would begin: its parts would not see each other"
+                raise DataError(
+                    f"{where}: {source.source!r}", problem, f"write {SETTING}: false, or take {token!r} out of the text"
+                )
 
 
 def _rows(source: str, found: Found, config: DataConfig, where: str) -> Iterator[tuple[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -42,12 +42,16 @@ class Tokens:
     With `rows` it is those rows of `sequences` alone, without a copy. Their order was drawn already: `first` and the first epoch read
     them as they stand.
 
+    `separator` is the token that documents begin with, where each is to be read as if it stood alone (see `puzzle_ray.data.packing`); None
+    where attention crosses documents.
+
     Sequences in memory are permuted as a whole. Sequences in shards are permuted in windows of a few shards: the windows in an order
     that is drawn, and inside each its sequences. So a process reads few shards at a time.
     """
 
     sequences: Sequences
     rows: RowArray | None = None
+    separator: int | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -118,7 +122,7 @@ class Tokens:
             problem = f"{count} sequences for validation leave nothing to train on: there are {total}"
             raise DataError("data.train", problem, "give more text, or lower the tokens for validation")
         order = _permutation(seed, 0, total, self.window)
-        return Tokens(self.sequences, order[:count]), Tokens(self.sequences, order[count:])
+        return replace(self, rows=order[:count]), replace(self, rows=order[count:])
 
     def _read(self, chosen: RowArray) -> Tensor:
         import torch

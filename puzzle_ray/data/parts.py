@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -48,7 +49,7 @@ def heldout_parts(heldout: Tokens, score_tokens: int, pick_tokens: int, test_tok
     rows = np.arange(total, dtype=np.int64) if heldout.rows is None else heldout.rows
 
     def part(begin: int, end: int) -> Tokens:
-        return Tokens(heldout.sequences, rows[begin:end])
+        return replace(heldout, rows=rows[begin:end])
 
     return HeldoutParts(part(0, score), part(score, total - test), part(total - test, total))
 

@@ -74,6 +74,10 @@ class DataConfig(Section):
     Without `heldout`, a document's hash says whether it is held out, of a mixture in the mixture's shares. Of fewer than 1000 documents
     the end of the text is held out, which with `go_on` is of the source alone that lasted longest. With `repeat` it never is, as the
     end was trained on before: where the hash leaves too little on either side, `heldout` has to be named.
+
+    Documents are packed one behind the other into sequences of `sequence_length` tokens. With `document_mask` every stage that reads them
+    (library, scores, pick, GKD, evaluation, quality) reads each document as if it were a sequence of its own. It pays for many short
+    documents, and for sequences that are longer than documents; kernels that need no mask are faster.
     """
 
     train: TextSources = None
@@ -84,6 +88,9 @@ class DataConfig(Section):
     split: str = "train"  # of a hub data set
     source_end: Literal["go_on", "stop", "repeat"] = "go_on"  # of a mixture whose text of one source is at its end
     sequence_length: Annotated[int, Field(ge=8)] = 256
+    document_mask: bool = (
+        False  # a token attends to its own document alone, and positions start anew at each; false: to all of its row
+    )
     max_train_tokens: Count = 50_000_000  # what is read of the source at the most
     max_heldout_tokens: Count = 1_000_000
     tokenise_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = (
@@ -106,7 +113,7 @@ class DataConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """The settings that the tokens depend on; the sources stand among the inputs, by their content."""
-        found = self.model_dump(mode="json", exclude={"train", "heldout", "source_end", "tokenise_workers"})
+        found = self.model_dump(mode="json", exclude={"train", "heldout", "source_end", "tokenise_workers", "document_mask"})
         for name in ("train", "heldout"):
             sources = self.sources(name)
             if len(sources) > 1:
@@ -114,6 +121,10 @@ class DataConfig(Section):
             elif sources and _own(sources[0]):
                 found[name] = _own(sources[0])
         return found
+
+    def mask_identity(self) -> dict[str, Any]:
+        """What everything depends on, beside the tokens, that reads packed sequences. Nothing at the default, as before there was one."""
+        return {"document_mask": True} if self.document_mask else {}
 
 
 def _own(source: TextSource) -> dict[str, Any]:

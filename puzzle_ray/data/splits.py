@@ -89,11 +89,12 @@ def train_tokens_source(artifact: Artifact) -> dict[str, str]:
     return {"train tokens": str(artifact.facts()[TRAIN_HASH])}
 
 
-def load_tokens(artifact: Artifact) -> tuple[Tokens, Tokens]:
-    """(train, held-out). Shards are read when they are needed."""
+def load_tokens(artifact: Artifact, separator: int | None = None) -> tuple[Tokens, Tokens]:
+    """(train, held-out). Shards are read when they are needed. `separator`: see `Tokens`."""
     if artifact.exists(TOKENS):
         tensors, _ = artifact.read_tensors(TOKENS)
-        return Tokens(tensors["train"].numpy()), Tokens(tensors["heldout"].numpy())
+        train, heldout = (Tokens(tensors[name].numpy(), separator=separator) for name in SPLITS)
+        return train, heldout
     index = artifact.read_json(INDEX)
 
     def split(name: str) -> Tokens:
@@ -101,7 +102,7 @@ def load_tokens(artifact: Artifact) -> tuple[Tokens, Tokens]:
         first, end = entry["rows"]
         # earlier versions counted sequences, and let none begin in one shard and end in another
         tokens = entry["tokens"] if "tokens" in entry else [count * length for count in entry["counts"]]
-        return Tokens(TokenShards(artifact, entry["shards"], tokens, length, (first, end)))
+        return Tokens(TokenShards(artifact, entry["shards"], tokens, length, (first, end)), separator=separator)
 
     return split("train"), split("heldout")
 

@@ -104,10 +104,11 @@ class LayerTrainer:
         """Whether after this position it is in the middle of an optimizer step. Its checkpoints then have gradients, too."""
         return any(candidate.step_loss is not None and candidate.position == position for candidate in self.candidates)
 
-    def step(self, position: int, x: Tensor, y: Tensor) -> float | None:
+    def step(self, position: int, x: Tensor, y: Tensor, position_ids: Tensor | None = None) -> float | None:
         """Does one position. A position that is already done is ignored.
 
-        `x` and `y` are the parent layer's input and output, each `[batch, tokens, hidden_size]`. Returns the mean training loss over
+        `x` and `y` are the parent layer's input and output, each `[batch, tokens, hidden_size]`; `position_ids`, `[batch, tokens]`, say
+        where their documents begin (see `LayerStack`). Returns the mean training loss over
         candidates, or None where no optimizer step was finished. Raises OutOfOrder where a position was left out, and NotFinite where
         the parent's own activations are not finite.
         """
@@ -119,7 +120,7 @@ class LayerTrainer:
             raise NotFinite("the parent's activation", self.index, PARENT, position)
         self._check_own_dtype(y)
         phase, number = self.schedule.phase(position)
-        arguments = self.stack.layer_arguments(x, self.index)
+        arguments = self.stack.layer_arguments(x, self.index, position_ids)
         loss = None
         if phase == "calibrate":
             with torch.no_grad(), self.statistics.watch(self.layer, self.stack.descriptor):
@@ -134,7 +135,7 @@ class LayerTrainer:
             if phase != "train":
                 self._validate(phase, position, parent, arguments)
         if position == self.schedule.positions - 1:
-            self._measure_sensitivity(x[:1], y[:1])
+            self._measure_sensitivity(x[:1], y[:1], None if position_ids is None else position_ids[:1])
         for candidate in self._behind(position):
             candidate.position = position
         self.position = position
@@ -233,9 +234,9 @@ class LayerTrainer:
                 record.final_loss += loss / self.schedule.validate
 
     @torch.no_grad()
-    def _measure_sensitivity(self, x: Tensor, y: Tensor) -> None:
+    def _measure_sensitivity(self, x: Tensor, y: Tensor, position_ids: Tensor | None) -> None:
         """Of the weights that will be kept, on one sequence, in float32. Candidates whose start is kept have it loaded from here on."""
-        arguments = self.stack.layer_arguments(x, self.index)
+        arguments = self.stack.layer_arguments(x, self.index, position_ids)
 
         def half(layer: nn.Module, hidden: Tensor) -> Tensor:
             return self.stack.run_layer(layer, self.index, hidden, arguments)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -54,7 +54,7 @@ def of_length(tokens: Tokens, length: int) -> Tokens:
     if not count:
         problem = f"no sequence of {length} tokens: there are {tokens.num_tokens} tokens to train on"
         raise ConfigError(where, problem, "give more text, or raise data.max_train_tokens")
-    return Tokens(_OtherLength(tokens.sequences, length))
+    return replace(tokens, sequences=_OtherLength(tokens.sequences, length))
 
 
 class _OtherLength:

@@ -44,6 +44,7 @@ class GkdJob:
     """What a distillation reads and writes. Artifact `child` holds the folder `child`; `data` holds tokens (see `puzzle_ray.data.splits`).
 
     `heldout` are ids `[sequences, tokens]` that training is watched on (see `puzzle_ray.distill.guard`); without any it is not watched.
+    `separator` is the token that documents begin with, where attention does not cross them (see `puzzle_ray.data.packing`).
     """
 
     parent: str
@@ -54,6 +55,7 @@ class GkdJob:
     seed: int
     revision: str | None = None
     heldout: tuple[TokenIds, ...] = ()
+    separator: int | None = None
 
 
 def steps_saved(artifact: Artifact) -> int:
@@ -176,7 +178,7 @@ def load_gkd_trainer(
             parent = load_model(folder, parent_dtype).to(device)
     if config.activation_checkpointing:
         recompute_layers(child)
-    tokens, _ = load_tokens(job.data)
+    tokens, _ = load_tokens(job.data, job.separator)
     markers = read_markers(config.lm_tokens, source)
     trainer = GkdTrainer(
         child, parent, tokens, config, seed=job.seed, ranks=ranks, all_reduce=all_reduce, markers=markers, shards=shards

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from puzzle_ray.data.order import Tokens
+from puzzle_ray.data.packing import positions_in_documents
 from puzzle_ray.distill.child_loss import ChildLoss, States, Terms
 from puzzle_ray.distill.chosen_tokens import Markers
 from puzzle_ray.distill.curriculum import Curriculum
@@ -74,7 +75,7 @@ class GkdTrainer:
         all_reduce: AllReduce | None = None, markers: Markers | None = None, shards: Shards | None = None,
     ) -> None:  # fmt: skip
         self.child, self.parent = child.eval(), parent.eval().requires_grad_(False)
-        self.config, self.text = config, Curriculum.of(tokens, config, seed)
+        self.config, self.text, self.separator = config, Curriculum.of(tokens, config, seed), tokens.separator
         self.loss = ChildLoss(config, child.config, markers)
         self.ranks = range(config.num_workers) if ranks is None else ranks
         self.all_reduce, self.shards = all_reduce, shards
@@ -174,16 +175,19 @@ class GkdTrainer:
 
     def loss_terms(self, input_ids: Tensor) -> Terms:
         """See `ChildLoss.terms`."""
-        return self.loss.terms(self.child, self.parent, input_ids, self.shards.states if self.shards else final_states)
+        return self.loss.terms(self.child, self.parent, input_ids, self._states)
+
+    def _states(self, model: Any, input_ids: Tensor) -> Tensor:
+        """The output of a model's final norm. Where the text has a separator, it reads each document by itself."""
+        run = self.shards.states if self.shards else final_states
+        return run(model, input_ids, positions_in_documents(input_ids, self.separator))
 
     @contextmanager
     def _heldout_states(self) -> Iterator[States]:
         """How models are run that are not trained meanwhile."""
-        if self.shards is None:
-            yield final_states
-            return
-        yield self.shards.states
-        self.shards.release(self.child)  # the parent's may stay gathered, for they never change
+        yield self._states
+        if self.shards is not None:
+            self.shards.release(self.child)  # the parent's may stay gathered, for they never change
 
     @property
     def needs_rate(self) -> bool:

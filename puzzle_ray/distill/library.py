@@ -101,14 +101,16 @@ class GroupTrainer:
         """The last position that every layer of this group has done."""
         return min((trainer.position for trainer in self.trainers), default=self.positions - 1)
 
-    def step(self, position: int, hidden_states: Mapping[int, Tensor]) -> float | None:
+    def step(self, position: int, hidden_states: Mapping[int, Tensor], position_ids: Tensor | None = None) -> float | None:
         """Does one position for every layer. Returns the mean training loss, or None where no optimizer step was finished.
 
-        `hidden_states[i]` is the input of layer i and `hidden_states[i + 1]` its output, each `[batch, tokens, hidden_size]`.
+        `hidden_states[i]` is the input of layer i and `hidden_states[i + 1]` its output, each `[batch, tokens, hidden_size]`;
+        `position_ids` are as of `LayerTrainer.step`.
         """
         losses = []
         for trainer in self.trainers:
-            loss = trainer.step(position, hidden_states[trainer.index], hidden_states[trainer.index + 1])
+            own = hidden_states[trainer.index], hidden_states[trainer.index + 1]
+            loss = trainer.step(position, *own, position_ids)
             if loss is not None:
                 losses.append(loss)
             if trainer.finished:
@@ -302,21 +304,24 @@ class SerialLibrary:
         return self.text.batch(position).to(self.stack.device)
 
     @torch.no_grad()
-    def forward(self, input_ids: Tensor) -> dict[int, Tensor]:
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> dict[int, Tensor]:
         """The input of every layer by its index, and behind the last layer its output: `[sequences, tokens, hidden_size]`.
 
         They are rounded to `activation_dtype`, as they are on a cluster, where they go through the object store.
         """
         dtype = self.activation_dtype
-        hidden = {0: self.stack.embed(input_ids).to(dtype)}
+        hidden = {0: self.stack.embed(input_ids, position_ids).to(dtype)}
         for index in range(self.stack.last):
             entering = hidden[index].to(self.stack.dtype)
-            hidden[index + 1] = self.stack.run_layer(self.stack.layer(index), index, entering).to(dtype)
+            layer = self.stack.layer(index)
+            hidden[index + 1] = self.stack.run_layer(layer, index, entering, position_ids=position_ids).to(dtype)
         return {index: state.float() for index, state in hidden.items()}
 
     def step(self, position: int) -> float | None:
         """Runs one micro-batch through the parent and all trainers. Returns the mean training loss, or None where no step was finished."""
-        return self.group.step(position, self.forward(self.batch(position)))
+        ids = self.batch(position)
+        position_ids = self.text.position_ids(ids)
+        return self.group.step(position, self.forward(ids, position_ids), position_ids)
 
 
 def build_serially(

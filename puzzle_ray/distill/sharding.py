@@ -29,8 +29,8 @@ class Whole(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return final_states(self.model, input_ids)
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        return final_states(self.model, input_ids, position_ids)
 
 
 class Shards:
@@ -107,9 +107,9 @@ class Shards:
         assert parameter.to_local().shape[0] == own.stop - own.start, "a shard is not where it was expected"
         return own
 
-    def states(self, model: Any, input_ids: Tensor) -> Tensor:
-        """The output of a model's final norm. The weights of its head are gathered afterwards."""
-        final: Tensor = self._roots[id(model)](input_ids)
+    def states(self, model: Any, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """The output of a model's final norm, as of `final_states`. The weights of its head are gathered afterwards."""
+        final: Tensor = self._roots[id(model)](input_ids, position_ids)
         return final
 
     def release(self, model: Any) -> None:

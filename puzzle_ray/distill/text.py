@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from puzzle_ray.data.order import Tokens, epochs, told_if_read_again
+from puzzle_ray.data.packing import positions_in_documents
 from puzzle_ray.distill.schedule import Schedule
 from puzzle_ray.distill.settings import LibraryConfig
 
@@ -37,6 +38,10 @@ class LibraryText:
         if phase.startswith("validate"):
             return self.validation.batch(self.seed, number, self.sequences)
         return self.training.batch(self.seed, self.schedule.data_number(position) - self.schedule.validate, self.sequences)
+
+    def position_ids(self, input_ids: Tensor) -> Tensor | None:
+        """Where the documents of a batch begin, see `puzzle_ray.data.packing`; None where attention crosses them."""
+        return positions_in_documents(input_ids, self.training.separator)
 
     @property
     def epochs(self) -> float:

@@ -24,9 +24,14 @@ def windows(sequences_ST: npt.NDArray[np.int64], tokens: int) -> npt.NDArray[np.
     return whole[: count * tokens].reshape(count, -1)
 
 
-def by_position(answers: Answers, ids_ST: npt.NDArray[np.int64]) -> Table:
-    """Buckets of how many tokens stand before the predicted one, each twice as long as the one before it."""
-    before = np.broadcast_to(np.arange(1, ids_ST.shape[1]), (len(ids_ST), ids_ST.shape[1] - 1))
+def by_position(answers: Answers, ids_ST: npt.NDArray[np.int64], separator: int | None = None) -> Table:
+    """Buckets of how many tokens a model sees before the predicted one, each twice as long as the one before it.
+
+    With `separator`, which documents begin with, these are the tokens of one document alone (see `puzzle_ray.data.packing`).
+    """
+    places = np.broadcast_to(np.arange(ids_ST.shape[1] - 1), (len(ids_ST), ids_ST.shape[1] - 1))
+    begins = np.zeros_like(places) if separator is None else np.where(ids_ST[:, :-1] == separator, places, 0)
+    before = 1 + places - np.maximum.accumulate(begins, axis=1)
     return _table(answers, np.frexp(before / 16)[1].clip(min=0), lambda b: _range(8 << b if b else 1, (16 << b) - 1))
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from puzzle_ray.artifacts import Choices, LayerChoice, Measured
+from puzzle_ray.data.packing import positions_in_documents
 from puzzle_ray.distill.library import Library
 from puzzle_ray.models.blocks import LayerStack, swapped
 from puzzle_ray.scoring.metrics import PredictionMetrics, compare_heads, mean, parents_own, standard_error
@@ -25,12 +26,21 @@ class ShardMeter:
     """One shard's part in measuring children on fixed batches of token ids, `[sequences, tokens]`.
 
     Layers from the first on that a child has in common with the child measured before it are not run again. The result has the same
-    bits as the whole forward. The parent goes first: see `remember_parent`.
+    bits as the whole forward. The parent goes first: see `remember_parent`. `separator` is the token that documents begin with, where
+    attention does not cross them (see `puzzle_ray.data.packing`).
     """
 
-    def __init__(self, stack: LayerStack, library: Library, batches: Sequence[Tensor], kept_bytes: int = KEPT_BYTES) -> None:
+    def __init__(
+        self,
+        stack: LayerStack,
+        library: Library,
+        batches: Sequence[Tensor],
+        kept_bytes: int = KEPT_BYTES,
+        separator: int | None = None,
+    ) -> None:
         self.stack, self.library, self.kept_bytes = stack, library, kept_bytes
         self.batches = [ids.to(stack.device) for ids in batches]
+        self.position_ids = [positions_in_documents(ids, separator) for ids in self.batches]
         self.blocks: OrderedDict[tuple[int, LayerChoice], nn.Module] = OrderedDict()
         self.last: Choices | None = None
         # of the last measured child, for as many batches as there is room for: the input of every layer, and the output of the last one
@@ -63,7 +73,8 @@ class ShardMeter:
         for number, inputs in enumerate(self.inputs):
             known = begin in inputs and same >= stack.first
             starts.append(begin if known else stack.first)
-            first = stack.embed(self.batches[number]) if stack.embedding is not None and not known else None
+            begins = stack.embedding is not None and not known
+            first = stack.embed(self.batches[number], self.position_ids[number]) if begins else None
             states.append(inputs[begin] if known else entering[number] if first is None else first)
         self.last = None
         self._keep(starts, states, None)
@@ -71,7 +82,8 @@ class ShardMeter:
             block = self._block(index, choices[index])
             for number, start in enumerate(starts):
                 if start <= index:
-                    states[number] = stack.run_layer(block, index, states[number])
+                    own = self.position_ids[number]
+                    states[number] = stack.run_layer(block, index, states[number], position_ids=own)
             self._keep(starts, states, index)
         self.last = choices
         return states
@@ -121,8 +133,15 @@ class ShardMeter:
 class ChildMeter(ShardMeter):
     """A meter that holds the whole parent."""
 
-    def __init__(self, stack: LayerStack, library: Library, batches: Sequence[Tensor], kept_bytes: int = KEPT_BYTES) -> None:
-        super().__init__(stack, library, batches, kept_bytes)
+    def __init__(
+        self,
+        stack: LayerStack,
+        library: Library,
+        batches: Sequence[Tensor],
+        kept_bytes: int = KEPT_BYTES,
+        separator: int | None = None,
+    ) -> None:
+        super().__init__(stack, library, batches, kept_bytes, separator)
         self.remember_parent()
 
     def measure(self, choices: Choices) -> Measured:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from puzzle_ray.artifacts import Architecture, Scenario
+from puzzle_ray.data.packing import positions_in_documents
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.evaluation.settings import EvaluateConfig
 from puzzle_ray.models.checkpoint import Checkpoint, locate
@@ -47,11 +48,18 @@ class Models(Mapping[str, Any]):
 
 
 class Reference:
-    """What is kept of the parent to compare children with: its final hidden states on the batches, and its head."""
+    """What is kept of the parent to compare children with: its final hidden states on the batches, and its head.
 
-    def __init__(self, parent: Any, batches: Sequence[Tensor]) -> None:
+    `separator` is the token that documents begin with, where attention does not cross them (see `puzzle_ray.data.packing`).
+    """
+
+    def __init__(self, parent: Any, batches: Sequence[Tensor], separator: int | None = None) -> None:
         self.head, self.batches = Head.of(parent), [ids.to(parent.device) for ids in batches]
-        self.finals = [final_states(parent, ids) for ids in self.batches]
+        self.separator = separator
+        self.finals = [self._final(parent, ids) for ids in self.batches]
+
+    def _final(self, model: Any, ids: Tensor) -> Tensor:
+        return final_states(model, ids, positions_in_documents(ids, self.separator))
 
     def of_parent(self) -> dict[str, float]:
         pairs = zip(self.batches, self.finals, strict=True)
@@ -59,7 +67,7 @@ class Reference:
 
     def of_child(self, child: Any) -> dict[str, float]:
         head, pairs = Head.of(child), zip(self.batches, self.finals, strict=True)
-        return _figures([compare_heads(self.head, head, ids, final, final_states(child, ids)) for ids, final in pairs])
+        return _figures([compare_heads(self.head, head, ids, final, self._final(child, ids)) for ids, final in pairs])
 
 
 def _figures(parts: Sequence[PredictionMetrics]) -> dict[str, float]:
@@ -74,16 +82,19 @@ def _figures(parts: Sequence[PredictionMetrics]) -> dict[str, float]:
 
 @torch.inference_mode()
 def predictions(
-    models: Mapping[str, Any], batches: Sequence[Tensor], also: Callable[[str, Any], Mapping[str, float]] = lambda *_: {}
+    models: Mapping[str, Any],
+    batches: Sequence[Tensor],
+    also: Callable[[str, Any], Mapping[str, float]] = lambda *_: {},
+    separator: int | None = None,
 ) -> dict[str, dict[str, float]]:
     """Held-out loss, KL(parent || model) and top-1 agreement of every model, in nats per token. `parent` must be among the models.
 
     They are asked for one after the other, the parent first, and logits exist for a few tokens at a time. `also` is called with each
-    model's name and the model, and returns more figures.
+    model's name and the model, and returns more figures. `separator` is as of `Reference`.
     """
     out: dict[str, dict[str, float]] = {}
     parent = models[PARENT]
-    reference = Reference(parent, batches)
+    reference = Reference(parent, batches, separator)
     out[PARENT] = reference.of_parent() | dict(also(PARENT, parent))
     del parent
     for name in models:
@@ -155,6 +166,7 @@ def evaluate(
     progress: Progress,
     use_gpu: bool = False,
     questions: Sequence[QuestionBatch] = (),
+    separator: int | None = None,
 ) -> dict[str, Any]:
     """Evaluates the named models (`parent`, `child_before_gkd`, `child`, ...), read one at a time in their own dtype.
 
@@ -162,7 +174,7 @@ def evaluate(
     where all of them fit into memory together. The torch engine times them, in bfloat16 where `dtype` is fp8. Returns JSON-able
     `models`, `samples` and `scenario`, and the predicted and the measured speed-up, both ratios of throughputs. `estimated` says that
     the prediction was computed from a profile without measurements. With `questions`, every model also has its accuracy and the other
-    measures of its answers, as `downstream_*`.
+    measures of its answers, as `downstream_*`. `separator`: see `Reference`.
     """
     dtype = "bfloat16" if dtype == "fp8" else dtype
     tokenizer = read_tokenizer(locate(folders[PARENT]))
@@ -176,7 +188,7 @@ def evaluate(
         return {f"downstream_{key}": value for key, value in found.items()}
 
     with quiet_transformers(), progress.stage("evaluate", len(folders) + 1, "step") as bar:
-        results = predictions(Models(folders, device), batches, also)
+        results = predictions(Models(folders, device), batches, also, separator)
         size = architecture.predicted.batch_size if architecture else scenario.batch_size
         scenarios = {name: scenario if name == PARENT else replace(scenario, batch_size=size) for name in folders}
         timed = Models({name: folder for name, folder in folders.items() if name != BEFORE}, device, getattr(torch, dtype))

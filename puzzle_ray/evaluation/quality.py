@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from puzzle_ray.data.order import Tokens
+from puzzle_ray.data.packing import separator_of
 from puzzle_ray.evaluation import breakdown
 from puzzle_ray.evaluation.requests import Answer, Ask, Chunk, Continuations, Ids, Predictions, chunked
 from puzzle_ray.evaluation.retrieval import make_questions, retrieval_chunks, retrieval_scores, retrieval_table
@@ -32,8 +33,8 @@ SEQUENCES = 8  # of a chunk
 class Quality:
     """What to find out. `folders`: the models by name, `parent` first; they have one tokenizer.
 
-    `text` is held-out text that chose nothing. `token_counts[v]` is how often token v is in the training text. `half`: the questions of
-    tasks that are asked; None is all of them.
+    `text` is held-out text that chose nothing; where it has a separator, attention does not cross its documents. `token_counts[v]` is how
+    often token v is in the training text. `half`: the questions of tasks that are asked; None is all of them.
     """
 
     folders: Mapping[str, str]
@@ -56,7 +57,7 @@ class Quality:
         )
         openings = self._openings(tokenizer)
         parts: dict[str, list[Chunk]] = {
-            "text": [Predictions(ids[i : i + SEQUENCES]) for i in range(0, len(ids), SEQUENCES)],
+            "text": [Predictions(ids[i : i + SEQUENCES], self.text.separator) for i in range(0, len(ids), SEQUENCES)],
             "retrieval": retrieval_chunks(needles) if needles else [],
             "samples": [Continuations(part, config.sample_tokens) for part in chunked([prompt for prompt, _ in openings])],
         }
@@ -64,10 +65,10 @@ class Quality:
         texts = {
             name: {key: np.concatenate([a[key] for a in own["text"]]) for key in ("loss", "best")} for name, own in found.items()
         }
-        separator = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        separator = separator_of(tokenizer)
         scores = {name: retrieval_scores(needles, own["retrieval"], tokenizer) for name, own in found.items()} if needles else {}
         return {
-            "by_position": breakdown.by_position(texts, ids),
+            "by_position": breakdown.by_position(texts, ids, self.text.separator),
             "by_document_length": breakdown.by_document_length(texts, ids, separator),
             "by_frequency": breakdown.by_frequency(texts, ids, self.token_counts),
             "retrieval": retrieval_table(needles, scores) if needles else [],

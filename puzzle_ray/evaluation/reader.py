@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from puzzle_ray.data.packing import positions_in_documents
 from puzzle_ray.errors import DataError
 from puzzle_ray.evaluation.requests import (
     Answer,
@@ -23,6 +24,7 @@ from puzzle_ray.evaluation.requests import (
 )
 from puzzle_ray.models.checkpoint import locate
 from puzzle_ray.models.child import load_model, quiet_transformers
+from puzzle_ray.models.masks import packed_arguments
 from puzzle_ray.models.rope import constant_up_to
 from puzzle_ray.models.tokenizer import read_tokenizer
 from puzzle_ray.progress import Progress
@@ -51,8 +53,10 @@ class Reader:
             return self._predictions(chunk)
         return self._continuations(chunk)
 
-    def _logits(self, ids: Tensor) -> Tensor:
-        logits: Tensor = self.model(ids.to(self.model.device), use_cache=False).logits
+    def _logits(self, ids: Tensor, separator: int | None = None) -> Tensor:
+        ids = ids.to(self.model.device)
+        known = packed_arguments(self.model, ids, positions_in_documents(ids, separator))
+        logits: Tensor = self.model(ids, use_cache=False, **known).logits
         return logits
 
     def _likelihoods(self, chunk: Likelihoods) -> Answer:
@@ -87,7 +91,7 @@ class Reader:
         loss, best = [], []
         sequences = max(1, self.batch_tokens // chunk.input_ids.shape[1])
         for ids in torch.from_numpy(chunk.input_ids.copy()).split(sequences):
-            log_probs = F.log_softmax(self._logits(ids)[:, :-1].float(), dim=-1)
+            log_probs = F.log_softmax(self._logits(ids, chunk.separator)[:, :-1].float(), dim=-1)
             next_ids = ids[:, 1:].to(log_probs.device)
             loss.append(-log_probs.gather(-1, next_ids.unsqueeze(-1)).squeeze(-1).cpu())
             best.append(log_probs.argmax(-1).to(torch.int32).cpu())

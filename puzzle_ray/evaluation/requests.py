@@ -57,13 +57,16 @@ class Continuations:
 class Predictions:
     """What the model predicts at every position of sequences, `input_ids` `[sequences, tokens]`.
 
-    Answer: `loss` (of the next token, nats) and `best` (the most probable next token), both `[sequences, tokens - 1]`.
+    Answer: `loss` (of the next token, nats) and `best` (the most probable next token), both `[sequences, tokens - 1]`. `separator` is the
+    token that documents begin with, where attention does not cross them (see `puzzle_ray.data.packing`).
     """
 
     input_ids: npt.NDArray[np.int64] = field(hash=False)
+    separator: int | None = None
 
     def to_json(self) -> Any:
-        return ["predictions", self.input_ids.tolist()]
+        mask = [] if self.separator is None else [self.separator]
+        return ["predictions", self.input_ids.tolist(), *mask]
 
 
 Chunk = Likelihoods | Continuations | Predictions

@@ -62,6 +62,7 @@ class Descriptor:
     embedding_multiplier: str = ""  # attribute of the config
     logits_divisor: str = ""  # attribute of the config
     logits_softcap: str = ""  # attribute of the config
+    masks_by_positions: bool = True  # False: the model does not look at position ids for where documents begin
     ignored_weights: tuple[str, ...] = ()  # patterns of names that old files hold and no forward reads: masks
     unsupported: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     check: Callable[[Any], str] | None = None

@@ -31,6 +31,7 @@ DESCRIPTOR = Descriptor(
     ffn_up="fc1",
     ffn_down="fc2",
     ffn_width="ffn_dim",
+    masks_by_positions=False,
     unsupported={"do_layer_norm_before": (False,), "_remove_final_layer_norm": (True,)},
     check=_check,
 )

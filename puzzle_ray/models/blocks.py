@@ -75,6 +75,9 @@ class LayerStack(nn.Module):
     Where `first` is 0 it has the embedding too, and where `last` is the end of the model it has the final norm and the head. With
     `ends=False` it has layers only. `hidden_states` are `[batch, tokens, hidden_size]`, of sequences without padding. `own_dtype` is the
     one that the parent is stored in, where that is known.
+
+    `position_ids`, `[batch, tokens]`, say where the documents of packed sequences begin: positions start anew there, and a token attends
+    to its own document alone (see `puzzle_ray.data.packing`). Without them every row is one document.
     """
 
     own_dtype: torch.dtype | None = None
@@ -106,26 +109,27 @@ class LayerStack(nn.Module):
         """The dtype of the weights, in which the layers compute."""
         return next(self.parameters()).dtype
 
-    def embed(self, input_ids: Tensor) -> Tensor:
+    def embed(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """The input of layer 0, with learned positions and multiplier: `[batch, tokens]` -> `[batch, tokens, hidden_size]`."""
         assert self.embedding is not None, "this stack does not hold the embedding"
         out: Tensor = self.embedding(input_ids)
         if self.positions is not None:
             assert isinstance(self.positions, nn.Embedding)
             offset = getattr(self.positions, "offset", 0)  # in OPT, position 0 has row 2
-            positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0) + offset
-            out = out + nn.functional.embedding(positions, self.positions.weight)
+            positions = _counted(input_ids) if position_ids is None else position_ids
+            out = out + nn.functional.embedding(positions + offset, self.positions.weight)
         multiplier = self.descriptor.embedding_multiplier
         return out * getattr(self.config, multiplier) if multiplier else out
 
-    def layer_arguments(self, hidden_states: Tensor, index: int) -> dict[str, Any]:
+    def layer_arguments(self, hidden_states: Tensor, index: int, position_ids: Tensor | None = None) -> dict[str, Any]:
         """The arguments that the family's model passes to layer `index` besides the hidden states."""
-        position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
+        position_ids = _counted(hidden_states) if position_ids is None else position_ids
         sliding = layer_type(self.config, index) == "sliding_attention" or (
             getattr(self.config, "layer_types", None) is None and getattr(self.config, "sliding_window", None) is not None
         )
         make_mask = create_sliding_window_causal_mask if sliding else create_causal_mask
-        # Mask and cache are passed by position, because the name of the cache differs between versions of transformers.
+        # Mask and cache are passed by position, because the name of the cache differs between versions of transformers. Where position
+        # ids start anew, transformers masks what is before: it takes the row for several sequences.
         mask = make_mask(self.config, hidden_states, None, None, position_ids=position_ids)
         arguments: dict[str, Any] = {"attention_mask": mask, "position_ids": position_ids, "use_cache": False}
         if self.rotary is not None:
@@ -133,9 +137,19 @@ class LayerStack(nn.Module):
             arguments["position_embeddings"] = self.rotary(hidden_states, position_ids=position_ids, **by_type)
         return arguments
 
-    def run_layer(self, layer: nn.Module, index: int, hidden_states: Tensor, arguments: dict[str, Any] | None = None) -> Tensor:
-        """The output of a layer, `[batch, tokens, hidden_size]`. `layer` is layer `index` of the stack or one that replaces it."""
-        out = layer(hidden_states, **(arguments or self.layer_arguments(hidden_states, index)))
+    def run_layer(
+        self,
+        layer: nn.Module,
+        index: int,
+        hidden_states: Tensor,
+        arguments: dict[str, Any] | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """The output of a layer, `[batch, tokens, hidden_size]`. `layer` is layer `index` of the stack or one that replaces it.
+
+        `arguments` are those of `layer_arguments`, where the caller has them already.
+        """
+        out = layer(hidden_states, **(arguments or self.layer_arguments(hidden_states, index, position_ids)))
         return out[0] if isinstance(out, tuple) else out
 
     def layer(self, index: int) -> nn.Module:
@@ -173,6 +187,11 @@ class LayerStack(nn.Module):
         logits = self.logits(hidden_states).float()
         slopes = torch.ones_like(logits) if self.softcap is None else 1 - (logits / self.softcap).square()
         return slopes if self.divisor is None else slopes / self.divisor
+
+
+def _counted(states: Tensor) -> Tensor:
+    """Position ids of rows that are one document each, `[1, tokens]`."""
+    return torch.arange(states.shape[1], device=states.device).unsqueeze(0)
 
 
 def _materialise(

@@ -30,11 +30,11 @@ _SMALL = {
     "sliding_window": 4,
     "pad_token_id": None,
 }
+_SMALL_OF_SOME = {"attention_types": [[["global", "local"], 1]], "window_size": 4, "word_embed_proj_dim": 32}
 _TOKENS = 12
 _KINDS_OF_LAYERS = 8  # at most, in the small model
-_RESIZED: dict[
-    SubblockKind, tuple[str, ...]
-] = {  # an example for the small model, the variants it stands for, and what they change
+# Variants of another size: an example for the small model, all that it stands for, and what they change.
+_RESIZED: dict[SubblockKind, tuple[str, ...]] = {
     "attention": ("gqa:1", "gqa", "gqa_prune", "another number of KV heads"),
     "ffn": ("ffn:24", "ffn", "ffn_iterative", "an FFN of another width"),
 }
@@ -128,6 +128,29 @@ def _can_be(choice: LayerChoice, model_type: str, settings: str) -> bool:
             return torch.allclose(child(ids[:, half:], **continuing(cache)).logits, whole[:, half:], atol=1e-3)
         except (ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError):
             return False
+
+
+def small_model(config: Any) -> Any:
+    """A small model of a config's type with random weights, always the same.
+
+    Of a type with a table it has the settings that all of that type have by default; of another one, those of the config.
+    """
+    import torch
+    import transformers
+
+    descriptor = descriptor_of(config)
+    config_class = getattr(transformers, descriptor.config_class)
+    if descriptor.model_type in families():
+        known = config_class()
+        own = config_class(**{name: value for name, value in (_SMALL | _SMALL_OF_SOME).items() if hasattr(known, name)})
+    else:
+        own = config_class(**_shrunk(json.loads(_settings(config))))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model_class: Any = getattr(transformers, descriptor.model_class)
+        model = model_class._from_config(own, attn_implementation=descriptor.attn_implementation).float().eval()
+        _randomise(model)
+    return model
 
 
 def _shrunk(settings: dict[str, Any]) -> dict[str, Any]:

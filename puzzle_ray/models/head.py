@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from puzzle_ray.families.registry import descriptor_of
+from puzzle_ray.models.masks import packed_arguments
 
 # N tokens of a chunk, V vocabulary
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}  # logits that exist at a time; a chunk on a GPU must keep it busy
@@ -72,7 +73,11 @@ class Head:
         return out
 
 
-def final_states(model: Any, input_ids: Tensor) -> Tensor:
-    """The output of a causal language model's final norm, `[batch, tokens, hidden_size]`. No logits are computed."""
-    states: Tensor = model.base_model(input_ids, use_cache=False).last_hidden_state
+def final_states(model: Any, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    """The output of a causal language model's final norm, `[batch, tokens, hidden_size]`. No logits are computed.
+
+    `position_ids` are as of `puzzle_ray.models.blocks.LayerStack`.
+    """
+    known = packed_arguments(model, input_ids, position_ids)
+    states: Tensor = model.base_model(input_ids, use_cache=False, **known).last_hidden_state
     return states

@@ -23,9 +23,9 @@ from puzzle_ray.families.descriptor import Descriptor
 from puzzle_ray.models.blocks import stack_without_weights, swapped
 from puzzle_ray.models.describe import describe
 from puzzle_ray.models.head import chunk_tokens
-from puzzle_ray.planning.activations import kept_bytes_per_token
+from puzzle_ray.planning.activations import computes_in_half, kept_bytes_per_token, masks_of
 from puzzle_ray.profiling.memory import subblock_weights, weights_of
-from puzzle_ray.scoring.plan import ShardBytes, shard_bytes
+from puzzle_ray.scoring.plan import shard_bytes
 from puzzle_ray.scoring.replacements import all_replacements
 from puzzle_ray.surgery.projections import AttentionProjections, FFNProjections
 from puzzle_ray.variants.base import find_variant, needed_statistics
@@ -220,14 +220,9 @@ def worker_parts(num_params: int, parent_params: int, parent_dtype: str, config:
     return parts | ({"best weights": num_params * _FLOAT32_BYTES} if config.gkd.heldout_tokens else {})
 
 
-def _computes_in_half(gkd: GkdConfig, parent_dtype: str) -> bool:
-    """Whether a child computes in bfloat16, by what `gkd.compute_dtype` says of workers whose parent is in this dtype."""
-    return (gkd.use_gpu and parent_dtype != "float32") if gkd.compute_dtype == AUTO else gkd.compute_dtype == "bfloat16"
-
-
 def worker_activations(sizes: Sizes, parent_dtype: str, gkd: GkdConfig) -> int:
     """What a step keeps of the child for its backward pass, and a few tokens' logits."""
-    size = 2 if _computes_in_half(gkd, parent_dtype) else _FLOAT32_BYTES
+    size = 2 if computes_in_half(gkd, parent_dtype) else _FLOAT32_BYTES
     each = max(kept_bytes_per_token(layer, sizes.config.hidden_size, size) for layer in sizes.stack.layers)
     layers = 1 if gkd.activation_checkpointing else len(sizes.layers)
     vocab_size = sizes.config.vocab_size
@@ -244,7 +239,7 @@ def sharded_worker_parts(sizes: Sizes, parent_dtype: str, config: RunConfig, mod
     whole = worker_parts(sizes.total, sizes.total, parent_dtype, config, model_config)
     workers, outputs = config.gkd.num_workers, whole.pop("layer outputs")
     del whole[_ENDS]  # they are among what is gathered
-    compute_bytes = 2 if _computes_in_half(config.gkd, parent_dtype) else _FLOAT32_BYTES
+    compute_bytes = 2 if computes_in_half(config.gkd, parent_dtype) else _FLOAT32_BYTES
     ends, layer = sizes.total - sum(sizes.layers), max(sizes.layers)
     gathered = (2 * ends + 3 * layer) * compute_bytes + ends * _bytes(parent_dtype) + sizes.head * _FLOAT32_BYTES
     return {name: -(-size // workers) for name, size in whole.items()} | {"layer outputs": outputs, "gathered": gathered}
@@ -276,10 +271,12 @@ def library_demands(config: RunConfig, sizes: Sizes) -> list[Demand]:
     state = library.micro_batch_tokens * sizes.config.hidden_size * _bytes(library.activation_dtype)
 
     def shard(layers: range) -> dict[str, int]:
-        return {"weights": sizes.shard_bytes(layers, library.parent_dtype), "hidden states": (len(layers) + 1) * state}
+        own = {"weights": sizes.shard_bytes(layers, library.parent_dtype), "hidden states": (len(layers) + 1) * state}
+        return own | masks_of(config, sizes.config, library.micro_batch_tokens, _bytes(library.parent_dtype))
 
     def group(layers: Sequence[int], trainers: int = 1) -> tuple[dict[str, int], dict[str, int]]:
-        return group_parts(sizes, layers, library, cluster.gpus_per_trainer > 0, trainers)
+        parts, host = group_parts(sizes, layers, library, cluster.gpus_per_trainer > 0, trainers)
+        return parts | masks_of(config, sizes.config, library.micro_batch_tokens, _bytes(library.compute_dtype)), host
 
     variants = "lower library.micro_batch_tokens, or name fewer variants in space"
     more_shards, fewer = "raise cluster.num_shards", "lower cluster.num_shards"
@@ -314,8 +311,8 @@ def scores_demand(config: RunConfig, model_config: Any, sizes: Sizes) -> Demand:
     """Of the shard that needs most."""
     free, tokens = (0 if config.cluster.gpus_per_shard else None), config.scoring.micro_batch_tokens
     runs = _runs(len(sizes.layers), config.cluster.num_shards)
-    how = (config.scoring, tokens, free)
-    found: list[ShardBytes] = [shard_bytes(model_config, sizes.descriptor, run, *how) for run in sizes.distinct(runs)]
+    how = (config.scoring, tokens, free, config.data.sequence_length * config.data.document_mask)
+    found = [shard_bytes(model_config, sizes.descriptor, run, *how) for run in sizes.distinct(runs)]
     most = max(found, key=lambda each: each.total)
     parts = {
         "weights": most.weights,
@@ -339,6 +336,8 @@ def gkd_demand(config: RunConfig, model_config: Any, sizes: Sizes, gpu_bytes: in
         parts = sharded_worker_parts(sizes, own, config, model_config)
         remedy = "raise gkd.num_workers, so that each holds less, or lower gkd.micro_batch_tokens"
     parts["activations"] = worker_activations(sizes, own, gkd)
+    kept = 1 if gkd.activation_checkpointing else len(sizes.layers)
+    parts |= masks_of(config, sizes.config, gkd.micro_batch_tokens, 2 if computes_in_half(gkd, own) else _FLOAT32_BYTES, kept)
     remedy += "" if gkd.activation_checkpointing else ", or set gkd.activation_checkpointing to true"
     return Demand("gkd", "worker", gkd.num_workers, parts, float(gkd.use_gpu), remedy, "lower gkd.num_workers")
 
@@ -349,11 +348,10 @@ def evaluation_demand(config: RunConfig, sizes: Sizes, gpu_bytes: int) -> Demand
     each = sizes.total * (2 if profile.dtype == "fp8" else _bytes(profile.dtype))  # what is estimated in fp8 is timed in bfloat16
     alone = bool(profile.num_gpus and gpu_bytes and 2 * each > gpu_bytes)
     parts = {"one model": each} if alone else {"two models": 2 * each}
-    vocab_size = sizes.config.vocab_size
-    tokens = min(
-        config.evaluate.micro_batch_tokens, chunk_tokens(vocab_size, torch.device("cuda" if profile.num_gpus else "cpu"))
-    )
+    vocab_size, device = sizes.config.vocab_size, torch.device("cuda" if profile.num_gpus else "cpu")
+    tokens = min(config.evaluate.micro_batch_tokens, chunk_tokens(vocab_size, device))
     parts["logits"] = 4 * tokens * vocab_size * _FLOAT32_BYTES  # of both models, and their log-probabilities
+    parts |= masks_of(config, sizes.config, config.evaluate.micro_batch_tokens, _FLOAT32_BYTES)
     remedy = "set profile.num_gpus to 0: what no GPU holds is evaluated in the host's memory"
     return Demand("evaluation", "worker", 1, parts, float(profile.num_gpus), remedy)
 

@@ -13,7 +13,7 @@ where things are placed is decided by the cluster that is there: shards, shares 
 - The profile is measured on the target that is there, and its key has that target: on other hardware it is made again, as ever. So
   nothing of it is noted.
 - A `gkd.step_tokens`, or a part of a step, that the config says and the noted parts do not make: the parts are decided anew.
-- The note belongs to a parent (name and revision) and a length of sequences, whose change makes all stages anew.
+- The note belongs to a parent (name and revision), a length of sequences and `data.document_mask`, whose change makes all stages anew.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ def config_of_parent(config: RunConfig) -> Any:
 def note_of(config: RunConfig, store: Store, part: str = "") -> Artifact:
     """Where a store keeps what was decided for a parent: of library and scores, or of the part `gkd`."""
     about = {"parent": config.parent, "revision": config.revision, "sequence_length": config.data.sequence_length}
+    about |= config.data.mask_identity()
     return store.artifact(STAGE, about | ({"part": part} if part else {}), {})
 
 

@@ -68,7 +68,7 @@ def shard_estimates(
         by_choice: dict[LayerChoice, list[float]] = {choice: [] for choice in choices}
         gradients_before = []
         for number, leaving in zip(batches, gradients, strict=True):
-            products, before = halves.products(scorer.inputs[number][index], leaving)
+            products, before = halves.products(scorer.inputs[number][index], leaving, scorer.position_ids(number))
             gradients_before.append(before)
             for choice, values in by_choice.items():
                 own = [products[kind, choice.variant(kind)] for kind in KINDS if choice.variant(kind) != PARENT]
@@ -138,13 +138,16 @@ class _LayerHalves:
         }
         return cls(stack, index, parents, variants)
 
-    def products(self, x: Tensor, leaving: Sequence[Tensor]) -> tuple[dict[tuple[SubblockKind, str], Tensor], list[Tensor]]:
+    def products(
+        self, x: Tensor, leaving: Sequence[Tensor], position_ids: Tensor | None
+    ) -> tuple[dict[tuple[SubblockKind, str], Tensor], list[Tensor]]:
         """For every variant the product gradient . change, `[samples, batch, tokens]`, and the gradients at the layer's input.
 
-        `x` is the layer's input, `[batch, tokens, hidden_size]`; `leaving` has the gradients at its output, one per sample.
+        `x` is the layer's input, `[batch, tokens, hidden_size]`; `leaving` has the gradients at its output, one per sample. `position_ids`
+        say where its documents begin.
         """
         run, index = self.stack.run_layer, self.index
-        arguments = self.stack.layer_arguments(x, index)
+        arguments = self.stack.layer_arguments(x, index, position_ids)
         with torch.enable_grad():
             start = x.detach().requires_grad_()
             middle = run(self.parents["attention"], index, start, arguments)

@@ -16,6 +16,7 @@ import torch
 from puzzle_ray.families.descriptor import Descriptor
 from puzzle_ray.models.blocks import stack_without_weights
 from puzzle_ray.models.head import chunk_tokens
+from puzzle_ray.models.masks import mask_bytes_per_token
 from puzzle_ray.profiling.memory import weights_of
 from puzzle_ray.scoring.settings import ScoringConfig
 
@@ -100,11 +101,18 @@ class ShardBytes:
 
 
 def shard_bytes(
-    model_config: Any, descriptor: Descriptor, layers: range, config: ScoringConfig, batch_tokens: int, free_gpu_bytes: int | None
+    model_config: Any,
+    descriptor: Descriptor,
+    layers: range,
+    config: ScoringConfig,
+    batch_tokens: int,
+    free_gpu_bytes: int | None,
+    masked_length: int = 0,
 ) -> ShardBytes:
     """For a shard on a CPU (`free_gpu_bytes` None) or a GPU, with text in batches of `batch_tokens` tokens.
 
-    Weights are counted on the real modules, without allocating them. A replacement counts as large as the largest layer.
+    `masked_length` is the length of rows whose documents are masked, 0 where none are (see `puzzle_ray.models.masks`). Weights are counted
+    on the real modules, without allocating them. A replacement counts as large as the largest layer.
     """
     dtype = getattr(torch, config.dtype)
     stack, _ = stack_without_weights(descriptor, model_config, layers.start, layers.stop, dtype)
@@ -113,7 +121,9 @@ def shard_bytes(
     kept = max(batch_tokens * each, chunk_limit_bytes(config, free_gpu_bytes))
     size = dtype_bytes(config.dtype)
     widest = max(parameter.shape[0] for layer in stack.layers for parameter in layer.parameters())
-    working = batch_tokens * config.candidate_batch * (_STATES_IN_A_LAYER * model_config.hidden_size + 3 * widest) * size
+    each_token = (_STATES_IN_A_LAYER * model_config.hidden_size + 3 * widest) * size
+    each_token += mask_bytes_per_token(model_config, masked_length, size)
+    working = batch_tokens * config.candidate_batch * each_token
     if stack.head is not None:
         device = torch.device("cpu" if free_gpu_bytes is None else "cuda")
         tokens = min(chunk_tokens(model_config.vocab_size, device), batch_tokens)

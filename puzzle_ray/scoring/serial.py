@@ -29,7 +29,7 @@ from puzzle_ray.store import Artifact
 
 
 class SerialScorer:
-    """Scores replacements in this process. `stack` holds the whole parent; `texts` are token ids, `[batch, tokens]`.
+    """Scores replacements in this process. `stack` holds the whole parent; `texts` and `separator` are as of `ShardScorer`.
 
     The parent runs when the first replacement is scored, so not at all where every score is in the artifact already.
     """
@@ -43,10 +43,11 @@ class SerialScorer:
         states_of: StatesOf,
         progress: Progress,
         questions: Sequence[QuestionBatch] = (),
+        separator: int | None = None,
     ) -> None:
         self.config, self.artifact, self.states_of, self.progress = config, artifact, states_of, progress
         self.texts, self.questions = texts, questions
-        self.shard = ShardScorer(stack, texts, questions)
+        self.shard = ShardScorer(stack, texts, questions, separator)
 
     def chunks(self, rounds: Sequence[tuple[int, ...]]) -> list[Chunk]:
         """The batches of all rounds in chunks that this process has room for."""
@@ -96,10 +97,11 @@ def score_serially(
     states_of: StatesOf,
     progress: Progress,
     questions: Sequence[QuestionBatch] = (),
+    separator: int | None = None,
 ) -> Scores:
-    """The scoring stage in this process. `stack` holds the whole parent; `texts` are token ids, `[batch, tokens]`."""
+    """The scoring stage in this process. `stack` holds the whole parent; `texts` and `separator` are as of `ShardScorer`."""
     replacements = all_replacements(space, config.granularity)
-    scorer = SerialScorer(stack, texts, config, artifact, states_of, progress, questions)
+    scorer = SerialScorer(stack, texts, config, artifact, states_of, progress, questions, separator)
     shortlist = None
     if config.shortlist == "fisher":
         tokens = sum(ids.numel() for ids in texts)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from puzzle_ray.artifacts import LayerChoice, SubblockKind
+from puzzle_ray.data.packing import positions_in_documents
 from puzzle_ray.distill.losses import next_token_loss_per_sequence
 from puzzle_ray.models.blocks import LayerStack, swapped
 from puzzle_ray.scoring.downstream import QuestionBatch, answers_from_head
@@ -46,15 +47,22 @@ class ShardScorer:
     """One shard's part in scoring.
 
     Hidden states go in and out as one tensor per evaluation batch, `[batch, tokens, hidden_size]`. Batches are numbered: text batches
-    first, then question batches. `texts` are token ids, `[batch, tokens]`.
+    first, then question batches. `texts` are token ids, `[batch, tokens]`. `separator` is the token that their documents begin with, where
+    attention does not cross them (see `puzzle_ray.data.packing`); a question is one document.
 
     It remembers the parent's activations on one chunk of batches, the one that `run_parent` was called with last.
     `inputs[batch][layer]` is the parent's input to that layer, `[batch, tokens, hidden_size]` in the stack's dtype, for every layer of
     the shard. `inputs[batch][stack.last]` is the output of the shard's last layer. `parent` has the predictions, in the last shard.
     """
 
-    def __init__(self, stack: LayerStack, texts: Sequence[Tensor], questions: Sequence[QuestionBatch] = ()) -> None:
-        self.stack, self.questions, self.num_texts = stack, list(questions), len(texts)
+    def __init__(
+        self,
+        stack: LayerStack,
+        texts: Sequence[Tensor],
+        questions: Sequence[QuestionBatch] = (),
+        separator: int | None = None,
+    ) -> None:
+        self.stack, self.questions, self.num_texts, self.separator = stack, list(questions), len(texts), separator
         self.input_ids = [*texts, *(torch.from_numpy(batch.input_ids.copy()) for batch in questions)]
         self.inputs: dict[int, dict[int, Tensor]] = {}
         self.parent: dict[int, ParentPredictions] = {}
@@ -72,6 +80,11 @@ class ShardScorer:
         """The token ids of a batch, where this shard computes."""
         return self.input_ids[number].to(self.stack.device)
 
+    def position_ids(self, number: int, copies: int = 1) -> Tensor | None:
+        """Where the documents of a batch begin; of as many copies of it, one behind the other. None where models count themselves."""
+        found = positions_in_documents(self.ids(number), self.separator) if number < self.num_texts else None
+        return None if found is None else found.repeat(copies, 1)
+
     @torch.no_grad()
     def run_parent(self, entering: Sequence[Tensor] = (), batches: Sequence[int] | None = None) -> list[Tensor]:
         """Runs the parent on a chunk and remembers its activations, in place of those of the chunk before.
@@ -81,12 +94,12 @@ class ShardScorer:
         """
         self.inputs, self.parent = {}, {}
         for place, number in enumerate(range(len(self.input_ids)) if batches is None else batches):
-            first = self.stack.embedding is not None
-            hidden = self.stack.embed(self.ids(number)) if first else entering[place]
+            first, known = self.stack.embedding is not None, self.position_ids(number)
+            hidden = self.stack.embed(self.ids(number), known) if first else entering[place]
             inputs = {}
             for index in range(self.stack.first, self.stack.last):
                 inputs[index] = hidden
-                hidden = self.stack.run_layer(self.stack.layer(index), index, hidden)
+                hidden = self.stack.run_layer(self.stack.layer(index), index, hidden, position_ids=known)
             inputs[self.stack.last] = hidden
             self.inputs[number] = inputs
             if self.ends:
@@ -115,20 +128,22 @@ class ShardScorer:
         ]
         leaving = []
         for number in task.batches:
-            outputs = [stack.run_layer(layer, index, self.inputs[number][index]) for layer in layers]
+            x, known = self.inputs[number][index], self.position_ids(number)
+            outputs = [stack.run_layer(layer, index, x, position_ids=known) for layer in layers]
             leaving.append(torch.cat(outputs) if len(outputs) > 1 else outputs[0])
-        return self._run_from(index + 1, leaving)
+        return self._run_from(index + 1, task, leaving)
 
     @torch.no_grad()
-    def run_suffix(self, entering: Sequence[Tensor]) -> list[Tensor]:
+    def run_suffix(self, task: ScoringTask, entering: Sequence[Tensor]) -> list[Tensor]:
         """Runs all layers of this shard on the outputs of a shard before it in which a layer was replaced."""
-        return self._run_from(self.stack.first, entering)
+        return self._run_from(self.stack.first, task, entering)
 
-    def _run_from(self, first: int, entering: Iterable[Tensor]) -> list[Tensor]:
+    def _run_from(self, first: int, task: ScoringTask, entering: Iterable[Tensor]) -> list[Tensor]:
         leaving = []
-        for hidden in entering:
+        for number, hidden in zip(task.batches, entering, strict=True):
+            known = self.position_ids(number, len(task.replacements))
             for index in range(first, self.stack.last):
-                hidden = self.stack.run_layer(self.stack.layer(index), index, hidden)
+                hidden = self.stack.run_layer(self.stack.layer(index), index, hidden, position_ids=known)
             leaving.append(hidden)
         return leaving
 

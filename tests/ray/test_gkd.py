@@ -34,7 +34,8 @@ CLUSTER = ClusterConfig()
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    return gkd_jobs(tmp_path_factory.mktemp("gkd"), CONFIG)[0]
+    """Of text whose documents, which begin with token 5, do not see each other."""
+    return dataclasses.replace(gkd_jobs(tmp_path_factory.mktemp("gkd"), CONFIG)[0], separator=5)
 
 
 @pytest.fixture(scope="module")

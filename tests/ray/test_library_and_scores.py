@@ -10,6 +10,7 @@ import pytest
 import ray
 import torch
 from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
+from packed_text import SEPARATOR, packed_ids
 from small_models import save_parent
 from waiting import until
 
@@ -59,8 +60,12 @@ def setting(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def coupled(setting):
-    """The same parent, its pairs trained as wholes, in bfloat16, with all terms of the loss, and stopped when they are flat."""
-    folder, space, tokens, store, _ = setting
+    """The same parent, its pairs trained as wholes, in bfloat16, with all terms of the loss, and stopped when they are flat.
+
+    Its text is of short documents that do not see each other.
+    """
+    folder, space, _, store, _ = setting
+    tokens = Tokens(packed_ids(64, 16).numpy().astype(np.int32), separator=SEPARATOR)
     narrow = tuple(
         replace(layer, attention=("parent", "gqa:1"), ffn=("parent", "ffn:24"), coupled=True) for layer in space.layers
     )
@@ -121,7 +126,8 @@ def score_in_one_process(setting, config, name):
     model_config = read_config(folder)
     stack = load_stack(folder, describe(model_config), model_config, 0, 4, torch.float32)
     texts = tokens.first(config.tokens, config.micro_batch_tokens // 16)
-    return score_serially(stack, texts, space, config, store.artifact("scores", {"by": name}, {}), library.states, Quiet())
+    step = store.artifact("scores", {"by": name}, {})
+    return score_serially(stack, texts, space, config, step, library.states, Quiet(), separator=tokens.separator)
 
 
 def test_library_and_scores_equal_one_processes_and_no_actor_outlives_its_stage(local_ray, setting, coupled):

@@ -167,12 +167,13 @@ def test_workers_measure_what_one_process_measures_and_nothing_twice(local_ray, 
     parents = LayerChoice()
     children = [(a, b, parents), (parents, a, a), (a, b, parents), (parents, parents, parents)]
     step = store.artifact("measured", {}, {})
-    with measuring(str(parent), library.artifact, [x.numpy() for x in batches], ClusterConfig(), step, Quiet()) as measure:
+    ids, separator = [x.numpy() for x in batches], int(batches[0][0, 7])  # so that a row has two documents
+    with measuring(str(parent), library.artifact, ids, ClusterConfig(), step, Quiet(), separator=separator) as measure:
         found = measure(children)
         assert measure(children[:1]) == found[:1]
     torch.set_num_threads(1)
     stack = load_stack(parent, describe(config), config, 0, config.num_hidden_layers, torch.float32)
-    assert found == [ChildMeter(stack, library, batches).measure(child) for child in children]
+    assert found == [ChildMeter(stack, library, batches, separator=separator).measure(child) for child in children]
     assert len(step.names("children")) == 3
 
     name = file_name(children[1])

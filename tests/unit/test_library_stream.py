@@ -20,9 +20,9 @@ def test_a_stream_is_left_only_where_something_is_left_to_do(monkeypatch, stops_
     out: list[int] = []
     stream = SimpleNamespace(
         flow=None, plans=[], reservation=SimpleNamespace(shards_of_nodes=dict),
-        send=lambda position, ids: out.append(position) or [position], collect=lambda pending: 0.5,
+        send=lambda position, ids, known: out.append(position) or [position], collect=lambda pending: 0.5,
     )  # fmt: skip
-    text = SimpleNamespace(batch=lambda position: torch.zeros(1))
+    text = SimpleNamespace(batch=lambda position: torch.zeros(1), position_ids=lambda ids: None)
     bar = SimpleNamespace(advance=lambda *_, **__: None)
     assert flow(stream, range(5), text, 2, bar, lambda: len(out) >= stops_after) is done
     assert out == list(range(sent))

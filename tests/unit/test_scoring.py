@@ -64,7 +64,7 @@ def test_scores_equal_the_whole_models_bit_for_bit(parent, borders):
         task = ScoringTask((item,), (0, 1))
         leaving = shards[at].run_replacements(task, lambda *_, own=own: own)
         for shard in shards[at + 1 :]:
-            leaving = shard.run_suffix(leaving)
+            leaving = shard.run_suffix(task, leaving)
         (found,) = shards[-1].measure(task, leaving)
         choices = [item.choice if i == item.layer else LayerChoice() for i in range(3)]
         child = assemble(folder, config, choices, {(item.layer, k): v for k, v in own.items()}, torch.float32)

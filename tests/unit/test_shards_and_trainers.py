@@ -15,14 +15,17 @@ import numpy as np
 import pytest
 import torch
 from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
+from packed_text import SEPARATOR, packed_ids
 from small_models import save_parent
 
 from actors.block_trainer import Trainer
 from actors.colocated_shard import Colocated
 from actors.parent_shard import EvaluationData, Shard
 from actors.placement import runs
+from actors.transport import packed_positions
 from puzzle_ray.artifacts import LayerChoice, Scores, SearchSpace
 from puzzle_ray.data.order import Tokens
+from puzzle_ray.data.packing import positions_in_documents
 from puzzle_ray.distill.library import Library, build_serially, finish_library
 from puzzle_ray.distill.schedule import Schedule
 from puzzle_ray.distill.settings import BlockLoss, EarlyStop, LibraryConfig
@@ -110,12 +113,31 @@ def travelled(sent):
     return [travelled(part) for part in sent] if isinstance(sent, list) else sent
 
 
+def micro_batch(setting: Setting, number: int):
+    """(token ids, what goes along with their hidden states) of a micro-batch."""
+    ids = setting.tokens.batch(SEED, number, 2)
+    position_ids = packed_positions(positions_in_documents(ids, setting.tokens.separator))
+    return ids.numpy(), {} if position_ids is None else {"position_ids": travelled(position_ids)}
+
+
 def assert_same(a: Library, b: Library) -> None:
     assert a.rows() == b.rows() and a.curves() == b.curves()
     for name in a.artifact.names():
         if name.endswith(".safetensors"):
             x, y = a.artifact.read_tensors(name)[0], b.artifact.read_tensors(name)[0]
             assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x), name
+
+
+@pytest.fixture(scope="module")
+def masked(setting) -> Setting:
+    """The same parent, and text of short documents that do not see each other."""
+    text = Tokens(packed_ids(64, 16).numpy().astype(np.int32), separator=SEPARATOR)
+    return replace(setting, tokens=text)
+
+
+@pytest.fixture(scope="module")
+def masked_library(masked) -> Library:
+    return masked.serially(CONFIG)
 
 
 # --- the library
@@ -144,15 +166,15 @@ def stream(
             grouping = then or grouping
             shards, trainers = started()
             position, restart_at = min(trainer.last() for _, trainer in trainers) + 1, None
-        entering = setting.tokens.batch(SEED, schedule.data_number(position), 2).numpy()
+        entering, known = micro_batch(setting, schedule.data_number(position))
         hidden: list = []  # hidden[i] is the input of layer i
         for shard in shards:
-            left = travelled(shard.forward(entering))
+            left = travelled(shard.forward(entering, **known))
             hidden += left if isinstance(left, list) else [left]
             entering = hidden[-1]
         for layers, trainer in trainers:
             indices = sorted({i for layer in layers for i in (layer, layer + 1)})
-            trainer.step(position, indices, *[hidden[i] for i in indices])
+            trainer.step(position, indices, *[hidden[i] for i in indices], **known)
         position += 1
     return finish_library(setting.space, artifact)
 
@@ -188,9 +210,9 @@ def stream_colocated(setting: Setting, config: LibraryConfig, num_shards: int, r
         if position == restart_at:
             shards = started()
             position, restart_at = min(shard.last() for shard in shards) + 1, None
-        entering = setting.tokens.batch(SEED, schedule.data_number(position), 2).numpy()
+        entering, known = micro_batch(setting, schedule.data_number(position))
         for shard in shards:
-            left, _ = shard.forward_and_train(position, entering)
+            left, _ = shard.forward_and_train(position, entering, **known)
             entering = None if left is None else travelled(left)
         assert entering is None, "nothing reads the last layer's output outside its process"
         position += 1
@@ -207,6 +229,11 @@ def test_trainers_in_their_shards_processes_change_nothing(setting, library, num
 def test_they_round_to_16_bits_as_if_states_had_travelled(pairs):
     config = CONFIG.model_copy(update=EVERYTHING | {"activation_dtype": "bfloat16", "parent_dtype": "bfloat16"})
     assert_same(pairs.serially(config), stream_colocated(pairs, config, 2))
+
+
+def test_documents_are_told_apart_wherever_shards_end(masked, masked_library):
+    assert_same(masked_library, stream(masked, CONFIG, 2, SPLIT, 11, TWO_BY_TWO))
+    assert_same(masked_library, stream_colocated(masked, CONFIG, 3, 14))
 
 
 @pytest.mark.parametrize("restart_at", [1, 14])
@@ -293,7 +320,7 @@ def score_by_shards(
 ) -> Scores:
     """The scoring stage, one piece of work after the other, in chunks of at most `limit_bytes` at a byte per token."""
     texts, questions = evaluation(setting, config)
-    data = EvaluationData([batch.numpy() for batch in texts], questions)
+    data = EvaluationData([batch.numpy() for batch in texts], questions, setting.tokens.separator)
     pipeline, artifact = Pipeline(setting, library, data, num_shards, forgetful, config.dtype), setting.artifact("scores")
     batch_tokens = [batch.size for batch in (*data.texts, *(q.input_ids for q in questions))]
     wanted, shortlist = all_replacements(setting.space, config.granularity), None
@@ -322,7 +349,8 @@ def score_in_one_piece(setting: Setting, library: Library, config: ScoringConfig
     model_config = read_config(setting.folder)
     stack = load_stack(setting.folder, describe(model_config), model_config, 0, LAYERS, getattr(torch, config.dtype))
     texts, questions = evaluation(setting, config)
-    return score_serially(stack, texts, setting.space, config, setting.artifact("scores"), library.states, Quiet(), questions)
+    how = (library.states, Quiet(), questions, setting.tokens.separator)
+    return score_serially(stack, texts, setting.space, config, setting.artifact("scores"), *how)
 
 
 @pytest.fixture(scope="module")
@@ -362,6 +390,15 @@ def test_scores_are_those_of_one_piece_wherever_shards_end(setting, library, que
         assert {row.metric for row in whole.rows} >= {"downstream", "kl"}
 
 
+@pytest.mark.parametrize("options", [{"candidate_batch": 3}, {"shortlist": "fisher"}], ids=str)
+def test_documents_are_told_apart_by_all_shards_that_score(masked, masked_library, options):
+    config = ScoringConfig(granularity="block", tokens=64, micro_batch_tokens=32, **options)
+    whole = score_in_one_piece(masked, masked_library, config)
+    assert score_by_shards(masked, masked_library, config, 2, forgetful="shortlist" in options) == whole
+    crossing = replace(masked, tokens=replace(masked.tokens, separator=None))
+    assert score_in_one_piece(crossing, masked_library, config).rows != whole.rows
+
+
 @pytest.mark.parametrize("shortlist", ["none", "fisher"])
 def test_shards_that_are_started_again_run_the_parent_again_and_score_the_same(setting, library, shortlist):
     config = ScoringConfig(granularity="subblock", tokens=64, micro_batch_tokens=32, shortlist=shortlist, racing=True)
@@ -375,33 +412,36 @@ def test_scores_of_pairs_are_those_of_one_piece(pairs, pairs_library):
     assert len({(row.layer, row.attention, row.ffn) for row in whole.rows}) == 3 * LAYERS
 
 
-@pytest.mark.parametrize("num_shards", [1, 2, 4])
-def test_children_are_measured_alike_wherever_shards_end_and_whatever_is_remembered(setting, library, num_shards):
+@pytest.mark.parametrize(("num_shards", "masked"), [(1, False), (2, False), (4, False), (2, True)])
+def test_children_are_measured_alike_wherever_shards_end_and_whatever_is_remembered(setting, library, num_shards, masked):
     model_config = read_config(setting.folder)
     stack = load_stack(setting.folder, describe(model_config), model_config, 0, LAYERS, torch.float32)
     batches, parent = setting.tokens.first(64, 2), LayerChoice()
+    separator = int(batches[0][0, 7]) if masked else None
     a, b, c = LayerChoice("gqa:1", "ffn:24"), LayerChoice(ffn="noop"), LayerChoice("linear")
     children = [(a, b, parent, c), (a, b, parent, parent), (a, parent, parent, parent), (b, c, a, a), (b, c, a, parent)]
-    whole = ChildMeter(stack, library, batches)
+    whole = ChildMeter(stack, library, batches, separator=separator)
     expected = [whole.measure(child) for child in children]
     assert len(set(expected)) == len(children)
-    assert [ChildMeter(stack, library, batches, kept_bytes=0).measure(child) for child in children] == expected
+    assert [ChildMeter(stack, library, batches, 0, separator).measure(child) for child in children] == expected
+    unmasked = ChildMeter(stack, library, batches).measure(children[0])
+    assert (unmasked == expected[0]) == (not masked)
     one_batch = batches[0].numel() * 32 * 4 * (LAYERS + 1)
-    partly = ChildMeter(stack, library, batches, kept_bytes=one_batch)
+    partly = ChildMeter(stack, library, batches, one_batch, separator)
     assert [partly.measure(child) for child in children] == expected and [bool(x) for x in partly.inputs] == [True, False]
 
     shards = [Shard(str(setting.folder), x.start, x.stop, "float32", "float32", 1, TRANSPORT) for x in runs(LAYERS, num_shards)]
     ids = [batch.numpy() for batch in batches]
     entering: list = [[]]
     for shard in shards:
-        entering.append(travelled(shard.remember_parent(library.artifact, ids, entering[-1])))
+        entering.append(travelled(shard.remember_parent(library.artifact, ids, entering[-1], separator)))
     found = []
     for number, child in enumerate(children):
         if number == 3:  # one of them is lost
             shards[-1] = Shard(str(setting.folder), *spans(shards[-1]), "float32", "float32", 1, TRANSPORT)
         out: list = []
         for shard, parents in zip(shards, entering, strict=False):
-            out = travelled(shard.run_child(child, out, library.artifact, ids, parents))
+            out = travelled(shard.run_child(child, out, library.artifact, ids, parents, separator))
         found.append(out)
     assert found == expected
 
