@@ -176,5 +176,7 @@ class ChildServer:
 
     async def _reply(self, request: CompletionRequest | ChatRequest) -> Response:
         if request.stream:
-            return _EventStream(await self.service.answer_stream(request), headers=_STREAM_HEADERS, media_type="text/event-stream")
+            return _EventStream(
+                await self.service.answer_stream(request), headers=_STREAM_HEADERS, media_type="text/event-stream"
+            )
         return JSONResponse(await self.service.answer(request))

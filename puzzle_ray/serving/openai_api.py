@@ -114,7 +114,9 @@ class OpenAIService:
         await anext(events)  # a generator that has not begun would be closed without a look at its `finally`
         return events
 
-    async def _events(self, request: CompletionRequest | ChatRequest, generations: Sequence[Generation]) -> AsyncGenerator[str, None]:
+    async def _events(
+        self, request: CompletionRequest | ChatRequest, generations: Sequence[Generation]
+    ) -> AsyncGenerator[str, None]:
         try:
             yield ""  # it has begun
         except GeneratorExit:

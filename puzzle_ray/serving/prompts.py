@@ -78,7 +78,9 @@ class Prompts:
     def _check_characters(self, number: int, where: str) -> None:
         most = self._longest_token * self._max_tokens
         if number > most:
-            problem = f"has {number} characters, and this model's maximum context length is {self._max_tokens} tokens, at most {most}"
+            problem = (
+                f"has {number} characters, and this model's maximum context length is {self._max_tokens} tokens, at most {most}"
+            )
             raise TooLong(where, problem, "shorten it")
 
 

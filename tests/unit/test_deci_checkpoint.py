@@ -135,7 +135,7 @@ def test_the_verb_writes_both_formats_and_says_in_one_line_what_is_wrong(tmp_pat
 
 @pytest.mark.parametrize("format_", ["native", "nemotron_nas"])
 def test_a_child_that_is_trained_from_its_beginning_has_weights_to_begin_with(format_, tmp_path):
-    """`from_config` builds every layer. What a layer's own shape has made anew is drawn as the family draws it, and nothing else changes."""
+    """`from_config` builds every layer. What is made anew is drawn as the family draws it, and nothing else changes."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     _, folder = saved(tmp_path, initializer_range=0.3)

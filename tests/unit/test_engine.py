@@ -396,7 +396,7 @@ def test_spacing_is_that_of_prompt_and_answer_in_one(shared_data):
 
 
 def test_text_goes_on_behind_a_special_token_that_has_no_role():
-    """Special to the tokenizer and no bos, eos or pad: `<|end|>` of Phi-3. A decoder that drops the first space must not begin anew there."""
+    """Special and no bos, eos or pad: `<|end|>` of Phi-3. A decoder that drops the first space must not begin anew there."""
     vocab = {"▁once": 0, "▁upon": 1, "▁a": 2, "<unk>": 3}
     inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     inner.decoder = decoders.Metaspace()

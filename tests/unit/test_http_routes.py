@@ -96,7 +96,10 @@ def test_a_fault_of_the_server_is_an_error_as_clients_read_it(ask, server, monke
 
 def test_large_bodies_are_read_as_small_ones_are(ask):
     small = json.dumps({"prompt": "x", "max_tokens": 2, "temperature": 0}).encode()
-    (_, _, plain), (status, _, padded) = ask("POST", "/v1/completions", small), ask("POST", "/v1/completions", small + b" " * 2**18)
+    (_, _, plain), (status, _, padded) = (
+        ask("POST", "/v1/completions", small),
+        ask("POST", "/v1/completions", small + b" " * 2**18),
+    )
     assert status == 200 and json.loads(padded)["choices"] == json.loads(plain)["choices"]
     status, _, answer = ask("POST", "/v1/completions", {"prompt": [0] * 10**5 + ["a"]})
     assert status == 400 and json.loads(answer)["error"]["param"] == "prompt" and len(answer) < 1000
