@@ -368,6 +368,7 @@ def works(config: RunConfig, model_config: Any, sizes: Sizes) -> list[Work]:
     shards = min(config.cluster.num_shards, depth)
     states = (shards if config.cluster.colocate else depth) + 1  # in one process, only those between shards travel
     store = states * model_config.hidden_size * _bytes(library.activation_dtype)
+    store += 4 * config.data.document_mask  # position ids go along
     behind = [sum(sizes.layers[n:]) + sizes.head for n in range(depth)]
     scored = sum(2.0 * behind[r.layer] for r in all_replacements(sizes.space, config.scoring.granularity))
     checkpoint = sum(sum(sizes.trainer(n)[k] for k in ("variants", "start weights", "optimizer")) for n in range(depth))

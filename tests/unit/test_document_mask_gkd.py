@@ -35,7 +35,7 @@ from puzzle_ray.models.child import load_model, save_child
 from puzzle_ray.models.head import final_states
 from puzzle_ray.models.masks import mask_bytes_per_token
 from puzzle_ray.pipeline import compress
-from puzzle_ray.planning.demand import Sizes, demands
+from puzzle_ray.planning.demand import Sizes, demands, works
 from puzzle_ray.progress import Quiet
 from puzzle_ray.store import Store
 from puzzle_ray.variants.space import search_space
@@ -157,17 +157,18 @@ def test_what_autograd_keeps_more_with_masks_is_what_a_plan_counts():
 
 def test_a_plan_counts_them_where_documents_are_masked():
     small = tiny_config()
-    sizes, found = Sizes(small, search_space(small, ("noop",), ("noop",), 8)), []
-    for mask in (False, True):
-        settings = RunConfig(data={"document_mask": mask, "sequence_length": 32}, gkd={"tokens": 640, "micro_batch_tokens": 64})
-        found.append({(d.stage, d.process): d.parts for d in demands(settings, small, sizes)})
-    plain, masked = found
+    sizes, gkd_settings = Sizes(small, search_space(small, ("noop",), ("noop",), 8)), {"tokens": 640, "micro_batch_tokens": 64}
+    off, on = (RunConfig(data={"document_mask": mask, "sequence_length": 32}, gkd=gkd_settings) for mask in (False, True))
+    plain, masked = ({(d.stage, d.process): d.parts for d in demands(config, small, sizes)} for config in (off, on))
     assert not any("attention masks" in parts for parts in plain.values())
     repeated = 2 * 2 * 8  # keys and values of two heads more
     assert masked["gkd", "worker"]["attention masks"] == 64 * (2 * 32 + 3 * 4 * (32 + repeated))
     one_layer = 2048 * (2 * 32 + 4 * (32 + repeated))
     for process in (("library", "parent shard"), ("library", "block trainer"), ("evaluation", "worker")):
         assert masked[process] == plain[process] | {"attention masks": one_layer}
+    small_works = [{w.stage: w for w in works(settings, small, sizes)} for settings in (off, on)]
+    before, after = (found["library"] for found in small_works)
+    assert after.store_bytes_per_token == before.store_bytes_per_token + 4 and after.flops == before.flops
     shard = ("scores", "parent shard")
     assert masked[shard] == plain[shard] | {"working": plain[shard]["working"] + one_layer}
 
