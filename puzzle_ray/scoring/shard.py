@@ -21,6 +21,7 @@ from torch import Tensor
 from puzzle_ray.artifacts import LayerChoice, SubblockKind
 from puzzle_ray.distill.losses import next_token_loss_per_sequence
 from puzzle_ray.models.blocks import LayerStack, swapped
+from puzzle_ray.process import give_back_freed_memory
 from puzzle_ray.scoring.downstream import QuestionBatch, answers_from_head
 from puzzle_ray.scoring.metrics import compare_with_parent
 from puzzle_ray.scoring.replacements import DOWNSTREAM, Damage, ScoringTask
@@ -91,6 +92,7 @@ class ShardScorer:
             self.inputs[number] = inputs
             if self.ends:
                 self.parent[number] = self._predictions(number, hidden)
+        give_back_freed_memory()
         return [inputs[self.stack.last] for inputs in self.inputs.values()]
 
     def _predictions(self, number: int, leaving: Tensor) -> ParentPredictions:
