@@ -16,6 +16,8 @@ from puzzle_ray.errors import ClusterError
 if TYPE_CHECKING:
     import torch
 
+LITTLE = 0.25  # of what is in use: what may go back in a loop
+_WORTH_BYTES = 256 << 20  # of freed memory, below which a loop gives none back
 _LARGE_BYTES = 128 << 20  # of a block that goes back to the kernel when it is freed
 _THRESHOLDS = gc.get_threshold()  # as Python, or who runs us, has them
 
@@ -91,7 +93,7 @@ def give_back_freed_memory(share: float | None = None) -> bool:
 
     For the end of a phase: what it has freed lies in gaps between what stays, too scattered for what comes next. Pages that are needed
     again are filled with zeros first. So in a loop, give a `share`: nothing is given back where more is kept than this share of what is
-    in use. Beside that much work with what is in use, getting the pages again takes no time that counts.
+    in use, or less than 256 MiB. Beside that much work with what is in use, getting the pages again takes no time that counts.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -101,7 +103,7 @@ def give_back_freed_memory(share: float | None = None) -> bool:
             return False
         libc.mallinfo2.restype = _Mallinfo2
         heap = libc.mallinfo2()
-        if heap.fordblks > share * (heap.uordblks + heap.hblkhd):
+        if not _WORTH_BYTES <= heap.fordblks <= share * (heap.uordblks + heap.hblkhd):
             return False
     return bool(libc.malloc_trim(0))
 

@@ -24,14 +24,13 @@ from puzzle_ray.distill.schedule import LearningRate
 from puzzle_ray.distill.settings import AUTO, GkdConfig
 from puzzle_ray.errors import PuzzleError, StoreError
 from puzzle_ray.models.head import final_states
-from puzzle_ray.process import give_back_freed_memory
+from puzzle_ray.process import LITTLE, give_back_freed_memory
 from puzzle_ray.progress import Bar
 
 if TYPE_CHECKING:
     from puzzle_ray.distill.sharding import Shards
 
 CHECKPOINT = "checkpoint.safetensors"
-_FREED = 0.25  # of what is in use: freed memory up to this share goes back before a step
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _BEST = "guard.best."
 _GUARD = "guard."  # before the names of the guard's tensors in a checkpoint
@@ -124,10 +123,11 @@ class GkdTrainer:
     def step(self) -> GkdRow:
         """Takes one optimizer step. Raises Diverged where loss or gradient is not finite, before any weight is changed."""
         number, config = self.next_step, self.config
-        give_back_freed_memory(_FREED)
         self.gradients.start()
         for round_, rank, counts in self._passes():
+            give_back_freed_memory(LITTLE)  # of the pass before, and of a look at held-out text
             losses = self.loss_terms(self.text.batch(number, rank, round_).to(self.device))
+            give_back_freed_memory(LITTLE)  # of logits, which stay away until the next pass
             (losses[0] if counts else 0.0 * losses[0]).backward()
             if counts:
                 self.gradients.add(torch.stack([term.detach() for term in losses]))
