@@ -38,7 +38,7 @@ def evaluate(
     scenario: Scenario,
     config: EvaluateConfig,
     dtype: str,
-    use_gpu: bool,
+    num_gpus: float,
     questions: Sequence[QuestionBatch] = (),
     separator: int | None = None,
 ) -> dict[str, Any]:
@@ -50,20 +50,20 @@ def evaluate(
 
     compute_with(num_threads)
     tensors = [torch.from_numpy(batch.copy()) for batch in batches]
-    return library.evaluate(folders, tensors, architecture, scenario, config, dtype, Quiet(), use_gpu, questions, separator)
+    return library.evaluate(folders, tensors, architecture, scenario, config, dtype, Quiet(), num_gpus, questions, separator)
 
 
 def predict(
-    num_threads: int, folders: Mapping[str, str], batches: Sequence[Container], use_gpu: bool, separator: int | None = None
+    num_threads: int, folders: Mapping[str, str], batches: Sequence[Container], num_gpus: float, separator: int | None = None
 ) -> dict[str, dict[str, float]]:
     """Held-out predictions of the parent and its children, nothing timed."""
     import torch
 
     from puzzle_ray.evaluation.evaluate import Models, predictions
-    from puzzle_ray.process import compute_with
+    from puzzle_ray.process import compute_with, devices_for
 
     compute_with(num_threads)
-    models = Models(folders, torch.device("cuda" if use_gpu else "cpu"))
+    models = Models(folders, devices_for(num_gpus))
     return predictions(models, [torch.from_numpy(batch.copy()) for batch in batches], separator=separator)
 
 

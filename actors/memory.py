@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -53,13 +54,14 @@ def largest_node_bytes() -> int:
     return max(0, int(most) - ALLOWANCE_BYTES) if most else 0
 
 
-def smallest_gpu_bytes(timeout_s: float) -> int:
-    """The memory of the smallest GPU of the cluster; 0 where there is none, or nobody knows them."""
+def gpus_of_a_node(timeout_s: float) -> tuple[int, int]:
+    """The memory of the smallest GPU of the cluster, and how many a node has at the most; 0 where there is none, or nobody knows them."""
     try:
-        return min((node.gpus.memory_bytes for node in find_nodes(timeout_s) if node.gpus is not None), default=0)
+        found = [node.gpus for node in find_nodes(timeout_s) if node.gpus is not None]
     except ClusterError as error:
         print(f"  {error}", file=sys.stderr, flush=True)
-        return 0
+        found = []
+    return min((gpus.memory_bytes for gpus in found), default=0), max((gpus.count for gpus in found), default=0)
 
 
 def with_memory(options: Mapping[str, Any], held_bytes: int, what: str, where: str, count: int = 1) -> dict[str, Any]:
@@ -86,17 +88,23 @@ def with_memory(options: Mapping[str, Any], held_bytes: int, what: str, where: s
 def whole_model(folders: Iterable[str], cluster: ClusterConfig, what: str, where: str) -> tuple[dict[str, Any], float]:
     """Ray options of a worker that holds one whole model at a time, in float32, and its share of a GPU.
 
-    It has the GPU shares of all the parent's shards together, or a whole GPU where those are more and one holds the largest model, or one
-    CPU and that model's memory.
+    It has the GPU shares of all the parent's shards together; where those are more than one GPU, as many GPUs of a node as the largest
+    model takes, over which it is spread; else one CPU and that model's memory.
     """
     from puzzle_ray.models.checkpoint import locate
 
     gpus = cluster.num_shards * cluster.gpus_per_shard
     largest = 0 if 0 < gpus <= 1 else max(weight_bytes(locate(folder), FLOAT32_BYTES) for folder in folders)
     if gpus > 1:
-        gpus = float(ROOM * largest <= smallest_gpu_bytes(cluster.placement_timeout_s))
-        if not gpus:
-            print(f"  {where}: a whole model takes more than one GPU; {what} computes on a CPU", file=sys.stderr, flush=True)
+        each, most = gpus_of_a_node(cluster.placement_timeout_s)
+        gpus = float(math.ceil(ROOM * largest / each)) if each else 0.0
+        if not 0 < gpus <= most:
+            print(
+                f"  {where}: a whole model takes more than the GPUs of a node; {what} computes on a CPU",
+                file=sys.stderr,
+                flush=True,
+            )
+            gpus = 0.0
     options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus}
     if not gpus:
         options = with_memory(options, largest, what, where)

@@ -25,10 +25,10 @@ class ReaderProcess:
     """Answers for whichever model it is asked about; the one it was asked about last is in memory."""
 
     def __init__(self, folders: Mapping[str, str], batch_tokens: int, num_threads: int, num_gpus: float = 0) -> None:
-        from puzzle_ray.process import compute_with, device_for
+        from puzzle_ray.process import compute_with, devices_for
 
         compute_with(num_threads)
-        self.folders, self.batch_tokens, self.device = dict(folders), batch_tokens, device_for(num_gpus)
+        self.folders, self.batch_tokens, self.devices = dict(folders), batch_tokens, devices_for(num_gpus)
         self.name = ""
         self.reader: Reader | None = None
 
@@ -40,7 +40,7 @@ class ReaderProcess:
         name, chunk = asked
         if name != self.name or self.reader is None:
             self.reader = None  # its memory goes before the next one comes
-            self.name, self.reader = name, Reader(self.folders[name], self.batch_tokens, self.device)
+            self.name, self.reader = name, Reader(self.folders[name], self.batch_tokens, self.devices)
         return self.reader.answer(chunk)
 
 

@@ -6,14 +6,16 @@ below it is read: private memory (resident less what is file-backed or shared), 
 by itself, mapped files count too, because weights are mapped from them.
 
 A row for every stage has its seconds; a row for every kind of process has its private peak, what a process of that kind has before it
-holds anything (`idle`, measured), and what `puzzle-ray plan` says that it holds by design. `plan_error` is the largest relative
-difference of peak less idle from the plan, over kinds of processes that are planned to hold at least 256 MiB. The child counts as
-large as the parent in the plan, so GKD's worker is compared with the plan for the child that was found.
+holds anything (`idle`: of a Ray worker that has loaded what the kind loads, and has built and trained a matrix, measured), and what
+`puzzle-ray plan` says that it holds by design. `plan_error` is the largest relative difference of peak less idle from the plan, over
+kinds of processes that are planned to hold at least 256 MiB. The child counts as large as the parent in the plan, so GKD's worker and
+the evaluation's are compared with the plan for the child that was found.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -22,6 +24,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +69,19 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-KINDS = {  # how a process calls itself -> (stage, process) of the plan, and the modules that it has loaded when it is idle
-    "ParentShard": (("library", "parent shard"), "actors.parent_shard"),
-    "BlockTrainer": (("library", "block trainer"), "actors.block_trainer"),
-    "TrainWorker": (("gkd", "worker"), "actors.gkd"),
-    "LoneWorker": (("evaluation", "worker"), "actors.lone_worker"),
+KINDS = {  # how a process calls itself -> (stage, process) of the plan, and the modules that it has loaded before it holds anything
+    "ParentShard": (
+        ("library", "parent shard"),
+        ("actors.parent_shard", "puzzle_ray.scoring.shard", "puzzle_ray.distill.library"),
+    ),
+    "BlockTrainer": (("library", "block trainer"), ("actors.block_trainer", "puzzle_ray.distill.library")),
+    "TrainWorker": (
+        ("gkd", "worker"),
+        ("actors.gkd", "actors.gkd_checkpoints", "ray.train.torch", "puzzle_ray.distill.sharding"),
+    ),
+    "LoneWorker": (("evaluation", "worker"), ("actors.lone_worker", "puzzle_ray.evaluation.evaluate", "transformers.generation")),
 }
+TRAIN = ("BlockTrainer", "TrainWorker")
 SETTINGS: dict[str, Any] = {
     "data": {"sequence_length": 128, "max_train_tokens": 40_000, "max_heldout_tokens": 8192},
     "space": {"attention": ["parent", "gqa:50%", "noop"], "ffn": ["parent", "ffn:50%", "noop"]},
@@ -158,11 +168,40 @@ class Memory(threading.Thread):
             self.total = max(self.total, total + shared)
 
 
-def idle_bytes(module: str) -> int:
-    """Memory of a process that has loaded what an actor loads, and nothing else."""
-    code = f"import {module}, torch; from benchmarks.rehearsal import own_bytes; import os"
-    code += "; torch.ones(64, 64) @ torch.ones(64, 64); print(own_bytes(os.getpid()))"
-    return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+def idle_here(modules: Sequence[str], trains: bool, parent: Path) -> int:
+    """Memory of this process when it has loaded what some kind of process loads, the parent's classes too, and has used torch."""
+    import torch
+
+    from puzzle_ray.models.blocks import stack_without_weights
+    from puzzle_ray.models.child import read_config
+    from puzzle_ray.models.describe import describe
+    from puzzle_ray.process import compute_with
+
+    for name in modules:
+        importlib.import_module(name)
+    compute_with(1)
+    config = read_config(parent)
+    stack_without_weights(describe(config), config, 0, 1, torch.bfloat16)
+    weight = torch.nn.Parameter(torch.ones(64, 64))
+    with torch.no_grad():
+        weight.bfloat16() @ weight.bfloat16()
+    if trains:
+        optimizer = torch.optim.AdamW([weight])
+        (weight @ weight).sum().backward()
+        optimizer.step()
+    return own_bytes(os.getpid())
+
+
+def idle_bytes(parent: Path) -> dict[str, int]:
+    """By kind of process, each measured in a fresh Ray worker."""
+    import ray
+
+    ray.init(address="local", num_cpus=1, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False)
+    try:
+        task = ray.remote(max_calls=1)(idle_here)
+        return {kind: ray.get(task.remote(modules, kind in TRAIN, parent), timeout=300) for kind, (_, modules) in KINDS.items()}
+    finally:
+        ray.shutdown()
 
 
 def planned(folder: Path, config_file: Path, store: str, layers_per_trainer: int) -> dict[tuple[str, str], int]:
@@ -181,9 +220,11 @@ def planned(folder: Path, config_file: Path, store: str, layers_per_trainer: int
     (record,) = Path(store).glob("architecture-*/architecture.json")
     choice = json.loads(record.read_text())
     kept = choice["predicted"]["num_params"] / choice["parent_predicted"]["num_params"]
-    parts = next(d.parts for d in demands(config, model_config, sizes) if d.stage == "gkd")
-    of_child = ("child", "gradients", "optimizer", "best weights", "activations")
-    found["gkd", "worker"] = int(sum(size * (kept if name in of_child else 1) for name, size in parts.items()))
+    shares = dict.fromkeys(("child", "gradients", "optimizer", "best weights", "activations"), kept)
+    shares["two models"] = (1 + kept) / 2
+    for demand in demands(config, model_config, sizes):
+        if demand.stage in ("gkd", "evaluation"):
+            found[demand.stage, demand.process] = int(sum(size * shares.get(name, 1) for name, size in demand.parts.items()))
     library = ("library", "parent shard"), ("scores", "parent shard")
     found[library[0]] = max(found[each] for each in library)  # the same kind of process, in both stages
     return found
@@ -226,18 +267,18 @@ def main() -> None:
             stages[facts["stage"]] = round(facts.get("seconds") or 0.0, 1)
         trainers = len(memory.pids["BlockTrainer"]) or 1
         plan = planned(folder, config_file, store, -(-shape["num_hidden_layers"] // trainers))
+        idle = idle_bytes(folder / "parent")
     rows: list[dict[str, Any]] = [{"stage": stage, "seconds": took} for stage, took in stages.items()]
     errors = {}
     over = {}
     for kind, peak in sorted(memory.by_kind.items()):
         row: dict[str, Any] = {"process": kind, "peak_gib": peak / 2**30}
         if kind in KINDS:
-            key, module = KINDS[kind]
-            idle, holds = idle_bytes(module), plan[key]
-            row |= {"processes": len(memory.pids[kind]), "idle_gib": idle / 2**30, "planned_gib": holds / 2**30}
-            over[kind] = peak / (idle + holds)
+            holds = plan[KINDS[kind][0]]
+            row |= {"processes": len(memory.pids[kind]), "idle_gib": idle[kind] / 2**30, "planned_gib": holds / 2**30}
+            over[kind] = peak / (idle[kind] + holds)
             if holds >= 256 << 20:
-                errors[kind] = abs(peak - idle - holds) / holds
+                errors[kind] = abs(peak - idle[kind] - holds) / holds
         rows.append(row)
     for row in rows:
         print("  ".join(f"{name} {value:.2f}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()))

@@ -10,8 +10,8 @@ import typer
 from jobs.command import SEARCHES, Config, Data, Debug, ParentName, Recipe, Settings, StoreRoot, Verb, configured
 
 if TYPE_CHECKING:
-    from puzzle_ray.planning.demand import Demand, Work
     from puzzle_ray.planning.hardware import Hardware
+    from puzzle_ray.planning.needs import Demand, Work
 
 GIB = 1 << 30
 

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 SubblockKind = Literal["attention", "ffn"]
 KINDS: tuple[SubblockKind, ...] = ("attention", "ffn")
 PARENT = "parent"
+NOOP = "noop"
 BLOCK = "block"  # the kind of a coupled pair
 MIB = 1024.0 * 1024.0
 Row = TypeVar("Row")
@@ -52,7 +53,7 @@ class LayerChoice:
     @classmethod
     def half(cls, kind: SubblockKind, variant: str) -> LayerChoice:
         """One subblock alone. The other one is a no-op, which adds nothing to the residual stream."""
-        return cls(variant, "noop") if kind == "attention" else cls("noop", variant)
+        return cls(variant, NOOP) if kind == "attention" else cls(NOOP, variant)
 
     def variant(self, kind: SubblockKind) -> str:
         return self.attention if kind == "attention" else self.ffn

@@ -105,7 +105,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _whole_sequences(self) -> RunConfig:
         length = self.data.sequence_length
-        for section in ("library", "scoring", "gkd"):
+        unread = self.gkd.stages and not self.search.distil_tokens  # stages have micro-batches of their own
+        for section in ("library", "scoring") if unread else ("library", "scoring", "gkd"):
             tokens = getattr(self, section).micro_batch_tokens
             decided = self.hardware is not None and "micro_batch_tokens" not in getattr(self, section).model_fields_set
             if tokens % length and not decided:

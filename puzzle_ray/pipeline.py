@@ -358,7 +358,7 @@ def evaluation_of(
         compute_with(num_cores())
         batches = parts.test.first(config.tokens, config.sequences(s.config.data.sequence_length))
         questions = load_questions(str(s.parent), scoring, s.model_config, "test")
-        how = (profile.scenario, config, profile.dtype, s.progress, profile.num_gpus > 0, questions, s.separator)
+        how = (profile.scenario, config, profile.dtype, s.progress, profile.num_gpus, questions, s.separator)
         found = evaluate(folders, batches, read_architecture(architecture), *how)
         artifact.write_json(EVALUATION, found | {"heldout": parts.ranges})
         artifact.finish({name: found[name] for name in ("measured_speedup", "predicted_speedup")})

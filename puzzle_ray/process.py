@@ -16,6 +16,8 @@ from puzzle_ray.errors import ClusterError
 if TYPE_CHECKING:
     import torch
 
+LITTLE = 0.25  # of what is in use: what may go back in a loop
+_WORTH_BYTES = 256 << 20  # of freed memory, below which a loop gives none back
 _LARGE_BYTES = 128 << 20  # of a block that goes back to the kernel when it is freed
 _THRESHOLDS = gc.get_threshold()  # as Python, or who runs us, has them
 
@@ -77,6 +79,35 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(mmap_threshold, _LARGE_BYTES)) and bool(mallopt(trim_threshold, (1 << 31) - 1))
 
 
+class _Mallinfo2(ctypes.Structure):
+    """What glibc says of its heaps, see mallinfo(3)."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    ]
+
+
+def give_back_freed_memory(share: float | None = None) -> bool:
+    """Gives back to the kernel what this process has freed and keeps. Returns False where it does not.
+
+    For the end of a phase: what it has freed lies in gaps between what stays, too scattered for what comes next. Pages that are needed
+    again are filled with zeros first. So in a loop, give a `share`: nothing is given back where more is kept than this share of what is
+    in use, or less than 256 MiB. Beside that much work with what is in use, getting the pages again takes no time that counts.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    if share is not None:
+        if not hasattr(libc, "mallinfo2"):  # before glibc 2.33
+            return False
+        libc.mallinfo2.restype = _Mallinfo2
+        heap = libc.mallinfo2()
+        if not _WORTH_BYTES <= heap.fordblks <= share * (heap.uordblks + heap.hblkhd):
+            return False
+    return bool(libc.malloc_trim(0))
+
+
 def start_quickly() -> None:
     """Makes Python look for dead reference cycles less often, until this process computes.
 
@@ -111,6 +142,22 @@ def device_for(num_gpus: float) -> torch.device:
         problem = f"torch {torch.__version__} sees no GPU in a process that was given {num_gpus:g}"
         raise ClusterError("cluster", problem, "install a CUDA build of torch on every node, or ask for no GPUs")
     return torch.device("cuda")
+
+
+def devices_for(num_gpus: float) -> list[torch.device]:
+    """Those that a process computes on: the CPU, the GPU that it has a share of, or several GPUs.
+
+    Raises ClusterError where more GPUs are reserved than torch can use.
+    """
+    import torch
+
+    first = device_for(num_gpus)
+    if num_gpus <= 1:
+        return [first]
+    if torch.cuda.device_count() < num_gpus:
+        problem = f"torch sees {torch.cuda.device_count()} GPUs in a process that was given {num_gpus:g}"
+        raise ClusterError("cluster", problem, "set CUDA_VISIBLE_DEVICES on every node to all of its GPUs, or ask for fewer")
+    return [torch.device("cuda", number) for number in range(int(num_gpus))]
 
 
 def free_bytes(device: torch.device) -> int | None:

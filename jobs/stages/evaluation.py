@@ -44,7 +44,7 @@ def compare(run: Run, folders: Mapping[str, str]) -> dict[str, Any]:
         profile.scenario,
         config.evaluate,
         profile.dtype,
-        profile.num_gpus > 0,
+        profile.num_gpus,
         load_questions(run.parent.address, config.scoring, run.parent.model_config, "test"),
         tokens.separator(run),
         cluster=config.cluster,
@@ -62,7 +62,7 @@ def heldout_of(run: Run, distilled: Artifact) -> Mapping[str, float]:
 
     def work(artifact: Artifact) -> None:
         folders = {"parent": run.parent.address, "child": distilled.path("child")}
-        how = (folders, _batches(run), profile.num_gpus > 0, tokens.separator(run))
+        how = (folders, _batches(run), profile.num_gpus, tokens.separator(run))
         found = run_alone(predict, *how, cluster=run.config.cluster, what="evaluate", profile=profile)
         artifact.finish(found["child"])
 

@@ -28,6 +28,7 @@ from puzzle_ray.distill.schedule import LearningRate, Phase, Schedule, has_risen
 from puzzle_ray.distill.settings import LibraryConfig
 from puzzle_ray.errors import NotFinite, OutOfOrder, ParentError
 from puzzle_ray.models.blocks import LayerStack, swapped
+from puzzle_ray.process import give_back_freed_memory
 from puzzle_ray.variants.base import needed_statistics
 
 __all__ = ["LayerTrainer", "LibraryRow", "Schedule"]
@@ -171,6 +172,7 @@ class LayerTrainer:
                 candidate.start_from_trained(self.starts(self.index, choice))
             self._take(candidate)
         self.statistics = Statistics()
+        give_back_freed_memory()
 
     def _take(self, candidate: Candidate) -> None:
         """Candidates stand in the order of choices, whenever they came."""

@@ -25,6 +25,7 @@ from puzzle_ray.distill.schedule import LearningRate
 from puzzle_ray.distill.settings import AUTO, GkdConfig
 from puzzle_ray.errors import PuzzleError, StoreError
 from puzzle_ray.models.head import final_states
+from puzzle_ray.process import LITTLE, give_back_freed_memory
 from puzzle_ray.progress import Bar
 
 if TYPE_CHECKING:
@@ -125,7 +126,9 @@ class GkdTrainer:
         number, config = self.next_step, self.config
         self.gradients.start()
         for round_, rank, counts in self._passes():
+            give_back_freed_memory(LITTLE)  # of the pass before, and of a look at held-out text
             losses = self.loss_terms(self.text.batch(number, rank, round_).to(self.device))
+            give_back_freed_memory(LITTLE)  # of logits, which stay away until the next pass
             (losses[0] if counts else 0.0 * losses[0]).backward()
             if counts:
                 self.gradients.add(torch.stack([term.detach() for term in losses]))

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from puzzle_ray.distill.losses import NO_LABEL
 from puzzle_ray.models.head import CHUNK_ELEMENTS, Head
+from puzzle_ray.process import LITTLE, give_back_freed_memory
 
 # N tokens of all sequences, V vocabulary, D hidden size
 
@@ -74,6 +75,8 @@ class _HeadLosses(torch.autograd.Function):
             own_kl, own_lm, slope = _logit_slopes(logits.detach(), parent_NV, labels_N[part], tokens, labelled, terms)
             kl += own_kl
             lm += own_lm
+            if weights:
+                give_back_freed_memory(LITTLE)  # a gradient as large as the head comes now
             at_hidden, *at_weights = torch.autograd.grad(logits, (hidden, *weights), slope.to(logits.dtype))
             gradient[part] = at_hidden
             for total in reversed(sums):

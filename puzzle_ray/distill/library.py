@@ -30,7 +30,7 @@ from puzzle_ray.models.blocks import CPU, load_stack
 from puzzle_ray.models.checkpoint import locate
 from puzzle_ray.models.child import read_config
 from puzzle_ray.models.describe import describe
-from puzzle_ray.process import compute_with
+from puzzle_ray.process import compute_with, give_back_freed_memory
 from puzzle_ray.progress import Progress
 from puzzle_ray.store import RECORD, Artifact, Store
 from puzzle_ray.store.record import OTHER_VERSION
@@ -81,7 +81,7 @@ class GroupTrainer:
         model_config = read_config(folder)
         descriptor = describe(model_config)
         self.artifact, self.config = artifact, config
-        self.positions = Schedule.of(config).positions
+        self.schedule = Schedule.of(config)
         existing = set(artifact.names())  # a process that is started again may have finished some of its variants
         starts = starting_library(config, space)
         self.checkpoints = LibraryCheckpoints(artifact, config)
@@ -95,11 +95,12 @@ class GroupTrainer:
             trainer = LayerTrainer(index, stack, layer, config, starts.states if starts else None, choices)
             self.checkpoints.restore(trainer)
             self.trainers.append(trainer)
+        give_back_freed_memory()
 
     @property
     def last(self) -> int:
         """The last position that every layer of this group has done."""
-        return min((trainer.position for trainer in self.trainers), default=self.positions - 1)
+        return min((trainer.position for trainer in self.trainers), default=self.schedule.positions - 1)
 
     def step(self, position: int, hidden_states: Mapping[int, Tensor], position_ids: Tensor | None = None) -> float | None:
         """Does one position for every layer. Returns the mean training loss, or None where no optimizer step was finished.
@@ -115,6 +116,8 @@ class GroupTrainer:
                 losses.append(loss)
             if trainer.finished:
                 self._publish(trainer)
+        if self.schedule.phase(position)[1] == 0:  # what a phase's first position has made stays, among what it has freed
+            give_back_freed_memory()
         self.checkpoints.after(position, self.trainers)
         return sum(losses) / len(losses) if losses else None
 

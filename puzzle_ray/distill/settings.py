@@ -277,6 +277,16 @@ class GkdConfig(Section):
     def trains(self) -> bool:
         return bool(self.tokens or self.stages)
 
+    @property
+    def total_tokens(self) -> int:
+        """Of the whole distillation."""
+        return sum(stage.tokens for stage in self.stages) if self.stages else self.tokens
+
+    @property
+    def largest_micro_batch(self) -> int:
+        """Tokens of a worker in one forward, at the most."""
+        return max((stage.micro_batch_tokens for stage in self.stages), default=self.micro_batch_tokens)
+
     def shortened(self, tokens: int) -> GkdConfig:
         """The same for another number of tokens, in one stage."""
         return self.model_copy(update={"tokens": tokens, "stages": ()})

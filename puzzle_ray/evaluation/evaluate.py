@@ -15,10 +15,11 @@ from puzzle_ray.data.packing import positions_in_documents
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.evaluation.settings import EvaluateConfig
 from puzzle_ray.models.checkpoint import Checkpoint, locate
-from puzzle_ray.models.child import load_model, quiet_transformers
+from puzzle_ray.models.child import quiet_transformers
 from puzzle_ray.models.head import Head, final_states
+from puzzle_ray.models.spread import load_on
 from puzzle_ray.models.tokenizer import read_tokenizer
-from puzzle_ray.process import available_bytes
+from puzzle_ray.process import available_bytes, devices_for, give_back_freed_memory
 from puzzle_ray.profiling.engine import Timing, measure_side_by_side
 from puzzle_ray.profiling.engines.torch_engine import ENGINE
 from puzzle_ray.profiling.memory import model_memory_mib
@@ -32,13 +33,14 @@ ROOM = 1.25  # times the weights of all models that are timed together: they hav
 
 
 class Models(Mapping[str, Any]):
-    """Models by name, each read from its folder whenever it is asked for, in its own dtype, to one device. Keeps none."""
+    """Models by name, each read from its folder whenever it is asked for, in its own dtype, to one device or over several. Keeps none."""
 
-    def __init__(self, folders: Mapping[str, str], device: torch.device, dtype: torch.dtype | None = None) -> None:
-        self.folders, self.device, self.dtype = folders, device, dtype
+    def __init__(self, folders: Mapping[str, str], devices: Sequence[torch.device], dtype: torch.dtype | None = None) -> None:
+        self.folders, self.devices, self.dtype = folders, devices, dtype
 
     def __getitem__(self, name: str) -> Any:
-        return load_model(self.folders[name], self.dtype).to(self.device)
+        give_back_freed_memory()  # what was computed with the one before
+        return load_on(self.folders[name], self.dtype, self.devices)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.folders)
@@ -164,11 +166,13 @@ def evaluate(
     config: EvaluateConfig,
     dtype: str,
     progress: Progress,
-    use_gpu: bool = False,
+    num_gpus: float = 0,
     questions: Sequence[QuestionBatch] = (),
     separator: int | None = None,
 ) -> dict[str, Any]:
     """Evaluates the named models (`parent`, `child_before_gkd`, `child`, ...), read one at a time in their own dtype.
+
+    With several GPUs every model is spread over them.
 
     The parent is timed at the scenario's batch size, children at the batch size that their architecture was chosen for, alternately
     where all of them fit into memory together. The torch engine times them, in bfloat16 where `dtype` is fp8. Returns JSON-able
@@ -178,7 +182,7 @@ def evaluate(
     """
     dtype = "bfloat16" if dtype == "fp8" else dtype
     tokenizer = read_tokenizer(locate(folders[PARENT]))
-    device = torch.device("cuda" if use_gpu else "cpu")
+    devices = devices_for(num_gpus)
     samples: dict[str, str] = {}
 
     def also(name: str, model: Any) -> Mapping[str, float]:
@@ -188,10 +192,10 @@ def evaluate(
         return {f"downstream_{key}": value for key, value in found.items()}
 
     with quiet_transformers(), progress.stage("evaluate", len(folders) + 1, "step") as bar:
-        results = predictions(Models(folders, device), batches, also, separator)
+        results = predictions(Models(folders, devices), batches, also, separator)
         size = architecture.predicted.batch_size if architecture else scenario.batch_size
         scenarios = {name: scenario if name == PARENT else replace(scenario, batch_size=size) for name in folders}
-        timed = Models({name: folder for name, folder in folders.items() if name != BEFORE}, device, getattr(torch, dtype))
+        timed = Models({name: folder for name, folder in folders.items() if name != BEFORE}, devices, getattr(torch, dtype))
         together = _fit_together(list(timed.folders.values()), timed)
         rates = _rates(timed, scenarios, config.repeats, together)
         bar.advance()
@@ -203,7 +207,7 @@ def evaluate(
         "samples": samples,
         "prompt": config.prompt,
         "scenario": asdict(scenario),
-        "measured_by": f"{ENGINE.name} on {ENGINE.device_name(use_gpu)}, {dtype}",
+        "measured_by": f"{ENGINE.name} on {_in_words(len(devices), ENGINE.device_name(num_gpus > 0))}, {dtype}",
         "timed": "alternately" if together else "one after the other: they do not fit into memory together",
         "estimated": bool(architecture and architecture.estimated),
         "predicted": asdict(architecture.predicted) if architecture else None,
@@ -213,12 +217,16 @@ def evaluate(
     }
 
 
+def _in_words(count: int, device: str) -> str:
+    return device if count == 1 else f"{count} x {device}, one layer after the other"
+
+
 def _fit_together(folders: Sequence[str], models: Models) -> bool:
     """Whether all models can be in memory at once, by the headers of their files. True where nobody says what is free."""
-    free = available_bytes(models.device)
+    free = [available_bytes(device) for device in models.devices]
     num_values = sum(math.prod(shape) for folder in folders for _, shape in Checkpoint(locate(folder)).headers.values())
     size = torch.finfo(models.dtype or torch.float32).bits // 8
-    return free is None or ROOM * num_values * size <= free
+    return None in free or ROOM * num_values * size <= sum(filter(None, free))
 
 
 def _rates(

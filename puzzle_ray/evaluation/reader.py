@@ -22,10 +22,12 @@ from puzzle_ray.evaluation.requests import (
     Predictions,
     file_name,
 )
+from puzzle_ray.models.blocks import CPU
 from puzzle_ray.models.checkpoint import locate
-from puzzle_ray.models.child import load_model, quiet_transformers
+from puzzle_ray.models.child import quiet_transformers
 from puzzle_ray.models.masks import packed_arguments
 from puzzle_ray.models.rope import constant_up_to
+from puzzle_ray.models.spread import load_on
 from puzzle_ray.models.tokenizer import read_tokenizer
 from puzzle_ray.progress import Progress
 from puzzle_ray.store import Artifact
@@ -36,13 +38,12 @@ GENERATED_TOGETHER = 16  # requests that are continued in one batch
 class Reader:
     """Answers chunks for one model, a child or any causal LM, in float32. `batch_tokens`: of a forward pass, padding included."""
 
-    def __init__(self, folder: str, batch_tokens: int, device: torch.device | None = None) -> None:
+    def __init__(self, folder: str, batch_tokens: int, devices: Sequence[torch.device] = (CPU,)) -> None:
         with quiet_transformers():
-            model = load_model(folder, torch.float32)
-        self.model = model.to(device) if device else model
+            self.model = load_on(folder, torch.float32, devices)
         self.tokenizer = read_tokenizer(locate(folder))
         self.batch_tokens = batch_tokens
-        self.max_tokens: int | None = getattr(model.config, "max_position_embeddings", None)
+        self.max_tokens: int | None = getattr(self.model.config, "max_position_embeddings", None)
 
     @torch.inference_mode()
     def answer(self, chunk: Chunk) -> Answer:

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice, SubblockKind
+from puzzle_ray.artifacts import KINDS, NOOP, PARENT, LayerChoice, SubblockKind
 from puzzle_ray.families.descriptor import Descriptor
 from puzzle_ray.families.registry import layer_type
 from puzzle_ray.models.checkpoint import Checkpoint, as_stored
@@ -58,7 +58,7 @@ def swapped(
     """
     memo: dict[int, Any] = {}
     for kind in KINDS:
-        if choice.variant(kind) == PARENT:
+        if choice.variant(kind) in (PARENT, NOOP):  # what is removed need not be copied before
             for name in (descriptor.module(kind), *descriptor.norms(kind)):
                 module = layer.get_submodule(name)
                 memo[id(module)] = module

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from puzzle_ray.errors import ConfigError
-from puzzle_ray.planning.demand import Demand, Work
+from puzzle_ray.planning.needs import Demand, Work
 from puzzle_ray.profiling.devices import Device
 from puzzle_ray.profiling.nodes import REMEDY, Node, described, gpus_of
 
@@ -28,8 +29,8 @@ class Cluster(Protocol):
 
 
 def room_bytes(cluster: Cluster, share: float) -> int:
-    """What a process has that is given a share of a GPU."""
-    return int(cluster.gpu_bytes * share) - CONTEXT_BYTES
+    """What a process has that is given a share of a GPU, or several."""
+    return int(cluster.gpu_bytes * share) - CONTEXT_BYTES * max(1, math.ceil(share))
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Seen:
     name: str
     gpu_bytes: int
     num_gpus: int
+    per_node: int = 1  # of the node that has most
 
     @classmethod
     def of(cls, nodes: Sequence[Node]) -> Seen | None:
@@ -47,7 +49,7 @@ class Seen:
         if not found:
             return None
         least = min(found, key=lambda gpus: gpus.memory_bytes)
-        return cls(least.name, least.memory_bytes, sum(gpus.count for gpus in found))
+        return cls(least.name, least.memory_bytes, sum(gpus.count for gpus in found), max(gpus.count for gpus in found))
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def problems(demands: Sequence[Demand], cluster: Cluster) -> list[str]:
             room = room_bytes(cluster, demand.gpu_share)
             what = f"{demand.stage}: a {demand.process} needs {demand.total / 2**30:.1f} GiB"
             found.append(f"{what}, its share of a {cluster.name} has {room / 2**30:.1f} GiB; {demand.remedy}")
-        if demand.gpu_share * demand.count > cluster.num_gpus * (1 + 1e-6):
+        if not demand.waits and demand.gpu_share * demand.count > cluster.num_gpus * (1 + 1e-6):
             what = f"{demand.stage}: {demand.count} x {demand.process} take {demand.gpu_share * demand.count:g} GPUs"
             found.append(f"{what}, the cluster has {cluster.num_gpus}; {demand.fewer}")
     return found

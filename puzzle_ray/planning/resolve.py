@@ -24,18 +24,13 @@ from typing import Any
 from puzzle_ray.artifacts import SearchSpace
 from puzzle_ray.config import RunConfig, validated
 from puzzle_ray.distill.settings import AUTO
-from puzzle_ray.planning.demand import (
-    Demand,
-    Sizes,
-    demands,
-    evaluation_demand,
-    gkd_demand,
-    library_demands,
-    scores_demand,
-    trainers_of_layers,
-)
+from puzzle_ray.planning.block_training import trainers_of_layers
+from puzzle_ray.planning.demand import demands, evaluation_demand, library_demands, scores_demand
+from puzzle_ray.planning.distilling import gkd_demand
 from puzzle_ray.planning.draft import AS_SHARES, IN_KEYS, STEP, Draft, is_set, value_of
 from puzzle_ray.planning.hardware import Seen, problems, room_bytes
+from puzzle_ray.planning.needs import Demand
+from puzzle_ray.planning.sizes import Sizes
 from puzzle_ray.profiling.nodes import GIB, Node, in_words
 
 LARGEST_LIBRARY_TOKENS = 16_384  # of a micro-batch, which is a step of every variant; our choice: the paper says no batch
@@ -287,22 +282,25 @@ def _accumulate(draft: Draft, step: int) -> None:
 
 
 def _profile(draft: Draft, sizes: Sizes, gpus: Seen, bfloat16: bool) -> None:
-    """One GPU for whoever measures, where a whole model fits it: models are timed by who has as many GPUs as a profiler."""
+    """As many GPUs of a node for whoever measures as a whole model takes: models are timed by who has as many GPUs as a profiler."""
     profile = draft.config.profile
     if profile.engine == "roofline":
         return
     draft.decide("profile.dtype", "bfloat16" if bfloat16 else "float32", "as GPUs serve")
-    if draft.open("profile.num_gpus"):
-        draft.put("profile.num_gpus", 1)
-    demand = evaluation_demand(draft.config, sizes, gpus.gpu_bytes)
-    fits = demand.total <= room_bytes(gpus, 1)
-    if draft.decide("profile.num_gpus", int(fits), "a GPU is what is measured" if fits else "no GPU holds a whole model"):
-        draft.decide("profile.memory_mib", gpus.gpu_bytes >> 20, f"of an {gpus.name}")
+    needed = {n: evaluation_demand(_with_gpus(draft.config, n), sizes, gpus.gpu_bytes) for n in range(1, gpus.per_node + 1)}
+    fits = next((n for n, demand in needed.items() if demand.total <= room_bytes(gpus, n)), 0)
+    why = "a GPU is what is measured" if fits == 1 else f"a whole model is spread over {fits} GPUs of a node"
+    if draft.decide("profile.num_gpus", fits, why if fits else "no node's GPUs hold a whole model"):
+        draft.decide("profile.memory_mib", max(1, fits) * gpus.gpu_bytes >> 20, f"of {max(1, fits)} x {gpus.name}")
     if not fits and not draft.config.profile.num_gpus:
-        words = (
-            f"profile: a whole model takes {demand.total / GIB:.1f} GiB, no {gpus.name} holds it, and costs are measured on a CPU"
-        )
+        size = needed[gpus.per_node].total / GIB
+        words = f"profile: a whole model takes {size:.1f} GiB, no node's GPUs hold it, and costs are measured on a CPU"
         draft.warnings.append(f"{words}; set profile.engine=roofline and profile.device for the target's")
+
+
+def _with_gpus(config: RunConfig, count: int) -> RunConfig:
+    """For whoever measures."""
+    return config.model_copy(update={"profile": config.profile.model_copy(update={"num_gpus": count})})
 
 
 # on CPUs

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from puzzle_ray.artifacts import KINDS, PARENT, LayerChoice, LayerSpace, SearchSpace, SubblockKind
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.models.blocks import LayerStack, swapped
+from puzzle_ray.process import give_back_freed_memory
 from puzzle_ray.scoring.replacements import Replacement, all_replacements
 from puzzle_ray.scoring.settings import ScoringConfig
 from puzzle_ray.store import Artifact
@@ -61,6 +62,7 @@ def shard_estimates(
     stack = scorer.stack
     if gradients is None:
         gradients = [_label_gradients(scorer, number, config.fisher_samples) for number in batches]
+        give_back_freed_memory()
     estimates: Estimates = {}
     for index in reversed(range(stack.first, stack.last)):
         choices = [r.choice for r in all_replacements(SearchSpace((space.layers[index],)), config.granularity)]

@@ -24,6 +24,7 @@ CPU_CHUNK_BYTES = 256 << 20  # of the parent's activations and log-probabilities
 GPU_CHUNK_SHARE = 0.4  # of what is free beside the weights
 _FLOAT32_BYTES = 4
 _STATES_IN_A_LAYER = 6  # hidden states that live at once in a layer: its input, the norm's output, queries, keys, values, a sum
+_DRAWN_AT_ONCE = 2  # float32 tensors of the size of a batch's logits while labels are drawn, see `puzzle_ray.scoring.fisher`
 _LOGITS_AT_ONCE = 5  # float32 tensors of the size of a chunk's logits while predictions are compared
 
 
@@ -119,6 +120,8 @@ def shard_bytes(
     largest = max(weights_of(layer.parameters()).num_params for layer in stack.layers)
     each = kept_bytes_per_token(model_config, layers, config.dtype)
     kept = max(batch_tokens * each, chunk_limit_bytes(config, free_gpu_bytes))
+    if config.downstream is None:  # else there are questions beside the text
+        kept = min(kept, max(batch_tokens, config.tokens) * each)
     size = dtype_bytes(config.dtype)
     widest = max(parameter.shape[0] for layer in stack.layers for parameter in layer.parameters())
     each_token = (_STATES_IN_A_LAYER * model_config.hidden_size + 3 * widest) * size
@@ -127,6 +130,9 @@ def shard_bytes(
     if stack.head is not None:
         device = torch.device("cpu" if free_gpu_bytes is None else "cuda")
         tokens = min(chunk_tokens(model_config.vocab_size, device), batch_tokens)
-        working += _LOGITS_AT_ONCE * tokens * model_config.vocab_size * _FLOAT32_BYTES
+        logits = _LOGITS_AT_ONCE * tokens
+        if config.shortlist == "fisher":  # labels are drawn from a batch's whole probabilities, by noise of the same size
+            logits = max(logits, _DRAWN_AT_ONCE * batch_tokens)
+        working += logits * model_config.vocab_size * _FLOAT32_BYTES
     candidates = config.candidate_batch * largest * (size + _FLOAT32_BYTES)
     return ShardBytes(weights_of(stack.parameters()).weight_bytes, kept, candidates, working)

@@ -22,10 +22,12 @@ from puzzle_ray.artifacts import LayerChoice, SubblockKind
 from puzzle_ray.data.packing import positions_in_documents
 from puzzle_ray.distill.losses import next_token_loss_per_sequence
 from puzzle_ray.models.blocks import LayerStack, swapped
+from puzzle_ray.process import give_back_freed_memory
 from puzzle_ray.scoring.downstream import QuestionBatch, answers_from_head
 from puzzle_ray.scoring.metrics import compare_with_parent
 from puzzle_ray.scoring.replacements import DOWNSTREAM, Damage, ScoringTask
 
+_FREED = 0.5  # of what is in use: freed memory up to this share goes back before logits are computed
 States = Mapping[SubblockKind, Mapping[str, Tensor]]
 StatesOf = Callable[[int, LayerChoice], States]
 
@@ -104,6 +106,7 @@ class ShardScorer:
             self.inputs[number] = inputs
             if self.ends:
                 self.parent[number] = self._predictions(number, hidden)
+        give_back_freed_memory()
         return [inputs[self.stack.last] for inputs in self.inputs.values()]
 
     def _predictions(self, number: int, leaving: Tensor) -> ParentPredictions:
@@ -150,6 +153,7 @@ class ShardScorer:
     @torch.no_grad()
     def measure(self, task: ScoringTask, leaving: Sequence[Tensor]) -> list[list[Damage]]:
         """The damage of every replacement of the task on every batch, from the outputs of the last layer. For the last shard only."""
+        give_back_freed_memory(_FREED)  # of layers, among which logits find no room
         parts: list[list[Damage]] = [[] for _ in task.replacements]
         for number, hidden in zip(task.batches, leaving, strict=True):
             for damages, own in zip(parts, hidden.split(len(self.input_ids[number])), strict=True):

@@ -74,6 +74,11 @@ class SearchConfig(Section):
         return self.candidates > 1 or self.local_search_steps > 0
 
     @property
+    def most_candidates(self) -> int:
+        """Children that are measured before one is picked, at the most: those of rivals, and what a local search finds, too."""
+        return self.candidates + len(self.without) + len(self.rivals) + bool(self.local_search_steps)
+
+    @property
     def grid(self) -> dict[str, tuple[float, ...]]:
         """The sweep's axes. Axes without values are left out."""
         return {name: values for name, values in self.sweep.items() if values}

@@ -7,12 +7,13 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from puzzle_ray.errors import Damaged, StoreError
 from puzzle_ray.store import cache, publish, scratch
-from puzzle_ray.store.files import OTHER_CHECKSUM, Checked, for_each, looks_broken
+from puzzle_ray.store.files import OTHER_CHECKSUM, Checked, for_each, looks_broken, tensors_beside, unwritten
 from puzzle_ray.store.lease import Claim, Lease, held, reason_lost, say_on_stderr
 from puzzle_ray.store.record import (
     DAMAGE_SEEN,
@@ -219,7 +220,12 @@ class Artifact:
     def write(self, name: str, data: bytes) -> None:
         """Atomic. Raises StoreError when it cannot be written (a full disk, say); an older file then still stands. In a finished
         artifact the same content is no change, and any other is refused."""
-        entry = FileEntry(len(data), hashlib.sha256(data).hexdigest())
+        target, local = self.path(name), self.store.is_local  # elsewhere, an object appears when its upload is complete
+        put = partial(scratch.write_atomically, Path(target)) if local else partial(self.store.filesystem.pipe_file, target)
+        self._put(name, FileEntry(len(data), hashlib.sha256(data).hexdigest()), partial(put, data))
+
+    def _put(self, name: str, entry: FileEntry, put: Callable[[], None]) -> None:
+        """Notes what the file is to be, then has it put in its place."""
         if self._entry(name) == entry and self.exists(name):
             return
         self._may_change(name)
@@ -228,14 +234,9 @@ class Artifact:
             self.store.filesystem.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
             if is_item := name != RECORD and not is_hidden(name):
                 self._written.about_to(name, entry)
-            if self.store.is_local:
-                scratch.write_atomically(Path(target), data)
-            else:  # an object appears when its upload is complete
-                self.store.filesystem.pipe_file(target, data)
+            put()
         except OSError as error:
-            raise StoreError(
-                "store", f"{target} cannot be written ({error})", "free some space, then run the same command"
-            ) from None
+            raise unwritten(target, error) from None
         self._checked.wrote(target, entry)
         if is_item:
             self._written.done(name, entry)
@@ -244,10 +245,15 @@ class Artifact:
         self.write(name, json.dumps(value, indent=1).encode())
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-        """One safetensors file."""
+        """One safetensors file. In a local store it is written from where the tensors are, and is never whole in memory."""
         from safetensors.torch import save
 
-        self.write(name, save({k: v.contiguous() for k, v in tensors.items()}, metadata=dict(metadata or {})))
+        given, about = {k: v.contiguous() for k, v in tensors.items()}, dict(metadata or {})
+        if not self.store.is_local:
+            self.write(name, save(given, metadata=about))
+            return
+        with tensors_beside(Path(self.path(name)), given, about) as (file, entry):
+            self._put(name, entry, partial(scratch.put, file, Path(self.path(name))))
 
     def remove(self, name: str) -> None:
         """Forgets a file, if it is there."""

@@ -5,18 +5,49 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
+from puzzle_ray.errors import StoreError
+from puzzle_ray.store import scratch
 from puzzle_ray.store.record import FileEntry
 from puzzle_ray.store.root import Root, checksum_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _REQUESTS_AT_ONCE = 8
 OTHER_CHECKSUM = "is damaged (its checksum is not the one that was written)"
 _KNOWN: dict[str, tuple[FileEntry, tuple[int, int]]] = {}  # local path -> what was seen there, and the file's size and time then
 Found = TypeVar("Found")
+
+
+def unwritten(target: str | Path, error: Exception) -> StoreError:
+    """The error to raise."""
+    return StoreError("store", f"{target} cannot be written ({error})", "free some space, then run the same command")
+
+
+@contextmanager
+def tensors_beside(target: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Iterator[tuple[Path, FileEntry]]:
+    """A safetensors file beside `target`, to be put in its place, and its size and checksum. It is never whole in memory."""
+    from safetensors import SafetensorError  # what a full disk is
+    from safetensors.torch import save_file
+
+    with scratch.filling(target) as file:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+            mode = file.stat().st_mode
+            save_file(dict(tensors), file, metadata=metadata)
+            file.chmod(mode)  # safetensors lets nobody else read it
+            with file.open("rb") as written:
+                entry = FileEntry(file.stat().st_size, checksum_of(written))
+        except (OSError, SafetensorError) as error:
+            raise unwritten(target, error) from None
+        yield file, entry
 
 
 class Checked:

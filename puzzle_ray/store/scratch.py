@@ -8,6 +8,8 @@ import shutil
 import socket
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -75,14 +77,25 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_atomically(target: Path, data: bytes) -> None:
-    """The file is there whole, or the old one still stands."""
+@contextmanager
+def filling(target: Path) -> Iterator[Path]:
+    """A path beside `target` to write a file to, for `put` to put in its place; gone after the block."""
     scratch = scratch_beside(target)
     try:
-        with scratch.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, target)
+        yield scratch
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def put(scratch: Path, target: Path) -> None:
+    """A file that is written whole takes the place of the old one."""
+    with scratch.open("r+b") as file:
+        os.fsync(file.fileno())
+    os.replace(scratch, target)
+
+
+def write_atomically(target: Path, data: bytes) -> None:
+    """The file is there whole, or the old one still stands."""
+    with filling(target) as scratch:
+        scratch.write_bytes(data)
+        put(scratch, target)

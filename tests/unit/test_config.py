@@ -65,6 +65,16 @@ def test_a_section_of_comments_alone_is_no_section(tmp_path):
     assert load(None, str(file)).library == load().library and load("tiny", str(file)).library == load("tiny").library
 
 
+def test_a_micro_batch_that_stages_do_not_read_is_not_asked_for():
+    longer = ("data.sequence_length=4096", "library.micro_batch_tokens=4096", "scoring.micro_batch_tokens=4096")
+    stages = "gkd.stages=[{sequence_length: 4096, tokens: 8192, micro_batch_tokens: 4096}]"
+    assert load(None, None, (*longer, stages)).gkd.largest_micro_batch == 4096
+    reads_it = "search={candidates: 2, distil_tokens: 8192}"
+    for more in ((), (stages, reads_it)):
+        with pytest.raises(ConfigError, match="gkd.micro_batch_tokens=2048 is no multiple of data.sequence_length=4096"):
+            load(None, None, (*longer, *more))
+
+
 def test_missing_file_and_recipe():
     with pytest.raises(ConfigError, match="no file"):
         load(None, "nowhere.yaml")

@@ -37,7 +37,7 @@ def folders(tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", [None, torch.float32], ids=str)
 def test_predictions_are_those_of_whole_logits(folders, dtype):
-    found = predictions(Models(folders, CPU, dtype), BATCHES)
+    found = predictions(Models(folders, [CPU], dtype), BATCHES)
     models = {name: load_model(folder, dtype) for name, folder in folders.items()}
     with torch.no_grad():
         parts = {name: [] for name in models}
@@ -70,7 +70,7 @@ class Watched(Models):
 
 
 def test_one_model_is_in_memory_at_a_time_in_its_own_dtype(folders):
-    models = Watched(folders, CPU)
+    models = Watched(folders, [CPU])
     predictions(models, BATCHES)
     assert models.most == 1 and models.dtypes == [torch.bfloat16, torch.float32, torch.float32]
 

@@ -108,6 +108,18 @@ def test_micro_batches_shrink_with_the_memory_until_nothing_helps():
     assert any("library: a shard, trainers needs" in line and "num_shards" in line for line in found.warnings)
 
 
+def test_a_model_that_no_gpu_holds_is_measured_on_several_of_a_node():
+    big = tiny_config(hidden_size=1024, intermediate_size=4096, num_attention_heads=8, head_dim=128, num_hidden_layers=4)
+    size = GIB + (200 << 20)  # a model takes 0.12 GiB, two are timed together, and a GPU's context takes 1 GiB
+    for count, expected in ((4, 2), (2, 2), (1, 0)):
+        found = decided(config(), [Node(gpus=Gpus(count, "card", size))] * 2, model_config=big)
+        assert found.config.profile.num_gpus == expected
+        assert found.config.profile.memory_mib == (expected * size >> 20 or None)
+        assert any("no node's GPUs hold it" in line for line in found.warnings) == (not expected)
+    set_to_0 = decided(config(profile={"num_gpus": 0}), [Node(gpus=Gpus(4, "card", size))], model_config=big)
+    assert set_to_0.config.profile.num_gpus == 0 and not any("profile" in line for line in set_to_0.warnings)
+
+
 def _demands(found, model_config, gpu_bytes):
     space = search_space(model_config, found.space.attention, found.space.ffn, found.space.ffn_multiple_of)
     return demands(found, model_config, Sizes(model_config, space), gpu_bytes)

@@ -15,7 +15,9 @@ from puzzle_ray.errors import ConfigError
 from puzzle_ray.models.blocks import load_stack
 from puzzle_ray.models.child import read_config
 from puzzle_ray.models.describe import describe
-from puzzle_ray.planning.demand import Sizes, calibration_bytes, demands, trainer_parts, worker_parts, works
+from puzzle_ray.planning.block_training import calibration_bytes, trainer_parts
+from puzzle_ray.planning.demand import Sizes, demands, works
+from puzzle_ray.planning.distilling import worker_parts
 from puzzle_ray.planning.hardware import CONTEXT_BYTES, Hardware, problems, room_bytes
 from puzzle_ray.variants.space import SpaceConfig, search_space
 
@@ -201,3 +203,32 @@ def test_a_shard_and_its_trainers_in_one_process_are_counted_together():
     assert (shard.count, one_layer.count, both.count) == (2, 4, 2) and ("library", "block trainer") not in together
     transient = one_layer.parts["gradients"] + one_layer.parts["activations"]
     assert shard.total + 2 * one_layer.total - transient == both.total, "two layers each, one after the other"
+
+
+def test_candidates_that_are_distilled_before_the_pick_are_counted():
+    search = {"candidates": 2, "rivals": ["greedy"], "without": ["linear"], "local_search_steps": 1, "distil_tokens": 3000}
+    gkd = {"use_gpu": True, "num_workers": 4, "tokens": 10_000, "micro_batch_tokens": 64}
+    settings = {
+        "gkd": gkd,
+        "search": search,
+        "data": {"sequence_length": 64},
+        "space": {"attention": ["linear"], "ffn": ["noop"]},
+    }
+    found, work, sizes = planned(tiny_config(), **settings)
+    candidate, worker = found["architecture", "candidate"], found["gkd", "worker"]
+    assert candidate.count == 2 + 1 + 1 + 1 and candidate.gpu_share == 1
+    assert candidate.parts == worker.parts, "a whole child each, with what trains it"
+    assert work["architecture"].flops == 8 * sizes.total * 3000 * 5 and work["architecture"].gpus == 5
+    assert not problems([candidate], Hardware.parse("1x1 H100")), "those that find no GPU wait for their turn"
+    without = planned(tiny_config(), **settings | {"search": search | {"distil_tokens": 0}})
+    assert ("architecture", "candidate") not in without[0] and "architecture" not in without[1]
+
+
+def test_stages_of_gkd_are_planned_by_their_own_tokens_and_micro_batches():
+    stages = [{"sequence_length": 64, "tokens": 640, "micro_batch_tokens": 64}]
+    stages += [{"sequence_length": 256, "tokens": 2560, "micro_batch_tokens": 256}]
+    gkd = {"num_workers": 1, "micro_batch_tokens": 64}
+    staged, work, sizes = planned(tiny_config(), gkd=gkd | {"stages": stages}, data={"sequence_length": 64})
+    whole, _, _ = planned(tiny_config(), gkd=gkd | {"micro_batch_tokens": 256, "tokens": 3200}, data={"sequence_length": 64})
+    assert staged["gkd", "worker"].parts == whole["gkd", "worker"].parts, "what its longest micro-batch needs"
+    assert work["gkd"].flops == 8 * sizes.total * 3200

@@ -92,6 +92,27 @@ print(held - psutil.Process().memory_info().rss)
     assert int(done.stdout) > 200 << 20
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another libc")
+def test_what_lies_in_gaps_goes_back_where_it_is_asked_for_and_is_not_much_beside_what_stays():
+    script = """
+import psutil, torch
+from puzzle_ray.process import compute_with, give_back_freed_memory
+compute_with(1)
+blocks = [torch.ones(1 << 19) for _ in range(512)]  # 2 MiB each
+rss = lambda: psutil.Process().memory_info().rss
+before = rss()
+del blocks[1::2]
+print(before - rss(), give_back_freed_memory(0.01), before - rss(), give_back_freed_memory(2.0), before - rss())
+few = torch.ones(1 << 19)
+del blocks
+print(give_back_freed_memory())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    kept, did_not, still, did, gone, last = done.stdout.split()
+    assert int(kept) < 64 << 20 and did_not == "False" and int(still) < 64 << 20
+    assert did == "True" and int(gone) > 400 << 20 and last == "True"
+
+
 def test_a_worker_looks_for_dead_cycles_less_often_until_it_computes():
     script = """
 import gc

@@ -99,7 +99,8 @@ def test_what_does_not_fit_names_what_would_mend_it():
     assert any(line.startswith("gkd: a worker needs") and "raise gkd.num_workers" in line for line in words)
     _, needed, _, hardware, _ = planned("llama33_70b", "8x8 H100-80GB", "profile.num_gpus=1")
     (line,) = problems(list(needed.values()), hardware)
-    assert line.startswith("evaluation: a worker needs 133.4 GiB") and "set profile.num_gpus to 0" in line
+    assert not problems(list(planned("llama33_70b", "8x8 H100-80GB", "profile.num_gpus=2")[1].values()), hardware)
+    assert line.startswith("evaluation: a worker needs 134.4 GiB") and "raise profile.num_gpus" in line
 
 
 def test_a_larger_card_takes_larger_micro_batches():

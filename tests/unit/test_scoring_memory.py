@@ -150,6 +150,11 @@ def test_bytes_of_a_shard_are_those_of_the_loaded_one(parent_folder):
         found = shard_bytes(config, descriptor, layers, scoring, 64, None)
         held = {p.data_ptr(): p.nbytes for p in stack.parameters()}
         assert found.weights == sum(held.values()) and found.kept == 2**20
+    text = ScoringConfig(tokens=256)
+    few = shard_bytes(config, descriptor, range(3), text, 64, None)
+    assert few.kept == 256 * kept_bytes_per_token(config, range(3), "float32"), "no chunk is longer than the text"
+    drawing = shard_bytes(config, descriptor, range(3), text.model_copy(update={"shortlist": "fisher"}), 1 << 20, None)
+    assert drawing.working - few.working > (2 << 20) * config.vocab_size * 4, "labels are drawn from whole probabilities"
     stack = load_stack(parent_folder, descriptor, config, 0, 3, torch.float32)
     scorer = ShardScorer(stack, TEXTS)
     scorer.run_parent(batches=(0, 1))

@@ -52,6 +52,30 @@ def test_tensors_and_metadata_round_trip(tmp_path):
     assert about == {"k": "v"} and all(torch.equal(back[k], v) and back[k].dtype == v.dtype for k, v in tensors.items())
 
 
+def test_tensors_are_written_from_where_they_are_as_safetensors_writes_them(tmp_path, monkeypatch):
+    import safetensors.torch
+    from safetensors import SafetensorError
+
+    step = Store(str(tmp_path)).artifact("s", {}, {})
+    tensors = {"b": torch.randn(3, 4).T, "a": torch.randn(5).bfloat16(), "none": torch.empty(0)}
+    expected = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}, metadata={"k": "v"})
+    monkeypatch.setattr(safetensors.torch, "save", lambda *given, **named: pytest.fail("a whole file in memory"))
+    step.write_tensors("below/t.safetensors", tensors, {"k": "v"})
+    step.write("t.bin", b"1")
+    found, other = Path(step.path("below/t.safetensors")), Path(step.path("t.bin"))
+    assert found.read_bytes() == expected and found.stat().st_mode == other.stat().st_mode
+
+    def full(*given, **named):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(StoreError, match="t.safetensors cannot be written .No space left"):
+        step.write_tensors("below/t.safetensors", {"a": torch.ones(2)})
+    assert found.read_bytes() == expected and os.listdir(found.parent) == [found.name]
+    step.finish({})
+    assert Store(str(tmp_path)).artifact("s", {}, {}).verify() == []
+
+
 def test_full_disk_leaves_the_old_file_and_no_scraps(tmp_path, monkeypatch):
     step = Store(str(tmp_path)).artifact("s", {}, {})
     step.write("a.bin", b"old")
