@@ -217,7 +217,8 @@ def worker_parts(num_params: int, parent_params: int, parent_dtype: str, config:
         "layer outputs": 2 * states * _bytes(parent_dtype),
         _ENDS: 2 * model_config.vocab_size * model_config.hidden_size * _FLOAT32_BYTES,
     }
-    return parts | ({"best weights": num_params * _FLOAT32_BYTES} if config.gkd.heldout_tokens else {})
+    copies = {"best weights": config.gkd.heldout_tokens, "average": config.gkd.average_weights}
+    return parts | {name: num_params * _FLOAT32_BYTES for name, there in copies.items() if there}
 
 
 def _computes_in_half(gkd: GkdConfig, parent_dtype: str) -> bool:
@@ -374,7 +375,7 @@ def works(config: RunConfig, model_config: Any, sizes: Sizes) -> list[Work]:
     scored = sum(2.0 * behind[r.layer] for r in all_replacements(sizes.space, config.scoring.granularity))
     checkpoint = sum(sum(sizes.trainer(n)[k] for k in ("variants", "start weights", "optimizer")) for n in range(depth))
     gkd = 8.0 * sizes.total * config.gkd.tokens
-    guard = sizes.total * _FLOAT32_BYTES if config.gkd.heldout_tokens else 0
+    copies = 3 + bool(config.gkd.heldout_tokens) + config.gkd.average_weights
     used = sum(demand.gpu_share * demand.count for demand in library_demands(config, sizes))
     return [
         Work(
@@ -391,7 +392,7 @@ def works(config: RunConfig, model_config: Any, sizes: Sizes) -> list[Work]:
             "gkd",
             gkd,
             "bfloat16" if config.gkd.use_gpu else "float32",
-            checkpoint_bytes=3 * sizes.total * _FLOAT32_BYTES + guard,
+            checkpoint_bytes=copies * sizes.total * _FLOAT32_BYTES,
             gpus=config.gkd.num_workers * float(config.gkd.use_gpu),
         ),
     ]
