@@ -114,6 +114,7 @@ MEANINGS: Mapping[str, str] = {
     "gkd.warmup_fraction": "share of the steps",
     "gkd.weight_decay": "of AdamW",
     "gkd.gradient_clip": "largest norm of the gradient",
+    "gkd.average_weights": "the rate stays at its peak, and the running average of the weights is watched and published",
     "gkd.kl_weight": "of the KL between the parent's and the child's tokens",
     "gkd.cosine_weight": "of the cosine distance between hidden states",
     "gkd.lm_weight": "of the loss on the next token",

@@ -17,7 +17,10 @@ from puzzle_ray.distill.sharding import Shards
 from puzzle_ray.models.child import save_child
 
 STEPS = {"tied": 50, "untied": 12}  # by kind of head
-CONFIGS = {kind: LONG.model_copy(update={"num_workers": 2, "tokens": count * 128}) for kind, count in STEPS.items()}
+CONFIGS = {
+    kind: LONG.model_copy(update={"num_workers": 2, "tokens": count * 128, "average_weights": kind == "untied"})
+    for kind, count in STEPS.items()
+}
 
 
 def save_models(folder, tied):

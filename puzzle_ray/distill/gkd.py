@@ -106,8 +106,7 @@ def train_to_end(
     with progress.stage("distill", trainer.total_steps, "steps") as bar:
         bar.advance(trainer.next_step)
         train_until(trainer, trainer.total_steps, kept, bar)
-        if trainer.guard is not None:
-            trainer.guard.restore_best()
+        trainer.end()
 
 
 def train_until(trainer: GkdTrainer, step: int, kept: Checkpoints, bar: Bar) -> None:

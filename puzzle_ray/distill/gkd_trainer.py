@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from puzzle_ray.data.order import Tokens
 from puzzle_ray.data.packing import positions_in_documents
+from puzzle_ray.distill.averaging import RunningAverage
 from puzzle_ray.distill.child_loss import ChildLoss, States, Terms
 from puzzle_ray.distill.chosen_tokens import Markers
 from puzzle_ray.distill.curriculum import Curriculum
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 CHECKPOINT = "checkpoint.safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_AVERAGE = "average."
 _BEST = "guard.best."
 _GUARD = "guard."  # before the names of the guard's tensors in a checkpoint
 _TRIALS = "trials"  # of the range test, in a checkpoint
@@ -95,9 +97,10 @@ class GkdTrainer:
         else:
             self.gradients = FlatGradients(self.parameters, count, self.device, all_reduce)
         self.optimizer = self._new_optimizer()
+        self.average = RunningAverage(self.parameters) if config.average_weights else None
 
     def _schedule(self, peak: float, steps: int) -> LearningRate:
-        return LearningRate.of_gkd(peak, steps, self.config.warmup_fraction)
+        return LearningRate.of_gkd(peak, steps, self.config.warmup_fraction, falls=not self.config.average_weights)
 
     def _new_optimizer(self) -> torch.optim.AdamW:
         matrices = [p for p in self.parameters.values() if p.ndim >= 2]
@@ -110,11 +113,13 @@ class GkdTrainer:
             optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **state}
         return optimizer
 
-    def _forget_moments(self) -> None:
-        """The optimizer as it was new. In place: its moments are twice as large as the child."""
+    def _forget(self) -> None:
+        """Optimizer and average begin anew with the child's weights. In place: moments are twice as large as the child."""
         for slots in self.optimizer.state.values():
             for value in slots.values():
                 value.zero_()
+        if self.average is not None:
+            self.average.restart()
 
     @property
     def next_step(self) -> int:
@@ -141,6 +146,8 @@ class GkdTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
+        if self.average is not None:
+            self.average.add(number + 1)
         self.curve.append(GkdRow(number, loss, kl, cosine, lm, norm, rate))
         return self.curve[-1]
 
@@ -159,7 +166,9 @@ class GkdTrainer:
         """From now on training is watched on held-out ids `[sequences, tokens]`."""
         every = max(1, self.total_steps // self.config.heldout_looks)
         here = [ids.to(self.device) for ids in batches]
-        self.guard = HeldoutGuard(self.child, self.parent, self.parameters, here, every, self._as_rank_0, self._heldout_states)
+        kept = self.average.weights if self.average else None
+        models, how = (self.child, self.parent, self.parameters, here, every), (self._as_rank_0, self._heldout_states, kept)
+        self.guard = HeldoutGuard(*models, *how)
 
     def _as_rank_0(self, values: Sequence[float]) -> list[float]:
         """What rank 0 measured, for all processes alike: on GPUs they may differ in the last bit, and must decide alike."""
@@ -174,7 +183,14 @@ class GkdTrainer:
         assert self.guard is not None
         self.curve = self.curve[: self.guard.restore_best()]
         self.guard.rate_factor *= 0.5
-        self._forget_moments()
+        self._forget()
+
+    def end(self) -> None:
+        """The child gets the weights that are to be published."""
+        if self.guard is not None:
+            self.guard.restore_best()
+        elif self.average is not None:
+            self.average.put()
 
     def loss_terms(self, input_ids: Tensor) -> Terms:
         """See `ChildLoss.terms`."""
@@ -187,10 +203,11 @@ class GkdTrainer:
 
     @contextmanager
     def _heldout_states(self) -> Iterator[States]:
-        """How models are run that are not trained meanwhile."""
-        yield self._states
-        if self.shards is not None:
-            self.shards.release(self.child)  # the parent's may stay gathered, for they never change
+        """How models are run that are not trained meanwhile. The child has the average of its weights, where there is one."""
+        with self.average.in_place() if self.average else nullcontext():
+            yield self._states
+            if self.shards is not None:
+                self.shards.release(self.child)  # the parent's may stay gathered, for they never change
 
     @property
     def needs_rate(self) -> bool:
@@ -204,7 +221,7 @@ class GkdTrainer:
 
         def try_rate(rate: float) -> Trial:
             steps = trial_steps(self.total_steps)
-            self.learning_rate = LearningRate.of_gkd(rate, steps, TRIAL_WARMUP)
+            self.learning_rate = LearningRate.of_gkd(rate, steps, TRIAL_WARMUP, falls=self.average is None)
             try:
                 for _ in range(steps):
                     row = self.step()
@@ -214,7 +231,7 @@ class GkdTrainer:
                 kl = math.inf
             guard.restore_best()
             self.curve = []
-            self._forget_moments()
+            self._forget()
             return Trial(rate, kl if math.isfinite(kl) else math.inf, steps)
 
         self._take_trials(range_test(try_rate, guard.rows[0].kl))
@@ -225,11 +242,12 @@ class GkdTrainer:
             self.learning_rate = self._schedule(best_rate(trials), self.total_steps)
 
     def weight_tensors(self) -> dict[str, Tensor]:
-        """What is as large as the child: weights, AdamW's moments, the guard's best weights. They are the live tensors, not copies."""
+        """What is as large as the child: weights, their average, AdamW's moments, the guard's best weights. They are the live tensors."""
         state = {f"child.{name}": p.detach() for name, p in self.parameters.items()}
         for name, parameter in self.parameters.items():
             for moment in _MOMENTS:
                 state[f"{moment}.{name}"] = self.optimizer.state[parameter][moment]
+        state |= {f"{_AVERAGE}{name}": value for name, value in self.average.weights.items()} if self.average else {}
         return state | ({f"{_BEST}{name}": value for name, value in self.guard.best.items()} if self.guard else {})
 
     def small_tensors(self) -> dict[str, Tensor]:

@@ -63,10 +63,14 @@ class HeldoutGuard:
         every_steps: int,
         agree: Callable[[Sequence[float]], list[float]] = list,
         running: Callable[[], AbstractContextManager[States]] = lambda: nullcontext(final_states),
+        kept: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """`agree` makes one answer of what several processes measured. `running` tells how models are run while it is open."""
+        """`agree` makes one answer of what several processes measured. `running` tells how models are run while it is open.
+
+        `kept` are the weights that the child has meanwhile, where they are not `parameters`.
+        """
         self.child, self.parent, self.parameters, self.agree, self.running = child, parent, parameters, agree, running
-        self.batches, self.every_steps = batches, every_steps
+        self.batches, self.every_steps, self.kept = batches, every_steps, kept or parameters
         self.rows: list[HeldoutRow] = []
         self.best: dict[str, Tensor] = {}
         self.rate_factor = 1.0
@@ -115,10 +119,10 @@ class HeldoutGuard:
     @torch.no_grad()
     def _keep(self) -> None:
         if not self.best:
-            self.best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+            self.best = {name: value.detach().clone() for name, value in self.kept.items()}
             return
-        for name, parameter in self.parameters.items():
-            self.best[name].copy_(parameter)
+        for name, value in self.kept.items():
+            self.best[name].copy_(value)
 
     def diverged(self, step: int) -> None:
         """The loss of a step was not finite: training must go back."""

@@ -38,10 +38,11 @@ class LearningRate:
         return cls(peak, total_steps, warmup, ramp_steps=warmup, final_fraction=0.1, pi_first=False)
 
     @classmethod
-    def of_gkd(cls, peak: float, total_steps: int, warmup_fraction: float) -> LearningRate:
-        """For global knowledge distillation: warm-up may be empty, and the rate falls to 0."""
+    def of_gkd(cls, peak: float, total_steps: int, warmup_fraction: float, *, falls: bool = True) -> LearningRate:
+        """For global knowledge distillation: warm-up may be empty, and the rate falls to 0, or stays at its peak."""
         warmup = int(total_steps * warmup_fraction)
-        return cls(peak, total_steps, warmup, ramp_steps=warmup + 1, final_fraction=0.0, pi_first=True)
+        end = 0.0 if falls else 1.0
+        return cls(peak, total_steps, warmup, ramp_steps=warmup + 1, final_fraction=end, pi_first=True)
 
     def at(self, step: int) -> float:
         """The rate of step 0, 1, ... `total_steps - 1`."""

@@ -177,7 +177,9 @@ class GkdConfig(Section):
     With `stages`, lengths and tokens are theirs, and neither `tokens` nor `micro_batch_tokens` is read.
 
     Training is watched on `heldout_tokens` of held-out text: the best weights are published, those of the start where nothing was
-    better. A rise of the KL over the start goes back and halves the rate, at most three times.
+    better. A rise of the KL over the start goes back and halves the rate, at most three times. With `average_weights` the learning rate
+    stays at its peak after warm-up, and what is watched and published is a running average of the weights: in a training of few steps
+    it takes more of their noise away than a rate that falls, see `puzzle_ray.distill.averaging`.
 
     `parallel`: with `ddp` every worker holds the whole child, its gradients and optimizer, and the whole parent. With `fsdp` (FSDP2)
     each holds its part of them, and gathers one layer at a time. `auto` takes `fsdp` where there are two GPU workers or more, and what
@@ -198,6 +200,7 @@ class GkdConfig(Section):
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     weight_decay: NonNegative = 0.0
     gradient_clip: Positive = 1.0
+    average_weights: bool = False
     kl_weight: NonNegative = 1.0
     cosine_weight: NonNegative = 1.0
     lm_weight: NonNegative = 0.0
@@ -300,5 +303,6 @@ class GkdConfig(Section):
         without_effect |= {"step_tokens"}
         without_effect |= {"tokens", "micro_batch_tokens"} if self.stages else set()
         without_effect |= {"parallel"} if self.parallel != "fsdp" else set()
+        without_effect |= {"average_weights"} if not self.average_weights else set()
         without_effect |= {name for name in ("compute_dtype", "parent_dtype") if getattr(self, name) == AUTO}
         return self.model_dump(mode="json", exclude=without_effect)

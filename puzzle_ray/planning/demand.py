@@ -165,6 +165,7 @@ def works(config: RunConfig, model_config: Any, sizes: Sizes) -> list[Work]:
 
 def _distillation(stage: str, config: RunConfig, sizes: Sizes, tokens: int, processes: int) -> Work:
     """A forward pass of the parent, and both passes of a child, by so many processes; a checkpoint is of one child."""
-    gkd, each = config.gkd, sizes.total * FLOAT32_BYTES
-    dtype, guard = "bfloat16" if gkd.use_gpu else "float32", each if gkd.heldout_tokens else 0
-    return Work(stage, 8.0 * sizes.total * tokens, dtype, checkpoint_bytes=3 * each + guard, gpus=processes * float(gkd.use_gpu))
+    gkd, dtype = config.gkd, "bfloat16" if config.gkd.use_gpu else "float32"
+    copies = 3 + bool(gkd.heldout_tokens) + gkd.average_weights  # weights and moments, the best weights, their average
+    checkpoint = copies * sizes.total * FLOAT32_BYTES
+    return Work(stage, 8.0 * sizes.total * tokens, dtype, checkpoint_bytes=checkpoint, gpus=processes * float(gkd.use_gpu))

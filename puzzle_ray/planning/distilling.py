@@ -33,7 +33,8 @@ def worker_parts(num_params: int, parent_params: int, parent_dtype: str, config:
         "layer outputs": 2 * states * dtype_bytes(parent_dtype),
         _ENDS: 2 * model_config.vocab_size * model_config.hidden_size * FLOAT32_BYTES,
     }
-    return parts | ({"best weights": num_params * FLOAT32_BYTES} if config.gkd.heldout_tokens else {})
+    copies = {"best weights": config.gkd.heldout_tokens, "average": config.gkd.average_weights}
+    return parts | {name: num_params * FLOAT32_BYTES for name, there in copies.items() if there}
 
 
 def worker_activations(sizes: Sizes, parent_dtype: str, gkd: GkdConfig) -> int:
