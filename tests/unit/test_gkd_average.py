@@ -11,7 +11,7 @@ from puzzle_ray.config import RunConfig
 from puzzle_ray.distill.averaging import POWER
 from puzzle_ray.distill.gkd import train_to_end
 from puzzle_ray.distill.settings import GkdConfig
-from puzzle_ray.planning.demand import worker_parts
+from puzzle_ray.planning.distilling import worker_parts
 from puzzle_ray.progress import Quiet
 from puzzle_ray.store import Store
 
