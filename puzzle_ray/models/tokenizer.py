@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from puzzle_ray.errors import ParentError
 from puzzle_ray.models.checkpoint import first_line, read_json, some
 
 _JSON_FILES = ("tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
+_SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _NO_TEXT = ("image", "video", "audio", "boi", "eoi", "pad")  # their tokens stand for pictures and sounds, or fill up
 
 
@@ -30,6 +32,10 @@ def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
                 read_json(folder / name)  # raises for the file that is to blame, if it is no JSON
         absent = str(error).startswith("Couldn't instantiate the backend tokenizer")
         reason = "no tokenizer.json, nor files to make one from" if absent else first_line(error)
+        pieces = [name for name in _SENTENCEPIECE_FILES if (folder / name).exists()]
+        if pieces and not (folder / "tokenizer.json").exists() and find_spec("sentencepiece") is None:
+            reason = f"{pieces[0]} is sentencepiece's, which is not installed here"  # the library asks for tiktoken, which does not help
+            remedy = "pip install sentencepiece protobuf, or save the tokenizer's tokenizer.json there, too"
         raise ParentError("parent", f"{folder} has no tokenizer that can be read ({reason})", remedy) from None
     if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):  # made without a file, in some families
         raise ParentError("parent", f"{folder} has no tokenizer that can be read (it knows special tokens only)", remedy)

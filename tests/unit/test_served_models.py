@@ -7,7 +7,8 @@ import pytest
 from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
 from small_models import save_parent, tiny_config
 
-from puzzle_ray.errors import ConfigError, PuzzleError
+from puzzle_ray.errors import ConfigError, ParentError, PuzzleError
+from puzzle_ray.models.tokenizer import read_tokenizer
 from puzzle_ray.serving.fetch import check_model, check_servable, fetch_model
 
 
@@ -42,3 +43,13 @@ def test_a_model_is_fetched_from_a_path_or_a_url(tmp_path, parent_folder):
     for nowhere in [str(tmp_path / "none"), str(tmp_path), f"file://{tmp_path}", "nosuch://x/y"]:
         with pytest.raises(PuzzleError, match="name a|name an"):
             check_model(nowhere)
+
+
+def test_a_tokenizer_of_sentencepieces_says_what_to_install(tmp_path, monkeypatch):
+    """transformers falls back to tiktoken and asks for that, which cannot read such a file."""
+    save_parent(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    monkeypatch.setattr("puzzle_ray.models.tokenizer.find_spec", lambda name: None)
+    with pytest.raises(ParentError, match=r"tokenizer\.model is sentencepiece's.*pip install sentencepiece protobuf"):
+        read_tokenizer(tmp_path)
