@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+from warm_python import WarmPython
+
 TESTS = Path(__file__).parent
 GROUPS = {  # of tests/ray; a group runs in one process, one Ray after another
     "test_cluster.py": "nodes",
@@ -16,6 +19,13 @@ GROUPS = {  # of tests/ray; a group runs in one process, one Ray after another
     "test_job_submit.py": "own",
     "test_two_runs_on_ray.py": "own",
 }
+
+
+@pytest.fixture(scope="session")
+def warm_python():
+    """One for all tests of this process, started when the first of them asks for it."""
+    with WarmPython() as python:
+        yield python
 
 
 def pytest_xdist_auto_num_workers(config) -> int:

@@ -60,10 +60,9 @@ class WarmPython:
             listening.bind(address)
             listening.listen(512)
             paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+            environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": paths}
             command = [sys.executable, __file__, str(listening.fileno())]
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, pass_fds=[listening.fileno()], env=os.environ | {"PYTHONPATH": paths}
-            )
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[listening.fileno()], env=environment)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -106,7 +105,11 @@ class Forks:
                 self._reap()
             if self.listening in ready:
                 stand_in, _ = self.listening.accept()
-                request = self._request(stand_in)
+                try:
+                    request = self._request(stand_in)
+                except (OSError, ValueError):  # it was killed as it began
+                    stand_in.close()
+                    continue
                 pid = os.fork()
                 self.of_children[pid] = stand_in
                 if not pid:
@@ -128,7 +131,7 @@ class Forks:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if not pid:
                 return
-            with self.of_children.pop(pid) as stand_in:
+            with self.of_children.pop(pid) as stand_in, suppress(OSError):  # it may be killed by now
                 code = os.waitstatus_to_exitcode(status)
                 stand_in.send(bytes([code if code >= 0 else 128 - code]), socket.MSG_NOSIGNAL)
 
@@ -153,7 +156,9 @@ class Forks:
 
 
 def main(listening: socket.socket) -> None:
-    os.environ.update({"RAY_RAYLET_PID": str(os.getpid()), "RAY_JOB_ID": JOB})  # Ray reads them when it is imported, and never again
+    os.environ.update(
+        {"RAY_RAYLET_PID": str(os.getpid()), "RAY_JOB_ID": JOB}
+    )  # Ray reads them when it is imported, and never again
     for name in PACKAGES:
         for module in pkgutil.walk_packages(import_module(name).__path__, f"{name}."):
             with suppress(ImportError):  # what it needs is an extra that is not installed

@@ -8,7 +8,6 @@ from contextlib import suppress
 import psutil
 import pytest
 from waiting import until
-from warm_python import WarmPython
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # small trainings report often
@@ -25,12 +24,6 @@ SYSTEM = {  # a node that is gone is missed within a second, what goes to disk i
 def pytest_collection_modifyitems(items):
     """A process has one Ray at a time: the clusters of several nodes come and go before the one that stays."""
     items.sort(key=lambda item: "several_nodes" not in getattr(item, "fixturenames", ()))
-
-
-@pytest.fixture(scope="session")
-def warm_python():
-    with WarmPython() as python:
-        yield python
 
 
 @pytest.fixture(scope="session")
