@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-import pytest
-from warm_python import WarmPython
+# Before torch is imported. Several processes share the cores, and the models are small: a second thread would mostly spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest  # noqa: E402
+from warm_python import WarmPython  # noqa: E402
 
 TESTS = Path(__file__).parent
 GROUPS = {  # of tests/ray; a group runs in one process, one Ray after another

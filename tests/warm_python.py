@@ -60,9 +60,10 @@ class WarmPython:
             listening.bind(address)
             listening.listen(512)
             paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-            environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": paths}
             command = [sys.executable, __file__, str(listening.fileno())]
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[listening.fileno()], env=environment)
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, pass_fds=[listening.fileno()], env=os.environ | {"PYTHONPATH": paths}
+            )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -72,6 +73,7 @@ class WarmPython:
     @contextmanager
     def used(self) -> Iterator[None]:
         """A Ray or a node that is started here starts its Python processes so, then and later."""
+        assert self._process.poll() is None, "the process that forks has ended; what it said is above"
         python, sys.executable = sys.executable, str(self.executable)
         try:
             yield

@@ -9,7 +9,6 @@ import psutil
 import pytest
 from waiting import until
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # small trainings report often
 
 SYSTEM = {  # a node that is gone is missed within a second, what goes to disk is seen as soon
