@@ -48,9 +48,14 @@ UNBUFFERED, WITHOUT_SITE = "-u", ("-s", "-S")  # the options that Ray passes on
 
 
 class WarmPython:
-    """While it is open, there is a process that forks."""
+    """While it is open, there is a process that forks. On Linux alone: elsewhere it is the plain Python."""
+
+    _process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> WarmPython:
+        if sys.platform != "linux":
+            self.executable = Path(sys.executable)
+            return self
         self._folder = Path(tempfile.mkdtemp(prefix="warm-"))  # not pytest's: a socket's path is short
         address = str(self._folder / "socket")
         self.executable = self._folder / "python"
@@ -60,20 +65,21 @@ class WarmPython:
             listening.bind(address)
             listening.listen(512)
             paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-            command = [sys.executable, __file__, str(listening.fileno())]
+            command = [sys.executable, __file__, str(listening.fileno()), str(self.executable)]
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, pass_fds=[listening.fileno()], env=os.environ | {"PYTHONPATH": paths}
             )
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.communicate(timeout=60)
-        shutil.rmtree(self._folder)
+        if self._process is not None:
+            self._process.communicate(timeout=60)
+            shutil.rmtree(self._folder)
 
     @contextmanager
     def used(self) -> Iterator[None]:
         """A Ray or a node that is started here starts its Python processes so, then and later."""
-        assert self._process.poll() is None, "the process that forks has ended; what it said is above"
+        assert self._process is None or self._process.poll() is None, "the process that forks has ended; what it said is above"
         python, sys.executable = sys.executable, str(self.executable)
         try:
             yield
@@ -157,10 +163,9 @@ class Forks:
         return arguments
 
 
-def main(listening: socket.socket) -> None:
-    os.environ.update(
-        {"RAY_RAYLET_PID": str(os.getpid()), "RAY_JOB_ID": JOB}
-    )  # Ray reads them when it is imported, and never again
+def main(listening: socket.socket, stand_in: str) -> None:
+    # Ray reads these when it is imported, and never again
+    os.environ.update({"RAY_RAYLET_PID": str(os.getpid()), "RAY_JOB_ID": JOB})
     for name in PACKAGES:
         for module in pkgutil.walk_packages(import_module(name).__path__, f"{name}."):
             with suppress(ImportError):  # what it needs is an extra that is not installed
@@ -170,19 +175,23 @@ def main(listening: socket.socket) -> None:
     gc.collect()
     gc.freeze()  # none of it dies, and no child looks through it
     arguments = Forks(listening).until_asked()
-    if arguments is None:
-        return
+    if arguments is not None:
+        run(arguments, stand_in)
+
+
+def run(arguments: list[str], stand_in: str) -> None:
+    """What `python ARGUMENTS` does."""
     while arguments[0] in (UNBUFFERED, *WITHOUT_SITE):
         if arguments.pop(0) == UNBUFFERED:
             sys.stdout.reconfigure(write_through=True)
     script = arguments[0]
     if not script.endswith(".py") or os.environ.get("RAY_JOB_ID", JOB) != JOB:  # that, a fork cannot be
         os.execv(sys.executable, [sys.executable, *arguments])
-    sys.argv = arguments
+    sys.executable, sys.argv = stand_in, arguments  # what it starts itself is a fork too
     sys.path[sys.path.index(str(Path(__file__).parent))] = str(Path(script).parent)
     runpy.run_path(script, run_name="__main__")
 
 
 if __name__ == "__main__":
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # as in all processes of Ray
-    main(socket.socket(fileno=int(sys.argv[1])))
+    main(socket.socket(fileno=int(sys.argv[1])), sys.argv[2])
