@@ -1,7 +1,7 @@
 """A Python whose processes begin with torch, transformers and Ray imported: each is a fork of one process that imported them once.
 
-Ray starts hundreds of processes in a run of the tests: workers, and three or four for each node. Imported anew, that is three seconds of
-CPU time for each. Only Rays that tests start in their own process use it; a command in a process of its own has workers as a user has.
+Ray starts hundreds of processes in a run of the tests: workers, and two or three for each node. Imports take three seconds of CPU time
+of each new one. The Rays that tests start in their own process begin so; the commands that tests run as a user would have new processes.
 
 `WarmPython.executable` is a small script that stands for the fork: it hands its arguments, environment and files to the process that
 forks, ends when the fork ends, and the fork is killed when the script is.
