@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+# Before torch is imported. Several processes share the cores, and the models are small: a second thread would mostly spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest  # noqa: E402
+from warm_python import WarmPython  # noqa: E402
 
 TESTS = Path(__file__).parent
 GROUPS = {  # of tests/ray; a group runs in one process, one Ray after another
@@ -16,6 +24,13 @@ GROUPS = {  # of tests/ray; a group runs in one process, one Ray after another
     "test_job_submit.py": "own",
     "test_two_runs_on_ray.py": "own",
 }
+
+
+@pytest.fixture(scope="session")
+def warm_python():
+    """One for all tests of this process, started when the first of them asks for it."""
+    with WarmPython() as python:
+        yield python
 
 
 def pytest_xdist_auto_num_workers(config) -> int:

@@ -9,7 +9,6 @@ import psutil
 import pytest
 from waiting import until
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # small trainings report often
 
 SYSTEM = {  # a node that is gone is missed within a second, what goes to disk is seen as soon
@@ -27,18 +26,19 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def local_ray():
+def local_ray(warm_python):
     """Loopback only, ended with the session; never joins a cluster that happens to run here."""
     import ray
 
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        num_cpus=4,
-        object_store_memory=256 << 20,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
+    with warm_python.used():
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            num_cpus=4,
+            object_store_memory=256 << 20,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
     yield ray
     ray.shutdown()
 
@@ -46,13 +46,14 @@ def local_ray():
 class Nodes:
     """Adds nodes to a cluster and takes them away again; what a test leaves is removed after it."""
 
-    def __init__(self, cluster):
-        self.cluster, self.added = cluster, {}
+    def __init__(self, cluster, python):
+        self.cluster, self.python, self.added = cluster, python, {}
 
     def add(self, **options):
         """Its id."""
         before = self.alive()
-        node = self.cluster.add_node(**({"object_store_memory": 80 << 20} | options))
+        with self.python.used():
+            node = self.cluster.add_node(**({"object_store_memory": 80 << 20} | options))
         (node_id,) = self.alive() - before
         self.added[node_id] = node
         return node_id
@@ -75,13 +76,14 @@ class Nodes:
 
 
 @pytest.fixture(scope="module")
-def _head():
+def _head(warm_python):
     import ray
     from ray.cluster_utils import Cluster
 
     assert not ray.is_initialized(), "these tests come before those with `local_ray`"
     head = {"num_cpus": 0, "include_dashboard": False, "_system_config": SYSTEM}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    with warm_python.used():
+        cluster = Cluster(initialize_head=True, head_node_args=head)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     yield cluster
     ray.shutdown()
@@ -89,9 +91,9 @@ def _head():
 
 
 @pytest.fixture
-def several_nodes(_head):
+def several_nodes(_head, warm_python):
     """A head without CPUs, which is the driver's node; the test adds others."""
-    nodes = Nodes(_head)
+    nodes = Nodes(_head, warm_python)
     yield nodes
     for node_id in list(nodes.added):
         nodes.kill(node_id)

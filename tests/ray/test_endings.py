@@ -21,7 +21,7 @@ SETTINGS = (
     *("space.attention=[parent,'gqa:1',noop]", "space.ffn=[parent,'ffn:24',noop]", "data.sequence_length=16"),
     *("profile.scenario.input_tokens=16", "profile.scenario.output_tokens=4"),
     *("library.tokens=153600", "library.micro_batch_tokens=512", "library.checkpoint_every=2"),
-    *("library.calibration_tokens=512", "library.validation_tokens=512"),
+    *("library.calibration_tokens=512", "library.validation_tokens=512", "cluster.num_shards=1"),
 )
 INTERRUPTED = "interrupted; the same command continues"
 

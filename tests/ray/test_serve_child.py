@@ -23,6 +23,7 @@ from ray import serve
 from small_models import tiny_config
 
 from actors.serve import build
+from jobs import app
 from jobs.serve_child import Stops, deployed, wait_until_running
 from puzzle_ray.artifacts import LayerChoice
 from puzzle_ray.errors import ConfigError
@@ -270,19 +271,22 @@ def test_the_job_serves_until_it_is_told_to_stop_and_finishes_what_is_in_progres
         socket.create_connection(("127.0.0.1", port))
 
 
-def test_the_job_says_in_one_line_what_is_wrong(child_folder, tmp_path):
+def test_the_job_says_in_one_line_what_is_wrong(child_folder, tmp_path, capsys):
+    """In a process of its own, and in this one."""
+    done = subprocess.run(command("--child", str(tmp_path / "none")), cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "there is no folder" in done.stderr and done.stderr.count("\n") == 1
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
         for options, said in [
-            (["--child", str(tmp_path / "none")], "there is no folder"),
             (["--child", str(child_folder), "--port", port], f"127.0.0.1:{port} cannot be had (Address already in use)"),
             (["--child", str(child_folder), "--dtype", "float3"], "dtype: is 'float3'"),
             (["--child", str(child_folder), "--max-length", "9000"], "max_length: is 9000; give 2 to 8192"),
             (["--child", str(child_folder), "--child", str(child_folder)], "two models are called 'child0'"),
             (["--child", str(child_folder), "--route-prefix", "x"], "route_prefix: is 'x'"),
         ]:
-            done = subprocess.run(command(*options), cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S)
-            assert done.returncode == 2
-            assert done.stderr.startswith("error: ") and said in done.stderr and done.stderr.count("\n") == 1
+            assert app.run(["serve-child", *options]) == 2
+            err = capsys.readouterr().err
+            assert err.startswith("error: ") and said in err and err.count("\n") == 1

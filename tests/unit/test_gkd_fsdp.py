@@ -24,6 +24,7 @@ from puzzle_ray.models.child_files import write_model
 from puzzle_ray.models.head import final_states
 
 WEIGHTS = "model.safetensors"
+PRELOADED = ["torch.distributed.fsdp", "transformers.models.llama.modeling_llama"]  # once for both processes
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,8 @@ def run_of_two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     for kind in STEPS:
         save_models(folder / kind, kind == "tied")
-    multiprocessing.spawn(distil, (2, str(folder)), nprocs=2)
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+    multiprocessing.start_processes(distil, (2, str(folder)), nprocs=2, start_method="forkserver")
     return folder
 
 
