@@ -26,7 +26,7 @@ from puzzle_ray.scoring.downstream import QuestionBatch, answers_from_head
 from puzzle_ray.scoring.metrics import compare_with_parent
 from puzzle_ray.scoring.replacements import DOWNSTREAM, Damage, ScoringTask
 
-_FREED = 0.5  # of what is in use: freed memory up to this share goes back before logits are computed
+_FREED = 1.0  # of what is in use: freed memory up to this share goes back before logits are computed
 States = Mapping[SubblockKind, Mapping[str, Tensor]]
 StatesOf = Callable[[int, LayerChoice], States]
 
