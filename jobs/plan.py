@@ -23,8 +23,9 @@ def table(demands: Sequence[Demand], works: Sequence[Work], hardware: Hardware, 
     lines = [f"{'stage':<12}{'process':<16}{'count':>6}{'GiB each':>10}  {'of which GiB'}"]
     for demand in demands:
         parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in demand.parts.items())
-        where = f"{demand.gpu_share:g} GPU" if demand.gpu_share else "host"
-        words = f"{parts} (in a {where}'s memory)"
+        share = demand.gpu_share
+        where = f"{share:g} GPUs'" if share > 1 else f"a {share:g} GPU's" if share else "a host's"
+        words = f"{parts} (in {where} memory)"
         if demand.host:
             words += ", " + ", ".join(f"{name} {size / GIB:.2f}" for name, size in demand.host.items()) + " (in a host's memory)"
         lines.append(f"{demand.stage:<12}{demand.process:<16}{demand.count:>6}{demand.total / GIB:>10.2f}  {words}")

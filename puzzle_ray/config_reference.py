@@ -93,7 +93,7 @@ MEANINGS: Mapping[str, str] = {
     "profile.dtype": "of weights and KV cache",
     "profile.repeats": "timings of every stack; the median counts",
     "profile.num_profilers": "that measure at the same time, each alone on its device",
-    "profile.num_gpus": "GPUs that a profiler asks for",
+    "profile.num_gpus": "GPUs of a node that a profiler asks for; whole models are evaluated over all of them",
     "scoring.granularity": "subblock: halves are scored alone and added; block: pairs are scored",
     "scoring.tokens": "held-out tokens that every replacement is scored on",
     "scoring.micro_batch_tokens": "of one forward pass",

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from puzzle_ray.families.registry import descriptor_of
 from puzzle_ray.models.masks import packed_arguments
+from puzzle_ray.process import give_back_freed_memory
 
 # N tokens of a chunk, V vocabulary
+_FREED = 1.0  # of what is in use: freed memory up to this share goes back before a chunk's logits
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}  # logits that exist at a time; a chunk on a GPU must keep it busy
 
 
@@ -61,6 +63,7 @@ class Head:
         """The same for `[batch, tokens, hidden_size]`, flattened to one row per token: (which tokens, `logits_NV`)."""
         flat = final.flatten(0, 1)
         for part in chunks_of(len(flat), self.vocab_size, flat.device):
+            give_back_freed_memory(_FREED)  # other threads allocate in the gaps that logits left, and the next ones do not fit
             yield part, self.logits(flat[part])
 
     @torch.no_grad()

@@ -27,7 +27,6 @@ from puzzle_ray.scoring.downstream import QuestionBatch, answers_from_head
 from puzzle_ray.scoring.metrics import compare_with_parent
 from puzzle_ray.scoring.replacements import DOWNSTREAM, Damage, ScoringTask
 
-_FREED = 0.5  # of what is in use: freed memory up to this share goes back before logits are computed
 States = Mapping[SubblockKind, Mapping[str, Tensor]]
 StatesOf = Callable[[int, LayerChoice], States]
 
@@ -153,7 +152,6 @@ class ShardScorer:
     @torch.no_grad()
     def measure(self, task: ScoringTask, leaving: Sequence[Tensor]) -> list[list[Damage]]:
         """The damage of every replacement of the task on every batch, from the outputs of the last layer. For the last shard only."""
-        give_back_freed_memory(_FREED)  # of layers, among which logits find no room
         parts: list[list[Damage]] = [[] for _ in task.replacements]
         for number, hidden in zip(task.batches, leaving, strict=True):
             for damages, own in zip(parts, hidden.split(len(self.input_ids[number])), strict=True):

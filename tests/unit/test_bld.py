@@ -226,18 +226,18 @@ def test_a_full_disk_is_said_and_loses_nothing(parent_folder, undisturbed, tmp_p
     from puzzle_ray.store import scratch
 
     space, tokens, whole = undisturbed
-    step, write, done = Store(str(tmp_path)).artifact("cut", {}, {}), scratch.write_atomically, []
+    step, write, done = Store(str(tmp_path)).artifact("cut", {}, {}), scratch.put, []
 
-    def until_full(target, data):
+    def until_full(file, target):
         if ".written" in target.parts:  # what goes before every one of them
-            return write(target, data)
+            return write(file, target)
         if len(done) == writes:
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(target, data)
+        write(file, target)
         done.append(target.name)
 
     with monkeypatch.context() as full:
-        full.setattr(scratch, "write_atomically", until_full)
+        full.setattr(scratch, "put", until_full)
         with pytest.raises(StoreError, match="No space left on device.*free some space, then run the same command"):
             build_serially(str(parent_folder), space, CONFIG, tokens, 0, step, Quiet())
     assert not step.finished and len(done) == writes
