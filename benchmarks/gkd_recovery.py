@@ -58,7 +58,7 @@ def setting_of(parent: str, data: Path, store: str, overrides: tuple[str, ...]) 
 
 
 def distilled(s: Setting, tokens: Artifact, child: Artifact, way: str, parent: str, seed: int, count: int) -> Artifact:
-    how = {"tokens": count, "micro_batch_tokens": STEP_TOKENS, "learning_rate": RATES[parent], "heldout_tokens": 8192}
+    how = {"tokens": count, "micro_batch_tokens": STEP_TOKENS, "learning_rate": RATES[parent], "heldout_tokens": 4096}
     config = s.config.model_copy(update={"gkd": GkdConfig.model_validate(how | WAYS[way]), "seed": seed})
     return distilled_of(replace(s, config=config), tokens, child)
 
