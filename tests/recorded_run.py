@@ -14,14 +14,14 @@ from puzzle_ray.store import Artifact
 
 def note(log: str) -> None:
     """Every file that an artifact is given from now on is a line in `log`, by whichever process it is given."""
-    write, publish = Artifact.write, Artifact.folder_to_publish
+    put, publish = Artifact._put, Artifact.folder_to_publish
 
     def tell(artifact: Artifact, name: str) -> None:
         with open(log, "a") as file:
             file.write(f"{os.getpid()} {artifact.name}/{name}\n")
 
-    def noted_write(self, name, data):
-        write(self, name, data)
+    def noted_put(self, name, *how):
+        put(self, name, *how)
         tell(self, name)
 
     @contextmanager
@@ -30,7 +30,7 @@ def note(log: str) -> None:
             yield folder
         tell(self, name)
 
-    Artifact.write, Artifact.folder_to_publish = noted_write, noted_publish
+    Artifact._put, Artifact.folder_to_publish = noted_put, noted_publish
 
 
 def main(log: str, verb: str, *words: str) -> int:

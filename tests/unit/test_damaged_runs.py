@@ -51,17 +51,17 @@ def run(run_once, tmp_path):
 @pytest.fixture
 def written(monkeypatch):
     """`<stage>/<file>` of everything that is added to a store."""
-    found, write, publish = [], Artifact.write, Artifact.folder_to_publish
+    found, put, publish = [], Artifact._put, Artifact.folder_to_publish
 
-    def noted_write(self, name, data):
-        write(self, name, data)
+    def noted_put(self, name, *how):
+        put(self, name, *how)
         found.append(f"{self.stage}/{name}")
 
     def noted_publish(self, name):
         found.append(f"{self.stage}/{name}")
         return publish(self, name)
 
-    monkeypatch.setattr(Artifact, "write", noted_write)
+    monkeypatch.setattr(Artifact, "_put", noted_put)
     monkeypatch.setattr(Artifact, "folder_to_publish", noted_publish)
     return found
 
