@@ -43,9 +43,10 @@ def check(config: RunConfig, store: Store) -> None:
 
 def _check_store_apart(store: Store, source: str, where: str) -> None:
     """What a run writes must be no text of the next one."""
-    if not store.is_local or "://" in source:
+    places = [place.removeprefix("file://") for place in (store.root, source)]
+    if any("://" in place for place in places):
         return
-    root, folder = Path(store.root).resolve(), Path(source).expanduser().resolve()
+    root, folder = (Path(place).expanduser().resolve() for place in places)
     inside = root.is_relative_to(folder) and not is_hidden(root.relative_to(folder).as_posix())
     if folder.is_dir() and (root == folder or inside):
         problem = f"{store.root!r} lies in {source!r}, all of which is read as {where}"

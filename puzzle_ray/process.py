@@ -62,6 +62,12 @@ def cpu_quota(read: Callable[[str], str | None]) -> float | None:
 
 
 @lru_cache(maxsize=1)
+def _has_glibc() -> bool:
+    """Asked once: elsewhere Python reads through its whole executable to answer."""
+    return platform.libc_ver()[0] == "glibc"
+
+
+@lru_cache(maxsize=1)
 def keep_freed_memory() -> bool:
     """Tells glibc to keep freed memory in this process. Returns False where there is no glibc.
 
@@ -72,7 +78,7 @@ def keep_freed_memory() -> bool:
     Blocks of 128 MiB and more do go back. They are weights, heads and their gradients, not activations, and gaps of that size between
     kept blocks took 2 GiB in the distillation of a child with a vocabulary of 150,000.
     """
-    if platform.libc_ver()[0] != "glibc":
+    if not _has_glibc():
         return False
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
     mallopt = ctypes.CDLL(None).mallopt
@@ -95,7 +101,7 @@ def give_back_freed_memory(share: float | None = None) -> bool:
     again are filled with zeros first. So in a loop, give a `share`: nothing is given back where more is kept than this share of what is
     in use, or less than 256 MiB. Beside that much work with what is in use, getting the pages again takes no time that counts.
     """
-    if platform.libc_ver()[0] != "glibc":
+    if not _has_glibc():
         return False
     libc = ctypes.CDLL(None)
     if share is not None:

@@ -50,9 +50,18 @@ class Section(BaseModel):
             return given
         if any(isinstance(value, bool) for value in _values_in(given)):
             raise ValueError("write a number")
-        if isinstance(given, str) and str not in types and _WITH_EXPONENT.fullmatch(given) and float(given).is_integer():
-            return int(float(given))
-        return given
+        return given if str in types else _whole(given)
+
+
+def _whole(given: Any) -> Any:
+    """The same with whole numbers for texts such as 1e6."""
+    if isinstance(given, dict):
+        return {name: _whole(value) for name, value in given.items()}
+    if isinstance(given, list | tuple):
+        return type(given)(_whole(value) for value in given)
+    if isinstance(given, str) and _WITH_EXPONENT.fullmatch(given) and float(given).is_integer():
+        return int(float(given))
+    return given
 
 
 def _values_in(given: Any) -> Iterator[Any]:

@@ -202,7 +202,8 @@ def _of_one_kind(source: str, found: list[TextFile], where: str) -> Found:
     text = [file for file in found if file.format]
     kept = [file for file in text if not _is_about_the_data(file)]
     formats = sorted({str(file.format) for file in kept})
-    if formats in ([], ["json"]) and any(file.path.endswith(".arrow") for file in found):
+    saved = all(file.path.endswith(".json") for file in kept)  # beside the tables, datasets keeps what they are about
+    if saved and any(file.path.endswith(".arrow") for file in found):
         problem = f"{source!r} holds .arrow files, as the datasets library keeps them for itself"
         raise DataError(where, problem, "write them as text: datasets.load_from_disk(FOLDER), then to_parquet or to_json")
     if len(formats) > 1:

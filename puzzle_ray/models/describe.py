@@ -66,14 +66,14 @@ def _check_masks(config: Any, model_type: str) -> None:
     types = sorted(set(getattr(config, "layer_types", None) or ()))
     if other := sorted(set(types) - _TYPES_OF_LAYERS):
         raise unsupported_family(model_type, f"it has layers of type {', '.join(other)}")
-    if "sliding_attention" in types and not getattr(config, "sliding_window", None):
-        problem = f"{model_type} with layer_types of sliding_attention has no sliding_window"
-        raise ParentError("parent", problem, "take config.json as the model was published")
     if types and not hasattr(type(config)(), "layer_types"):
         problem = (
             f"{model_type} with layer_types of {', '.join(types)} is not supported: in transformers all its layers are alike"
         )
         raise ParentError("parent", problem, "take config.json as the model was published, with the model_type that it has there")
+    if "sliding_attention" in types and not getattr(config, "sliding_window", None):
+        problem = f"{model_type} with layer_types of sliding_attention has no sliding_window"
+        raise ParentError("parent", problem, "take config.json as the model was published")
 
 
 def _check_like_llama(descriptor: Descriptor, config: Any) -> None:

@@ -29,9 +29,14 @@ def computes_in_half(gkd: GkdConfig, parent_dtype: str) -> bool:
     return (gkd.use_gpu and parent_dtype != "float32") if gkd.compute_dtype == AUTO else gkd.compute_dtype == "bfloat16"
 
 
-def masks_of(config: RunConfig, model_config: Any, tokens: int, dtype_bytes: int, layers: int = 1) -> dict[str, int]:
-    """The part `attention masks` of a pass over so many tokens that keeps those of `layers` layers; none without `data.document_mask`."""
+def masks_of(
+    config: RunConfig, model_config: Any, tokens: int, dtype_bytes: int, layers: int = 1, length: int = 0
+) -> dict[str, int]:
+    """The part `attention masks` of a pass over so many tokens that keeps those of `layers` layers; none without `data.document_mask`.
+
+    Rows are of `length` tokens, by default of `data.sequence_length`.
+    """
     if not config.data.document_mask:
         return {}
-    length = max([config.data.sequence_length, *(stage.sequence_length for stage in config.gkd.stages)])
+    length = length or config.data.sequence_length
     return {"attention masks": tokens * mask_bytes_per_token(model_config, length, dtype_bytes, layers)}

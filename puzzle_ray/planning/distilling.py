@@ -67,10 +67,14 @@ def _parent_dtype(gkd: GkdConfig, model_config: Any) -> str:
     return own if gkd.parent_dtype == AUTO else gkd.parent_dtype
 
 
-def _masks(config: RunConfig, gkd: GkdConfig, parent_dtype: str, model_config: Any) -> dict[str, int]:
+def _masks(config: RunConfig, parent_dtype: str, model_config: Any) -> dict[str, int]:
+    gkd = config.gkd
     layers = 1 if gkd.activation_checkpointing else model_config.num_hidden_layers
-    in_half = computes_in_half(gkd, parent_dtype)
-    return masks_of(config, model_config, gkd.largest_micro_batch, 2 if in_half else FLOAT32_BYTES, layers)
+    size, longest = (
+        2 if computes_in_half(gkd, parent_dtype) else FLOAT32_BYTES,
+        max((s.sequence_length for s in gkd.stages), default=0),
+    )
+    return masks_of(config, model_config, gkd.largest_micro_batch, size, layers, longest)
 
 
 def gkd_demand(config: RunConfig, model_config: Any, sizes: Sizes, gpu_bytes: int) -> Demand:
@@ -83,7 +87,7 @@ def gkd_demand(config: RunConfig, model_config: Any, sizes: Sizes, gpu_bytes: in
         parts = sharded_worker_parts(sizes, own, config, model_config)
         remedy = "raise gkd.num_workers, so that each holds less, or lower gkd.micro_batch_tokens"
     parts["activations"] = worker_activations(sizes, own, gkd)
-    parts |= _masks(config, gkd, own, model_config)
+    parts |= _masks(config, own, model_config)
     remedy += "" if gkd.activation_checkpointing else ", or set gkd.activation_checkpointing to true"
     return Demand("gkd", "worker", gkd.num_workers, parts, float(gkd.use_gpu), remedy, "lower gkd.num_workers")
 
@@ -94,7 +98,7 @@ def candidates_demand(config: RunConfig, model_config: Any, sizes: Sizes) -> Dem
     gkd, own = shortened.gkd, _parent_dtype(config.gkd, model_config)
     parts = worker_parts(sizes.total, sizes.total, own, shortened, model_config)
     parts["activations"] = worker_activations(sizes, own, gkd)
-    parts |= _masks(config, gkd, own, model_config)
+    parts |= _masks(shortened, own, model_config)
     remedy = "set search.distil_tokens to 0: each candidate is distilled in one process"
     count = config.search.most_candidates
     return Demand("architecture", "candidate", count, parts, float(gkd.use_gpu), remedy, waits=True)

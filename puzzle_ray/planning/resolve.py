@@ -290,9 +290,9 @@ def _profile(draft: Draft, sizes: Sizes, gpus: Seen, bfloat16: bool) -> None:
     needed = {n: evaluation_demand(_with_gpus(draft.config, n), sizes, gpus.gpu_bytes) for n in range(1, gpus.per_node + 1)}
     fits = next((n for n, demand in needed.items() if demand.total <= room_bytes(gpus, n)), 0)
     why = "a GPU is what is measured" if fits == 1 else f"a whole model is spread over {fits} GPUs of a node"
-    if draft.decide("profile.num_gpus", fits, why if fits else "no node's GPUs hold a whole model"):
-        of = f"{fits} x {gpus.name}" if fits > 1 else f"an {gpus.name}"
-        draft.decide("profile.memory_mib", max(1, fits) * gpus.gpu_bytes >> 20, f"of {of}")
+    count = math.ceil(draft.decide("profile.num_gpus", fits, why if fits else "no node's GPUs hold a whole model"))
+    if count:
+        draft.decide("profile.memory_mib", count * gpus.gpu_bytes >> 20, f"of {f'{count} x' if count > 1 else 'an'} {gpus.name}")
     if not fits and not draft.config.profile.num_gpus:
         size = needed[gpus.per_node].total / GIB
         words = f"profile: a whole model takes {size:.1f} GiB, no node's GPUs hold it, and costs are measured on a CPU"

@@ -252,6 +252,8 @@ class Artifact:
         if not self.store.is_local:
             self.write(name, save(given, metadata=about))
             return
+        if self._lease is not None:
+            self._lease.check_seen()  # before gigabytes are written
         with tensors_beside(Path(self.path(name)), given, about) as (file, entry):
             self._put(name, entry, partial(scratch.put, file, Path(self.path(name))))
 

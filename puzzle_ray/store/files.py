@@ -42,7 +42,8 @@ def tensors_beside(target: Path, tensors: Mapping[str, Tensor], metadata: dict[s
             file.touch()
             mode = file.stat().st_mode
             save_file(dict(tensors), file, metadata=metadata)
-            file.chmod(mode)  # safetensors lets nobody else read it
+            if file.stat().st_mode != mode:  # safetensors lets nobody else read it
+                file.chmod(mode)
             with file.open("rb") as written:
                 entry = FileEntry(file.stat().st_size, checksum_of(written))
         except (OSError, SafetensorError) as error:

@@ -99,6 +99,10 @@ BAD = {
     "held-out text that is trained on": (words("--set", "data.heldout=TEXT"), "text.txt is text of data.train, too; name other"),
     "a store among the text": (words("--data", "FOLDER"), "all of which is read as data.train; name a store elsewhere"),
     "a store of no filesystem": (words("--store", "nowhere://store"), "store: 'nowhere://store' cannot be"),
+    "a store by URL among the text": (
+        words("--data", "FOLDER", "--store", "file://FOLDER/store"),
+        "all of which is read as data.train; name a store elsewhere",
+    ),
     "a store that is a file": (words("--store", "FOLDER/text.txt"), "cannot be written"),
 }
 

@@ -53,6 +53,7 @@ def test_wrong_settings_are_explained(override, words):
 
 
 def test_counts_may_be_written_with_an_exponent():
+    assert load(None, None, ("evaluate.retrieval_tokens=[1e3]",)).evaluate.retrieval_tokens == (1000,)
     config = load(None, None, ("library.tokens=1e6", "gkd.tokens=2.5E3", "gkd.learning_rate=1e-4", "revision='1e10'"))
     assert (config.library.tokens, config.gkd.tokens, config.gkd.learning_rate, config.revision) == (10**6, 2500, 1e-4, "1e10")
     with pytest.raises(ConfigError, match="library.tokens: .*unable to parse"):

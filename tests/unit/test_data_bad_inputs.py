@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,6 +11,7 @@ from byte_tokenizer import byte_tokenizer
 
 from puzzle_ray.data import documents as documents_module
 from puzzle_ray.data.documents import check_text
+from puzzle_ray.data.files import find_files
 from puzzle_ray.data.settings import DataConfig
 from puzzle_ray.data.sources import check_source, source_fingerprint
 from puzzle_ray.data.tokenising import tokenise
@@ -140,6 +142,12 @@ def test_bad_names_are_refused_in_one_line(tmp_path, source, words):
     with pytest.raises(DataError, match=words) as error:
         all_of(source.format(folder=tmp_path), byte_tokenizer())
     assert "\n" not in str(error.value)
+
+
+def test_tables_of_a_cache_beside_text_are_left_out(tmp_path):
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "cache-1.arrow").write_bytes(b"")
+    assert [Path(file.path).name for file in find_files(str(tmp_path)).files] == ["text.jsonl"]
 
 
 def test_a_file_that_may_not_be_read(tmp_path):

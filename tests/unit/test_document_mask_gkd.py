@@ -169,6 +169,18 @@ def test_a_plan_counts_them_where_documents_are_masked():
     small_works = [{w.stage: w for w in works(settings, small, sizes)} for settings in (off, on)]
     before, after = (found["library"] for found in small_works)
     assert after.store_bytes_per_token == before.store_bytes_per_token + 4 and after.flops == before.flops
+    stages = [{"sequence_length": 512, "tokens": 1024, "micro_batch_tokens": 512}]
+    longer = RunConfig(
+        data={"document_mask": True, "sequence_length": 32},
+        gkd=gkd_settings | {"stages": stages},
+        search={"candidates": 2, "distil_tokens": 640},
+    )
+    found = {(d.stage, d.process): d.parts.get("attention masks") for d in demands(longer, small, sizes)}
+    assert found["gkd", "worker"] == 512 * (2 * 512 + 3 * 4 * (512 + repeated))
+    assert found["architecture", "candidate"] == masked["gkd", "worker"]["attention masks"], (
+        "candidates are distilled in one stage"
+    )
+    assert found["library", "block trainer"] == found["evaluation", "worker"] == one_layer
     shard = ("scores", "parent shard")
     assert masked[shard] == plain[shard] | {"working": plain[shard]["working"] + one_layer}
 

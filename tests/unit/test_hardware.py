@@ -116,6 +116,9 @@ def test_a_model_that_no_gpu_holds_is_measured_on_several_of_a_node():
         assert found.config.profile.num_gpus == expected
         assert found.config.profile.memory_mib == (expected * size >> 20 or None)
         assert any("no node's GPUs hold it" in line for line in found.warnings) == (not expected)
+    for own in (1, 4):  # the user's number says how much memory a child may take
+        found = decided(config(profile={"num_gpus": own}), [Node(gpus=Gpus(4, "card", size))], model_config=big)
+        assert (found.config.profile.num_gpus, found.config.profile.memory_mib) == (own, own * size >> 20)
     set_to_0 = decided(config(profile={"num_gpus": 0}), [Node(gpus=Gpus(4, "card", size))], model_config=big)
     assert set_to_0.config.profile.num_gpus == 0 and not any("profile" in line for line in set_to_0.warnings)
 
