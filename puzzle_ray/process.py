@@ -105,12 +105,15 @@ def give_back_freed_memory(share: float | None = None) -> bool:
         return False
     libc = ctypes.CDLL(None)
     if share is not None:
+        private = _private_bytes()
+        if private < _WORTH_BYTES * (1 + 1 / share):  # with any less, one of the two is not so; asking glibc takes longer
+            return False
         if not hasattr(libc, "mallinfo2"):  # before glibc 2.33
             return False
         libc.mallinfo2.restype = _Mallinfo2
         heap = libc.mallinfo2()
         in_use = heap.uordblks + heap.hblkhd
-        if not _WORTH_BYTES <= _private_bytes() - in_use <= share * in_use:
+        if not _WORTH_BYTES <= private - in_use <= share * in_use:
             return False
     return bool(libc.malloc_trim(0))
 
