@@ -31,8 +31,11 @@ PAGE = "index.html"  # beside the log
 
 
 def tokens_per_unit(config: RunConfig) -> Mapping[str, int]:
-    """Training tokens behind one unit of a stage's progress."""
-    return {"library": config.library.micro_batch_tokens, "distill": config.gkd.micro_batch_tokens * config.gkd.num_workers}
+    """Training tokens behind one unit of a stage's progress; of a distillation in stages, those of its mean step."""
+    gkd, workers = config.gkd, config.gkd.num_workers * config.gkd.gradient_accumulation
+    steps = sum(stage.tokens / (stage.micro_batch_tokens * workers) for stage in gkd.stages)
+    a_step = round(gkd.total_tokens / steps) if steps else gkd.micro_batch_tokens * workers
+    return {"library": config.library.micro_batch_tokens, "distill": a_step}
 
 
 @contextmanager

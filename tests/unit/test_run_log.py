@@ -11,9 +11,10 @@ from small_runs import make_run, save_parent_with_text
 
 from jobs.app import run as run_command
 from jobs.curves import POINTS, thinned
-from jobs.observed import observed
+from jobs.observed import observed, tokens_per_unit
 from jobs.watch import lines
 from puzzle_ray import run_log
+from puzzle_ray.config import RunConfig
 from puzzle_ray.errors import ProfileError
 from puzzle_ray.progress import Quiet
 from puzzle_ray.run_log import RunLog, new_run_id, read_events, run_ids, state_of
@@ -184,6 +185,17 @@ def test_a_log_reads_now_and_then_that_a_run_is_at_work(parent_with_text, tmp_pa
         monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
         observer.say_at_work()
         assert capsys.readouterr().err == "", "a terminal has bars"
+
+
+def test_a_step_of_a_distillation_counts_all_its_tokens():
+    own = {"num_workers": 2, "gradient_accumulation": 4, "micro_batch_tokens": 256}
+    assert tokens_per_unit(RunConfig(data={"sequence_length": 64}, gkd=own))["distill"] == 2048
+    stages = [
+        {"sequence_length": 64, "tokens": 2048 * 3, "micro_batch_tokens": 256},
+        {"sequence_length": 128, "tokens": 4096, "micro_batch_tokens": 512},
+    ]
+    in_stages = RunConfig(data={"sequence_length": 64}, gkd=own | {"stages": stages})
+    assert tokens_per_unit(in_stages)["distill"] == (2048 * 3 + 4096) / 4
 
 
 def test_curves_are_written_for_tensorboard(parent_with_text, tmp_path):
