@@ -1,6 +1,6 @@
 """Global distillation on Ray Train: whatever is killed, the child ends in the bits of an undisturbed serial run.
 
-Its learning rate is chosen by a range test, and it is watched on held-out text.
+Its learning rate is chosen by a range test, it is watched on held-out text, and the average of its weights is what is published.
 """
 
 import dataclasses
@@ -27,7 +27,13 @@ from puzzle_ray.progress import Quiet
 
 STEPS = 140
 CONFIG = GkdConfig(
-    tokens=STEPS * 64, micro_batch_tokens=32, num_workers=2, learning_rate="auto", checkpoint_every=20, max_failures=1
+    tokens=STEPS * 64,
+    micro_batch_tokens=32,
+    num_workers=2,
+    learning_rate="auto",
+    checkpoint_every=20,
+    max_failures=1,
+    average_weights=True,
 )
 CLUSTER = ClusterConfig()
 
@@ -85,8 +91,16 @@ class Midway:
             self.action()
 
 
+def command(process):
+    """Of a process that may be ending: then it is empty."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
 def kill_a_worker():
-    workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+    workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in command(p)]
     assert len(workers) == 2
     workers[1].kill()
 

@@ -234,7 +234,9 @@ def test_a_replica_that_is_killed_takes_only_its_own_requests_with_it(client, ur
         with ThreadPoolExecutor(8) as pool:
             before = list(pool.map(lambda _: begun(), range(8)))
             replicas = [
-                each for each in psutil.Process().children(recursive=True) if "ServeReplica:pair" in " ".join(each.cmdline())
+                each
+                for each in psutil.Process().children(recursive=True)
+                if each.status() != psutil.STATUS_ZOMBIE and "ServeReplica:pair" in " ".join(each.cmdline())
             ]
             assert len(replicas) == 2
             replicas[0].kill()
