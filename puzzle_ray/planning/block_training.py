@@ -13,9 +13,8 @@ from puzzle_ray.planning.sizes import FLOAT32_BYTES, Sizes
 from puzzle_ray.surgery.projections import AttentionProjections, FFNProjections
 from puzzle_ray.variants.base import needed_statistics
 
-_STATES_OF_A_TRAINER = (
-    7  # float32 hidden states beside a layer's own: input, middle and output of the parent, those of a child, the loss
-)
+# Float32 hidden states beside a layer's own: input, middle and output of the parent, those of a child, the loss.
+_STATES_OF_A_TRAINER = 7
 
 
 def calibration_bytes(sizes: Sizes, layer: int, choices: Sequence[LayerChoice]) -> int:

@@ -24,9 +24,8 @@ from puzzle_ray.planning.sizes import FLOAT32_BYTES, Sizes
 from puzzle_ray.scoring.plan import dtype_bytes, shard_bytes
 from puzzle_ray.scoring.replacements import all_replacements
 
-_LOGITS_COMPARED = (
-    6  # float32 tensors of the size of a chunk's logits: of both models, their log-probabilities, and two of their KL
-)
+# Float32 tensors of the size of a chunk's logits: of both models, their log-probabilities, and two of their KL.
+_LOGITS_COMPARED = 6
 __all__ = ["Demand", "Sizes", "Work", "demands", "works"]
 
 
@@ -113,9 +112,8 @@ def scores_demand(config: RunConfig, model_config: Any, sizes: Sizes) -> Demand:
 def evaluation_demand(config: RunConfig, sizes: Sizes, gpu_bytes: int) -> Demand:
     """Of who times models: two together where they fit, else one after the other; on several GPUs each is spread over them."""
     profile = config.profile
-    each = sizes.total * (
-        2 if profile.dtype == "fp8" else dtype_bytes(profile.dtype)
-    )  # what is estimated in fp8 is timed in bfloat16
+    timed_in = "bfloat16" if profile.dtype == "fp8" else profile.dtype  # what is estimated in fp8 is timed in bfloat16
+    each = sizes.total * dtype_bytes(timed_in)
     alone = bool(profile.num_gpus and gpu_bytes and 2 * each > gpu_bytes * max(1, profile.num_gpus))
     parts = {"one model": each} if alone else {"two models": 2 * each}
     vocab_size = sizes.config.vocab_size
