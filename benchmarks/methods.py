@@ -76,7 +76,7 @@ METHODS = ("puzzle", "plain_pick", "no_gkd", "no_cosine", "no_bld", "greedy", "r
 BASE = (
     "data.sequence_length=128", "library.calibration_tokens=8192", "library.learning_rate=0.002", "library.micro_batch_tokens=256",
     "profile.scenario={batch_size: 16, input_tokens: 96, output_tokens: 32}", "profile.repeats=7", "search.sweep={speedup: [2.0]}",
-    "search.candidates=2", "search.without=[linear]", "search.distil_tokens=16384", "gkd.num_workers=2", "gkd.micro_batch_tokens=256",
+    "search.candidates=2", "search.without=[linear]", "search.distil_tokens=4096", "gkd.num_workers=2", "gkd.micro_batch_tokens=256",
     "scoring.tokens=8192",
 )  # fmt: skip
 QUICK = (
