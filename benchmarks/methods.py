@@ -2,15 +2,16 @@
 
 For every parent and seed, one profile is measured, one library is trained and scored, and all methods share them. For every speed:
 
-- `puzzle`: block distillation (BLD), the MIP with its best answers and one without linear blocks distilled for a while, the one that
-  is best then distilled globally (GKD) by KLD and cosine. What the pick read is taken off GKD's tokens.
-- `plain_pick`: the pick by the KL of whole children before distillation, which reads no tokens of GKD's.
+- `puzzle`: block distillation (BLD), the MIP with its three best answers measured as whole children, the one of least KL distilled
+  globally (GKD) by KLD and cosine.
+- `distilled_pick`: two answers of the MIP and one without linear blocks are distilled by 4k tokens each, and the one is picked that is
+  best then. What the pick read is taken off GKD's tokens.
 - `no_gkd`: `puzzle`'s child before GKD. `no_cosine`: the same child, GKD by KLD alone.
 - `no_bld`: blocks as they start, before training, with scores, a search and a pick of their own. What BLD read, GKD reads besides.
 - `greedy`, `random`: another search of the same scores; `random` is one random architecture within the budget.
 - `uniform`: every layer alike, the FFN's width and KV heads just as narrow as the speed needs, by importance, no BLD (as Minitron).
 - `depth`: whole layers dropped, those of least influence first. What BLD read, GKD reads besides, here and in `uniform`.
-- `iterative`: `plain_pick` in two rounds, each with half of the tokens; the first one's child is the second one's parent.
+- `iterative`: `puzzle` in two rounds, each with half of the tokens; the first one's child is the second one's parent.
 
 The budget is a throughput on the measured profile. At the end all children of one speed are timed with their parent in turn. KL and
 loss are on held-out text that no stage has read. Rows are written one by one, and a run goes on where another one ended.
@@ -72,12 +73,11 @@ PARENTS = ("tiny", *TEXTS)
 RATES = {"chars105": 1e-4}  # of GKD: what a range test chooses for this parent; at 1e-3 GKD keeps the start
 RATE = 1e-3  # of the others
 SPEEDS = (1.25, 1.5, 2.0)
-METHODS = ("puzzle", "plain_pick", "no_gkd", "no_cosine", "no_bld", "greedy", "random", "uniform", "depth", "iterative")
+METHODS = ("puzzle", "distilled_pick", "no_gkd", "no_cosine", "no_bld", "greedy", "random", "uniform", "depth", "iterative")
 BASE = (
     "data.sequence_length=128", "library.calibration_tokens=8192", "library.learning_rate=0.002", "library.micro_batch_tokens=256",
     "profile.scenario={batch_size: 16, input_tokens: 96, output_tokens: 32}", "profile.repeats=7", "search.sweep={speedup: [2.0]}",
-    "search.candidates=2", "search.without=[linear]", "search.distil_tokens=4096", "gkd.num_workers=2", "gkd.micro_batch_tokens=256",
-    "scoring.tokens=8192",
+    "search.candidates=3", "gkd.num_workers=2", "gkd.micro_batch_tokens=256", "scoring.tokens=8192",
 )  # fmt: skip
 QUICK = (
     "profile.repeats=2",
@@ -144,7 +144,7 @@ class Bench:
         return setup.tables.search(setup.limits, searcher=searcher, options=options)[0].architecture.choices
 
     def picked(self, s: Setting, library: Artifact, scores: Artifact, speed: float, **how: Any) -> tuple[Choices, int]:
-        """The MIP's best answers, distilled for a while or as `how` says, and the tokens that it took."""
+        """The best of the MIP's answers by measured KL, or as `how` says, and the tokens that it took."""
         search = s.config.search.model_copy(update={"limits": Limits(speedup=speed)} | how)
         other = Setting(s.config.model_copy(update={"search": search}), s.store, s.progress)
         found = architecture_of(other, self.tokens, library, self.profile, scores)
@@ -213,7 +213,7 @@ def _full(
     return Child(choices, start, end, config.library.tokens if bld else 0, tokens, pick_tokens)
 
 
-PLAIN = {"distil_tokens": 0, "without": (), "candidates": 3}
+DISTILLED = {"distil_tokens": 4_096, "without": ("linear",), "candidates": 2}
 
 
 def _puzzle(bench: Bench, speed: float, pick: Mapping[str, Any] | None = None, **how: Any) -> Child:
@@ -254,7 +254,7 @@ def _uniform(bench: Bench, speed: float) -> Child | None:
 def _iterative(bench: Bench, speed: float) -> Child:
     """Two rounds, each with half of the tokens."""
     config, half = bench.s.config, {"tokens": bench.s.config.library.tokens // 2}
-    search = PLAIN | {"limits": Limits(speedup=speed)}
+    search = {"limits": Limits(speedup=speed)}
     changed = bench.with_config(library=half, gkd={"tokens": config.gkd.tokens // 2}, search=search)
     s = Setting(changed.config.model_copy(update={"rounds": 2}), bench.s.store, bench.s.progress)
     while True:
@@ -271,7 +271,7 @@ def _iterative(bench: Bench, speed: float) -> Child:
 
 MAKERS: dict[str, Callable[[Bench, float], Child | None]] = {
     "puzzle": _puzzle,
-    "plain_pick": lambda bench, speed: _puzzle(bench, speed, pick=PLAIN),
+    "distilled_pick": lambda bench, speed: _puzzle(bench, speed, pick=DISTILLED),
     "no_gkd": lambda bench, speed: _puzzle(bench, speed, gkd=False),
     "no_cosine": lambda bench, speed: _puzzle(bench, speed, preset="kld"),
     "no_bld": _no_bld,
@@ -341,7 +341,7 @@ def main() -> None:
     given = parser.parse_args()
     words: tuple[str, ...] = (f"gkd.tokens={given.tokens}", f"library.tokens={given.bld_tokens}", *given.overrides)
     if given.quick:
-        quick = (*QUICK, "gkd.tokens=10240", "library.tokens=4096", "search.distil_tokens=1024")
+        quick = (*QUICK, "gkd.tokens=10240", "library.tokens=4096")
         words, given.seeds, given.speeds = (*words, *quick), given.seeds[:1], [1.5]
     rows: list[dict[str, Any]] = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
     if not given.store:  # a child that was not timed is not there any more
