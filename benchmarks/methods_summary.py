@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,11 +21,19 @@ def show(row: Mapping[str, Any]) -> None:
     )
 
 
+def _stderr_of_difference(stderr: Mapping[str, float], a: str, b: str) -> float | None:
+    return math.hypot(stderr[a], stderr[b]) if a in stderr and b in stderr else None
+
+
 ROUNDS = ("iterative",)  # methods of more than one round: no rivals of one
 
 
 def summary_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means over seeds; a case is one parent at one speed."""
+    """Means over seeds; a case is one parent at one speed.
+
+    A rival that is below Puzzle counts with the difference of the means and the standard error of that difference, None where one of
+    the two has a single seed.
+    """
     cases: dict[tuple[str, float], dict[str, list[float]]] = {}
     for row in rows:
         if row["kl"] is not None:
@@ -35,7 +44,10 @@ def summary_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for (p, s), found in cases.items()
     }
     wins = {
-        f"{case}: {method}": value - found["puzzle"]
+        f"{case}: {method}": {
+            "difference": value - found["puzzle"],
+            "stderr": _stderr_of_difference(kl_stderr[case], method, "puzzle"),
+        }
         for case, found in kl.items()
         for method, value in found.items()
         if "puzzle" in found and method not in ROUNDS and value < found["puzzle"]
@@ -46,6 +58,9 @@ def summary_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "puzzle_best_everywhere": not wins,
         "rivals_below_puzzle": wins,
+        "puzzle_best_within_two_stderr": all(
+            w["stderr"] is not None and -w["difference"] <= 2 * w["stderr"] for w in wins.values()
+        ),
         "kl": kl,
         "kl_stderr_over_seeds": kl_stderr,
         "gkd_runs": len(ran),
