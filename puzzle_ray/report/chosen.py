@@ -63,8 +63,12 @@ def frontier(data: ReportData) -> list[Html] | None:
     answers = _answers(data)
     measured, distilled = any(a.kl is not None for a in answers), any(a.distilled_kl is not None for a in answers)
     header = ["asked", data.costs_are, "sum of scores", *(["measured KL"] if measured else [])]
-    header += [*(["KL after GKD"] if distilled else []), "proven", "params", "MiB"]
-    rows = [_sweep_row(a, measured, distilled) for a in answers]
+    batches = (
+        len({size for a in answers for size in (a.architecture.predicted.batch_size, a.architecture.parent_predicted.batch_size)})
+        > 1
+    )
+    header += [*(["KL after GKD"] if distilled else []), "proven", *(["batch"] if batches else []), "params", "MiB"]
+    rows = [_sweep_row(a, measured, distilled, batches) for a in answers]
     for point, reason in _infeasible(data):
         rows.append([point.asked, tag("td", f"none: {reason}", colspan=len(header) - 1, class_="text")])
     sweep = html_table(header, rows) if rows else None
@@ -161,11 +165,11 @@ def _described(data: ReportData, answer: Answer) -> str:
     return f"{data.costs_are} {number(a.predicted_speedup)} ×, sum of scores {damage(a.objective, a.metric)}{kl}, {a.status}"
 
 
-def _sweep_row(answer: Answer, measured: bool, distilled: bool) -> list[object]:
+def _sweep_row(answer: Answer, measured: bool, distilled: bool, batches: bool) -> list[object]:
     a = answer.architecture
     proven = "optimal" if a.status == "optimal" else a.status if a.status == "heuristic" else f"gap {percent(a.gap)}"
     kls = [*([nats(answer.kl)] if measured else []), *([nats(answer.distilled_kl)] if distilled else [])]
-    costs = [count(a.predicted.num_params), number(a.predicted.memory_mib)]
+    costs = [*([a.predicted.batch_size] if batches else []), count(a.predicted.num_params), number(a.predicted.memory_mib)]
     return [answer.asked, times(a.predicted_speedup), damage(a.objective, a.metric), *kls, proven, *costs]
 
 

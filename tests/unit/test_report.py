@@ -75,6 +75,23 @@ def test_headline_has_measured_and_predicted_speedup_loss_params_and_memory():
         assert text in cards
 
 
+def test_a_child_at_another_batch_size_than_the_parent_says_so_wherever_costs_stand_side_by_side():
+    architecture = replace(CHOSEN, predicted=replace(CHOSEN.predicted, batch_size=64))
+    size = CHOSEN.parent_predicted.batch_size
+    evaluation = whole_run().evaluation
+    models = {name: model | {"batch_size": size if name == "parent" else 64.0} for name, model in evaluation["models"].items()}
+    sweep = (SweepPoint(1.5, architecture),)
+    page = Page(render(replace(whole_run(), architecture=architecture, sweep=sweep, evaluation=evaluation | {"models": models})))
+    assert f"weights and KV cache at batch {size} and 64" in page.text
+    assert f"Parent at batch {size}: runtime, ms" in page.text and "Child at batch 64: runtime, ms" in page.text
+    words = [part.strip() for part in page.text.splitlines() if part.strip()]
+    row = words.index("Batch size")
+    assert words[row + 1 : row + 4] == [f"{size}", "64", "64"]
+    assert "batch" in words[words.index("sum of scores") : words.index("params")] and f"{size} there" in words
+    alike = Page(render(whole_run())).text
+    assert " there\n" not in alike and "Child: runtime, ms" in alike and f"cache at batch {size}\n" in alike
+
+
 def test_nothing_is_called_measured_that_was_not():
     estimated = replace(
         whole_run(), profile=replace(PROFILE, estimated=True), architecture=replace(CHOSEN, estimated=True), evaluation=None
