@@ -90,9 +90,15 @@ def _answers(data: ReportData) -> list[Answer]:
 
 
 def _chosen_answer(data: ReportData, answers: Sequence[Answer]) -> Answer | None:
-    """The chosen architecture, with what the sweep or the pick measured of the same choices."""
+    """The chosen architecture, with what the sweep or the pick measured of the same choices.
+
+    Of a later round with what the evaluation measured against the original: scores and the pick are about another parent. Without it, none.
+    """
     if data.architecture is None:
         return None
+    if data.round > 1:
+        before, after = (data.models.get(name, {}).get("kl") for name in ("child_before_gkd", "child"))
+        return None if before is None else Answer(data.architecture, "", before, after)
     choices = data.architecture.choices
     same = [a for a in answers if a.kl is not None and a.architecture.choices == choices]
     if same:
@@ -119,7 +125,9 @@ def _frontier_chart(data: ReportData, all_answers: Sequence[Answer]) -> Html:
     if measured and chosen is not None and chosen.kl is None and data.metric != "kl":
         chosen = None  # its sum of scores has another unit than the axis
     if chosen is not None and answers and not measured and data.metric != "kl":
-        chosen = replace(chosen, kl=None)  # its KL has another unit than the sums that it stands beside
+        chosen = (
+            replace(chosen, kl=None) if data.round == 1 else None
+        )  # its KL has another unit than the sums that it stands beside
     on_kl = bool(measured) or (chosen is not None and chosen.kl is not None)
     everything = [ORIGIN, *(a.place for a in answers), *((a.speedup, a.distilled_kl or 0.0) for a in distilled)]
     everything += [chosen.place] if chosen else []
@@ -191,7 +199,8 @@ def _search_facts(data: ReportData) -> Html | None:
     if a.unsolved_batch_sizes:
         proof += f"; not solved in time: batch size {', '.join(map(str, a.unsolved_batch_sizes))}"
     took = f" in {duration(a.solve_s)}" + (f"; asked: {asked}" if asked else "")
-    return note(f"Chosen by {a.searcher}", *size, took, f". Sum of scores {damage(a.objective, a.metric, 4)}: {proof}.")
+    against = f", against the child of round {data.round - 1}" if data.round > 1 else ""
+    return note(f"Chosen by {a.searcher}", *size, took, f". Sum of scores {damage(a.objective, a.metric, 4)}{against}: {proof}.")
 
 
 def architecture(data: ReportData) -> list[Html] | None:

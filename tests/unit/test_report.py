@@ -211,6 +211,23 @@ def test_what_the_pick_measured_stands_on_the_frontier_too():
     assert [row["kl"] for row in summary(run)["frontier"]] == [None, None, 0.0625, 0.25]
 
 
+def test_what_a_later_round_measured_is_not_said_of_the_originals_children():
+    """Names of variants are counted from each round's parent: the same choices are another child, and its KL is to another model."""
+    run = whole_run()
+    kls = {point.architecture.choices: 0.004321 for point in SWEEP if point.architecture} | {CHOSEN.choices: 0.004321}
+    plain = tuple(replace(point, measured_kl=None, distilled_kl=None) for point in SWEEP)
+    first, later = (replace(run, sweep=plain, measured_kls=kls, round=number) for number in (1, 2))
+    assert "0.00432" in render(first) and "0.00432" not in render(later)
+    assert all(point["kl"] is None for point in summary(later)["frontier"])
+    before, after = (run.models[name]["kl"] for name in ("child_before_gkd", "child"))
+    page = Page(render(later)).text
+    assert f"measured KL {number(before)}" in page and f"KL after GKD, nats per token\n{number(after)}" in page.replace(
+        "\n\n", "\n"
+    )
+    assert "against the child of round 1" in page and "against the child" not in render(first)
+    assert "chosen:" not in Page(render(replace(later, evaluation=None))).text, "nothing is known of it that the axis shows"
+
+
 def test_the_page_says_which_tokens_its_figures_are_from():
     assert "held-out sequences 80 to 99 of 100, by which no block was scored and no child picked" in WHOLE
 
