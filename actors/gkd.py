@@ -289,8 +289,9 @@ def _died(error: BaseException) -> bool:
 def _follow(run: Any, ended: Any, job: GkdJob, cluster: ClusterConfig, progress: Progress, cpus: int) -> None:
     """Shows progress until `ended` is ready. Raises ClusterError after too long a silence."""
     config = job.config
-    shown, heard, last = 0, time.monotonic(), Status()
+    shown, heard, last = steps_saved(job.artifact), time.monotonic(), Status()
     with progress.stage("distill", gkd_steps(config), "steps") as bar:
+        bar.advance(shown)  # at once: what an earlier run has done is no speed of this one
         while not ray.wait([ended], timeout=POLL_EVERY_S)[0]:
             now: Status = ray.get(run.status.remote(), timeout=cluster.step_timeout_s)
             if now.news != last.news:

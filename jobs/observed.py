@@ -18,7 +18,7 @@ from jobs.curves import Curves
 from jobs.endings import SUBMITTED
 from jobs.run import OF_ORIGINAL, Run
 from puzzle_ray.config import RunConfig
-from puzzle_ray.progress import Bar
+from puzzle_ray.progress import RESUMED_WITHIN_S, Bar
 from puzzle_ray.run_log import RunLog, new_run_id
 from puzzle_ray.store import Artifact
 from puzzle_ray.version import __version__
@@ -218,6 +218,7 @@ class _ToldBar:
         self.observer, self.bar = observer, bar
         self.stage, self.name, self.total, self.unit = stage, name, total, unit
         self.done, self.told = 0, time.monotonic()
+        self.opened = self.told
         self.before = (self.told, 0)  # when it was told last, and how much was done by then
         self.facts: dict[str, float] = {}
 
@@ -225,6 +226,8 @@ class _ToldBar:
         self.bar.advance(count, **facts)
         self.observer.heard()
         self.done += count
+        if time.monotonic() - self.opened < RESUMED_WITHIN_S:  # done in an earlier run: no speed of this one
+            self.before = (self.opened, self.done)
         if facts:
             self.facts.update(facts)
             observer, step = self.observer, self.done

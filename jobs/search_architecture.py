@@ -14,9 +14,12 @@ def describe(architecture: Architecture) -> str:
     """One line per layer, then cost and proof."""
     lines = [f"  layer {i:3d}  {c.attention:<10} {c.ffn}" for i, c in enumerate(architecture.choices)]
     predicted, parent = architecture.predicted, architecture.parent_predicted
+    own, other = "", ""
+    if predicted.batch_size != parent.batch_size:
+        own, other = f" at batch {predicted.batch_size}", f" at batch {parent.batch_size}"
     lines += [
-        f"  predicted: {architecture.predicted_speedup:.3f} x faster ({predicted.runtime_ms:.1f} ms for the parent's "
-        f"{parent.runtime_ms:.1f}), {predicted.memory_mib:.2f} MiB for {parent.memory_mib:.2f}, "
+        f"  predicted: {architecture.predicted_speedup:.3f} x faster ({predicted.runtime_ms:.1f} ms{own} for the parent's "
+        f"{parent.runtime_ms:.1f}{other}), {predicted.memory_mib:.2f} MiB for {parent.memory_mib:.2f}, "
         f"{predicted.num_params / 1e6:.3f}M parameters for {parent.num_params / 1e6:.3f}M"
         + (" (ESTIMATED, not measured)" if architecture.estimated else ""),
         f"  sum of {architecture.metric} {architecture.objective:.6f}, proven bound {architecture.bound:.6f}, {architecture.status}, "

@@ -68,7 +68,7 @@ def lines(state: RunState, root: Any, now: float) -> Iterator[str]:
         workers = ", ".join(f"{count} x {kind}" for kind, count in sorted(state.cluster.get("workers", {}).items()))
         yield f"workers {workers or 'none'}"
     yield ""
-    yield f"store   {root.root}, {size(sum(stage.bytes for stage in state.stages.values()))} in this run's artifacts"
+    yield f"store   {root.root}, {size(sum(state.artifacts.values()))} in this run's artifacts"
     yield f"page    {root.root}/{LOGS}/{state.run_id}/index.html"
 
 

@@ -142,6 +142,7 @@ class RunState:
     run_id: str
     facts: dict[str, Any] = field(default_factory=dict)
     stages: dict[str, StageState] = field(default_factory=dict)
+    artifacts: dict[str, int] = field(default_factory=dict)  # bytes of each; a stage may have several, as in rounds and sweeps
     cluster: dict[str, Any] = field(default_factory=dict)
     ended: dict[str, Any] | None = None
     began: float = 0.0
@@ -182,6 +183,7 @@ def _take(state: RunState, event: dict[str, Any], when: float) -> None:
         known.state = "finished" if event.get("did", True) else "already there"
         known.seconds, known.bytes = event.get("seconds"), event.get("bytes", 0)
         known.bars = {}
+        state.artifacts[event.get("artifact", stage)] = known.bytes
     elif name == "progress" and stage in state.stages:
         state.stages[stage].bars[event["bar"]] = event
     elif name == "bar_closed" and stage in state.stages:

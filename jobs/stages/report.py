@@ -28,6 +28,7 @@ def data(run: Run, done: Collection[str] | None = None) -> ReportData:
     """Everything the page shows, from the run's artifacts. With `done`, from those of these stages alone."""
     whole = ReportData(
         parent=run.config.parent,
+        round=run.number,
         stage_seconds=run.seconds,
         config_yaml=yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False),
         versions={"python": platform.python_version(), "puzzle_ray": __version__} | _versions(),

@@ -204,7 +204,10 @@ def publish_distilled(trainer: GkdTrainer, job: GkdJob, *, writes: bool = True) 
         for _ in gathered or ():
             pass
         return
-    source, made = job.child.local_folder(CHILD), {"distilled": "globally, from its parent", "steps": trainer.total_steps}
+    kept = (
+        trainer.guard.best_row.step if trainer.guard else trainer.total_steps
+    )  # the weights that are published are those after it
+    source, made = job.child.local_folder(CHILD), {"distilled": "globally, from its parent", "steps": kept}
     dtype = read_config(source).dtype or torch.float32
     with quiet_transformers(), job.artifact.folder_to_publish(CHILD) as folder:
         if gathered is not None:
@@ -214,6 +217,8 @@ def publish_distilled(trainer: GkdTrainer, job: GkdJob, *, writes: bool = True) 
     job.artifact.write(CURVE, rows_to_parquet(trainer.curve, GkdRow, {}))
     last = {f"last_{name}": getattr(row, name) for row in trainer.curve[-1:] for name in ("loss", "kl", "cosine", "lm")}
     facts: dict[str, Any] = {"steps": trainer.total_steps, "tokens": trainer.text.tokens, **last}
+    if trainer.next_step < trainer.total_steps:
+        facts["ended_after"] = trainer.next_step
     if trainer.trials:
         facts |= {"learning_rate": trainer.learning_rate.peak, "range_test": trial_facts(trainer.trials)}
     if trainer.guard is not None:

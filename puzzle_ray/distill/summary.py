@@ -20,6 +20,8 @@ def gkd_summary(facts: Mapping[str, Any]) -> str:
         words += (
             f"; the KL rose above the start's {went_back} time{'s' * (went_back != 1)}, each with half the learning rate after it"
         )
+    if "ended_after" in facts:
+        words += f"; it ended after step {facts['ended_after']} of {facts['steps']}"
     if facts.get("range_test"):
         words += f"; learning rate {facts['learning_rate']:g}, the best of {len(facts['range_test'])} in a range test"
     elif facts["kept"] == "start" and went_back:

@@ -1,8 +1,8 @@
 """Bytes of every kind of process of a run, counted on the real classes without allocating them, and the work of every stage.
 
 What a process holds by design is counted: weights, gradients, optimizer, activations that wait for the backward pass. What its
-libraries take beside that is not. FLOPs are those of matrix products with weights, 2 per weight and token, 6 where it is trained;
-products inside attention are left out.
+libraries take beside that is not. FLOPs are those of matrix products with weights, 2 per weight and token, 6 where it is trained and 4
+where a gradient only passes through; products inside attention are left out, and an embedding is no product.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from puzzle_ray.artifacts import KINDS, PARENT
 from puzzle_ray.config import RunConfig
 from puzzle_ray.distill.settings import AUTO
 from puzzle_ray.models.head import chunk_tokens
@@ -131,10 +132,12 @@ def works(config: RunConfig, model_config: Any, sizes: Sizes) -> list[Work]:
     library, depth = config.library, model_config.num_hidden_layers
     trained, splits = 0.0, trainers_of_layers(config, sizes)
     for layer in range(depth):
-        # in every trainer once more: the parent's attention half, and the halves beside a variant
-        halves = sizes.layers[layer] * splits[layer]
-        found = [sizes.choice(layer, choice) for choice in sizes.space.layers[layer].trained]
-        trained += 2 * halves + sum(2 * n + 4 * t for n, t in found)
+        attention, ffn = (sizes.variant(layer, kind, PARENT)[0] for kind in KINDS)
+        trained += 2 * attention * splits[layer]  # in every trainer once more
+        for choice in sizes.space.layers[layer].trained:
+            held, own = sizes.choice(layer, choice)
+            if own:  # behind an attention alone stands the parent's FFN, and the gradient comes through it
+                trained += 2 * held + 4 * own + (4 * ffn if choice.replaced == ("attention",) else 0)
     shards = min(config.cluster.num_shards, depth)
     states = (shards if config.cluster.colocate else depth) + 1  # in one process, only those between shards travel
     store = states * model_config.hidden_size * dtype_bytes(library.activation_dtype)
@@ -162,8 +165,10 @@ def works(config: RunConfig, model_config: Any, sizes: Sizes) -> list[Work]:
 
 
 def _distillation(stage: str, config: RunConfig, sizes: Sizes, tokens: int, processes: int) -> Work:
-    """A forward pass of the parent, and both passes of a child, by so many processes; a checkpoint is of one child."""
+    """A forward pass of the parent, both passes of a child, by so many processes, and what is recomputed; a checkpoint is of one child."""
     gkd, dtype = config.gkd, "bfloat16" if config.gkd.use_gpu else "float32"
     copies = 3 + bool(gkd.heldout_tokens) + gkd.average_weights  # weights and moments, the best weights, their average
     checkpoint = copies * sizes.total * FLOAT32_BYTES
-    return Work(stage, 8.0 * sizes.total * tokens, dtype, checkpoint_bytes=checkpoint, gpus=processes * float(gkd.use_gpu))
+    layers = sum(sizes.layers)
+    each = 8.0 * (layers + sizes.head) + 2.0 * layers * gkd.activation_checkpointing
+    return Work(stage, each * tokens, dtype, checkpoint_bytes=checkpoint, gpus=processes * float(gkd.use_gpu))

@@ -63,8 +63,12 @@ def frontier(data: ReportData) -> list[Html] | None:
     answers = _answers(data)
     measured, distilled = any(a.kl is not None for a in answers), any(a.distilled_kl is not None for a in answers)
     header = ["asked", data.costs_are, "sum of scores", *(["measured KL"] if measured else [])]
-    header += [*(["KL after GKD"] if distilled else []), "proven", "params", "MiB"]
-    rows = [_sweep_row(a, measured, distilled) for a in answers]
+    batches = (
+        len({size for a in answers for size in (a.architecture.predicted.batch_size, a.architecture.parent_predicted.batch_size)})
+        > 1
+    )
+    header += [*(["KL after GKD"] if distilled else []), "proven", *(["batch"] if batches else []), "params", "MiB"]
+    rows = [_sweep_row(a, measured, distilled, batches) for a in answers]
     for point, reason in _infeasible(data):
         rows.append([point.asked, tag("td", f"none: {reason}", colspan=len(header) - 1, class_="text")])
     sweep = html_table(header, rows) if rows else None
@@ -86,9 +90,15 @@ def _answers(data: ReportData) -> list[Answer]:
 
 
 def _chosen_answer(data: ReportData, answers: Sequence[Answer]) -> Answer | None:
-    """The chosen architecture, with what the sweep or the pick measured of the same choices."""
+    """The chosen architecture, with what the sweep or the pick measured of the same choices.
+
+    Of a later round with what the evaluation measured against the original: scores and the pick are about another parent. Without it, none.
+    """
     if data.architecture is None:
         return None
+    if data.round > 1:
+        before, after = (data.models.get(name, {}).get("kl") for name in ("child_before_gkd", "child"))
+        return None if before is None else Answer(data.architecture, "", before, after)
     choices = data.architecture.choices
     same = [a for a in answers if a.kl is not None and a.architecture.choices == choices]
     if same:
@@ -115,7 +125,9 @@ def _frontier_chart(data: ReportData, all_answers: Sequence[Answer]) -> Html:
     if measured and chosen is not None and chosen.kl is None and data.metric != "kl":
         chosen = None  # its sum of scores has another unit than the axis
     if chosen is not None and answers and not measured and data.metric != "kl":
-        chosen = replace(chosen, kl=None)  # its KL has another unit than the sums that it stands beside
+        chosen = (
+            replace(chosen, kl=None) if data.round == 1 else None
+        )  # its KL has another unit than the sums that it stands beside
     on_kl = bool(measured) or (chosen is not None and chosen.kl is not None)
     everything = [ORIGIN, *(a.place for a in answers), *((a.speedup, a.distilled_kl or 0.0) for a in distilled)]
     everything += [chosen.place] if chosen else []
@@ -161,11 +173,11 @@ def _described(data: ReportData, answer: Answer) -> str:
     return f"{data.costs_are} {number(a.predicted_speedup)} ×, sum of scores {damage(a.objective, a.metric)}{kl}, {a.status}"
 
 
-def _sweep_row(answer: Answer, measured: bool, distilled: bool) -> list[object]:
+def _sweep_row(answer: Answer, measured: bool, distilled: bool, batches: bool) -> list[object]:
     a = answer.architecture
     proven = "optimal" if a.status == "optimal" else a.status if a.status == "heuristic" else f"gap {percent(a.gap)}"
     kls = [*([nats(answer.kl)] if measured else []), *([nats(answer.distilled_kl)] if distilled else [])]
-    costs = [count(a.predicted.num_params), number(a.predicted.memory_mib)]
+    costs = [*([a.predicted.batch_size] if batches else []), count(a.predicted.num_params), number(a.predicted.memory_mib)]
     return [answer.asked, times(a.predicted_speedup), damage(a.objective, a.metric), *kls, proven, *costs]
 
 
@@ -187,7 +199,8 @@ def _search_facts(data: ReportData) -> Html | None:
     if a.unsolved_batch_sizes:
         proof += f"; not solved in time: batch size {', '.join(map(str, a.unsolved_batch_sizes))}"
     took = f" in {duration(a.solve_s)}" + (f"; asked: {asked}" if asked else "")
-    return note(f"Chosen by {a.searcher}", *size, took, f". Sum of scores {damage(a.objective, a.metric, 4)}: {proof}.")
+    against = f", against the child of round {data.round - 1}" if data.round > 1 else ""
+    return note(f"Chosen by {a.searcher}", *size, took, f". Sum of scores {damage(a.objective, a.metric, 4)}{against}: {proof}.")
 
 
 def architecture(data: ReportData) -> list[Html] | None:

@@ -69,7 +69,12 @@ def _figures(runs: Sequence[Summary]) -> Html:
     add("Speed-up, measured", [run.get("measured_speedup") for run in runs], times)
     of = [run.get("architecture", {}) for run in runs]
     add("Speed-up, predicted", [found.get("predicted_speedup") for found in of], times)
-    add("Sum of scores", [found.get("objective") for found in of], number)
+    scores = [found.get("objective") for found in of]
+    if len({run["metric"] for run in runs}) == 1:
+        add("Sum of scores", scores, number)
+    else:
+        named = (f"{number(score)} ({run['metric']})" for score, run in zip(scores, runs, strict=True))
+        rows.append(["Sum of scores", *named, "–"])
     for name, label in PREDICTED.items():
         values = [found.get("predicted", {}).get(name) for found in of]
         add(f"Predicted: {label}", values, count if name == "num_params" else number)
@@ -85,7 +90,8 @@ def _figures(runs: Sequence[Summary]) -> Html:
 
 
 def _difference(a: float | None, b: float | None) -> str:
-    return percent(b / a - 1, 1, sign=True) if a and b is not None else "–"
+    """How far B is above A, as a share of A's size: a sum of scores may be below 0."""
+    return percent((b - a) / abs(a), 1, sign=True) if a and b is not None else "–"
 
 
 def _frontiers(runs: Sequence[Summary]) -> Html | None:

@@ -82,7 +82,8 @@ class SweepPoint:
 class ReportData:
     """The data of one run.
 
-    `num_key_value_heads` and `intermediate_size` are the parent's.
+    `num_key_value_heads` and `intermediate_size` are the parent's. `round` is the one that `space`, `scores`, `library`, `architecture` and
+    `measured_kls` are of: in a later one they are about the child of the one before, while sweep and evaluation are about the original.
     `bld_curves`: (layer, kind, variant) -> loss per micro-batch. `gkd_curve`: rows with `step` and any of `loss`, `kl`, `cosine`, `lm`.
     `measured_kls`: the choices of a whole child -> its KL, as far as the pick measured it.
     `gkd_facts` are those of its artifact, `gkd_looks` the looks at held-out text: rows with `step`, `kl` and `returned`.
@@ -93,6 +94,7 @@ class ReportData:
     """
 
     parent: str
+    round: int = 1
     scenario: Scenario | None = None
     num_key_value_heads: int | None = None
     intermediate_size: int | None = None
@@ -122,8 +124,11 @@ class ReportData:
         return models
 
     def kl(self, point: SweepPoint) -> float | None:
-        """The KL of the whole child that answers a budget, where the sweep or the pick measured it."""
-        if point.measured_kl is not None or point.architecture is None:
+        """The KL of the whole child that answers a budget, where the sweep or the pick measured it.
+
+        A later round's pick measured children of another parent, by the same names.
+        """
+        if point.measured_kl is not None or point.architecture is None or self.round > 1:
             return point.measured_kl
         return self.measured_kls.get(point.architecture.choices)
 

@@ -55,7 +55,7 @@ def damage(value: float | None, metric: str, digits: int = 3) -> str:
 def count(value: float | None) -> str:
     """3 421 000 -> `3.42 M`."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value is not None and abs(value) >= size:
+        if value is not None and size <= abs(value) < math.inf:
             return f"{number(value / size)}\u00a0{letter}"
     return number(value)
 
@@ -68,6 +68,8 @@ def percent(share: float | None, decimals: int | None = None, sign: bool = False
     """0.871 -> `87.1 %`: three significant digits, or a fixed number of decimals."""
     if share is None:
         return "–"
+    if not math.isfinite(share):
+        return number(share)
     text = number(100 * share) if decimals is None else f"{100 * share:.{decimals}f}"
     if sign and float(text.replace("−", "-")) == 0:
         text = "0"

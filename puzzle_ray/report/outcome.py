@@ -28,6 +28,7 @@ FIGURES = {
     "kl": "KL to the parent, nats per token",
     "top1_agreement": "Top-1 agreement with the parent",
     "downstream_accuracy": "Questions answered right, not used for scores",
+    "batch_size": "Batch size",
     "prefill_tokens_per_s": "Prefill, tokens/s",
     "decode_tokens_per_s": "Decode, tokens/s",
     "throughput_tokens_per_s": "Throughput, tokens/s, in and out",
@@ -86,10 +87,11 @@ def _size(data: ReportData) -> list[tuple[str, str, str]]:
     was, now = data.architecture.parent_predicted, data.architecture.predicted
     params = percent(now.num_params / was.num_params - 1, 0, sign=True)
     memory = percent(now.memory_mib / was.memory_mib - 1, 0, sign=True)
+    sizes = " and ".join(f"{size}" for size in dict.fromkeys((was.batch_size, now.batch_size)))
     return [
         ("Parameters", _from_to(count(was.num_params), count(now.num_params)), params),
         ("Memory, MiB, computed", _from_to(number(was.memory_mib), number(now.memory_mib)),
-         f"{memory}; weights and KV cache at batch {now.batch_size}"),
+         f"{memory}; weights and KV cache at batch {sizes}"),
     ]  # fmt: skip
 
 
@@ -135,6 +137,7 @@ def written_figure(key: str, value: float | None) -> str:
     written: dict[str, Callable[[float | None], str]] = {
         "kl": nats,
         "num_params": count,
+        "batch_size": lambda size: "–" if size is None else f"{size:g}",
         "top1_agreement": percent,
         "downstream_accuracy": percent,
         "measured_speedup": times,
@@ -155,7 +158,9 @@ def _comparison(data: ReportData) -> Html:
     models: tuple[tuple[str, Costs, Mapping[str, float]], ...] = (
         ("Parent", a.parent_predicted, data.models.get("parent", {})), ("Child", a.predicted, child),
     )  # fmt: skip
-    for name, costs, measured in models:
+    for model, costs, measured in models:
+        apart = a.parent_predicted.batch_size != a.predicted.batch_size
+        name = f"{model} at batch {costs.batch_size}" if apart else model
         add(f"{name}: prefill, ms", costs.prefill_ms, measured.get("prefill_ms"))
         add(f"{name}: one decoding step, ms", costs.decode_ms, measured.get("decode_ms"))
         add(f"{name}: runtime, ms", costs.runtime_ms, measured.get("runtime_ms"))

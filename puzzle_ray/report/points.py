@@ -41,7 +41,9 @@ def _costs(architecture: Architecture) -> list[list[object]]:
         whole = getattr(parent, of)
         return [name, written, percent(getattr(child, of) / whole, 0) if whole else "–"]
 
+    apart = child.batch_size != parent.batch_size
     return [
+        *([["batch size", child.batch_size, f"{parent.batch_size} there"]] if apart else []),
         row("prefill, ms", "prefill_ms", number(child.prefill_ms)),
         row("decode, ms a step", "decode_ms", number(child.decode_ms)),
         row("runtime, ms", "runtime_ms", number(child.runtime_ms)),

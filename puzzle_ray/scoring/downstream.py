@@ -198,7 +198,7 @@ def _answers(log_probs: Tensor, batch: QuestionBatch) -> Answers:
     )
     correct, gold_log_prob = [], []
     for of_choices, gold in zip(means.split(list(batch.sizes)), batch.gold, strict=True):
-        correct.append(float(of_choices.argmax() == gold))
+        correct.append(float(of_choices.argmax() == gold and not of_choices.isnan().any()))
         gold_log_prob.append(float(F.log_softmax(of_choices, dim=-1)[gold]))
     return Answers(tuple(correct), tuple(gold_log_prob))
 

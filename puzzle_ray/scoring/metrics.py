@@ -20,7 +20,8 @@ class PredictionMetrics:
     """Means over the tokens of a sequence, one value per sequence.
 
     `kl` is KL(parent || child) and `lm_loss` the next-token loss, both in nats per token. `top<k>_agreement` is the share of positions
-    where the parent's most probable token is among the child's k most probable. `cosine_distance` (1 - cosine) and `normalised_mse`
+    where the parent's most probable token is among the child's k most probable; of equally probable ones (in 16 bits one position in fifty
+    has such) the first is taken, as greedy decoding does. `cosine_distance` (1 - cosine) and `normalised_mse`
     (squared error over the parent's mean square) compare the outputs of the final norm. These two are empty where no hidden states
     were given. `tokens` is the number of tokens of all sequences.
     """
@@ -116,8 +117,11 @@ def _token_measures(parent_log_probs_NV: Tensor, logits_NV: Tensor, next_ids_N: 
     child_log_probs = F.log_softmax(logits, dim=-1)
     kl = kl_per_token(parent_log_probs_NV, child_log_probs)
     next_one = child_log_probs.gather(-1, next_ids_N.unsqueeze(-1)).squeeze(-1)
-    parents_best = logits.gather(-1, parent_log_probs_NV.argmax(-1, keepdim=True))
-    return kl, next_one, (logits > parents_best).sum(-1)
+    best = parent_log_probs_NV.argmax(-1, keepdim=True)
+    parents_best = logits.gather(-1, best)
+    ahead = ~(logits <= parents_best)  # also where a logit is NaN
+    ahead |= (logits == parents_best) & (torch.arange(logits.shape[-1], device=logits.device) < best)
+    return kl, next_one, ahead.sum(-1)
 
 
 def _metrics_of(

@@ -8,6 +8,7 @@ The report says how far the sums of scores were off.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -55,6 +56,11 @@ class PickOptions:
     interaction_blocks: int = 0
 
 
+def _or_inf(kl: float | None) -> float:
+    """NaN compares with nothing: were it first, it would stay the least."""
+    return math.inf if kl is None or math.isnan(kl) else kl
+
+
 @dataclass(frozen=True, eq=False)
 class MeasuredAnswer:
     """A measured child: the searcher it comes from, the answer with its predicted score, and what was measured.
@@ -69,8 +75,8 @@ class MeasuredAnswer:
 
     @property
     def rank(self) -> tuple[float, float]:
-        """Measured KL, then predicted score. The least is best."""
-        return self.measured.kl, self.answer.architecture.objective
+        """Measured KL, then predicted score. The least is best; a KL that is no number is the worst."""
+        return _or_inf(self.measured.kl), self.answer.architecture.objective
 
 
 def pick(
@@ -99,7 +105,7 @@ def pick(
         finalists = candidates if best in candidates else [*candidates, best]
         kls = distilled([c.answer.architecture.choices for c in finalists])
         finalists = [replace(c, kl_distilled=kl) for c, kl in zip(finalists, kls, strict=True)]
-        candidates, best = finalists[: len(candidates)], min(finalists, key=lambda c: (c.kl_distilled, c.rank))
+        candidates, best = finalists[: len(candidates)], min(finalists, key=lambda c: (_or_inf(c.kl_distilled), c.rank))
     first, last = answers[0].architecture, best.answer.architecture
     same = last.choices == first.choices
     architecture = replace(
@@ -161,7 +167,7 @@ def _own_answers(
         name = f"{picking.searcher} without {family}"
         try:
             _add(without(tables, family).search(limits, searcher=picking.searcher, options=searching)[0], name, answers, origins)
-        except (Infeasible, OutOfTime) as error:
+        except (Infeasible, OutOfTime, ConfigError) as error:  # the searcher may need that family
             left_out[name] = str(error)
     return answers, origins, left_out
 
@@ -245,16 +251,23 @@ def _distance(candidate: MeasuredAnswer, first: Architecture) -> int:
 def prediction_error(predicted: Sequence[float], measured: Sequence[float]) -> dict[str, float | None]:
     """How far sums of scores were off: the mean of predicted / measured, and the rank correlation (None below 3 candidates).
 
-    Candidates with a measured KL of 0 are left out of the mean.
+    Candidates with a measured KL of 0 are left out of the mean, and those whose KL is not finite out of both. Equal values share a rank.
     """
-    pairs = [(p, m) for p, m in zip(predicted, measured, strict=True) if m > 0]
-    ratio = sum(p / m for p, m in pairs) / len(pairs) if pairs else None
-    ranks = [np.argsort(np.argsort(values)) for values in (predicted, measured)]
-    spread = len(set(predicted)) > 1 and len(set(measured)) > 1
+    known = [(p, m) for p, m in zip(predicted, measured, strict=True) if math.isfinite(m)]
+    ratios = [p / m for p, m in known if m > 0]
+    ranks = [_ranks(values) for values in zip(*known, strict=True)]
+    spread = all(np.ptp(of) > 0 for of in ranks)
     return {
-        "mean_predicted_over_measured": ratio,
-        "rank_correlation": float(np.corrcoef(ranks[0], ranks[1]).item(1)) if len(predicted) > 2 and spread else None,
+        "mean_predicted_over_measured": sum(ratios) / len(ratios) if ratios else None,
+        "rank_correlation": float(np.corrcoef(ranks[0], ranks[1]).item(1)) if len(known) > 2 and spread else None,
     }
+
+
+def _ranks(values: Sequence[float]) -> Floats:
+    """Where every value stands among all; of equal ones, each has their mean place."""
+    _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    middle: Floats = np.cumsum(sizes) - (sizes - 1) / 2
+    return middle[group]
 
 
 def neighbouring_choices(problem: Problem, choice: Choice) -> Iterator[Choice]:

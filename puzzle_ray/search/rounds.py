@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from puzzle_ray.artifacts import KINDS, PARENT, Architecture, LayerChoice, Profile, Scenario, Scores, SearchSpace
+from puzzle_ray.search.kv_heads import KV_HEADS
 from puzzle_ray.search.limits import SPEEDS, FixedChoice, Limits
 from puzzle_ray.search.setup import SearchSetup
-from puzzle_ray.search.tables import COST_INDEX, KV_HEADS, predicted_costs, table_at_batch_size
+from puzzle_ray.search.tables import COST_INDEX, predicted_costs, table_at_batch_size
 
 _COUNTS = ("params", KV_HEADS)  # limits that are whole numbers
 _OF_FRACTION = {"latency_fraction": "latency_ms", "memory_fraction": "memory_mib", "params_fraction": "params"}
@@ -77,12 +78,18 @@ def limits_of_round(limits: Limits, number: int, rounds: int, space: SearchSpace
     values = {n: _on_the_way(n, last, own.get(n, last), number / rounds) for n, last in _in_numbers(limits, own).items()}
     whole = {name: max(1, int(value)) if name in _COUNTS else value for name, value in values.items()}
     return Limits.model_validate(
-        {**whole, "at_least": _at_least(limits, whole), "fixed": _still_to_fix(limits, space), "agree": limits.agree}
+        {**whole, "at_least": _at_least(limits, own, whole), "fixed": _still_to_fix(limits, space), "agree": limits.agree}
     )
 
 
-def _at_least(limits: Limits, values: Mapping[str, float]) -> dict[str, float]:
-    return {name: least for name, least in limits.at_least.items() if least <= values.get(name, least)}
+def _at_least(limits: Limits, own: Mapping[str, float], values: Mapping[str, float]) -> dict[str, float]:
+    """The minimums, those relative to the original in numbers as well: a later round's parent is a child."""
+    found: dict[str, float] = {}
+    for name, value in limits.at_least.items():
+        least = value * own[_OF_FRACTION[name]] if name in _OF_FRACTION else value
+        name = _OF_FRACTION.get(name, name)
+        found[name] = max(found.get(name, 0.0), least)
+    return {name: least for name, least in found.items() if least <= values.get(name, least)}
 
 
 def counted_from_original(architecture: Architecture, setup: SearchSetup) -> Architecture:

@@ -24,13 +24,13 @@ from puzzle_ray.artifacts import (
 )
 from puzzle_ray.errors import ConfigError, Infeasible, OutOfTime, ProfileError
 from puzzle_ray.plugins import did_you_mean
+from puzzle_ray.search.kv_heads import KV_HEADS, kv_head_bytes, kv_heads_of
 from puzzle_ray.search.limits import Limits
 from puzzle_ray.search.problem import Choice, Limit, Problem, Solution
 from puzzle_ray.search.relaxation import lower_bound
 from puzzle_ray.search.searcher import Options, find_searcher
 
 COST_NAMES = ("runtime_ms", "prefill_ms", "decode_ms", "memory_mib", "num_params", "kv_cache_mib")
-KV_HEADS = "kv_heads"
 COST_INDEX = {name: i for i, name in enumerate(("latency", "prefill", "decode", "memory", "params", "kv_cache", KV_HEADS))}
 
 
@@ -50,15 +50,6 @@ def costs_of(rows: Iterable[ProfileRow], scenario: Scenario) -> tuple[float, ...
         float(sum(r.num_params for r in rows)),
         kv_mib,
     )
-
-
-def kv_head_bytes(profile: Profile, layer_type: str, batch_size: int) -> float:
-    """Bytes that one KV head keeps per token, taken from any profiled `gqa:N` of that layer type. 0 where there is none."""
-    for row in profile.rows:
-        name, _, count = row.variant.partition(":")
-        if (row.layer_type, row.batch_size, name) == (layer_type, batch_size, "gqa") and count.isdigit():
-            return row.kv_bytes_per_token / int(count)
-    return 0.0
 
 
 def _profile_rows(profile: Profile, layer: LayerSpace, choice: LayerChoice, batch_size: int) -> list[ProfileRow]:
@@ -218,7 +209,7 @@ def table_at_batch_size(
             costs[: len(COST_NAMES), row, v] = costs_of(parts, scenario)
             if counts_kv_heads:
                 attentions = parts[::2]
-                costs[-1, row, v] = sum(round(r.kv_bytes_per_token / head_bytes[r.layer_type]) for r in attentions)
+                costs[-1, row, v] = sum(kv_heads_of(r, profile, head_bytes[r.layer_type]) for r in attentions)
     constants = np.zeros(len(names))
     constants[: len(COST_NAMES)] = costs_of([_fixed_row(profile, scenario)], scenario)
     weights = np.array([len(layers) for layers, _ in groups], dtype=np.intp)
@@ -295,30 +286,41 @@ class Tables:
         while True:
             solved: list[tuple[Table, Solution]] = []
             unsolved: list[Table] = []
+            refused: list[Table] = []
             errors: list[Infeasible] = []
             for table in tables:
                 try:
                     solved.append((table, method.solve(table.problem, options)))
                 except Infeasible as error:
                     errors.append(error)
+                    refused.append(table)
                 except OutOfTime:
                     unsolved.append(table)
             if unsolved and not solved:
                 raise _out_of_time(unsolved, options)
             if not solved:
                 raise min(errors, key=_shortfall)
-            answer = self._best(solved, unsolved, limits, searcher)
+            open_ones = refused if any(solution.status == "heuristic" for _, solution in solved) else []
+            answer = self._best(solved, unsolved, open_ones, limits, searcher)
             yield replace(answer, table=next(t for t in plain if t.scenario == answer.table.scenario))
             tables = tuple(replace(t, problem=t.problem.apart_from(answer.choice, min_different_layers)) for t in tables)
 
-    def _best(self, solved: Sequence[tuple[Table, Solution]], unsolved: Sequence[Table], limits: Limits, searcher: str) -> Answer:
+    def _best(
+        self,
+        solved: Sequence[tuple[Table, Solution]],
+        unsolved: Sequence[Table],
+        refused: Sequence[Table],
+        limits: Limits,
+        searcher: str,
+    ) -> Answer:
         """The solution of least objective over batch sizes. Of equal ones, the one of higher throughput.
 
-        It is optimal only if no batch size can have a better one: those that are not solved count with the bound of their relaxation.
+        It is optimal only if no batch size can have a better one: those that are not solved count with the bound of their relaxation,
+        and so do those that were `refused` by a heuristic, which finds nothing and proves nothing.
         """
         named = [(t, s, self.costs(t, s.choice)) for t, s in solved]
         chosen, solution, costs = min(named, key=lambda x: (x[1].objective, -x[2].throughput_tokens_per_s))
-        bound = min([solution.objective, *(s.bound for _, s in solved), *(lower_bound(t.problem) for t in unsolved)])
+        bound = min([solution.objective, *(s.bound for _, s in solved), *(lower_bound(t.problem) for t in (*unsolved, *refused))])
         limits = self.bounded(limits, chosen.scenario.batch_size)
         architecture = Architecture(
             choices=chosen.named(solution.choice),

@@ -84,8 +84,9 @@ def collect_garbage(store: Store, older_than_days: float = 30.0, *, dry_run: boo
     what went or would go. What a run works on stays.
     """
     found = [*_unneeded(store, older_than_days, dry_run), *_old_logs(store, older_than_days, dry_run), *_probes(store, dry_run)]
+    whole = {garbage.name for garbage in found}  # with all that is in them, so that nothing counts twice
     for artifact in _folders(store):
-        found += _leftovers(store, artifact, dry_run)
+        found += _leftovers(store, artifact, dry_run) if artifact.name not in whole else []
     return found + _dead_leases(store, dry_run)
 
 

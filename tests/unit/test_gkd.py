@@ -1,6 +1,7 @@
 """Global distillation without Ray: the losses against their formulas, and training as a pure function of its inputs."""
 
 import dataclasses
+import json
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from puzzle_ray.distill.gkd import (
 )
 from puzzle_ray.distill.losses import cosine_distance
 from puzzle_ray.distill.schedule import LearningRate
+from puzzle_ray.distill.summary import gkd_summary
 from puzzle_ray.errors import StoreError
 from puzzle_ray.models.child import load_model, save_child
 from puzzle_ray.progress import Quiet
@@ -189,6 +191,22 @@ def test_the_whole_stage(job):
     assert (job.artifact.local_folder(CHILD) / "tokenizer.json").is_file()
     rows, _ = rows_from_parquet(job.artifact.read(CURVE), GkdRow)
     assert len(rows) == 6 and job.artifact.facts()["last_kl"] == rows[-1].kl and job.artifact.facts()["tokens"] == CONFIG.tokens
+
+
+@pytest.mark.parametrize("rate", [1e-3, 1e30])
+def test_facts_and_card_say_which_steps_the_published_weights_had(job, rate):
+    """A training that ends early, or keeps earlier weights, is not said to have had all steps."""
+    heldout = tuple(batch.numpy() for batch in random_tokens().first(96, 2))
+    config = CONFIG.model_copy(update={"learning_rate": rate, "warmup_fraction": 0.0})
+    job = dataclasses.replace(job, config=config, heldout=heldout)
+    distill_child(job, Quiet())
+    facts, folder = job.artifact.facts(), job.artifact.local_folder(CHILD)
+    (made,) = json.loads((folder / "puzzle_ray.json").read_text())["made"]
+    assert facts["kept"] == f"step {made['steps']}" and facts["steps"] == 6
+    if rate < 1:
+        assert "ended_after" not in facts
+    else:
+        assert made["steps"] == facts["ended_after"] == 1 and "it ended after step 1 of 6" in gkd_summary(facts)
 
 
 def test_it_is_said_how_often_the_text_is_read(job, capsys):

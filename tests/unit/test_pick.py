@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -191,6 +192,37 @@ def test_prediction_says_how_far_the_sums_were_off():
         "rank_correlation": pytest.approx(1.0),
     }
     assert prediction_error([1.0], [0.0]) == {"mean_predicted_over_measured": None, "rank_correlation": None}
+
+
+def test_equal_predictions_share_a_rank_and_a_kl_that_is_no_number_has_none():
+    """Ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: 4.5 over the square root of 4.5 times 5."""
+    predicted, measured = [1.0, 2.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0]
+    for other in (predicted, predicted[::-1]):
+        found = prediction_error(other, measured if other is predicted else measured[::-1])
+        assert found["rank_correlation"] == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+    assert prediction_error([*predicted, 9.0], [*measured, math.nan]) == prediction_error(predicted, measured)
+    assert prediction_error([1.0, 1.0, 1.0], [1.0, 2.0, 3.0])["rank_correlation"] is None
+
+
+def test_a_child_whose_kl_is_no_number_is_never_picked():
+    """Of the search's answers, the first one is: NaN compares with nothing, so it would stay the least."""
+
+    class Broken(Meter):
+        def __call__(self, children):
+            found = super().__call__(children)
+            return [replace(m, kl=math.nan) if c == first.choices else m for c, m in zip(children, found, strict=True)]
+
+    first, _, _ = run()
+    picked, report = pick(TABLES, LIMITS, PickOptions(count=3), Options(), Broken())
+    assert math.isnan(report["candidates"][0]["kl"]) and picked.choices != first.choices
+    assert report["picked"]["kl"] == min(row["kl"] for row in report["candidates"][1:])
+    picked, _ = pick(TABLES, LIMITS, PickOptions(count=3), Options(), Meter(), lambda c: [math.nan, 2.0, 1.0][: len(c)])
+    assert [choice.label for choice in picked.choices] == report["candidates"][2]["choices"]
+
+
+def test_a_searcher_that_needs_what_is_left_out_leaves_that_answer_out():
+    _, report = pick(TABLES, Limits(latency_ms=35.0), PickOptions(searcher="depth", without=("noop",)), Options(), Meter())
+    assert "needs noop" in report["left_out"]["depth without noop"]
 
 
 def test_exchanges_are_named():

@@ -1,19 +1,28 @@
 """A plan's bytes are those of the real objects at small size, and hand arithmetic at the size of Llama-3.1-8B and Llama-3.3-70B."""
 
 import json
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from gkd_trainers import CONFIG as GKD
 from gkd_trainers import new_trainer
 from layer_trainers import SPACE, changed, run, trainer
 from small_models import save_parent, tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from typer.testing import CliRunner
 
+from puzzle_ray.artifacts import LayerChoice
 from puzzle_ray.config import RunConfig
+from puzzle_ray.data.order import Tokens
+from puzzle_ray.distill.bld import LayerTrainer
+from puzzle_ray.distill.gkd_trainer import GkdTrainer
+from puzzle_ray.distill.settings import GkdConfig
 from puzzle_ray.errors import ConfigError
-from puzzle_ray.models.blocks import load_stack
-from puzzle_ray.models.child import read_config
+from puzzle_ray.models.blocks import LayerStack, load_stack
+from puzzle_ray.models.child import new_child, read_config
 from puzzle_ray.models.describe import describe
 from puzzle_ray.planning.block_training import calibration_bytes, trainer_parts
 from puzzle_ray.planning.demand import Sizes, demands, works
@@ -111,6 +120,53 @@ def test_a_shards_weights_are_those_of_the_loaded_one(parent_folder):
     )
 
 
+class Products(TorchDispatchMode):
+    """FLOPs of matrix products as torch counts them; those inside attention are left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops = 0.0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out, kind = func(*args, **(kwargs or {})), func.overloadpacket
+        if kind in flop_registry and "attention" not in str(kind):
+            self.flops += flop_registry[kind](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def products(work) -> float:
+    with Products() as counted:
+        work()
+    return counted.flops
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_flops_are_those_that_torch_counts_in_a_step(tied):
+    """But for norms, which are no products: less than 1 %."""
+    model_config = tiny_config(
+        hidden_size=64, intermediate_size=256, vocab_size=500, num_hidden_layers=2, tie_word_embeddings=tied
+    )
+    tokens, kinds = 16, {"attention": ("gqa:1", "linear", "noop"), "ffn": ("ffn:128", "noop")}
+    settings = {"library": {"tokens": tokens, "micro_batch_tokens": tokens}, "data": {"sequence_length": tokens}}
+    gkd = {"tokens": tokens, "micro_batch_tokens": tokens, "num_workers": 1}
+    _, work, sizes = planned(model_config, space=kinds, gkd=gkd, **settings)
+    parent, child = (new_child(model_config, [LayerChoice()] * 2, torch.float32).eval() for _ in range(2))
+    stack, trained = LayerStack(parent, describe(model_config), model_config, 0, 2), 0.0
+    x = torch.randn(1, tokens, 64)
+    for n in range(2):
+        of = LayerTrainer(n, stack, sizes.space.layers[n], RunConfig.model_validate(settings).library.for_parent(model_config))
+        with torch.no_grad():
+            y = stack.run_layer(stack.layer(n), n, x)
+        for position in range(of.schedule.positions):
+            step = partial(of.step, position, x, y)
+            trained += products(step) if of.schedule.phase(position)[0] == "train" else 0 * (step() or 0)
+    forward = products(lambda: [stack.run_layer(stack.layer(n), n, x) for n in range(2)])
+    assert trained + forward == pytest.approx(work["library"].flops, rel=0.01)
+    text = Tokens(np.arange(4 * tokens, dtype=np.int32).reshape(4, tokens))
+    trainer = GkdTrainer(child, parent, text, GkdConfig.model_validate(gkd), seed=0)
+    assert products(trainer.step) == pytest.approx(work["gkd"].flops, rel=0.01)
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_llamas_plan_is_what_hand_arithmetic_says(name):
     shape, n = SHAPES[name], PARAMS[name]
@@ -143,8 +199,11 @@ def test_llamas_plan_is_what_hand_arithmetic_says(name):
     assert more["library", "block trainer"].parts["calibration"] == moments - 4 * (d * d + d) * (1 + 2)
     worker = found["gkd", "worker"].parts
     assert worker["child"] + worker["gradients"] + worker["optimizer"] == 16 * n and worker["parent"] == 2 * n
-    assert work["gkd"].flops == 8 * n * 1e9 and work["gkd"].checkpoint_bytes == 16 * n  # 12 and the best weights
     ends = v * d
+    products = n - ends - d  # the embedding and the final norm are none
+    assert work["gkd"].flops == 8 * products * 1e9 and work["gkd"].checkpoint_bytes == 16 * n  # 12 and the best weights
+    # the parent once, its attention once more in the trainers, and the variant: two passes of it
+    assert work["library"].flops == layers * (2 * layer + 2 * (attention + d) + 6 * half) * 1e9
     shard = found["library", "parent shard"].parts
     assert shard["weights"] == 2 * (layers // 4 * layer + ends + d)  # the last one, with norm and head
     assert shard["hidden states"] == (layers // 4 + 1) * 4096 * d * 2
@@ -158,7 +217,9 @@ def test_llamas_plan_is_what_hand_arithmetic_says(name):
     held = sum(sharded.parts[part] for part in ("child", "gradients", "optimizer", "best weights", "parent"))
     assert 22 * n <= 64 * held < 22 * n + 64 * 5, "16 bytes a parameter, 4 of the best weights, 2 of the parent"
     assert sharded.parts["gathered"] == 2 * (3 * (2 * ends + d) + 3 * layer) + 4 * ends and not problems([sharded], hardware)
-    assert hardware.hours(work["gkd"], 0.4) == pytest.approx(8 * n * 1e9 / (8 * 989.4e12 * 0.4) / 3600), "8 workers"
+    recomputed = works(many, llama(name), sizes)[-1].flops - work["gkd"].flops
+    assert recomputed == 2 * layers * layer * 1e9, "a forward pass of the layers once more"
+    assert hardware.hours(work["gkd"], 0.4) == pytest.approx(8 * products * 1e9 / (8 * 989.4e12 * 0.4) / 3600), "8 workers"
 
 
 def test_gkds_workers_are_sharded_where_a_device_is_too_small():
@@ -218,7 +279,7 @@ def test_candidates_that_are_distilled_before_the_pick_are_counted():
     candidate, worker = found["architecture", "candidate"], found["gkd", "worker"]
     assert candidate.count == 2 + 1 + 1 + 1 and candidate.gpu_share == 1
     assert candidate.parts == worker.parts, "a whole child each, with what trains it"
-    assert work["architecture"].flops == 8 * sizes.total * 3000 * 5 and work["architecture"].gpus == 5
+    assert work["architecture"].flops == 8 * (sum(sizes.layers) + sizes.head) * 3000 * 5 and work["architecture"].gpus == 5
     assert not problems([candidate], Hardware.parse("1x1 H100")), "those that find no GPU wait for their turn"
     without = planned(tiny_config(), **settings | {"search": search | {"distil_tokens": 0}})
     assert ("architecture", "candidate") not in without[0] and "architecture" not in without[1]
@@ -231,4 +292,4 @@ def test_stages_of_gkd_are_planned_by_their_own_tokens_and_micro_batches():
     staged, work, sizes = planned(tiny_config(), gkd=gkd | {"stages": stages}, data={"sequence_length": 64})
     whole, _, _ = planned(tiny_config(), gkd=gkd | {"micro_batch_tokens": 256, "tokens": 3200}, data={"sequence_length": 64})
     assert staged["gkd", "worker"].parts == whole["gkd", "worker"].parts, "what its longest micro-batch needs"
-    assert work["gkd"].flops == 8 * sizes.total * 3200
+    assert work["gkd"].flops == 8 * (sum(sizes.layers) + sizes.head) * 3200

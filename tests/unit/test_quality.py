@@ -215,6 +215,15 @@ def test_retrieval_finds_what_a_model_can_reach(folders):
         make_questions(tokenizer, (100,), 1, 1, 0)
 
 
+def test_a_model_that_tells_no_number_from_another_is_right_of_none(folders):
+    """The right one is the first of four: a tie, or NaN, must not choose it."""
+    tokenizer = read_tokenizer(Path(folders["parent"]))
+    needles = make_questions(tokenizer, (1024,), 1, 1, seed=5)[:1]
+    said = {"ids": np.zeros((1, 1), dtype=np.int32), "length": np.zeros(1, dtype=np.int64)}
+    for log_prob in (np.full(CHOICES, -3.0), np.full(CHOICES, np.nan)):
+        assert retrieval_scores(needles, [{"log_prob": log_prob}, said], tokenizer) == [(0.0, 0.0)]
+
+
 def test_settings():
     plain = load().quality_identity()
     assert load(overrides=("evaluate.repeats=9", "evaluate.resamples=200", "seed=3")).quality_identity() == plain

@@ -89,7 +89,10 @@ def test_the_bytes_of_a_large_recipe_are_those_of_hand_arithmetic(recipe):
     layers = 1 if config.gkd.activation_checkpointing else L
     logits = 6 * min((1 << 27) // v, config.gkd.micro_batch_tokens) * v * 4
     assert worker["activations"] == config.gkd.micro_batch_tokens * layers * (2 * 2 * outputs + 16 * d) + logits
-    assert gkd.flops == 8 * n * config.gkd.tokens
+    assert gkd.flops == (8 * (L * parent + v * d) + 2 * L * parent * config.gkd.activation_checkpointing) * config.gkd.tokens
+    through = 4 * (len(gqa) + 1) * (3 * d * f + d)  # the parent's FFN behind every attention that is trained, both ways
+    once = 2 * parent + 2 * (parent - 3 * d * f - d)  # the parent, and in the trainers its attention
+    assert library.flops == pytest.approx(L * (once + 6 * sum(variants) + through) * config.library.tokens, rel=2e-3)
 
 
 def test_what_does_not_fit_names_what_would_mend_it():

@@ -75,6 +75,23 @@ def test_headline_has_measured_and_predicted_speedup_loss_params_and_memory():
         assert text in cards
 
 
+def test_a_child_at_another_batch_size_than_the_parent_says_so_wherever_costs_stand_side_by_side():
+    architecture = replace(CHOSEN, predicted=replace(CHOSEN.predicted, batch_size=64))
+    size = CHOSEN.parent_predicted.batch_size
+    evaluation = whole_run().evaluation
+    models = {name: model | {"batch_size": size if name == "parent" else 64.0} for name, model in evaluation["models"].items()}
+    sweep = (SweepPoint(1.5, architecture),)
+    page = Page(render(replace(whole_run(), architecture=architecture, sweep=sweep, evaluation=evaluation | {"models": models})))
+    assert f"weights and KV cache at batch {size} and 64" in page.text
+    assert f"Parent at batch {size}: runtime, ms" in page.text and "Child at batch 64: runtime, ms" in page.text
+    words = [part.strip() for part in page.text.splitlines() if part.strip()]
+    row = words.index("Batch size")
+    assert words[row + 1 : row + 4] == [f"{size}", "64", "64"]
+    assert "batch" in words[words.index("sum of scores") : words.index("params")] and f"{size} there" in words
+    alike = Page(render(whole_run())).text
+    assert " there\n" not in alike and "Child: runtime, ms" in alike and f"cache at batch {size}\n" in alike
+
+
 def test_nothing_is_called_measured_that_was_not():
     estimated = replace(
         whole_run(), profile=replace(PROFILE, estimated=True), architecture=replace(CHOSEN, estimated=True), evaluation=None
@@ -192,6 +209,23 @@ def test_what_the_pick_measured_stands_on_the_frontier_too():
     alone = Page(render(replace(run, sweep=())))  # a pick without a sweep
     assert "measured KL 0.0625" in alone.text and UNITS["kl"] in alone.text
     assert [row["kl"] for row in summary(run)["frontier"]] == [None, None, 0.0625, 0.25]
+
+
+def test_what_a_later_round_measured_is_not_said_of_the_originals_children():
+    """Names of variants are counted from each round's parent: the same choices are another child, and its KL is to another model."""
+    run = whole_run()
+    kls = {point.architecture.choices: 0.004321 for point in SWEEP if point.architecture} | {CHOSEN.choices: 0.004321}
+    plain = tuple(replace(point, measured_kl=None, distilled_kl=None) for point in SWEEP)
+    first, later = (replace(run, sweep=plain, measured_kls=kls, round=number) for number in (1, 2))
+    assert "0.00432" in render(first) and "0.00432" not in render(later)
+    assert all(point["kl"] is None for point in summary(later)["frontier"])
+    before, after = (run.models[name]["kl"] for name in ("child_before_gkd", "child"))
+    page = Page(render(later)).text
+    assert f"measured KL {number(before)}" in page and f"KL after GKD, nats per token\n{number(after)}" in page.replace(
+        "\n\n", "\n"
+    )
+    assert "against the child of round 1" in page and "against the child" not in render(first)
+    assert "chosen:" not in Page(render(replace(later, evaluation=None))).text, "nothing is known of it that the axis shows"
 
 
 def test_the_page_says_which_tokens_its_figures_are_from():

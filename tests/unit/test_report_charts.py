@@ -25,6 +25,7 @@ def test_other_figures():
     assert [count(x) for x in (950, 3_421_000, 70.6e9)] == ["950", "3.42\u00a0M", "70.6\u00a0B"]
     assert [percent(0.871), percent(-0.3049, 0, sign=True)] == ["87.1\u00a0%", "−30\u00a0%"]
     assert percent(-0.0001, 0, sign=True) == percent(0.0001, 0, sign=True) == "0\u00a0%"
+    assert [percent(math.nan), percent(math.inf, 1, sign=True), count(math.inf), count(math.nan)] == ["not finite"] * 4
     assert [duration(x) for x in (0.083, 12.71, 142, 7_380)] == ["0.083 s", "12.7 s", "2 min 22 s", "2 h 3 min"]
     assert tag("td", "<", Html("<b>"), None, class_="a", title='"') == '<td class="a" title="&quot;">&lt;<b></td>'
 

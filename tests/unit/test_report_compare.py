@@ -14,6 +14,7 @@ from jobs.app import run as run_command
 from puzzle_ray.artifacts import LayerChoice
 from puzzle_ray.errors import StoreError
 from puzzle_ray.report.compare import compare
+from puzzle_ray.report.markup import number
 from puzzle_ray.report.page import render
 from puzzle_ray.report.points import layer_runs
 from puzzle_ray.report.summary import SUMMARY, checked, summary
@@ -59,7 +60,23 @@ def test_runs_that_lack_a_part_are_compared_by_the_rest():
 
 def test_scores_of_two_metrics_have_no_common_axis():
     other = A | {"metric": "lm_loss", "frontier": [point | {"kl": None} for point in A["frontier"]]}
-    assert "have no common axis" in Page(compare([A, other], ["a", "b"])).text
+    page = Page(compare([A, other], ["a", "b"]))
+    assert "have no common axis" in page.text
+    score = number(A["architecture"]["objective"])
+    assert cells(page, "Sum of scores") == [f"{score} (kl)", f"{score} (lm_loss)", "–"], "and no difference"
+
+
+def cells(page, label):
+    """Of the table's row that begins with `label`."""
+    words = [part.strip() for part in page.text.splitlines() if part.strip()]
+    first = words.index(label)
+    return words[first + 1 : first + 4]
+
+
+def test_a_lower_value_is_no_rise_where_values_are_below_zero():
+    """A sum of scores of the loss may be: from -0.1 to -0.2 it falls."""
+    runs = [A | {"metric": "lm_loss", "architecture": A["architecture"] | {"objective": x}} for x in (-0.1, -0.2)]
+    assert cells(Page(compare(runs, ["a", "b"])), "Sum of scores") == ["−0.100", "−0.200", "−100.0\xa0%"]
 
 
 def test_every_mark_of_the_frontier_opens_its_own_box():

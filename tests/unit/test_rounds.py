@@ -67,6 +67,14 @@ def test_limits_do_not_depend_on_what_the_child_is_by_then():
     assert limits_of_round(asked, 2, 3, space(), PROFILE, SCENARIO) == limits_of_round(asked, 2, 3, space(now), PROFILE, SCENARIO)
 
 
+def test_a_minimum_relative_to_the_original_is_no_share_of_a_later_rounds_child():
+    asked = Limits(params_fraction=0.5, memory_fraction=0.6, at_least={"params_fraction": 0.4, "memory_fraction": 0.3})
+    last = limits_of_round(asked, 2, 2, space(LayerChoice("gqa:1", "ffn:8")), PROFILE, SCENARIO)
+    memory_mib = (400 + 2 * 4 * 100 + 2 * 11 * 2 * 8) / 2**20  # of the original: 300 parameters, and its cache
+    assert last.at_least == pytest.approx({"params": 0.4 * 300, "memory_mib": 0.3 * memory_mib})
+    assert (last.params, last.memory_mib) == (150, pytest.approx(0.6 * memory_mib))
+
+
 def test_a_limit_that_the_original_meets_stays_as_it_is():
     assert limits_of_round(Limits(latency_ms=1e6), 1, 2, space(), PROFILE, SCENARIO).latency_ms == 1e6
 

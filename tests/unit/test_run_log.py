@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import time
+from types import SimpleNamespace
 
 import pytest
 from small_runs import make_run, save_parent_with_text
 
+import jobs.observed
 from jobs.app import run as run_command
 from jobs.curves import POINTS, thinned
 from jobs.observed import observed, tokens_per_unit
@@ -185,6 +187,28 @@ def test_a_log_reads_now_and_then_that_a_run_is_at_work(parent_with_text, tmp_pa
         monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
         observer.say_at_work()
         assert capsys.readouterr().err == "", "a terminal has bars"
+
+
+def test_what_an_earlier_run_has_done_is_no_speed_of_this_one(monkeypatch):
+    clock, told = [100.0], []
+    monkeypatch.setattr(jobs.observed.time, "monotonic", lambda: clock[0])
+    log = SimpleNamespace(event=lambda name, **facts: told.append(facts))
+    nobody = SimpleNamespace(tokens={"distill": 10}, heard=lambda: None, log=log, _with_metrics=lambda tell: None)
+    with Quiet().stage("distill", 100, "steps") as bar:
+        own = jobs.observed._ToldBar(nobody, bar, "gkd", "distill", 100, "steps")
+        own.advance(50)
+        clock[0] += 10.0
+        own.advance(5)
+    assert [(row["done"], row["per_s"], row["tokens_per_s"]) for row in told] == [(55, 0.5, 5.0)]
+
+
+def test_all_artifacts_of_a_run_are_counted_though_a_stage_has_several():
+    root = SimpleNamespace(root="runs")
+    ended = [
+        {"event": "stage_finished", "stage": "gkd", "artifact": f"gkd-{n}", "seconds": 1.0, "bytes": 1000 * n} for n in (1, 2)
+    ]
+    events = [{"time": "2026-01-02T03:04:05.000Z", "run": "r"} | event for event in ended]
+    assert "store   runs, 3.0 kB in this run's artifacts" in "\n".join(lines(state_of("r", events), root, time.time()))
 
 
 def test_a_step_of_a_distillation_counts_all_its_tokens():

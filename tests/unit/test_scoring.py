@@ -95,6 +95,16 @@ def test_agreement_is_the_share_of_positions_whose_best_parent_token_is_in_the_c
     assert found == pytest.approx(expected.tolist()) and 0 < max(found) < 1
 
 
+def test_of_equal_logits_the_first_counts_and_one_that_is_no_number_agrees_with_nothing():
+    """16 bits make many logits equal; the figure is that of greedy decoding all the same."""
+    torch.manual_seed(0)
+    p, q, ids = torch.randn(2, 200, 30), torch.randint(0, 4, (2, 200, 30)).bfloat16(), torch.randint(0, 30, (2, 200))
+    found = compare_predictions(F.log_softmax(p, -1), q, ids).top1_agreement
+    assert found == pytest.approx((q.argmax(-1) == p.argmax(-1)).float().mean(-1).tolist()) and 0 < max(found) < 0.1
+    assert compare_predictions(F.log_softmax(q.float(), -1), q, ids).top1_agreement == (1.0, 1.0)
+    assert compare_predictions(F.log_softmax(p, -1), torch.full_like(p, torch.nan), ids).top10_agreement == (0.0, 0.0)
+
+
 def test_hidden_state_metrics_against_their_formulas():
     torch.manual_seed(0)
     log_probs, ids = F.log_softmax(torch.randn(2, 5, 7), -1), torch.randint(0, 7, (2, 5))

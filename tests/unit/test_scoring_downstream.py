@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
@@ -18,7 +19,9 @@ from puzzle_ray.models.describe import describe
 from puzzle_ray.progress import Quiet
 from puzzle_ray.scoring.downstream import (
     Question,
+    QuestionBatch,
     answer_questions,
+    answers_from_logits,
     batches_for,
     load_questions,
     question_batches,
@@ -78,6 +81,11 @@ def test_a_question_does_not_change_another_ones_rotary_frequencies(batch_tokens
     assert found.gold_log_prob == pytest.approx(alone, abs=1e-5)
     mixed = answer_questions(model, question_batches(questions, Letters(), 10_000, 128))
     assert mixed.gold_log_prob != pytest.approx(alone, abs=1e-3), "it matters"
+
+
+def test_a_model_of_no_numbers_is_right_of_none():
+    batch = QuestionBatch(np.array([[1, 2], [1, 3]]), (1, 1), (2, 2), (2,), (0,))
+    assert answers_from_logits(torch.full((2, 2, 5), torch.nan), batch).correct == (0.0,)
 
 
 def test_a_question_with_a_token_beyond_the_embedding_is_refused(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 from search_inputs import LAYERS, PROFILE, SCENARIO, SCORES, SPACE, make_profile
 
-from puzzle_ray.artifacts import LayerChoice, LayerSpace, Scores, SearchSpace
+from puzzle_ray.artifacts import LayerChoice, LayerSpace, ProfileRow, Scenario, ScoreRow, Scores, SearchSpace
 from puzzle_ray.errors import ConfigError, Infeasible, ProfileError
 from puzzle_ray.search.limits import FixedChoice, Limits
 from puzzle_ray.search.searchers.uniform import uniform_architectures
@@ -132,6 +132,19 @@ def test_kv_heads_and_the_cache_can_be_limited():
         search_architectures(none, SCORES, unknown, SCENARIO, Limits(kv_heads=4))
 
 
+def test_a_window_has_all_of_the_kv_heads():
+    """It keeps 16 of 64 bytes a token since most tokens are gone, not heads."""
+    space = SearchSpace((LayerSpace(("parent", "window:8", "gqa:2"), ("parent",)),) * LAYERS)
+    window = replace(PROFILE.row("full_attention", "attention", "parent", 4), variant="window:8", kv_bytes_per_token=16)
+    profile = replace(PROFILE, rows=(*PROFILE.rows, window))
+    score = {"parent": 0.0, "window:8": 0.1, "gqa:2": 1.0}
+    rows = tuple(ScoreRow(i, a, "parent", "kl", x, 0.0, 1) for i in range(LAYERS) for a, x in score.items() if x)
+    (found,) = search_architectures(space, Scores(rows, "block"), profile, SCENARIO, Limits(kv_heads=11))
+    assert sorted(c.attention for c in found.choices) == ["gqa:2", "parent", "parent", "parent"]  # 3 heads each but for one
+    (found,) = search_architectures(space, Scores(rows, "block"), profile, SCENARIO, Limits(kv_cache_mib=4 * 41 * 64 / 2**20))
+    assert {c.attention for c in found.choices} == {"window:8"}
+
+
 def test_what_the_user_fixed_stays():
     fixed = {0: FixedChoice(attention="parent", ffn="parent"), 2: FixedChoice(ffn="ffn:64")}
     (found,) = find(Limits(speedup=1.5, fixed=fixed))
@@ -249,3 +262,22 @@ def test_missing_numbers_are_refused():
 def test_limits_that_make_no_sense_are_refused(values, message):
     with pytest.raises(ValidationError, match=message):
         Limits.model_validate(values)
+
+
+def test_what_a_heuristic_does_not_find_at_a_batch_size_is_no_part_of_its_bound():
+    """Within 3 to 10 ms, batch size 4 has two no-ops alone, and batch size 8 one of each, which no uniform choice is."""
+
+    def row(subblock, variant, size, ms):
+        layer_type = "" if subblock == "fixed" else "full_attention"
+        return ProfileRow(layer_type, subblock, variant, size, 30, 1, ms, 0.0, 0.0, 0.0, 100, 0, 100)
+
+    of_4, of_8 = {"parent": 20.0, "noop": 4.0}, {"parent": 8.0, "noop": 0.0}
+    rows = [row("attention", v, size, ms) for size, own in ((4, of_4), (8, of_8)) for v, ms in own.items()]
+    rows += [row(s, v, size, 1.0 if s == "fixed" else 0.0) for size in (4, 8) for s, v in (("ffn", "parent"), ("fixed", "fixed"))]
+    space = SearchSpace((LayerSpace(("parent", "noop"), ("parent",)),) * 2)
+    scores = Scores(tuple(ScoreRow(i, "noop", "parent", "kl", i + 1.0, 0.0, 1) for i in range(2)), "block")
+    of = (space, scores, replace(PROFILE, rows=tuple(rows)), Scenario(4, 30, 1), Limits(latency_ms=[3.0, 10.0]))
+    (best,), (found,) = (search_architectures(*of, searcher=name) for name in ("mip", "uniform"))
+    assert (best.objective, best.predicted.batch_size) == (1.0, 8) and best.status == "optimal"
+    assert (found.objective, found.predicted.batch_size) == (3.0, 4)
+    assert found.bound <= 1.0

@@ -80,6 +80,15 @@ def test_uniform_leaves_fixed_layers_alone():
     assert choose("uniform", make_problem(score, costs, [12.0])).choice.tolist() == [0, 1, 1]
 
 
+def test_uniform_takes_no_choice_that_is_forbidden_or_not_shared():
+    problem = make_problem([[0.0, np.inf, 1.0], [np.inf, 0.0, 1.0]], [[[5.0, 5.0, 30.0]] * 2], [20.0])
+    with pytest.raises(Infeasible, match="no uniform choice comes nearer"):  # both could have the third, which costs too much
+        choose("uniform", problem)
+    unlike = replace(problem, labels=(("a", "b", "c"), ("d", "e", "f")))
+    with pytest.raises(ConfigError, match="no choice is allowed in every layer"):
+        choose("uniform", unlike)
+
+
 def test_random_search_repeats_itself_and_does_not_get_worse_with_more_samples():
     problem = random_problem(7, 20, 8, 2, 0.3)
     few, again, many = (choose("random", problem, seed=3, samples=n) for n in (20, 20, 200))
@@ -99,6 +108,15 @@ def test_depth_drops_whole_layers_of_least_influence_until_the_limit_holds():
     assert choose("depth", depth_problem(8.0)).choice.tolist() == [0, 2, 0]
     assert choose("depth", depth_problem(7.0)).choice.tolist() == [0, 2, 2]
     assert choose("depth", depth_problem(8.0, weights=(4, 1, 2))).choice.tolist() == [2, 0, 0]  # by layer: 1.5, 2, 1.5
+
+
+def test_depth_drops_no_layer_where_that_is_forbidden():
+    problem = depth_problem(4.0)
+    score = problem.score.copy()
+    score[1, 2] = np.inf
+    assert choose("depth", replace(problem, score=score)).choice.tolist() == [2, 0, 2]
+    with pytest.raises(Infeasible, match="dropping layers"):
+        choose("depth", replace(depth_problem(2.0), score=score))
 
 
 def test_depth_needs_layers_that_can_be_dropped():

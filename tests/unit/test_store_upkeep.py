@@ -96,6 +96,8 @@ def test_what_dead_processes_left(tmp_path):
     (folder,) = (name for name in os.listdir(tmp_path) if name.startswith("s-"))
     (scratch,) = os.listdir(tmp_path / folder)
     names = {f"{folder}/{scratch}", f"{done.name}/.ray-train", f".leases/{folder}.1"}
+    whole = {garbage.name for garbage in collect_garbage(store, older_than_days=-1)}
+    assert done.name in whole and f"{done.name}/.ray-train" not in whole, "what goes with its artifact is counted once"
     found = collect_garbage(store)
     assert names < {garbage.name for garbage in found} and len(found) == 4
     assert collect_garbage(store, dry_run=False) == found and collect_garbage(store) == []

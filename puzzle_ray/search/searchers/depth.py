@@ -23,6 +23,7 @@ def depth_choices(problem: Problem) -> list[Choice]:
     """The whole parent, then choices with one more row dropped each. A row without the parent's choice keeps its choice of least score."""
     kept = [x.index(KEPT) if KEPT in x else int(s.argmin()) for x, s in zip(problem.labels, problem.score, strict=True)]
     dropped = {row: labels.index(DROPPED) for row, labels in enumerate(problem.labels) if DROPPED in labels}
+    dropped = {row: v for row, v in dropped.items() if np.isfinite(problem.score[row, v])}  # `search.without` may forbid it
     choices = [np.array(kept, dtype=np.intp)]
     for row in sorted(dropped, key=lambda row: problem.score[row, dropped[row]] / problem.weights[row]):
         choices.append(choices[-1].copy())

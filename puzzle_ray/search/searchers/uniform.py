@@ -16,28 +16,32 @@ from puzzle_ray.search.tables import predicted_costs
 
 
 def uniform_choices(problem: Problem) -> list[Choice]:
-    """Every choice that all rows can take at once, in ascending order of score. Rows with a single choice keep it."""
+    """Every choice that all rows can take at once, in ascending order of score. Rows with a single choice keep it. Maybe none."""
     free = [row for row, scores in enumerate(problem.score) if np.isfinite(scores).sum() > 1]
     only = problem.score.argmin(axis=1)
+    if not free:
+        return [only]
     choices = []
-    for label in problem.labels[free[0]] if free else ():
+    for label in problem.labels[free[0]]:
         if all(label in problem.labels[row] for row in free):
             choice = only.copy()
             choice[free] = [problem.labels[row].index(label) for row in free]
             choices.append(choice)
-    return sorted(choices or [only], key=problem.objective)
+    return sorted((choice for choice in choices if np.isfinite(problem.objective(choice))), key=problem.objective)
 
 
 class _Uniform:
     name = "uniform"
 
     def solve(self, problem: Problem, options: Options) -> Solution:
-        """The uniform choice of least score within the limits. Raises Infeasible where there is none."""
+        """The uniform choice of least score within the limits. Raises Infeasible, or ConfigError where layers have none in common."""
         started = time.perf_counter()
         problem.check_each_limit()
         choices = uniform_choices(problem)
+        if not choices:
+            raise ConfigError("search.searcher", f"{self.name}: no choice is allowed in every layer", "use another searcher")
         for choice in choices:
-            if not problem.violated(choice) and np.isfinite(problem.objective(choice)):
+            if not problem.violated(choice):
                 bound = lower_bound(problem)
                 return verified_solution(problem, choice, bound, "heuristic", time.perf_counter() - started, self.name)
         raise nearest_miss(problem, choices, "no uniform choice comes nearer; another searcher may")
