@@ -38,6 +38,7 @@ def test_words_of_a_command_line_become_settings():
     [({}, "models"), ({"child": "a", "models": {"b": "b"}}, "child"), ({"child": "a", "max_batch": 3}, "max_batch"),
      ({"child": "a", "num_replicas": 2, "autoscaling": {"max_replicas": 3}}, "num_replicas"),
      ({"child": "a", "autoscaling": {"min_replicas": 4, "max_replicas": 3}}, "min_replicas"),
+     ({"child": "a", "generation_config": "vllm"}, "generation_config"),
      ({"models": {"a": "a", "b": "b"}, "engine": "vllm"}, "takes one"), ({"child": "a", "engine_options": {"x": 1}}, "engine_options"),
      ({"child": "a", "engine": "vllm", "api_key_sha256": ["0" * 64]}, "api_key_sha256"),
      ({"child": "a", "engine": "tensorrt_llm", "kv_cache_mib": 64}, "kv_cache_mib"),
@@ -77,10 +78,13 @@ def test_vllm_is_told_what_the_settings_say_in_rays_words(num_gpus, kind, worker
         "max_num_seqs": 16,
         "max_model_len": 512,
         "enable_prefix_caching": False,
+        "generation_config": "auto",
         "gpu_memory_utilization": 0.5,
     }
     assert config.engine_kwargs == asked | ({} if workers is None else {"tensor_parallel_size": workers})
     assert config.accelerator_config.kind == kind
+    without = settings.model_copy(update={"generation_config": "none"})
+    assert vllm_fields(without, {})["engine_kwargs"]["generation_config"] == "vllm"  # vLLM's word for its own defaults
     bundle = {"CPU": 3} | ({"GPU": min(1, num_gpus)} if num_gpus else {})
     assert config.placement_group_config == {"bundle_per_worker": bundle}
     assert config.deployment_config["autoscaling_config"]["max_replicas"] == 2
