@@ -10,11 +10,12 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from pydantic import ValidationError
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 APPLICATION = "puzzle-ray-child"
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Serve ends by killing its controller in the middle of the call that asks for it, and Ray prints on stdout that this call failed.
+_SERVES_END = "ServeController.graceful_shutdown failed"
 _KEEP_ALIVE_S = 60  # a connection without a request ends after this
 
 Children = Annotated[
@@ -94,7 +97,8 @@ def serve_child(
             f"warning: whoever reaches {host}:{port} can use this server; --api-key-file lets in only those with a key", err=True
         )
     environment = SERVE_ENVIRONMENT if own_cluster else {}
-    with unless_set(environment), connected(ClusterConfig(address=address)), stop_signals() as stopped:
+    printed = redirect_stdout(WithoutLine(sys.stdout, _SERVES_END))
+    with unless_set(environment), printed, connected(ClusterConfig(address=address)), stop_signals() as stopped:
         check_resources(settings)
         with deployed(settings, name, route_prefix, (host, port), own_cluster, stopped):
             if wait_until_running(name, start_timeout_s, stopped.first):
@@ -169,6 +173,21 @@ def tell_defaults(models: Mapping[str, str]) -> None:
             typer.echo(f"{name}: requests that leave it out get {defaults} (the model's own; --generation-config none: OpenAI's)")
         if defaults.unused:
             typer.echo(f"warning: {name}'s generation_config.json has {', '.join(defaults.unused)}: not applied here", err=True)
+
+
+class WithoutLine:
+    """A stream of text that leaves out what is printed with `said` in it, and the end of that line."""
+
+    def __init__(self, stream: TextIO, said: str) -> None:
+        self._stream, self._said, self._left_out = stream, said, False
+
+    def write(self, text: str) -> int:
+        end_of_it = self._left_out and text == "\n"
+        self._left_out = self._said in text and not text.endswith("\n")
+        return len(text) if end_of_it or self._said in text else self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class Stops:

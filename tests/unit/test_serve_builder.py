@@ -1,6 +1,8 @@
 """A server's settings: as a command line and a Serve file give them, and what Serve is told."""
 
 import importlib.util
+import io
+from contextlib import redirect_stdout
 
 import pytest
 from pydantic import ValidationError
@@ -9,7 +11,7 @@ from ray.serve.config import AutoscalingConfig
 
 from actors.other_engines import tensorrt_llm_arguments, vllm_fields
 from actors.serve import build, deployment_options
-from jobs.serve_child import named_models, server_settings
+from jobs.serve_child import _SERVES_END, WithoutLine, named_models, server_settings
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.serving.settings import ServeSettings
 
@@ -106,3 +108,14 @@ def test_an_engine_that_is_not_installed_is_said_with_what_to_install(engine):
         pytest.skip(f"{engine} is installed here")
     with pytest.raises(ConfigError, match=f"engine: is {engine}, which is not installed here.*pip install"):
         build(ServeSettings(models={"a": "a"}, engine=engine))
+
+
+def test_rays_line_about_serves_end_is_left_out_and_nothing_else():
+    printed = io.StringIO()
+    with redirect_stdout(WithoutLine(printed, _SERVES_END)):
+        print("before")
+        print(f"(raylet) Task {_SERVES_END}. There are infinite retries remaining")
+        print("between", "words", end="\n\n")
+        print(f"{_SERVES_END} and more\n", end="")
+        print("after", flush=True)
+    assert printed.getvalue() == "before\nbetween words\n\nafter\n"
