@@ -103,12 +103,13 @@ class ChildServer:
         from puzzle_ray.models.tokenizer import read_tokenizer
         from puzzle_ray.process import compute_with, device_for
         from puzzle_ray.serving.engine import Engine
-        from puzzle_ray.serving.fetch import fetch_model
+        from puzzle_ray.serving.fetch import fetch_model, read_sampling_defaults
         from puzzle_ray.serving.limits import free_memory_bytes
 
         asked = self.settings
         compute_with(asked.num_cpus)
         folder, device = fetch_model(model), device_for(asked.num_gpus)
+        defaults = read_sampling_defaults(folder) if asked.generation_config == "auto" else None
         loaded = load_model(folder, dtype=None if asked.dtype == "auto" else getattr(torch, asked.dtype)).to(device)
         tokenizer = read_tokenizer(folder)  # type: ignore[arg-type]
         left = len(asked.models) - len(
@@ -126,7 +127,7 @@ class ChildServer:
             stall_timeout_s=asked.stall_timeout_s,
         ).start()
         self._engines.append(engine)
-        return ServedModel(name, engine, tokenizer)
+        return ServedModel(name, engine, tokenizer, defaults)
 
     def __del__(self) -> None:
         for engine in self._engines:

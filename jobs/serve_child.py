@@ -10,11 +10,12 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from pydantic import ValidationError
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 APPLICATION = "puzzle-ray-child"
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Serve ends by killing its controller in the middle of the call that asks for it, and Ray prints on stdout that this call failed.
+_SERVES_END = "ServeController.graceful_shutdown failed"
 _KEEP_ALIVE_S = 60  # a connection without a request ends after this
 
 Children = Annotated[
@@ -52,6 +55,10 @@ def serve_child(
         list[str] | None, typer.Option(help="Web page's origin that may ask (CORS); may be repeated.")
     ] = None,
     engine: Annotated[str, typer.Option(help="puzzle, vllm or tensorrt_llm.")] = "puzzle",
+    generation_config: Annotated[
+        str,
+        typer.Option(help="auto: what requests leave out is as the model's generation_config.json says; none: as OpenAI does."),
+    ] = "auto",
     max_batch_size: Annotated[int, typer.Option(min=1, help="Requests decoded together, per model.")] = 16,
     max_length: Annotated[int, typer.Option(min=0, help="Tokens of prompt and answer; 0 is the model's own limit.")] = 0,
     max_waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait, per model; more get a 503.")] = 256,
@@ -78,17 +85,20 @@ def serve_child(
     scaling = {"min_replicas": num_replicas, "max_replicas": max_replicas, "target_ongoing_requests": max_batch_size}
     settings = server_settings(
         models={each: check_child(folder, max_length) for each, folder in models.items()},
-        engine=engine, dtype=dtype, max_batch_size=max_batch_size, max_length=max_length, max_waiting=max_waiting,
-        kv_cache_mib=kv_cache_mib, prefill_tokens=prefill_tokens, allowed_origins=tuple(allow_origin or ()),
+        engine=engine, dtype=dtype, generation_config=generation_config, max_batch_size=max_batch_size, max_length=max_length,
+        max_waiting=max_waiting, kv_cache_mib=kv_cache_mib, prefill_tokens=prefill_tokens, allowed_origins=tuple(allow_origin or ()),
         num_replicas=1 if max_replicas else num_replicas, autoscaling=scaling if max_replicas else None,
         num_cpus=num_cpus, num_gpus=num_gpus, grace_period_s=grace_period_s, api_key_sha256=digests(api_key_file),
     )  # fmt: skip
+    if settings.generation_config == "auto":
+        tell_defaults(settings.models)
     if host not in ("127.0.0.1", "localhost", "::1") and not settings.api_key_sha256:
         typer.echo(
             f"warning: whoever reaches {host}:{port} can use this server; --api-key-file lets in only those with a key", err=True
         )
     environment = SERVE_ENVIRONMENT if own_cluster else {}
-    with unless_set(environment), connected(ClusterConfig(address=address)), stop_signals() as stopped:
+    printed = redirect_stdout(WithoutLine(sys.stdout, _SERVES_END))
+    with unless_set(environment), printed, connected(ClusterConfig(address=address)), stop_signals() as stopped:
         check_resources(settings)
         with deployed(settings, name, route_prefix, (host, port), own_cluster, stopped):
             if wait_until_running(name, start_timeout_s, stopped.first):
@@ -151,6 +161,33 @@ def check_child(child: str, max_length: int) -> str:
     if "://" not in found:
         check_servable(found, max_length)
     return found
+
+
+def tell_defaults(models: Mapping[str, str]) -> None:
+    """A line per model that has a sampling of its own. Raises ParentError, ConfigError."""
+    from puzzle_ray.serving.fetch import read_sampling_defaults
+
+    for name, folder in models.items():
+        defaults = read_sampling_defaults(folder)
+        if str(defaults):
+            typer.echo(f"{name}: requests that leave it out get {defaults} (the model's own; --generation-config none: OpenAI's)")
+        if defaults.unused:
+            typer.echo(f"warning: {name}'s generation_config.json has {', '.join(defaults.unused)}: not applied here", err=True)
+
+
+class WithoutLine:
+    """A stream of text that leaves out what is printed with `said` in it, and the end of that line."""
+
+    def __init__(self, stream: TextIO, said: str) -> None:
+        self._stream, self._said, self._left_out = stream, said, False
+
+    def write(self, text: str) -> int:
+        end_of_it = self._left_out and text == "\n"
+        self._left_out = self._said in text and not text.endswith("\n")
+        return len(text) if end_of_it or self._said in text else self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class Stops:

@@ -1,7 +1,6 @@
 """GPT-2: learned positions, q, k and v in one transposed projection (Conv1D), no gate, biases, tied head.
 
-Its attention splits the fused projection by `split_size` and, with sdpa, shares KV heads by `num_key_value_groups`. Both are set when
-the number of KV heads is reduced, so grouped attention needs no forward of its own.
+Its eager attention has as many KV heads as query heads, so fewer of them need a forward of ours.
 """
 
 from puzzle_ray.families.descriptor import Descriptor
@@ -19,6 +18,7 @@ DESCRIPTOR = Descriptor(
     attention_norms=("ln_1",),
     fused_qkv="c_attn",
     output="c_proj",
+    grouped_heads=False,
     ffn_norms=("ln_2",),
     ffn_gate="",
     ffn_up="c_fc",

@@ -11,8 +11,10 @@ from torch import nn
 
 from puzzle_ray.families.descriptor import Descriptor
 from puzzle_ray.models.child_settings import words_of_layers
+from puzzle_ray.surgery.kv_cache import cache_among
 from puzzle_ray.surgery.shapes import reshape_by_words, with_begun_weights
 from puzzle_ray.surgery.subblocks import part_joined_tokens
+from puzzle_ray.surgery.window import prepare_windows
 
 
 class ChildLayers:
@@ -32,6 +34,16 @@ class ChildLayers:
         with_begun_weights(self, layers, lambda: self.reshape(layers, config))
         for layer in layers:
             part_joined_tokens(layer, self.descriptor)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **settings: Any
+    ) -> None:
+        """Transformers' own, and the cache has layers for windows from the beginning."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **settings)  # type: ignore[misc]
+        cache = cache_among(model_kwargs)
+        if isinstance(getattr(cache, "layers", None), list):
+            records = bool(getattr(generation_config, "is_assistant", False))
+            prepare_windows(cache, self.modules(), records)  # type: ignore[attr-defined]
 
     def reshape(self, layers: nn.ModuleList, config: Any) -> None:
         for layer, words in zip(layers, words_of_layers(config), strict=True):

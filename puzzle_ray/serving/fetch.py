@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
 from puzzle_ray.errors import ParentError
-from puzzle_ray.models.checkpoint import locate
+from puzzle_ray.models.checkpoint import first_line, locate
+from puzzle_ray.serving.sampling_defaults import FILES, SamplingDefaults, sampling_defaults
 
 
 def check_model(model: str) -> str:
@@ -52,6 +54,37 @@ def check_servable(folder: str, max_length: int) -> None:
     AttentionMasks(config, torch.float32)
     check_weights(Path(folder), config)
     check_tokenizer(read_tokenizer(Path(folder)), config)
+
+
+def read_sampling_defaults(model: str) -> SamplingDefaults:
+    """What a folder, or an fsspec URL, says of sampling. Raises ParentError, ConfigError."""
+    for name in FILES:
+        content = _content(model, name)
+        if content is not None:
+            file = f"{model.rstrip('/')}/{name}"
+            try:
+                said = json.loads(content)
+            except (ValueError, RecursionError) as error:
+                raise ParentError("model", f"{file} is no JSON ({first_line(error)})", "mend it or fetch it again") from None
+            if not isinstance(said, dict):
+                raise ParentError("model", f"{file} holds no JSON object but a {type(said).__name__}", "fetch it again")
+            return sampling_defaults(said, file)
+    return SamplingDefaults()
+
+
+def _content(model: str, name: str) -> bytes | None:
+    """The bytes of a file of the model's, None where there is none."""
+    try:
+        if "://" not in model:
+            file = Path(model) / name
+            return file.read_bytes() if file.is_file() else None
+        filesystem, path = _open(model)
+        return bytes(filesystem.cat_file(f"{path}/{name}")) if filesystem.isfile(f"{path}/{name}") else None
+    except ParentError:
+        raise
+    except Exception as error:  # every backend has errors of its own
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ParentError("model", f"{model}/{name} cannot be read ({reason})", "check the path and the credentials") from None
 
 
 def _open(url: str) -> tuple[Any, str]:

@@ -17,16 +17,23 @@ from puzzle_ray.serving.generation import Generation, stream_deltas, wait_for_al
 from puzzle_ray.serving.metrics import Source, exposition
 from puzzle_ray.serving.prompts import Prompts, TokenTexts
 from puzzle_ray.serving.requests import ChatRequest, CompletionRequest
+from puzzle_ray.serving.sampling_defaults import SamplingDefaults
 
 _EVENTS_PER_S = 200  # of all streams together, about: each costs the server's processes half a millisecond
 
 
 class ServedModel:
-    """A model under a name: its engine, and what turns requests into tokens and tokens into answers."""
+    """A model under a name: its engine, and what turns requests into tokens and tokens into answers.
 
-    def __init__(self, name: str, engine: Engine, tokenizer: PreTrainedTokenizerBase) -> None:
+    defaults: the sampling of requests that leave fields out. None: OpenAI's.
+    """
+
+    def __init__(
+        self, name: str, engine: Engine, tokenizer: PreTrainedTokenizerBase, defaults: SamplingDefaults | None = None
+    ) -> None:
         self.name = name
         self.engine = engine
+        self.defaults = defaults or SamplingDefaults()
         self.prompts = Prompts(tokenizer, engine.max_length)
         self.texts = TokenTexts(tokenizer)
         self.created = int(time.time())
@@ -34,7 +41,7 @@ class ServedModel:
     def card(self) -> Json:
         """The model as /v1/models lists it."""
         about = {"id": self.name, "object": "model", "created": self.created, "owned_by": "puzzle_ray"}
-        return {**about, "max_model_len": self.engine.max_length}
+        return {**about, "max_model_len": self.engine.max_length, "sampling_defaults": self.defaults.shown()}
 
 
 class OpenAIService:
@@ -89,7 +96,7 @@ class OpenAIService:
     async def submit(self, request: CompletionRequest | ChatRequest) -> list[Generation]:
         """Start `num_candidates` generations per prompt, all or none. Raises UnknownModel, ConfigError, EngineBusy, EngineFailed."""
         model = self.model(request.model)
-        params = request.sampling_params()
+        params = request.sampling_params(model.defaults)
         model.engine.check()
         model.engine.check_number(request.num_prompts * len(params))  # before a million prompts are tokenised
         prompts = await model.prompts.token_ids(request)

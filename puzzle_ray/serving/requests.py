@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, field_v
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.serving.api_errors import BodyRefused, Json
 from puzzle_ray.serving.sampling import SamplingParams
+from puzzle_ray.serving.sampling_defaults import SamplingDefaults
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's documented default for completions; chat has no default limit
 _MAX_STOP_STRINGS = 32  # OpenAI takes 4; tasks of lm-evaluation-harness have more
@@ -23,6 +24,7 @@ _MAX_CHOICES = 128
 _MAX_BIASES = 1024
 _MAX_STOP_IDS = 1024
 _MAX_FIELDS = 200  # of one object: each unknown one is an error of its own
+_NONE = SamplingDefaults()
 _SEED_STEP = 0x9E3779B97F4A7C15  # between the seeds of a request's choices
 
 
@@ -129,20 +131,25 @@ class GenerationRequest(Fields):
         """Texts to continue."""
         return 1
 
-    def sampling_params(self) -> list[SamplingParams]:
-        """The sampling parameters of each candidate for a prompt. The first has the request's own seed. Raises ConfigError."""
+    def sampling_params(self, defaults: SamplingDefaults = _NONE) -> list[SamplingParams]:
+        """The sampling parameters of each candidate for a prompt. The first has the request's own seed. Raises ConfigError.
+
+        `defaults` are the model's, for fields that the request leaves out.
+        """
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stop) > _MAX_STOP_STRINGS:
             raise ConfigError("stop", f"holds {len(stop)} strings", f"give at most {_MAX_STOP_STRINGS}")
         names = {"temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos", "presence_penalty", "frequency_penalty"}
         given = self.model_dump(include=names | {"repetition_penalty"}, exclude_none=True)
+        if given.get("top_k") == -1:  # vLLM's word for all tokens
+            given["top_k"] = 0
         one = SamplingParams(
-            max_tokens=self.token_limit(),
+            max_tokens=self.default_token_limit(defaults) if self.token_limit() is None else self.token_limit(),
             stop=tuple(stop),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             logit_bias=tuple((self._token_id(name), bias) for name, bias in (self.logit_bias or {}).items()),
             **self.logprob_params(),
-            **given,
+            **{**defaults.values, **given},
         )
         if one.seed is None:
             return [one] * self.num_candidates
@@ -152,9 +159,15 @@ class GenerationRequest(Fields):
         """The largest number of tokens to generate. None: as many as fit."""
         return self.max_tokens
 
+    def default_token_limit(self, defaults: SamplingDefaults) -> int | None:
+        """The limit of a request that gives none. It may be more than what there is room for."""
+        return defaults.max_tokens
+
     def within(self, params: SamplingParams, room: int) -> SamplingParams:
         """The parameters where only `room` more tokens fit. What was asked for stays, and is refused if it is too much."""
-        return params
+        if self.token_limit() is not None or params.max_tokens is None:
+            return params
+        return replace(params, max_tokens=min(params.max_tokens, max(room, 1)))
 
     def logprob_params(self) -> dict[str, Any]:
         """The sampling parameters about log-probabilities."""
@@ -211,11 +224,8 @@ class CompletionRequest(GenerationRequest):
             raise ConfigError("prompt", "is empty", "give a text or a list of token ids")
         return list(prompts)
 
-    def token_limit(self) -> int | None:
-        return _DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
-
-    def within(self, params: SamplingParams, room: int) -> SamplingParams:
-        return params if self.max_tokens is not None else replace(params, max_tokens=min(_DEFAULT_MAX_TOKENS, max(room, 1)))
+    def default_token_limit(self, defaults: SamplingDefaults) -> int | None:
+        return _DEFAULT_MAX_TOKENS
 
     def logprob_params(self) -> dict[str, Any]:
         ranked = self.num_candidates > self.num_choices  # by log-probability

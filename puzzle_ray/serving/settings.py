@@ -38,6 +38,8 @@ class ServeSettings(Section):
     `child` in place of it names one folder; its last part is the model's name.
     engine: `puzzle` is this package's own, for CPUs and GPUs. `vllm` (through ray.serve.llm) and `tensorrt_llm` are imported when
     chosen, take one model each, and are given `engine_options` as they are. API keys, origins and limits on bodies are not theirs.
+    generation_config: `auto` gives fields that a request leaves out the values in the model's generation_config.json (temperature, top_p,
+    top_k, min_p, penalties, and max_new_tokens in chat). `none` gives them OpenAI's defaults. End-of-text tokens are always the file's.
     max_length: tokens of prompt and answer; 0 is the model's own limit.
     kv_cache_mib: memory of a replica for keys and values, of all its models together; 0 is a share of what is free.
     num_replicas and autoscaling: give one of them.
@@ -46,6 +48,7 @@ class ServeSettings(Section):
     models: Annotated[dict[str, str], Field(min_length=1)]
     engine: Literal["puzzle", "vllm", "tensorrt_llm"] = "puzzle"
     engine_options: dict[str, Any] = {}
+    generation_config: Literal["auto", "none"] = "auto"
     dtype: DType | Literal["auto"] = "auto"
     max_batch_size: Count = 16
     max_length: Annotated[int, Field(ge=0)] = 0

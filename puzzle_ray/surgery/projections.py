@@ -140,7 +140,6 @@ def resize_attention(layer: nn.Module, num_kv_heads: int, descriptor: Descriptor
         fused = getattr(core, descriptor.fused_qkv)
         setattr(core, descriptor.fused_qkv, resize_linear(fused, linear_sizes(fused)[0], queries + 2 * keys))
         core.num_key_value_heads = num_kv_heads  # type: ignore[assignment]
-        core.split_size = [queries, keys, keys]  # type: ignore[assignment]
     else:
         for name in (descriptor.key, descriptor.value):
             linear = getattr(core, name)

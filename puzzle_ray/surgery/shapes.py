@@ -71,7 +71,7 @@ def linear_ffn(layer: nn.Module, descriptor: Descriptor, hidden_size: int) -> No
 def narrow_window(layer: nn.Module, window: int, descriptor: Descriptor) -> None:
     """Limits the attention to a window, in place."""
     attention, config = layer.get_submodule(descriptor.attention), descriptor.core(layer, "attention").config
-    limit_window(attention, window, getattr(attention, descriptor.layer_index), descriptor.attn_implementation, config)
+    limit_window(attention, window, getattr(attention, descriptor.layer_index), config)
 
 
 def with_begun_weights(model: Any, layers: nn.Module, reshape: Callable[[], None]) -> None:

@@ -16,8 +16,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as _INTERFACE
 from transformers.pytorch_utils import Conv1D
 
 from puzzle_ray.families.descriptor import Descriptor
-from puzzle_ray.surgery.kv_cache import add_to_cache, cache_among
-from puzzle_ray.surgery.window import windowed_mask
+from puzzle_ray.surgery.kv_cache import NAME, add_to_cache, cache_among
+from puzzle_ray.surgery.window import check_windows, windowed_mask
 
 
 class _ByName:
@@ -127,49 +127,78 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2), weights
 
 
+def _scaling(attention: Any, head_dim: int, layer_index: int) -> float:
+    """By what an attention multiplies its scores."""
+    scaling = getattr(attention, "scaling", None)
+    if scaling is not None:
+        return float(scaling)
+    if not getattr(attention, "scale_attn_weights", False):  # GPT-Neo does not scale
+        return 1.0
+    by_layer = getattr(attention, "scale_attn_by_inverse_layer_idx", False)  # GPT-2 in transformers 4
+    return float(head_dim**-0.5 / (layer_index + 1 if by_layer else 1))
+
+
+def _attention_dropout(attention: Any) -> float:
+    """The share of its weights that an attention drops in training."""
+    if isinstance(attention, GroupedAttention):
+        return attention.attention_dropout
+    module = getattr(attention, "attn_dropout", None)  # GPT-2, GPT-Neo
+    return float(attention.config.attention_dropout if module is None else module.p)
+
+
 class GroupedAttention(nn.Module):
     """Attention whose query heads share KV heads, without rotary embedding.
 
-    It is for families whose own forward has the same number of query and KV heads (OPT, GPT-Neo). It has the projections of the
-    attention that it replaces, under the same names. `key_value_groups` query heads share each KV head.
+    It is for families whose own forward has the same number of query and KV heads: OPT, GPT-Neo, and GPT-2 with eager attention. It has
+    the projections of the attention that it replaces, under the same names. `key_value_groups` query heads share each KV head.
     """
 
     def __init__(self, replaced: nn.Module, descriptor: Descriptor, key_value_groups: int) -> None:
         super().__init__()
+        self.training = replaced.training
         config: Any = replaced.config  # the model makes its masks from the same config object
         self.config, self.descriptor, self.is_causal = config, descriptor, True
         self.layer_idx: int = getattr(replaced, descriptor.layer_index)
         setattr(self, descriptor.layer_index, self.layer_idx)
         self.head_dim: int = replaced.head_dim  # type: ignore[assignment]
         self.num_key_value_groups = key_value_groups
-        self.scaling: float = getattr(replaced, "scaling", 1.0)  # GPT-Neo does not scale
+        self.scaling = _scaling(replaced, self.head_dim, self.layer_idx)
         kinds = getattr(config, "attention_layers", None)  # GPT-Neo's
         self.window: int | None = config.window_size if kinds and kinds[self.layer_idx] == "local" else None
-        self.attention_dropout = float(config.attention_dropout)
+        self.attention_dropout = _attention_dropout(replaced)
         self.resid_dropout = getattr(replaced, "resid_dropout", nn.Identity())
-        for name in (descriptor.query, descriptor.key, descriptor.value, descriptor.output):
+        separate = (descriptor.query, descriptor.key, descriptor.value)
+        for name in (*((descriptor.fused_qkv,) if descriptor.fused_qkv else separate), descriptor.output):
             setattr(self, name, getattr(replaced, name))
+
+    def _projected(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values, `[batch, tokens, channels]`."""
+        named = self.descriptor
+        if not named.fused_qkv:
+            return tuple(getattr(self, name)(hidden_states) for name in (named.query, named.key, named.value))
+        fused: Tensor = getattr(self, named.fused_qkv)(hidden_states)
+        groups, heads = self.num_key_value_groups, fused.shape[-1] // self.head_dim
+        keys = heads // (groups + 2) * self.head_dim
+        return fused.split((groups * keys, keys, keys), dim=-1)
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **arguments: Any
     ) -> tuple[Tensor, Tensor | None]:
         batch, tokens, _ = hidden_states.shape
 
-        def heads(name: str) -> Tensor:
-            projected: Tensor = getattr(self, name)(hidden_states)
-            return projected.view(batch, tokens, -1, self.head_dim).transpose(1, 2)
-
-        query, key, value = heads(self.descriptor.query), heads(self.descriptor.key), heads(self.descriptor.value)
+        query, key, value = (
+            projected.view(batch, tokens, -1, self.head_dim).transpose(1, 2) for projected in self._projected(hidden_states)
+        )
         cache = cache_among(arguments)
         if cache is not None:
             key, value = add_to_cache(cache, key, value, self.layer_idx, arguments)
         if attention_mask is not None:
             attention_mask = attention_mask[..., : key.shape[2]]  # GPT-Neo's in transformers 4 has a column too many
-        eager = self.config._attn_implementation == "eager"
         if self.window is not None:
-            keys = key.shape[2]
+            eager, keys = check_windows(self.config) == "eager", key.shape[2]
             attention_mask = windowed_mask(attention_mask, self.window, tokens, keys, keys - tokens, hidden_states, eager)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
-        out, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout)
+        more = {name: value for name, value in arguments.items() if name not in (NAME, "layer_past", "cache_position")}
+        out, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **more)
         return self.resid_dropout(getattr(self, self.descriptor.output)(out.reshape(batch, tokens, -1))), weights

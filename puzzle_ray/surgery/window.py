@@ -6,6 +6,7 @@ in training, in prefill, in cached decoding, with padding, and for rows of a bat
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -83,9 +84,7 @@ def _cache_layer(cache: Any, index: int, window: int) -> Any:
 def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
     window: int = module.window  # type: ignore[assignment]
-    implementation = module.window_config._attn_implementation  # type: ignore[union-attr]
-    if implementation not in ("sdpa", "eager"):
-        raise ConfigError("attn_implementation", f"{implementation!r} has no windows of a layer's own", "use sdpa or eager")
+    additive = check_windows(module.window_config) == "eager"
     tokens = hidden_states.shape[1]
     keys, first = tokens, 0
     cache = cache_among(kwargs)
@@ -100,17 +99,40 @@ def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
             keys = first + tokens
     elif mask is not None:
         keys = mask.shape[-1]
-    narrowed = windowed_mask(mask, window, tokens, keys, first, hidden_states, bool(module.window_mask_is_additive))
+    narrowed = windowed_mask(mask, window, tokens, keys, first, hidden_states, additive)
     return args, {**kwargs, "attention_mask": narrowed}
 
 
-def limit_window(attention: nn.Module, window: int, layer_index: int, attn_implementation: str, config: Any) -> None:
+def prepare_windows(cache: Any, attentions: Iterable[Any], records: bool) -> None:
+    """Puts layers for windows into a cache that nothing was written to.
+
+    Without this they are made at the first token. Assisted decoding needs them before: it asks every layer to keep what it may have to
+    roll back. `records` is for caches that were asked already.
+    """
+    for attention in attentions:
+        index = getattr(attention, "window_layer_index", len(cache.layers))
+        layer = _cache_layer(cache, index, attention.window) if index < len(cache.layers) else None
+        if records and isinstance(layer, WindowLayer) and hasattr(layer, "activate_past_recording"):  # transformers 5
+            layer.activate_past_recording()
+
+
+def check_windows(config: Any) -> str:
+    """The attention implementation of a model, which must be one that can have windows in some layers. Raises ConfigError."""
+    implementation = config._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        problem = f"is {implementation!r}, and layers with variant window need masks of their own"
+        raise ConfigError("attn_implementation", problem, "use sdpa or eager")
+    return str(implementation)
+
+
+def limit_window(attention: nn.Module, window: int, layer_index: int, config: Any) -> None:
     """Limits an attention of any family to a window of `window` tokens, in place. Its weights do not change.
 
-    `config` is the one that the model reads its attention implementation from.
+    `config` is the one that the model reads its attention implementation from. Raises ConfigError for one that has no windows.
     """
+    if config._attn_implementation is not None:
+        check_windows(config)
     attention.window_config = config
     attention.window = window  # type: ignore[assignment]
     attention.window_layer_index = layer_index  # type: ignore[assignment]
-    attention.window_mask_is_additive = attn_implementation == "eager"  # type: ignore[assignment]
     attention.register_forward_pre_hook(_before_attention, with_kwargs=True)

@@ -258,7 +258,9 @@ def test_an_exported_child_of_a_run_has_the_figures_of_its_evaluation_on_its_car
 def test_a_window_is_refused_where_the_engine_does_not_ask_for_masks(tmp_path):
     child, _ = saved_child(tmp_path, choices=[LayerChoice("window:5")] * 3)
     child.config._attn_implementation = "flex_attention"
-    with pytest.raises(ConfigError, match="'flex_attention' has no windows of a layer's own; use sdpa or eager"):
+    with pytest.raises(
+        ConfigError, match="is 'flex_attention', and layers with variant window need masks of their own; use sdpa or eager"
+    ):
         child.model.layers[0].self_attn(torch.zeros(1, 4, 32), position_embeddings=None, attention_mask=None)
 
 

@@ -1,6 +1,8 @@
 """A server's settings: as a command line and a Serve file give them, and what Serve is told."""
 
 import importlib.util
+import io
+from contextlib import redirect_stdout
 
 import pytest
 from pydantic import ValidationError
@@ -9,7 +11,7 @@ from ray.serve.config import AutoscalingConfig
 
 from actors.other_engines import tensorrt_llm_arguments, vllm_fields
 from actors.serve import build, deployment_options
-from jobs.serve_child import named_models, server_settings
+from jobs.serve_child import _SERVES_END, WithoutLine, named_models, server_settings
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.serving.settings import ServeSettings
 
@@ -38,6 +40,7 @@ def test_words_of_a_command_line_become_settings():
     [({}, "models"), ({"child": "a", "models": {"b": "b"}}, "child"), ({"child": "a", "max_batch": 3}, "max_batch"),
      ({"child": "a", "num_replicas": 2, "autoscaling": {"max_replicas": 3}}, "num_replicas"),
      ({"child": "a", "autoscaling": {"min_replicas": 4, "max_replicas": 3}}, "min_replicas"),
+     ({"child": "a", "generation_config": "vllm"}, "generation_config"),
      ({"models": {"a": "a", "b": "b"}, "engine": "vllm"}, "takes one"), ({"child": "a", "engine_options": {"x": 1}}, "engine_options"),
      ({"child": "a", "engine": "vllm", "api_key_sha256": ["0" * 64]}, "api_key_sha256"),
      ({"child": "a", "engine": "tensorrt_llm", "kv_cache_mib": 64}, "kv_cache_mib"),
@@ -77,10 +80,13 @@ def test_vllm_is_told_what_the_settings_say_in_rays_words(num_gpus, kind, worker
         "max_num_seqs": 16,
         "max_model_len": 512,
         "enable_prefix_caching": False,
+        "generation_config": "auto",
         "gpu_memory_utilization": 0.5,
     }
     assert config.engine_kwargs == asked | ({} if workers is None else {"tensor_parallel_size": workers})
     assert config.accelerator_config.kind == kind
+    without = settings.model_copy(update={"generation_config": "none"})
+    assert vllm_fields(without, {})["engine_kwargs"]["generation_config"] == "vllm"  # vLLM's word for its own defaults
     bundle = {"CPU": 3} | ({"GPU": min(1, num_gpus)} if num_gpus else {})
     assert config.placement_group_config == {"bundle_per_worker": bundle}
     assert config.deployment_config["autoscaling_config"]["max_replicas"] == 2
@@ -102,3 +108,14 @@ def test_an_engine_that_is_not_installed_is_said_with_what_to_install(engine):
         pytest.skip(f"{engine} is installed here")
     with pytest.raises(ConfigError, match=f"engine: is {engine}, which is not installed here.*pip install"):
         build(ServeSettings(models={"a": "a"}, engine=engine))
+
+
+def test_rays_line_about_serves_end_is_left_out_and_nothing_else():
+    printed = io.StringIO()
+    with redirect_stdout(WithoutLine(printed, _SERVES_END)):
+        print("before")
+        print(f"(raylet) Task {_SERVES_END}. There are infinite retries remaining")
+        print("between", "words", end="\n\n")
+        print(f"{_SERVES_END} and more\n", end="")
+        print("after", flush=True)
+    assert printed.getvalue() == "before\nbetween words\n\nafter\n"
