@@ -25,9 +25,10 @@ from puzzle_ray.artifacts import SearchSpace
 from puzzle_ray.config import RunConfig, validated
 from puzzle_ray.distill.settings import AUTO
 from puzzle_ray.planning.block_training import trainers_of_layers
-from puzzle_ray.planning.demand import demands, evaluation_demand, library_demands, scores_demand
+from puzzle_ray.planning.demand import demands, library_demands, scores_demand
 from puzzle_ray.planning.distilling import gkd_demand
 from puzzle_ray.planning.draft import AS_SHARES, IN_KEYS, STEP, Draft, is_set, value_of
+from puzzle_ray.planning.evaluating import evaluation_demand
 from puzzle_ray.planning.hardware import Seen, problems, room_bytes
 from puzzle_ray.planning.needs import Demand
 from puzzle_ray.planning.sizes import Sizes

@@ -109,10 +109,12 @@ def test_micro_batches_shrink_with_the_memory_until_nothing_helps():
 
 
 def test_a_model_that_no_gpu_holds_is_measured_on_several_of_a_node():
-    big = tiny_config(hidden_size=1024, intermediate_size=4096, num_attention_heads=8, head_dim=128, num_hidden_layers=4)
+    wide = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8, "head_dim": 128, "num_hidden_layers": 4}
+    big = tiny_config(**wide, dtype="bfloat16")
     size = GIB + (200 << 20)  # a model takes 0.12 GiB, two are timed together, and a GPU's context takes 1 GiB
+    little = {"evaluate": {"tokens": 512, "micro_batch_tokens": 256}}
     for count, expected in ((4, 2), (2, 2), (1, 0)):
-        found = decided(config(), [Node(gpus=Gpus(count, "card", size))] * 2, model_config=big)
+        found = decided(config(**little), [Node(gpus=Gpus(count, "card", size))] * 2, model_config=big)
         assert found.config.profile.num_gpus == expected
         assert found.config.profile.memory_mib == (expected * size >> 20 or None)
         assert any("no node's GPUs hold it" in line for line in found.warnings) == (not expected)
