@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from puzzle_ray.config import RunConfig
+from puzzle_ray.distill.schedule import Schedule
 from puzzle_ray.distill.settings import AUTO
 from puzzle_ray.planning.activations import masks_of
 from puzzle_ray.planning.block_training import group_parts, trainer_of, trainers_of_layers
@@ -122,10 +123,11 @@ def works(config: RunConfig, model_config: Any, sizes: Sizes) -> list[Work]:
     scored = sum(2.0 * behind[r.layer] for r in all_replacements(sizes.space, config.scoring.granularity))
     checkpoint = sum(sum(trainer_of(sizes, n)[k] for k in ("variants", "start weights", "optimizer")) for n in range(depth))
     used = sum(demand.gpu_share * demand.count for demand in library_demands(config, sizes))
+    trained_on = library.tokens + Schedule.of(library.for_parent(model_config)).trials * library.micro_batch_tokens
     stages = [
         Work(
             "library",
-            library.tokens * (2.0 * sum(sizes.layers) + trained),
+            trained_on * (2.0 * sum(sizes.layers) + trained),
             library.compute_dtype,
             store,
             store * library.micro_batch_tokens * library.in_flight(shards),
