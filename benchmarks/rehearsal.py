@@ -3,7 +3,7 @@
 The parent has random weights in bfloat16 and a small byte-level tokenizer; the text is the standard library's own sources. `compress`
 runs as a user runs it, with a few thousand tokens, in a process of its own. Every half second the memory of that process and of all
 below it is read: private memory (resident less what is file-backed or shared), and the object store's shared memory once. Of a process
-by itself, mapped files count too, because weights are mapped from them.
+by itself, mapped files count too, because weights are mapped from them, and its peak is the kernel's, so that none is missed in between.
 
 A row for every stage has its seconds; a row for every kind of process has its private peak, what a process of that kind has before it
 holds anything (`idle`: of a Ray worker that has loaded what the kind loads, and has built and trained a matrix, measured), and what
@@ -136,8 +136,20 @@ def make_parent(folder: Path, shape: dict[str, Any], text_bytes: int) -> None:
 
 def own_bytes(pid: int) -> int:
     """Resident memory of a process without the object store: its own, and mapped files."""
-    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return sum(int(fields[name].split()[0]) << 10 for name in ("RssAnon", "RssFile") if name in fields)
+    sizes = _status(pid)
+    return sizes.get("RssAnon", 0) + sizes.get("RssFile", 0)
+
+
+def high_water_bytes(pid: int) -> int:
+    """The most of it so far. The kernel counts the object store in, so what is mapped of that now is taken off."""
+    sizes = _status(pid)
+    return sizes.get("VmHWM", 0) - sizes.get("RssShmem", 0)
+
+
+def _status(pid: int) -> dict[str, int]:
+    """What the kernel says of a process's memory, in bytes."""
+    fields = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return {words[0].rstrip(":"): int(words[1]) << 10 for words in fields if len(words) == 3 and words[2] == "kB"}
 
 
 class Memory(threading.Thread):
@@ -157,12 +169,12 @@ class Memory(threading.Thread):
                 try:
                     memory, words = process.memory_info(), " ".join(process.cmdline()[:1] or [process.name()])
                     store = sum(m.rss for m in process.memory_maps() if m.path.startswith("/dev/shm")) if "raylet" in words else 0
-                    own = own_bytes(process.pid)
+                    kind = next((kind for kind in KINDS if kind in words), "driver" if process == self.root else "other")
+                    own = max(own_bytes(process.pid), high_water_bytes(process.pid) if kind in KINDS else 0)
                 except (psutil.NoSuchProcess, psutil.AccessDenied, FileNotFoundError, ProcessLookupError):
                     continue
                 total += memory.rss - memory.shared
                 shared = max(shared, store)
-                kind = next((kind for kind in KINDS if kind in words), "driver" if process == self.root else "other")
                 self.by_kind[kind] = max(self.by_kind[kind], own)
                 self.pids[kind].add(process.pid)
             self.total = max(self.total, total + shared)
@@ -209,6 +221,7 @@ def planned(folder: Path, config_file: Path, store: str, layers_per_trainer: int
     from puzzle_ray.config import load
     from puzzle_ray.models.child import read_config
     from puzzle_ray.planning.demand import Sizes, demands
+    from puzzle_ray.planning.evaluating import evaluation_phases
     from puzzle_ray.variants.space import search_space
 
     config = load(None, str(config_file), (f"cluster.blocks_per_trainer={layers_per_trainer}",))
@@ -221,10 +234,10 @@ def planned(folder: Path, config_file: Path, store: str, layers_per_trainer: int
     choice = json.loads(record.read_text())
     kept = choice["predicted"]["num_params"] / choice["parent_predicted"]["num_params"]
     shares = dict.fromkeys(("child", "gradients", "optimizer", "best weights", "activations"), kept)
-    shares["two models"] = (1 + kept) / 2
     for demand in demands(config, model_config, sizes):
-        if demand.stage in ("gkd", "evaluation"):
+        if demand.stage == "gkd":
             found[demand.stage, demand.process] = int(sum(size * shares.get(name, 1) for name, size in demand.parts.items()))
+    found["evaluation", "worker"] = max(sum(phase.values()) for phase in evaluation_phases(config, sizes, 0, kept).values())
     library = ("library", "parent shard"), ("scores", "parent shard")
     found[library[0]] = max(found[each] for each in library)  # the same kind of process, in both stages
     return found

@@ -86,7 +86,7 @@ MEANINGS: Mapping[str, str] = {
     "library.calibration_tokens": "for the statistics that variants start from; auto: 16384, and at least 4 for each FFN channel",
     "library.validation_tokens": "that losses before and after are measured on; never trained on",
     "library.micro_batch_tokens": "of one forward pass, a multiple of `data.sequence_length`",
-    "library.learning_rate": "at its peak; a linear warm-up, then a cosine to zero",
+    "library.learning_rate": "at its peak; a linear warm-up, then a cosine to a tenth; auto: each variant finds its own by short trials",
     "library.warmup_fraction": "share of the steps",
     "library.gradient_clip": "largest norm of a variant's gradient",
     "profile.scenario": "the load that costs are of; a batch size may be `auto`",

@@ -6,7 +6,8 @@ import ctypes
 import gc
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 LITTLE = 0.25  # of what is in use: what may go back in a loop
 _WORTH_BYTES = 256 << 20  # of freed memory, below which a loop gives none back
 _LARGE_BYTES = 128 << 20  # of a block that goes back to the kernel when it is freed
+_NOT_SMALL_BYTES = 16 << 20  # the same, where nothing large is kept
 _THRESHOLDS = gc.get_threshold()  # as Python, or who runs us, has them
 
 
@@ -80,9 +82,31 @@ def keep_freed_memory() -> bool:
     """
     if not _has_glibc():
         return False
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-    mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(mmap_threshold, _LARGE_BYTES)) and bool(mallopt(trim_threshold, (1 << 31) - 1))
+    trim_threshold = -1  # M_TRIM_THRESHOLD of malloc.h
+    return _give_back_from(_LARGE_BYTES) and bool(ctypes.CDLL(None).mallopt(trim_threshold, (1 << 31) - 1))
+
+
+def _give_back_from(num_bytes: int) -> bool:
+    """Blocks of this size and more come from the kernel, and go back to it when they are freed."""
+    mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
+    return bool(ctypes.CDLL(None).mallopt(mmap_threshold, num_bytes))
+
+
+@contextmanager
+def nothing_large_kept() -> Iterator[None]:
+    """While it is open, a process that keeps freed memory keeps no blocks of 16 MiB and more.
+
+    For work on a few large tensors of several sizes. Those of a kind do not fit the gaps that others leave, where a few bytes of
+    something else lie in them, so that such a process grows to more than it ever uses at once, by chance.
+    """
+    keeps = keep_freed_memory.cache_info().currsize > 0 and keep_freed_memory()
+    if keeps:
+        _give_back_from(_NOT_SMALL_BYTES)
+    try:
+        yield
+    finally:
+        if keeps:
+            _give_back_from(_LARGE_BYTES)
 
 
 class _Mallinfo2(ctypes.Structure):

@@ -1,9 +1,9 @@
 """Blockwise local distillation (BLD): every variant of a block learns alone to mimic its parent block. (Paper v5, section 3.2.)
 
 A trainer is a state machine over positions 0, 1, 2, ... Each position is one micro-batch. First the trainer gathers calibration
-statistics and initialises every variant from them. Then it measures each variant on validation micro-batches, trains it, and measures
-it again. What it does at a position depends on that position and on the positions before it, and on nothing else. A trainer that
-dies therefore continues from its checkpoint to the same bits.
+statistics and initialises every variant from them. Then it measures each variant on validation micro-batches, tries learning rates
+where none is set, trains it, and measures it again. What it does at a position depends on that position and on the positions before it,
+and on nothing else. A trainer that dies therefore continues from its checkpoint to the same bits.
 
 No variant depends on another one. So a layer's variants may be split over several trainers, and each has a checkpoint of its own.
 """
@@ -24,8 +24,9 @@ from puzzle_ray.calibration import Statistics
 from puzzle_ray.distill.candidate import Candidate
 from puzzle_ray.distill.conditioning import ParentNorms, changed_inputs, norms, sensitivity
 from puzzle_ray.distill.losses import LayerPass, block_loss, training_loss
+from puzzle_ray.distill.rate_trials import RATES, WARMUP, RateTrial
 from puzzle_ray.distill.schedule import LearningRate, Phase, Schedule, has_risen, is_flat
-from puzzle_ray.distill.settings import LibraryConfig
+from puzzle_ray.distill.settings import AUTO, LibraryConfig
 from puzzle_ray.errors import NotFinite, OutOfOrder, ParentError
 from puzzle_ray.models.blocks import LayerStack, swapped
 from puzzle_ray.process import give_back_freed_memory
@@ -86,12 +87,20 @@ class LayerTrainer:
         self.index, self.stack, self.space, self.config, self.starts = index, stack, space, config, starts
         self.choices = space.trained if choices is None else tuple(choices)
         self.schedule = Schedule.of(config)
-        self.learning_rate = LearningRate.of_bld(config.learning_rate, self.schedule.steps, config.warmup_fraction)
+        self.learning_rate = self._schedule(0.0 if config.learning_rate == AUTO else config.learning_rate)  # auto: see `_rate`
         self.layer = stack.layer(index).requires_grad_(False)
         self.statistics = Statistics(self._needed() if starts is None else ())
         self.candidates: list[Candidate] = []
         self.position = -1  # the last position that every choice has done
         self.parent = {k: swapped(self.layer, LayerChoice.half(k, PARENT), stack.descriptor, stack.config) for k in KINDS}
+
+    def _schedule(self, peak: float) -> LearningRate:
+        return LearningRate.of_bld(peak, self.schedule.steps, self.config.warmup_fraction)
+
+    def _rate(self, candidate: Candidate, step: int) -> float:
+        """The learning rate of a step of training."""
+        found = candidate.record.rate
+        return (self.learning_rate if found is None else self._schedule(found)).at(step)
 
     def _needed(self) -> frozenset[str]:
         names = {kind: {choice.variant(kind) for choice in self.choices} for kind in KINDS}
@@ -128,12 +137,15 @@ class LayerTrainer:
                 self.stack.run_layer(self.layer, self.index, x, arguments)
             if number == self.schedule.calibrate - 1:
                 self._start_candidates()
-        elif phase != "train" or any(c.still_trains for c in self._behind(position)):
+        elif phase not in ("try", "train") or any(c.still_trains for c in self._behind(position)):
             with torch.no_grad(), self._autocast(x):
                 middle = self.stack.run_layer(self.parent["attention"], self.index, x, arguments)
             parent = LayerPass(x, middle, y)
-            loss = self._train(number, position, parent, arguments) if phase == "train" else None
-            if phase != "train":
+            if phase == "train":
+                loss = self._train(number, position, parent, arguments)
+            elif phase == "try":
+                self._try(number, position, parent, arguments)
+            else:
                 self._validate(phase, position, parent, arguments)
         if position == self.schedule.positions - 1:
             self._measure_sensitivity(x[:1], y[:1], None if position_ids is None else position_ids[:1])
@@ -190,6 +202,24 @@ class LayerTrainer:
             end = self.stack.run_layer(candidate.halves.get("ffn", self.parent["ffn"]), self.index, middle, arguments)
         return LayerPass(parent.start, middle, end)
 
+    def _try(self, number: int, position: int, parent: LayerPass, arguments: dict[str, Any]) -> None:
+        """A micro-batch of a trial of a learning rate. A trial whose loss is not finite ends there, and waits for the others' end."""
+        steps, accumulate = self.schedule.trial_steps, self.schedule.accumulate
+        trial, rest = divmod(number, steps * accumulate)
+        step, place = divmod(rest, accumulate)
+        rate = LearningRate.of_bld(RATES[trial], steps, WARMUP).at(step)
+        for candidate in self._behind(position):
+            if not candidate.still_trains:
+                continue
+            if None not in candidate.record.trial:
+                child = self._run(candidate, parent, arguments)
+                loss = training_loss(self.config.loss, candidate.choice.replaced, child, parent)
+                candidate.accumulate(loss / accumulate)
+                if place + 1 == accumulate:
+                    candidate.record.trial.append(candidate.finish_step(rate, self.config.gradient_clip))
+            if rest + 1 == steps * accumulate:
+                candidate.end_trial()
+
     def _train(self, number: int, position: int, parent: LayerPass, arguments: dict[str, Any]) -> float | None:
         step, place = divmod(number, self.schedule.accumulate)
         losses = []
@@ -201,7 +231,7 @@ class LayerTrainer:
             candidate.accumulate(loss / self.schedule.accumulate)
             if place + 1 < self.schedule.accumulate:
                 continue
-            mean = candidate.finish_step(self.learning_rate.at(step), self.config.gradient_clip)
+            mean = candidate.finish_step(self._rate(candidate, step), self.config.gradient_clip)
             if mean is None:
                 candidate.go_back(str(NotFinite("the loss", self.index, self._name(candidate), position)))
                 continue
@@ -287,6 +317,12 @@ class LayerTrainer:
             )
             out.append((row, c.weights() if better else c.start, record.curve))
         return out
+
+    def tried(self, kind: str, variant: str) -> list[RateTrial]:
+        """The trials of one of its entries, in order; none where its rate was set, or nothing is trained."""
+        record = next(c.record for c in self.candidates if self.space.entry(c.choice) == (kind, variant))
+        steps, of = self.schedule.trial_steps, (self.index, kind, variant)
+        return [RateTrial(*of, rate, loss, steps, rate == record.rate) for rate, loss in zip(RATES, record.trials, strict=False)]
 
     def restore(self, choice: LayerChoice, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Continues with one of its choices from the checkpoint of a candidate, wherever that was trained.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from puzzle_ray.artifacts import LayerChoice, SubblockKind
 from puzzle_ray.calibration import Statistics
 from puzzle_ray.distill.guard import MAX_RETURNS
+from puzzle_ray.distill.rate_trials import RATES, best_rate, judged
 from puzzle_ray.distill.settings import LibraryConfig
 from puzzle_ray.families.descriptor import Descriptor
 from puzzle_ray.models.blocks import LayerStack, load_subblock, subblock_state, swapped
@@ -27,7 +28,9 @@ class TrainingRecord:
     `start_training_loss` is the same as `start_loss`, of the loss that is trained on.
     `stopped` says that training ended early because the loss was flat. `failure` says what went wrong; it is empty otherwise.
     `returns` counts how often training went back to the start, and `attempt_from` is the optimizer step after the last time. `sensitivity`
-    and `parent_sensitivity` are as of `puzzle_ray.distill.conditioning`, of the weights that are kept.
+    and `parent_sensitivity` are as of `puzzle_ray.distill.conditioning`, of the weights that are kept. `trials` are the losses of the
+    learning rates that were tried, None where one was not finite, `trial` those of the steps of a trial that is not over, and `rate` is
+    what was found; None where nothing is tried.
     """
 
     initialisation: str = ""
@@ -41,6 +44,9 @@ class TrainingRecord:
     attempt_from: int = 0
     sensitivity: float = 0.0
     parent_sensitivity: float = 0.0
+    trials: list[float | None] = field(default_factory=list)
+    trial: list[float | None] = field(default_factory=list)
+    rate: float | None = None
 
 
 def states_by_kind(weights: Mapping[str, Tensor]) -> dict[SubblockKind, dict[str, Tensor]]:
@@ -84,8 +90,8 @@ class Candidate:
                 parameters += [p.requires_grad_() for name, p in half.named_parameters() if name.startswith(own)]
         optimizer = None
         if parameters:
-            rate, decay = config.learning_rate, config.weight_decay
-            optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, betas=(0.9, 0.95))
+            decay = config.weight_decay  # every step has a rate of its own
+            optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=decay, betas=(0.9, 0.95))
         return cls(choice, descriptor, halves, optimizer)
 
     def start_from_trained(self, states: Mapping[SubblockKind, Mapping[str, Tensor]]) -> None:
@@ -176,6 +182,15 @@ class Candidate:
             return
         self.record.returns += 1
         self.record.attempt_from = len(self.record.curve)
+        self.load_start()
+
+    def end_trial(self) -> None:
+        """Of a learning rate: back to the start, as if nothing had been trained. After the last one its rate is known."""
+        record = self.record
+        record.trials.append(judged(record.trial))
+        record.trial = []
+        if len(record.trials) == len(RATES):
+            record.rate = best_rate(record.trials)
         self.load_start()
 
     def load_start(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 from array import array
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ from puzzle_ray.distill.bld import LayerTrainer, LibraryRow, Schedule
 from puzzle_ray.distill.candidate import states_by_kind
 from puzzle_ray.distill.library_checkpoints import LibraryCheckpoints, variant_file
 from puzzle_ray.distill.outliers import stands_out
+from puzzle_ray.distill.rate_trials import RateTrial
 from puzzle_ray.distill.settings import LibraryConfig
 from puzzle_ray.distill.text import LibraryText
 from puzzle_ray.errors import ConfigError
@@ -37,6 +39,8 @@ from puzzle_ray.store.record import OTHER_VERSION
 
 LIBRARY_TABLE = "library.parquet"
 CURVES_TABLE = "curves.parquet"  # layer, kind, variant, losses; one row group per variant
+TRIALS_TABLE = "learning_rates.parquet"  # where they were found, every trial of every variant
+TRIALS = "trials"  # in the header of a variant's file
 CURVE = "curve"  # the tensor of a variant's file that is no weight
 Entry = tuple[int, str, str]  # layer, kind, variant
 Part = tuple[int, int]  # number of a part, how many there are
@@ -131,7 +135,9 @@ class GroupTrainer:
             name = variant_file(row.layer, row.kind, row.variant)
             if not self.artifact.exists(name):
                 tensors = {**state, CURVE: torch.tensor(curve, dtype=torch.float64)}
-                self.artifact.write_tensors(name, tensors, {"row": json.dumps(asdict(row))})
+                about, tried = {"row": json.dumps(asdict(row))}, trainer.tried(row.kind, row.variant)
+                about |= {TRIALS: json.dumps([asdict(trial) for trial in tried])} if tried else {}
+                self.artifact.write_tensors(name, tensors, about)
             self.checkpoints.forget(row.layer, row.kind, row.variant)
 
 
@@ -211,12 +217,16 @@ def starting_library(config: LibraryConfig, space: SearchSpace, parent_key: str 
 
 def finish_library(space: SearchSpace, artifact: Artifact) -> Library:
     """Gathers the row and the curve of every published variant into tables, and finishes the artifact."""
-    rows, curves = [], {}
+    rows, curves, trials = [], {}, []
     for entry in space.entries():
-        row, curves[entry] = _row_and_curve(artifact, variant_file(*entry))
+        row, curves[entry], tried = _what_happened(artifact, variant_file(*entry))
         rows.append(row)
+        trials += tried
     artifact.write(LIBRARY_TABLE, rows_to_parquet(rows, LibraryRow, {}))
     artifact.write(CURVES_TABLE, _curves_table(curves))
+    if trials:
+        artifact.write(TRIALS_TABLE, rows_to_parquet(trials, RateTrial, {}))
+    taken = Counter(trial.rate for trial in trials if trial.taken)
     trained = [row for row in rows if row.kept == "trained"]
     artifact.finish(
         {
@@ -228,6 +238,7 @@ def finish_library(space: SearchSpace, artifact: Artifact) -> Library:
             "stopped_early": sum(row.tokens_saved > 0 for row in rows),
             "went_back": sum(row.returns > 0 for row in rows),
             "failures": [asdict(row) for row in rows if row.failure],
+            **({"learning_rates": {f"{rate:g}": taken[rate] for rate in sorted(taken)}} if trials else {}),
             "standing_out": [
                 f"layer {row.layer} {row.kind} {row.variant}: {words}" for row in rows if (words := stands_out(row))
             ],
@@ -239,6 +250,8 @@ def finish_library(space: SearchSpace, artifact: Artifact) -> Library:
 def library_summary(facts: Mapping[str, Any]) -> str:
     """One line about a finished library, from the facts of its artifact."""
     words = [f"{facts['variants']} {'pairs' if facts['coupled'] else 'variants'}, {facts['trained']} better than their start"]
+    if found := facts.get("learning_rates"):
+        words.append("learning rates: " + ", ".join(f"{rate} for {count}" for rate, count in found.items()))
     if facts["stopped_early"]:
         share = facts["tokens_saved"] / (facts["tokens"] + facts["tokens_saved"])
         words.append(f"{facts['stopped_early']} stopped early, which spared {share:.0%} of the training tokens")
@@ -252,15 +265,16 @@ def library_summary(facts: Mapping[str, Any]) -> str:
     return "; ".join(words)
 
 
-def _row_and_curve(artifact: Artifact, name: str) -> tuple[LibraryRow, array[float]]:
-    """What the file of a variant says about its training. Its weights are not read."""
+def _what_happened(artifact: Artifact, name: str) -> tuple[LibraryRow, array[float], list[RateTrial]]:
+    """What the file of a variant says about its training: its row, its loss curve, its trials. Its weights are not read."""
     with artifact.store.filesystem.open(artifact.path(name), "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(size))
         first, last = header[CURVE]["data_offsets"]
         file.seek(8 + size + first)
         curve = array("d", file.read(last - first))
-    return LibraryRow(**json.loads(header["__metadata__"]["row"])), curve
+    about = header["__metadata__"]
+    return LibraryRow(**json.loads(about["row"])), curve, [RateTrial(**trial) for trial in json.loads(about.get(TRIALS, "[]"))]
 
 
 def _curves_table(curves: Mapping[Entry, array[float]]) -> bytes:

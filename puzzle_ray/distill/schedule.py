@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from puzzle_ray.distill.settings import EarlyStop, LibraryConfig
+from puzzle_ray.distill.rate_trials import RATES, trial_steps
+from puzzle_ray.distill.settings import AUTO, EarlyStop, LibraryConfig
 
-Phase = Literal["calibrate", "validate_start", "train", "validate_end"]
+Phase = Literal["calibrate", "validate_start", "try", "train", "validate_end"]
 
 
 @dataclass(frozen=True)
@@ -86,14 +87,16 @@ def has_risen(losses: Sequence[float], attempt_from: int, window: int, start: fl
 class Schedule:
     """How many micro-batches each phase of local distillation takes, and which micro-batch of the data each position reads.
 
-    The phases follow one another: calibrate, validate the start, train, validate the end. A position counts micro-batches over all
-    phases, from 0. One optimizer step takes `accumulate` micro-batches of training, one after the other.
+    The phases follow one another: calibrate, validate the start, try learning rates, train, validate the end. A position counts
+    micro-batches over all phases, from 0. One optimizer step takes `accumulate` micro-batches of training, one after the other. A rate
+    is tried for `trial_steps` of them, 0 where none is tried.
     """
 
     calibrate: int
     validate: int
     train: int
     accumulate: int = 1
+    trial_steps: int = 0
 
     @classmethod
     def of(cls, config: LibraryConfig) -> Schedule:
@@ -109,12 +112,17 @@ class Schedule:
         micro_batch, accumulate = config.micro_batch_tokens, config.gradient_accumulation
         steps = count(config.tokens, micro_batch * accumulate)
         before = count(config.calibration_tokens, micro_batch), count(config.validation_tokens, micro_batch)
-        return cls(*before, steps * accumulate, accumulate)
+        return cls(*before, steps * accumulate, accumulate, trial_steps(steps) if config.learning_rate == AUTO else 0)
 
     @property
     def steps(self) -> int:
         """The number of optimizer steps."""
         return self.train // self.accumulate
+
+    @property
+    def trials(self) -> int:
+        """The micro-batches of all trials of learning rates."""
+        return len(RATES) * self.trial_steps * self.accumulate
 
     @property
     def rise_window(self) -> int:
@@ -124,13 +132,14 @@ class Schedule:
     @property
     def positions(self) -> int:
         """The number of positions of all phases together."""
-        return self.calibrate + 2 * self.validate + self.train
+        return self.calibrate + 2 * self.validate + self.trials + self.train
 
     def phase(self, position: int) -> tuple[Phase, int]:
         """The phase of a position, and the position's number within that phase. Raises ValueError past the last phase."""
         lengths: tuple[tuple[Phase, int], ...] = (
             ("calibrate", self.calibrate),
             ("validate_start", self.validate),
+            ("try", self.trials),
             ("train", self.train),
             ("validate_end", self.validate),
         )
@@ -143,9 +152,12 @@ class Schedule:
     def data_number(self, position: int) -> int:
         """Which micro-batch of the data stream a position reads.
 
-        Both validations read the same micro-batches. Training does not read them in its first epoch.
+        Both validations read the same micro-batches. Training does not read them in its first epoch. Every trial of a learning rate
+        reads the first ones of training.
         """
         phase, number = self.phase(position)
         if phase.startswith("validate"):
             return number
-        return self.validate + number + (self.calibrate if phase == "train" else 0)
+        if phase == "try":
+            number %= self.trial_steps * self.accumulate
+        return self.validate + number + (0 if phase == "calibrate" else self.calibrate)

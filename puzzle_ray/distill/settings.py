@@ -11,6 +11,12 @@ from pydantic import Field, field_validator, model_validator
 from puzzle_ray.families.registry import ffn_width
 from puzzle_ray.settings import Count, DType, Fraction, NonNegative, Positive, Section
 
+AUTO: Literal["auto"] = "auto"
+
+
+def _number(given: Any, above: float) -> bool:
+    return isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given) and given > above
+
 
 class BlockLoss(Section):
     """Weights of the terms that a block variant minimises; each is 0 for a perfect copy of the parent.
@@ -40,6 +46,17 @@ class EarlyStop(Section):
     patience: Count = 2  # windows without improvement
 
 
+def _rate_or_auto(given: Any) -> Any:
+    """A learning rate as it is given, if it is one."""
+    if given == AUTO:
+        return given
+    with suppress(ValueError):  # YAML reads 1e-4 as a text
+        given = float(given) if isinstance(given, str) else given
+    if _number(given, above=0):
+        return given
+    raise ValueError("write a number above 0, or auto")
+
+
 LEAST_CALIBRATION_TOKENS = 16_384
 CALIBRATION_TOKENS_PER_FEATURE = 4
 
@@ -56,7 +73,8 @@ class LibraryConfig(Section):
     value and the sensitivity to noise of every variant beside the parent's own; what stands out is a warning.
 
     With `gradient_accumulation` an optimizer step takes several micro-batches; its loss is the mean of theirs. The learning rate, early
-    stop and loss curves count optimizer steps.
+    stop and loss curves count optimizer steps. With `learning_rate: auto` every variant finds its own by short trials, see
+    `puzzle_ray.distill.rate_trials`.
     """
 
     mode: Literal["decoupled", "coupled"] = "decoupled"
@@ -70,7 +88,7 @@ class LibraryConfig(Section):
     validation_tokens: Count = 8_192
     micro_batch_tokens: Count = 2048
     gradient_accumulation: Count = 1  # micro-batches in one optimizer step
-    learning_rate: Positive = 1e-3
+    learning_rate: float | Literal["auto"] = 1e-3
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     weight_decay: NonNegative = 0.0
     gradient_clip: Positive = 1.0
@@ -80,6 +98,11 @@ class LibraryConfig(Section):
     parent_dtype: DType = "float32"  # in which the parent computes its activations
     activation_dtype: DType = "float32"  # in which activations go from the parent to the trainers
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast; weights, optimizer and loss stay float32
+
+    @field_validator("learning_rate", mode="before")
+    @classmethod
+    def _rate(cls, given: Any) -> Any:
+        return _rate_or_auto(given)
 
     @model_validator(mode="after")
     def _coupled_is_narrow(self) -> LibraryConfig:
@@ -123,11 +146,6 @@ MIXES: dict[str, Mix] = {
     "lm+kld+cosine": (1.0, 1.0, 1.0),
 }
 Preset = Literal["none", "lm", "kld", "cosine", "lm+kld", "lm+cosine", "kld+cosine", "lm+kld+cosine", "paper"]
-AUTO: Literal["auto"] = "auto"
-
-
-def _number(given: Any, above: float) -> bool:
-    return isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given) and given > above
 
 
 class LmTokens(Section):
@@ -238,13 +256,7 @@ class GkdConfig(Section):
     @field_validator("learning_rate", mode="before")
     @classmethod
     def _rate(cls, given: Any) -> Any:
-        if given == AUTO:
-            return given
-        with suppress(ValueError):  # YAML reads 1e-4 as a text
-            given = float(given) if isinstance(given, str) else given
-        if _number(given, above=0):
-            return given
-        raise ValueError("write a number above 0, or auto")
+        return _rate_or_auto(given)
 
     @field_validator("cosine_layers", mode="before")
     @classmethod

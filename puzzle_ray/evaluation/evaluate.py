@@ -56,7 +56,7 @@ class Reference:
     """
 
     def __init__(self, parent: Any, batches: Sequence[Tensor], separator: int | None = None) -> None:
-        self.head, self.batches = Head.of(parent), [ids.to(parent.device) for ids in batches]
+        self.head, self.batches = Head.of(parent).alone(), [ids.to(parent.device) for ids in batches]
         self.separator = separator
         self.finals = [self._final(parent, ids) for ids in self.batches]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,6 +46,12 @@ class Head:
         divisor = getattr(config, descriptor.logits_divisor) if descriptor.logits_divisor else None
         softcap = getattr(config, descriptor.logits_softcap) if descriptor.logits_softcap else None
         return cls(model.get_submodule(descriptor.head), divisor, softcap)
+
+    def alone(self) -> Head:
+        """The same in memory of its own. On a CPU, a weight that was read from a file keeps the whole mapped file in memory."""
+        weight = self.linear.weight
+        assert isinstance(weight, Tensor)
+        return replace(self, linear=copy.deepcopy(self.linear)) if weight.device.type == "cpu" else self
 
     @property
     def vocab_size(self) -> int:

@@ -11,22 +11,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from puzzle_ray.artifacts import KINDS, PARENT
 from puzzle_ray.config import RunConfig
+from puzzle_ray.distill.schedule import Schedule
 from puzzle_ray.distill.settings import AUTO
-from puzzle_ray.models.head import chunk_tokens
 from puzzle_ray.planning.activations import masks_of
 from puzzle_ray.planning.block_training import group_parts, trainer_of, trainers_of_layers
 from puzzle_ray.planning.distilling import candidates_demand, gkd_demand
+from puzzle_ray.planning.evaluating import evaluation_demand
 from puzzle_ray.planning.needs import Demand, Work
 from puzzle_ray.planning.sizes import FLOAT32_BYTES, Sizes
 from puzzle_ray.scoring.plan import dtype_bytes, shard_bytes
 from puzzle_ray.scoring.replacements import all_replacements
 
-# Float32 tensors of the size of a chunk's logits: of both models, their log-probabilities, and two of their KL.
-_LOGITS_COMPARED = 6
 __all__ = ["Demand", "Sizes", "Work", "demands", "works"]
 
 
@@ -110,23 +107,6 @@ def scores_demand(config: RunConfig, model_config: Any, sizes: Sizes) -> Demand:
     return Demand("scores", "parent shard", len(runs), parts, config.cluster.gpus_per_shard, remedy, "lower cluster.num_shards")
 
 
-def evaluation_demand(config: RunConfig, sizes: Sizes, gpu_bytes: int) -> Demand:
-    """Of who times models: two together where they fit, else one after the other; on several GPUs each is spread over them."""
-    profile = config.profile
-    timed_in = "bfloat16" if profile.dtype == "fp8" else profile.dtype  # what is estimated in fp8 is timed in bfloat16
-    each = sizes.total * dtype_bytes(timed_in)
-    alone = bool(profile.num_gpus and gpu_bytes and 2 * each > gpu_bytes * max(1, profile.num_gpus))
-    parts = {"one model": each} if alone else {"two models": 2 * each}
-    vocab_size = sizes.config.vocab_size
-    tokens = min(
-        config.evaluate.micro_batch_tokens, chunk_tokens(vocab_size, torch.device("cuda" if profile.num_gpus else "cpu"))
-    )
-    parts["logits"] = _LOGITS_COMPARED * tokens * vocab_size * FLOAT32_BYTES
-    parts |= masks_of(config, sizes.config, config.evaluate.micro_batch_tokens, FLOAT32_BYTES)
-    remedy = "raise profile.num_gpus: a model is spread over so many GPUs of a node; with 0 it is evaluated in the host's memory"
-    return Demand("evaluation", "worker", 1, parts, float(profile.num_gpus), remedy)
-
-
 def works(config: RunConfig, model_config: Any, sizes: Sizes) -> list[Work]:
     """What the heavy stages compute."""
     library, depth = config.library, model_config.num_hidden_layers
@@ -146,10 +126,11 @@ def works(config: RunConfig, model_config: Any, sizes: Sizes) -> list[Work]:
     scored = sum(2.0 * behind[r.layer] for r in all_replacements(sizes.space, config.scoring.granularity))
     checkpoint = sum(sum(trainer_of(sizes, n)[k] for k in ("variants", "start weights", "optimizer")) for n in range(depth))
     used = sum(demand.gpu_share * demand.count for demand in library_demands(config, sizes))
+    trained_on = library.tokens + Schedule.of(library.for_parent(model_config)).trials * library.micro_batch_tokens
     stages = [
         Work(
             "library",
-            library.tokens * (2.0 * sum(sizes.layers) + trained),
+            trained_on * (2.0 * sum(sizes.layers) + trained),
             library.compute_dtype,
             store,
             store * library.micro_batch_tokens * library.in_flight(shards),

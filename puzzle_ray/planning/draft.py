@@ -16,6 +16,7 @@ IN_KEYS = (
     "library.activation_dtype",
     "library.compute_dtype",
     "library.micro_batch_tokens",
+    "library.learning_rate",
     "scoring.dtype",
     "scoring.micro_batch_tokens",
     "gkd.use_gpu",

@@ -10,8 +10,8 @@ What a config says itself always holds. Everything else here is a pure function 
 A later run in the same store is given what the first one decided of the settings in `IN_KEYS`, see `puzzle_ray.planning.settled`.
 
 GKD: `gkd.step_tokens` is what one step is to have, whatever the cluster; workers, micro-batches and `gkd.gradient_accumulation` make
-it. Where nobody says, a step is what the workers have room for, and the learning rate is found by a range test (`auto`). The learning
-rate of the library is never chosen here.
+it. Where nobody says, a step is what the workers have room for, and the learning rate is found by a range test (`auto`). So it is with
+the library: where a step of its variants is what a GPU has room for, each finds its learning rate by trials (`auto`).
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from puzzle_ray.artifacts import SearchSpace
 from puzzle_ray.config import RunConfig, validated
 from puzzle_ray.distill.settings import AUTO
 from puzzle_ray.planning.block_training import trainers_of_layers
-from puzzle_ray.planning.demand import demands, evaluation_demand, library_demands, scores_demand
+from puzzle_ray.planning.demand import demands, library_demands, scores_demand
 from puzzle_ray.planning.distilling import gkd_demand
 from puzzle_ray.planning.draft import AS_SHARES, IN_KEYS, STEP, Draft, is_set, value_of
+from puzzle_ray.planning.evaluating import evaluation_demand
 from puzzle_ray.planning.hardware import Seen, problems, room_bytes
 from puzzle_ray.planning.needs import Demand
 from puzzle_ray.planning.sizes import Sizes
@@ -210,7 +211,11 @@ def _micro_batches(draft: Draft, sizes: Sizes, gpus: Seen) -> None:
             draft.decide(name, tokens, f"the most, of at most {most}, that has room")
 
     if cluster.gpus_per_trainer or cluster.gpus_per_shard:
+        unknown = draft.open("library.micro_batch_tokens")
         largest("library.micro_batch_tokens", LARGEST_LIBRARY_TOKENS, lambda c: library_demands(c, sizes))
+        if unknown:
+            draft.decide("library.learning_rate", AUTO, "a step is what a GPU has room for, and no rate is known for it")
+    draft.leave(("library.learning_rate",))
     if cluster.gpus_per_shard:
         largest("scoring.micro_batch_tokens", LARGEST_SCORING_TOKENS, lambda c: [scores_demand(c, sizes.config, sizes)])
 

@@ -34,6 +34,7 @@ class Sizes:
         self._variants: dict[tuple[int, str, str], tuple[int, bool]] = {}
         self._shards: dict[tuple[range, str], int] = {}
         self.trainers: dict[tuple[int, int, int], dict[str, int]] = {}  # what is counted of block trainers, see `block_training`
+        self.evaluated: dict[tuple[Any, ...], Any] = {}  # what is counted of the evaluation, see `evaluating`
 
     def distinct(self, runs: Sequence[range]) -> list[range]:
         """One of each sort of equal runs of layers."""

@@ -138,6 +138,11 @@ def peak_bytes(build: Callable[[], Any], batch_size: int, tokens: int) -> int:
     """
     with FakeTensorMode(), torch.inference_mode():
         model, ids = build(), torch.zeros(batch_size, tokens, dtype=torch.long)
-        with _Live() as live:
-            model(ids, use_cache=False, logits_to_keep=1)
+        return peak_of(lambda: model(ids, use_cache=False, logits_to_keep=1))
+
+
+def peak_of(work: Callable[[], object]) -> int:
+    """The most bytes of the tensors that some work makes, at once. Use it inside of `FakeTensorMode`."""
+    with _Live() as live:
+        work()
     return live.peak

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from puzzle_ray.distill.losses import cosine_distance_per_sequence, kl_per_token, normalised_mse_per_sequence
 from puzzle_ray.models.head import Head
+from puzzle_ray.process import nothing_large_kept
 
 # B sequences, T tokens, N tokens of all sequences, V vocabulary, D hidden
 
@@ -88,21 +89,30 @@ def compare_heads(
     parent: Head, child: Head, input_ids_BT: Tensor, parent_hidden_BTD: Tensor, hidden_BTD: Tensor
 ) -> PredictionMetrics:
     """The same where the parent has final hidden states and a head, too: nobody's logits are ever whole."""
-    ids_N, flat = next_ids(input_ids_BT), parent_hidden_BTD.flatten(0, 1)
-    parts = []
-    for part, logits in child.chunks(hidden_BTD):
-        log_probs = parent.logits(flat[part]).float().log_softmax(-1)
-        parts.append(_token_measures(log_probs, logits, ids_N[part]))
+    parts = measures_of_heads(parent, child, next_ids(input_ids_BT), parent_hidden_BTD, hidden_BTD)
     return _metrics_of(parts, input_ids_BT, parent_hidden_BTD, hidden_BTD)
+
+
+def measures_of_heads(
+    parent: Head, child: Head, next_ids_N: Tensor, parent_hidden_BTD: Tensor, hidden_BTD: Tensor
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """What `compare_heads` computes of every token, a few tokens at a time."""
+    flat, parts = parent_hidden_BTD.flatten(0, 1), []
+    with nothing_large_kept():
+        for part, logits in child.chunks(hidden_BTD):
+            # unnamed, the parent's log-probabilities are gone before the next chunk's logits
+            parts.append(_token_measures(parent.logits(flat[part]).float().log_softmax(-1), logits, next_ids_N[part]))
+    return parts
 
 
 @torch.no_grad()
 def parents_own(parent: Head, input_ids_BT: Tensor, parent_hidden_BTD: Tensor) -> PredictionMetrics:
     """The parent compared with itself: its next-token loss, and no damage but rounding."""
     ids_N, parts = next_ids(input_ids_BT), []
-    for part, logits in parent.chunks(parent_hidden_BTD):
-        log_probs = logits.float().log_softmax(-1)
-        parts.append(_token_measures(log_probs, log_probs, ids_N[part]))
+    with nothing_large_kept():
+        for part, logits in parent.chunks(parent_hidden_BTD):
+            log_probs = logits.float().log_softmax(-1)
+            parts.append(_token_measures(log_probs, log_probs, ids_N[part]))
     return _metrics_of(parts, input_ids_BT, parent_hidden_BTD, parent_hidden_BTD)
 
 
@@ -121,7 +131,7 @@ def _token_measures(parent_log_probs_NV: Tensor, logits_NV: Tensor, next_ids_N: 
     parents_best = logits.gather(-1, best)
     ahead = ~(logits <= parents_best)  # also where a logit is NaN
     ahead |= (logits == parents_best) & (torch.arange(logits.shape[-1], device=logits.device) < best)
-    return kl, next_one, ahead.sum(-1)
+    return kl, next_one, ahead.sum(-1, dtype=torch.int32)  # as int64, each comparison would take 8 bytes until they are added up
 
 
 def _metrics_of(

@@ -57,7 +57,7 @@ BAD = {
     "holds itself": (config("library: &x {tokens: *x}"), "is not YAML (Circular reference"),
     "a huge seed": (config(f"seed: {10**30}"), "seed: Input should be less than"),
     "a huge count": (config(f"library: {{tokens: {10**30}}}"), "library.tokens: Input should be less than"),
-    "not a number": (config("library: {learning_rate: .nan}"), "library.learning_rate: Input should be "),
+    "not a number": (config("library: {learning_rate: .nan}"), "library.learning_rate: write a number above 0, or auto"),
     "infinite": (config("cluster: {step_timeout_s: .inf}"), "cluster.step_timeout_s: Input should be a finite number"),
     "a section that is a list": (config("library: [1]"), "library: Input should be a valid dictionary"),
     "an unknown setting": (config("library: {token: 1}"), "library.token: unknown setting; did you mean 'tokens'?"),

@@ -36,6 +36,7 @@ from puzzle_ray.models.head import final_states
 from puzzle_ray.models.masks import mask_bytes_per_token
 from puzzle_ray.pipeline import compress
 from puzzle_ray.planning.demand import Sizes, demands, works
+from puzzle_ray.planning.evaluating import evaluation_phases
 from puzzle_ray.progress import Quiet
 from puzzle_ray.store import Store
 from puzzle_ray.variants.space import search_space
@@ -164,8 +165,12 @@ def test_a_plan_counts_them_where_documents_are_masked():
     repeated = 2 * 2 * 8  # keys and values of two heads more
     assert masked["gkd", "worker"]["attention masks"] == 64 * (2 * 32 + 3 * 4 * (32 + repeated))
     one_layer = 2048 * (2 * 32 + 4 * (32 + repeated))
-    for process in (("library", "parent shard"), ("library", "block trainer"), ("evaluation", "worker")):
+    for process in (("library", "parent shard"), ("library", "block trainer")):
         assert masked[process] == plain[process] | {"attention masks": one_layer}
+    wide = tiny_config(intermediate_size=512)  # where a forward pass of the evaluation holds more than its logits
+    wide_sizes = Sizes(wide, search_space(wide, ("noop",), ("noop",), 8))
+    without, with_masks = (evaluation_phases(config, wide_sizes, 0)["a child is read"] for config in (off, on))
+    assert with_masks == {**without, "attention masks": one_layer}
     small_works = [{w.stage: w for w in works(settings, small, sizes)} for settings in (off, on)]
     before, after = (found["library"] for found in small_works)
     assert after.store_bytes_per_token == before.store_bytes_per_token + 4 and after.flops == before.flops
@@ -180,7 +185,7 @@ def test_a_plan_counts_them_where_documents_are_masked():
     assert found["architecture", "candidate"] == masked["gkd", "worker"]["attention masks"], (
         "candidates are distilled in one stage"
     )
-    assert found["library", "block trainer"] == found["evaluation", "worker"] == one_layer
+    assert found["library", "block trainer"] == one_layer
     shard = ("scores", "parent shard")
     assert masked[shard] == plain[shard] | {"working": plain[shard]["working"] + one_layer}
 

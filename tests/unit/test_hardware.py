@@ -67,6 +67,7 @@ def test_what_is_set_holds_on_every_cluster():
             "activation_dtype": "float32",
             "compute_dtype": "float32",
             "micro_batch_tokens": 512,
+            "learning_rate": 0.002,
         },
         "scoring": {"dtype": "float32", "micro_batch_tokens": 768},
         "gkd": {"use_gpu": True, "num_workers": 3, "micro_batch_tokens": 256, "gradient_accumulation": 5, "learning_rate": 0.01},
@@ -109,10 +110,12 @@ def test_micro_batches_shrink_with_the_memory_until_nothing_helps():
 
 
 def test_a_model_that_no_gpu_holds_is_measured_on_several_of_a_node():
-    big = tiny_config(hidden_size=1024, intermediate_size=4096, num_attention_heads=8, head_dim=128, num_hidden_layers=4)
+    wide = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8, "head_dim": 128, "num_hidden_layers": 4}
+    big = tiny_config(**wide, dtype="bfloat16")
     size = GIB + (200 << 20)  # a model takes 0.12 GiB, two are timed together, and a GPU's context takes 1 GiB
+    little = {"evaluate": {"tokens": 512, "micro_batch_tokens": 256}}
     for count, expected in ((4, 2), (2, 2), (1, 0)):
-        found = decided(config(), [Node(gpus=Gpus(count, "card", size))] * 2, model_config=big)
+        found = decided(config(**little), [Node(gpus=Gpus(count, "card", size))] * 2, model_config=big)
         assert found.config.profile.num_gpus == expected
         assert found.config.profile.memory_mib == (expected * size >> 20 or None)
         assert any("no node's GPUs hold it" in line for line in found.warnings) == (not expected)
@@ -210,6 +213,20 @@ def test_what_the_first_run_did_not_use_or_was_told_is_left_to_later_ones(tmp_pa
     assert settle(config(), SMALL, CPUS, store).config.gkd.identity() == later.config.gkd.identity(), "it has a note of its own"
     apart = decided(config(gkd={"use_gpu": False}), H100).noted
     assert "library.compute_dtype" in apart and not [name for name in apart if name.startswith("gkd.")]
+
+
+def test_the_librarys_rate_is_found_where_a_gpu_decides_what_a_step_is():
+    for nodes, settings, rate in (
+        (H100, {}, "auto"),
+        (CPUS, {}, 1e-3),
+        (H100, {"library": {"micro_batch_tokens": 512}}, 1e-3),
+        (H100, {"library": {"learning_rate": 5e-4}}, 5e-4),
+        (CPUS, {"library": {"learning_rate": "auto"}}, "auto"),
+        (H100, {"cluster": {"gpus_per_shard": 0, "gpus_per_trainer": 0}}, 1e-3),
+    ):
+        assert decided(config(**settings), nodes).config.library.learning_rate == rate, settings
+    older = {name: value for name, value in decided(config(), H100).noted.items() if name != "library.learning_rate"}
+    assert decided(config(), H100, older).config.library.learning_rate == 1e-3, "a store whose first run did not find rates"
 
 
 def test_a_profile_is_of_the_machine_that_is_there(tmp_path):

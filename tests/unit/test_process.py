@@ -93,6 +93,26 @@ print(held - psutil.Process().memory_info().rss)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another libc")
+def test_for_a_while_nothing_large_is_kept():
+    script = """
+import psutil, torch
+from puzzle_ray.process import compute_with, nothing_large_kept
+compute_with(1)
+def kept():
+    blocks = [torch.ones(1 << 24) for _ in range(4)]  # 64 MiB each
+    held = psutil.Process().memory_info().rss
+    del blocks
+    return 256 - (held - psutil.Process().memory_info().rss >> 20)
+with nothing_large_kept():
+    during = kept()
+print(during, kept())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    during, after = map(int, done.stdout.split())
+    assert during < 32 and after > 192
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another libc")
 def test_what_lies_in_gaps_goes_back_where_it_is_asked_for_and_is_not_much_beside_what_stays():
     script = """
 import psutil, torch

@@ -1,0 +1,119 @@
+"""What the process of the evaluation holds: in each of its phases, and the most of them.
+
+It reads the parent, then every child beside what it keeps of the parent, a few tokens' logits at a time; then it times parent and child
+side by side. See `puzzle_ray.evaluation.evaluate`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from puzzle_ray.artifacts import LayerChoice
+from puzzle_ray.config import RunConfig
+from puzzle_ray.evaluation.evaluate import ROOM
+from puzzle_ray.models.blocks import stack_without_weights
+from puzzle_ray.models.child import new_child
+from puzzle_ray.models.head import Head, chunk_tokens
+from puzzle_ray.planning.activations import masks_of
+from puzzle_ray.planning.needs import Demand
+from puzzle_ray.planning.sizes import FLOAT32_BYTES, Sizes
+from puzzle_ray.profiling.measure import stack_config
+from puzzle_ray.profiling.memory import kept_tokens, peak_bytes, peak_of
+from puzzle_ray.profiling.settings import ProfileConfig
+from puzzle_ray.scoring.metrics import measures_of_heads
+from puzzle_ray.scoring.plan import dtype_bytes
+
+Parts = dict[str, int]
+_LAYERS = 2  # of a model whose activations are counted: a deeper one holds no more at a time
+_WIDTH = 8  # of hidden states whose logits are counted: they are no larger for wider ones
+
+
+def evaluation_phases(config: RunConfig, sizes: Sizes, gpu_bytes: int, kept: float = 1.0) -> dict[str, Parts]:
+    """What is in memory in each phase, in bytes by kind. The child has the share `kept` of the parent's parameters.
+
+    Models are timed together where they fit, else one after the other; on several GPUs each is spread over them. `gpu_bytes` is the
+    memory of a GPU, 0 where it is not known.
+    """
+    profile, on_cpu = config.profile, not config.profile.num_gpus
+    own, timed_in = _own_dtype(sizes), "bfloat16" if profile.dtype == "fp8" else profile.dtype
+    parent, timed = sizes.total * dtype_bytes(own), sizes.total * dtype_bytes(timed_in)
+    kept_of_parent = {
+        "parent's head": sizes.config.vocab_size * sizes.config.hidden_size * dtype_bytes(own),
+        "parent's final states": config.evaluate.tokens * sizes.config.hidden_size * dtype_bytes(own),
+    }
+    reading = kept_of_parent | _reading(config, sizes, own)
+    phases: dict[str, Parts] = {"a child is read": {"one model": int(kept * parent)} | reading}
+    if on_cpu:  # where the head is a copy; on a GPU it is the parent's own
+        phases["the parent is read"] = {"one model": parent} | reading
+    alone = not on_cpu and bool(gpu_bytes) and ROOM * 2 * timed > gpu_bytes * max(1, profile.num_gpus)
+    models = {"one model": timed} if alone else {"two models": int((1 + kept) * timed)}
+    if on_cpu and own != timed_in:
+        phases["the child is loaded"] = models | {"its file": int(kept * parent)}
+    return phases | {"models are timed": models | _timing(profile, sizes, timed_in)}
+
+
+def evaluation_demand(config: RunConfig, sizes: Sizes, gpu_bytes: int) -> Demand:
+    """Of the phase that needs most."""
+    parts = max(evaluation_phases(config, sizes, gpu_bytes).values(), key=lambda each: sum(each.values()))
+    remedy = "raise profile.num_gpus: a model is spread over so many GPUs of a node; with 0 it is evaluated in the host's memory"
+    return Demand("evaluation", "worker", 1, parts, float(config.profile.num_gpus), remedy)
+
+
+def _own_dtype(sizes: Sizes) -> str:
+    """In which models are read: the one that the parent is stored in."""
+    return str(getattr(sizes.config, "dtype", None) or torch.float32).removeprefix("torch.")
+
+
+def _reading(config: RunConfig, sizes: Sizes, dtype: str) -> Parts:
+    """Of a forward pass over a micro-batch, or of the logits that are computed of its states: whatever is more."""
+    length, tokens = config.data.sequence_length, config.evaluate.micro_batch_tokens
+    batch = config.evaluate.sequences(length)
+    layers = {"activations": forward_bytes(sizes, dtype, batch, length)}
+    layers |= masks_of(config, sizes.config, tokens, FLOAT32_BYTES)
+    device = torch.device("cpu" if not config.profile.num_gpus else "cuda")
+    vocab_size = sizes.config.vocab_size
+    chunk = min(batch * length, chunk_tokens(vocab_size, device))
+    logits = {"logits": int(chunk * vocab_size * bytes_per_logit(sizes.stack.output_head, dtype))}
+    return max(layers, logits, key=lambda each: sum(each.values()))
+
+
+def _timing(profile: ProfileConfig, sizes: Sizes, dtype: str) -> Parts:
+    """Of the longest requests, at the largest batch size that is named: the KV cache of one model, and a prefill."""
+    named = profile.batch_sizes if isinstance(profile.batch_sizes, tuple) else ()
+    scenario, batch = profile.scenario, max(profile.scenario.batch_size, *named, 0)
+    key = ("kv", dtype)
+    if key not in sizes.evaluated:
+        descriptor, config = sizes.descriptor, sizes.config
+        _, model = stack_without_weights(descriptor, config, 0, len(sizes.layers), getattr(torch, dtype))
+        sizes.evaluated[key] = kept_tokens(model)
+    tokens = scenario.longest_tokens
+    cache = batch * sum(layer.bytes_each * layer.of(tokens) for layer in sizes.evaluated[key])
+    prompt = max(int(shape.input_tokens) for shape, _ in scenario.shapes)
+    return {"KV cache": cache, "activations": forward_bytes(sizes, dtype, batch, prompt)}
+
+
+def forward_bytes(sizes: Sizes, dtype: str, batch: int, tokens: int) -> int:
+    """The most that a forward pass holds besides weights and KV cache, of the real classes with shapes only."""
+    key = ("forward", dtype, batch, tokens)
+    if key not in sizes.evaluated:
+        kinds = dict.fromkeys(layer.layer_type for layer in sizes.space.layers)
+        build = partial(new_child, choices=[LayerChoice()] * _LAYERS, dtype=getattr(torch, dtype))
+        shapes = [stack_config(sizes.config, kind, _LAYERS) for kind in kinds]
+        sizes.evaluated[key] = max(peak_bytes(partial(build, shape), batch, tokens) for shape in shapes)
+    return int(sizes.evaluated[key])
+
+
+def bytes_per_logit(like: Head, dtype: str) -> float:
+    """What a logit of a child costs while it is compared with the parent's, by the function that does it, with shapes only."""
+    vocab_size = 1 << 12
+    tokens = 2 * chunk_tokens(vocab_size, torch.device("cpu"))  # two chunks: something of the first may stay
+    with FakeTensorMode(), torch.inference_mode():
+        head = replace(like, linear=nn.Linear(_WIDTH, vocab_size, bias=False, dtype=getattr(torch, dtype)))
+        states, ids = torch.zeros(1, tokens, _WIDTH, dtype=getattr(torch, dtype)), torch.zeros(tokens, dtype=torch.long)
+        most = peak_of(lambda: measures_of_heads(head, head, ids, states, states))
+    return most / (tokens // 2 * vocab_size)
