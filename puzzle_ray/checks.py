@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from puzzle_ray.artifacts import PARENT
 from puzzle_ray.config import TINY, RunConfig
 from puzzle_ray.data.sources import check_apart, check_source, named_sources
 from puzzle_ray.errors import ConfigError, ParentError
@@ -104,6 +105,11 @@ def _check_space(config: RunConfig, model_config: Any) -> None:
     space = configured_space(model_config, config.space, config.search.target_format)
     narrowed = library_space(space, config.library)
     check_resizing(model_config, narrowed)
+    if all(layer.attention == layer.ffn == (PARENT,) for layer in narrowed.layers):
+        problem = (
+            f"nothing in attention {list(config.space.attention)} and ffn {list(config.space.ffn)} differs from the parent's own"
+        )
+        raise ConfigError("space", problem, "name variants that are smaller than the parent's, such as gqa:50%, ffn:50% or noop")
     check_limits(narrowed, config.search.limits)
     starting_library(config.library, narrowed)
     profile = with_batch_sizes(config.profile, model_config, space, config.search.limits.memory_mib)
