@@ -139,8 +139,8 @@ def _checked_parent(config: RunConfig) -> Any:
     from puzzle_ray.models.manifest import check_weights
     from puzzle_ray.models.tokenizer import check_tokenizer, read_tokenizer
 
-    folder = locate(config.parent, config.revision)
-    model_config = read_config(folder, config.trust_remote_code)
+    folder = locate(config.parent, config.revision, config.trust_remote_code)
+    model_config = read_config(folder)
     describe(model_config)
     if getattr(model_config, "quantization_config", None):
         raise ParentError("parent", f"the weights of {config.parent!r} are quantized", "give the checkpoint they were made from")

@@ -45,7 +45,7 @@ class RunConfig(Section):
 
     parent: Name = TINY  # `tiny` (trained on this machine), a folder, or a hub id
     revision: str | None = None
-    trust_remote_code: bool = False  # code that comes with the parent's checkpoint may run
+    trust_remote_code: bool = False  # code that comes with the parent's tokenizer may run; a model's own never does
     store: Name = "runs"
     hardware: str | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0

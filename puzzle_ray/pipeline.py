@@ -237,7 +237,7 @@ def scores_of(s: Setting, tokens: Artifact, library: Artifact) -> Artifact:
     config = s.config.scoring
 
     def work(artifact: Artifact) -> None:
-        questions = load_questions(str(s.parent), config, s.model_config)
+        questions = load_questions(str(s.parent), config, s.model_config, trusted=s.config.trust_remote_code)
         data = (scoring_texts(s, tokens), s.space, config, artifact, Library(library).states, s.progress, questions)
         score_serially(s.stack(), *data, s.separator)
 
@@ -297,7 +297,7 @@ def exact(s: Setting, tokens: Artifact, library: Artifact, scores: Artifact) -> 
     """What makes scores exact where answers rest on estimates."""
     config = s.config.scoring
     artifact = s.store.artifact("exact_scores", {}, {"scores": scores.key})
-    questions = load_questions(str(s.parent), config, s.model_config)
+    questions = load_questions(str(s.parent), config, s.model_config, trusted=s.config.trust_remote_code)
     data = (scoring_texts(s, tokens), config, artifact, Library(library).states, s.progress, questions)
     scorer = SerialScorer(s.stack(), *data, s.separator)
 
@@ -339,7 +339,8 @@ def distilled_of(s: Setting, tokens: Artifact, child: Artifact) -> Artifact:
             tuple(ids.numpy() for ids in parts.pick.first(config.heldout_tokens, SEQUENCES)) if config.heldout_tokens else ()
         )
         parent = str(s.original.parent)
-        distill_child(GkdJob(parent, child, tokens, artifact, config, seed, None, heldout, s.separator), s.progress)
+        how = (config, seed, None, heldout, s.separator, s.config.trust_remote_code)
+        distill_child(GkdJob(parent, child, tokens, artifact, *how), s.progress)
 
     settings = {"gkd": config.identity(), "seed": seed, "torch": torch_series()} | s.config.data.mask_identity()
     inputs = {"child": child.key} | train_tokens_source(tokens)
@@ -357,9 +358,9 @@ def evaluation_of(
     def work(artifact: Artifact) -> None:
         compute_with(num_cores())
         batches = parts.test.first(config.tokens, config.sequences(s.config.data.sequence_length))
-        questions = load_questions(str(s.parent), scoring, s.model_config, "test")
+        questions = load_questions(str(s.parent), scoring, s.model_config, "test", s.config.trust_remote_code)
         how = (profile.scenario, config, profile.dtype, s.progress, profile.num_gpus, questions, s.separator)
-        found = evaluate(folders, batches, read_architecture(architecture), *how)
+        found = evaluate(folders, batches, read_architecture(architecture), *how, s.config.trust_remote_code)
         artifact.write_json(EVALUATION, found | {"heldout": parts.ranges})
         artifact.finish({name: found[name] for name in ("measured_speedup", "predicted_speedup")})
 
@@ -378,8 +379,8 @@ def quality_of(s: Setting, tokens: Artifact, child: Artifact, distilled: Artifac
     def work(artifact: Artifact) -> None:
         compute_with(1)  # as every reader computes
         counts = load_tokens(tokens)[0].counts(s.model_config.vocab_size)
-        quality = Quality(folders, parts.test, counts, config, s.config.asked_half, s.config.seed)
-        found = quality.run(AskHere(folders, config.batch_tokens, artifact, s.progress))
+        quality = Quality(folders, parts.test, counts, config, s.config.asked_half, s.config.seed, s.config.trust_remote_code)
+        found = quality.run(AskHere(folders, config.batch_tokens, artifact, s.progress, s.config.trust_remote_code))
         artifact.write_json(QUALITY, found)
         artifact.finish(quality_facts(found), drop=[f"{ANSWERS}/{name}" for name in artifact.names(ANSWERS)])
 
