@@ -140,6 +140,8 @@ def _checked_parent(config: RunConfig) -> Any:
     from puzzle_ray.models.tokenizer import check_tokenizer, read_tokenizer
 
     folder = locate(config.parent, config.revision, config.trust_remote_code)
+    if config.revision and ("://" in config.parent or folder == Path(config.parent).expanduser()):
+        raise ConfigError("revision", f"{config.revision!r} is of a hub id, and {config.parent!r} is none", "leave it out")
     model_config = read_config(folder)
     describe(model_config)
     if getattr(model_config, "quantization_config", None):

@@ -125,6 +125,7 @@ BAD = {
         config("data: {config_name: no}"),
         "data.config_name: Input should be a valid string: write it in quotes",
     ),
+    "a revision of a folder": (words("--set", "revision=main"), "revision: 'main' is of a hub id, and "),
     "a store that is a file": (words("--store", "FOLDER/text.txt"), "cannot be written"),
 }
 
