@@ -152,9 +152,8 @@ def check_prompt(config: EvaluateConfig, tokenizer: Any, max_positions: int | No
 def greedy_sample(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
     """The prompt and its greedy continuation."""
     ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=model.device)
-    out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
-    )
+    known = {"do_sample": False, "return_dict_in_generate": False, "pad_token_id": tokenizer.eos_token_id}
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, **known)
     return str(tokenizer.decode(out[0], skip_special_tokens=True))
 
 

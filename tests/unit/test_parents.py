@@ -200,6 +200,11 @@ BAD = {  # name: (what the folder is made of, how it is broken, what must be sai
         "of several parts .'gemma3'.*alone, .* of model_type 'gemma3_text'",
     ),
     "quantization_config": ({}, settings(quantization_config={"quant_method": "fp8"}), "are quantized"),
+    "generation_config_is_a_list": (
+        {},
+        text("generation_config.json", "[]"),
+        "generation_config.json holds no JSON object but a list",
+    ),
     "adapter": ({}, text("adapter_config.json", "{}"), "holds an adapter"),
     "weights_elsewhere": ({}, settings(transformers_weights="other.safetensors"), "has its weights in 'other.safetensors'"),
     "an_adapter_alone": (
