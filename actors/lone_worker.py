@@ -41,6 +41,7 @@ def evaluate(
     num_gpus: float,
     questions: Sequence[QuestionBatch] = (),
     separator: int | None = None,
+    trusted: bool = False,
 ) -> dict[str, Any]:
     """Measures the parent and its children side by side."""
     import torch
@@ -50,7 +51,8 @@ def evaluate(
 
     compute_with(num_threads)
     tensors = [torch.from_numpy(batch.copy()) for batch in batches]
-    return library.evaluate(folders, tensors, architecture, scenario, config, dtype, Quiet(), num_gpus, questions, separator)
+    how = (Quiet(), num_gpus, questions, separator, trusted)
+    return library.evaluate(folders, tensors, architecture, scenario, config, dtype, *how)
 
 
 def predict(

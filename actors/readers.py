@@ -24,12 +24,14 @@ STAGE = "quality"
 class ReaderProcess:
     """Answers for whichever model it is asked about; the one it was asked about last is in memory."""
 
-    def __init__(self, folders: Mapping[str, str], batch_tokens: int, num_threads: int, num_gpus: float = 0) -> None:
+    def __init__(
+        self, folders: Mapping[str, str], batch_tokens: int, num_threads: int, num_gpus: float = 0, trusted: bool = False
+    ) -> None:
         from puzzle_ray.process import compute_with, devices_for
 
         compute_with(num_threads)
         self.folders, self.batch_tokens, self.devices = dict(folders), batch_tokens, devices_for(num_gpus)
-        self.name = ""
+        self.name, self.trusted = "", trusted
         self.reader: Reader | None = None
 
     def node(self) -> str:
@@ -40,7 +42,7 @@ class ReaderProcess:
         name, chunk = asked
         if name != self.name or self.reader is None:
             self.reader = None  # its memory goes before the next one comes
-            self.name, self.reader = name, Reader(self.folders[name], self.batch_tokens, self.devices)
+            self.name, self.reader = name, Reader(self.folders[name], self.batch_tokens, self.devices, self.trusted)
         return self.reader.answer(chunk)
 
 
@@ -53,10 +55,16 @@ class AskOnRay:
     """Hands chunks to a pool; what is answered is kept in the stage's folder, and not asked again by the next run."""
 
     def __init__(
-        self, folders: Mapping[str, str], batch_tokens: int, cluster: ClusterConfig, artifact: Artifact, progress: Progress
+        self,
+        folders: Mapping[str, str],
+        batch_tokens: int,
+        cluster: ClusterConfig,
+        artifact: Artifact,
+        progress: Progress,
+        trusted: bool = False,
     ) -> None:
         self.folders, self.batch_tokens, self.cluster = folders, batch_tokens, cluster
-        self.artifact, self.progress = artifact, progress
+        self.artifact, self.progress, self.trusted = artifact, progress, trusted
         self.pool: Pool[ActorHandle[Any], Asked] | None = None
         self.room = 0
 
@@ -88,7 +96,7 @@ class AskOnRay:
             start = ReaderActor.options(**options)  # type: ignore[attr-defined]
 
             def start_one() -> tuple[ActorHandle[Any], list[ActorHandle[Any]]]:
-                reader = start.remote(self.folders, self.batch_tokens, 1, gpus)
+                reader = start.remote(self.folders, self.batch_tokens, 1, gpus, self.trusted)
                 return reader, [reader]
 
             self.pool = Pool(start_one, terms)
@@ -103,10 +111,15 @@ class AskOnRay:
 
 @contextmanager
 def asking(
-    folders: Mapping[str, str], batch_tokens: int, cluster: ClusterConfig, artifact: Artifact, progress: Progress
+    folders: Mapping[str, str],
+    batch_tokens: int,
+    cluster: ClusterConfig,
+    artifact: Artifact,
+    progress: Progress,
+    trusted: bool = False,
 ) -> Iterator[AskOnRay]:
     """Readers for as long as they are needed."""
-    ask = AskOnRay(folders, batch_tokens, cluster, artifact, progress)
+    ask = AskOnRay(folders, batch_tokens, cluster, artifact, progress, trusted)
     try:
         yield ask
     finally:

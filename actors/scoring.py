@@ -146,8 +146,8 @@ class _Pipelines:
         self.pipelines.close()
 
 
-def _evaluation_data(parent: str, model_config: Any, config: ScoringConfig, tokens: Tokens) -> EvaluationData:
-    questions = load_questions(parent, config, model_config)
+def _evaluation_data(parent: str, model_config: Any, config: ScoringConfig, tokens: Tokens, trusted: bool) -> EvaluationData:
+    questions = load_questions(parent, config, model_config, trusted=trusted)
     sequences = config.micro_batch_tokens // tokens.sequences.shape[1]
     return EvaluationData([batch.numpy() for batch in tokens.first(config.tokens, sequences)], questions, tokens.separator)
 
@@ -161,10 +161,14 @@ def score_blocks(
     tokens: Tokens,
     artifact: Artifact,
     progress: Progress,
+    trusted: bool = False,
 ) -> Scores:
-    """Scores every item that is not in the step yet. Raises ClusterError when shards cannot be placed or stop answering."""
+    """Scores every item that is not in the step yet. Raises ClusterError when shards cannot be placed or stop answering.
+
+    `trusted`: the tokenizer's own code may run, for questions.
+    """
     model_config = read_config(locate(parent))
-    data = _evaluation_data(parent, model_config, config, tokens)
+    data = _evaluation_data(parent, model_config, config, tokens, trusted)
     items = all_replacements(space, config.granularity)
     wanted, shortlist = items, None
     pipelines = _Pipelines(parent, cluster, config, data, len(items))
@@ -193,9 +197,10 @@ def scoring(
     tokens: Tokens,
     artifact: Artifact,
     progress: Progress,
+    trusted: bool = False,
 ) -> Iterator[Callable[[Sequence[Replacement]], list[ScoreRow]]]:
     """A function that scores items exactly, one at a time, as they are asked for; what it found is kept in the step."""
-    data = _evaluation_data(parent, read_config(locate(parent)), config, tokens)
+    data = _evaluation_data(parent, read_config(locate(parent)), config, tokens, trusted)
     pipelines = _Pipelines(parent, cluster, config, data, len(all_replacements(space, config.granularity)))
     try:
         yield lambda items: _score(pipelines, items, config.alone, library, artifact, progress)

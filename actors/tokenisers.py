@@ -48,11 +48,10 @@ class ParentTokenizer:
     trust_remote_code: bool = False
 
     def read(self) -> Any:
-        from puzzle_ray.models.checkpoint import locate
-        from puzzle_ray.models.tokenizer import read_tokenizer
+        from puzzle_ray.models.tokenizer import tokenizer_of
 
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process has one core; other processes have the others
-        return read_tokenizer(locate(self.parent), self.trust_remote_code)
+        return tokenizer_of(self.parent, self.trust_remote_code)
 
 
 class TextReader:

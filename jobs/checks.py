@@ -37,6 +37,10 @@ def check_cluster(config: RunConfig) -> None:
     for where, wanted in needs.items():
         if wanted > have and not config.cluster.autoscaling:
             raise ClusterError(where, f"{wanted} CPUs are needed and the cluster has {have}", f"lower {where}, or add nodes")
+    have, wanted = int(ray.cluster_resources().get("GPU", 0)), needs[workers]
+    if config.gkd.use_gpu and config.gkd.trains and wanted > have and not config.cluster.autoscaling:  # the last to ask for some
+        problem = f"{wanted} GPUs are needed, one a worker, and the cluster has {have}"
+        raise ClusterError(workers, problem, f"lower {workers}, add nodes, or set gkd.use_gpu: false")
     for line in idle(config, gpus_in_all()):
         print(f"  WARNING: {line}", file=sys.stderr, flush=True)
     if joins(config.cluster) or len(all_nodes()) > 1:

@@ -197,7 +197,9 @@ class Run:
             return Parent.at(str(Path(named).expanduser().absolute()))
         if "://" in named:
             return Parent.at(named)
-        commit = locate(named, self.config.revision).name  # the hub's cache names a snapshot's folder by its commit
+        commit = locate(
+            named, self.config.revision, self.config.trust_remote_code
+        ).name  # the hub's cache names a snapshot's folder by its commit
         return Parent.at(f"{named}@{commit}")
 
     @cached_property

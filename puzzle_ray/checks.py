@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from puzzle_ray.artifacts import PARENT
 from puzzle_ray.config import TINY, RunConfig
 from puzzle_ray.data.sources import check_apart, check_source, named_sources
 from puzzle_ray.errors import ConfigError, ParentError
@@ -104,6 +105,11 @@ def _check_space(config: RunConfig, model_config: Any) -> None:
     space = configured_space(model_config, config.space, config.search.target_format)
     narrowed = library_space(space, config.library)
     check_resizing(model_config, narrowed)
+    if all(layer.attention == layer.ffn == (PARENT,) for layer in narrowed.layers):
+        problem = (
+            f"nothing in attention {list(config.space.attention)} and ffn {list(config.space.ffn)} differs from the parent's own"
+        )
+        raise ConfigError("space", problem, "name variants that are smaller than the parent's, such as gqa:50%, ffn:50% or noop")
     check_limits(narrowed, config.search.limits)
     starting_library(config.library, narrowed)
     profile = with_batch_sizes(config.profile, model_config, space, config.search.limits.memory_mib)
@@ -133,8 +139,10 @@ def _checked_parent(config: RunConfig) -> Any:
     from puzzle_ray.models.manifest import check_weights
     from puzzle_ray.models.tokenizer import check_tokenizer, read_tokenizer
 
-    folder = locate(config.parent, config.revision)
-    model_config = read_config(folder, config.trust_remote_code)
+    folder = locate(config.parent, config.revision, config.trust_remote_code)
+    if config.revision and ("://" in config.parent or folder == Path(config.parent).expanduser()):
+        raise ConfigError("revision", f"{config.revision!r} is of a hub id, and {config.parent!r} is none", "leave it out")
+    model_config = read_config(folder)
     describe(model_config)
     if getattr(model_config, "quantization_config", None):
         raise ParentError("parent", f"the weights of {config.parent!r} are quantized", "give the checkpoint they were made from")

@@ -62,7 +62,7 @@ class Setting:
             return locate(self.after.child.path("child"))
         if self.config.parent == TINY:
             return self.tiny_parent.local_folder("parent") / "model"
-        return locate(self.config.parent, self.config.revision)
+        return locate(self.config.parent, self.config.revision, self.config.trust_remote_code)
 
     @cached_property
     def parent_key(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from datetime import date
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -29,6 +30,7 @@ from puzzle_ray.variants.space import SpaceConfig
 
 TINY = "tiny"
 HARDWARE = "auto"  # the cluster that is there decides
+_OCTAL = re.compile("0[0-7]+")
 _LONGEST = 200  # characters of what a user wrote, in an error
 _KIND_OF_VALUE = re.compile(r"(constrained-)?(int|str|float|bool)|(literal|tuple|list|dict|function-\w+)\[.*\]|\[key\]", re.S)
 
@@ -43,7 +45,7 @@ class RunConfig(Section):
 
     parent: Name = TINY  # `tiny` (trained on this machine), a folder, or a hub id
     revision: str | None = None
-    trust_remote_code: bool = False  # code that comes with the parent's checkpoint may run
+    trust_remote_code: bool = False  # code that comes with the parent's tokenizer may run; a model's own never does
     store: Name = "runs"
     hardware: str | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -192,6 +194,8 @@ def validated(values: dict[str, Any]) -> RunConfig:
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "tuple_type":
             message = f"Input should be a list: write {_as_list(first['input'])}"
+        if first["type"] == "string_type":
+            message += _quoted(first["input"])
         words = [e["ctx"]["expected"] for e in others if e["type"] == "literal_error" and (_place(e["loc"]) or "config") == where]
         message = " or ".join([message, *words])
         given = f" (given: {_shortened(' '.join(repr(first['input']).split()))})" if not isinstance(first["input"], dict) else ""
@@ -204,7 +208,16 @@ def _place(location: Sequence[int | str]) -> str:
     return ".".join(_shortened(" ".join(str(part).split())) for part in parts)
 
 
+def _quoted(given: object) -> str:
+    """What to write for a word that YAML takes for something else, such as a commit's name of digits alone, `1.10` or `no`."""
+    if isinstance(given, int) and not isinstance(given, bool):
+        return f": write '{given}' in quotes"
+    return ": write it in quotes" if isinstance(given, bool | float | date) else ""
+
+
 def _as_list(given: object) -> str:
+    if isinstance(given, str) and given.startswith("["):
+        return _shortened(given)  # a list within quotes
     return f"[{_shortened(str(given))}]" if isinstance(given, str | int | float) and not isinstance(given, bool) else "[...]"
 
 
@@ -220,7 +233,8 @@ def _known(path: tuple[int | str, ...]) -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping, of which YAML's own would forget the first."""
+    """Refuses a key that stands twice in a mapping, of which YAML's own would forget the first, and numbers that it reads otherwise
+    than they look: 010 as 8, and 1:30 as 90."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -230,6 +244,20 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+    def construct_looked_at(self, node: yaml.ScalarNode) -> Any:
+        value = self.construct_yaml_int(node) if node.tag.endswith(":int") else self.construct_yaml_float(node)
+        digits = node.value.lstrip("+-").replace("_", "")
+        remedy = f"write {value}, or quote it" if ":" in digits else ""
+        if _OCTAL.fullmatch(digits):
+            remedy = f"write {value} or {int(digits)}"
+        if remedy:
+            raise yaml.constructor.ConstructorError(None, None, f"{node.value} is {value} to YAML; {remedy}", node.start_mark)
+        return value
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_looked_at)
 
 
 def _text_of(file: str) -> str:

@@ -96,6 +96,8 @@ def compress(
     if config.gkd.parallel == "fsdp":
         problem = "fsdp shards a child over several processes, and this is one"
         raise ConfigError("gkd.parallel", problem, "leave it at auto, or use puzzle-ray compress")
+    if config.gkd.use_gpu and config.gkd.trains and not torch.cuda.is_available():
+        raise ConfigError("gkd.use_gpu", "a GPU is asked for, but PyTorch sees none here", "set gkd.use_gpu: false")
     place = Store(config.store)
     if config.hardware is not None:
         config = for_this_machine(config, place)
@@ -237,7 +239,7 @@ def scores_of(s: Setting, tokens: Artifact, library: Artifact) -> Artifact:
     config = s.config.scoring
 
     def work(artifact: Artifact) -> None:
-        questions = load_questions(str(s.parent), config, s.model_config)
+        questions = load_questions(str(s.parent), config, s.model_config, trusted=s.config.trust_remote_code)
         data = (scoring_texts(s, tokens), s.space, config, artifact, Library(library).states, s.progress, questions)
         score_serially(s.stack(), *data, s.separator)
 
@@ -297,7 +299,7 @@ def exact(s: Setting, tokens: Artifact, library: Artifact, scores: Artifact) -> 
     """What makes scores exact where answers rest on estimates."""
     config = s.config.scoring
     artifact = s.store.artifact("exact_scores", {}, {"scores": scores.key})
-    questions = load_questions(str(s.parent), config, s.model_config)
+    questions = load_questions(str(s.parent), config, s.model_config, trusted=s.config.trust_remote_code)
     data = (scoring_texts(s, tokens), config, artifact, Library(library).states, s.progress, questions)
     scorer = SerialScorer(s.stack(), *data, s.separator)
 
@@ -339,7 +341,8 @@ def distilled_of(s: Setting, tokens: Artifact, child: Artifact) -> Artifact:
             tuple(ids.numpy() for ids in parts.pick.first(config.heldout_tokens, SEQUENCES)) if config.heldout_tokens else ()
         )
         parent = str(s.original.parent)
-        distill_child(GkdJob(parent, child, tokens, artifact, config, seed, None, heldout, s.separator), s.progress)
+        how = (config, seed, None, heldout, s.separator, s.config.trust_remote_code)
+        distill_child(GkdJob(parent, child, tokens, artifact, *how), s.progress)
 
     settings = {"gkd": config.identity(), "seed": seed, "torch": torch_series()} | s.config.data.mask_identity()
     inputs = {"child": child.key} | train_tokens_source(tokens)
@@ -357,9 +360,9 @@ def evaluation_of(
     def work(artifact: Artifact) -> None:
         compute_with(num_cores())
         batches = parts.test.first(config.tokens, config.sequences(s.config.data.sequence_length))
-        questions = load_questions(str(s.parent), scoring, s.model_config, "test")
+        questions = load_questions(str(s.parent), scoring, s.model_config, "test", s.config.trust_remote_code)
         how = (profile.scenario, config, profile.dtype, s.progress, profile.num_gpus, questions, s.separator)
-        found = evaluate(folders, batches, read_architecture(architecture), *how)
+        found = evaluate(folders, batches, read_architecture(architecture), *how, s.config.trust_remote_code)
         artifact.write_json(EVALUATION, found | {"heldout": parts.ranges})
         artifact.finish({name: found[name] for name in ("measured_speedup", "predicted_speedup")})
 
@@ -378,8 +381,8 @@ def quality_of(s: Setting, tokens: Artifact, child: Artifact, distilled: Artifac
     def work(artifact: Artifact) -> None:
         compute_with(1)  # as every reader computes
         counts = load_tokens(tokens)[0].counts(s.model_config.vocab_size)
-        quality = Quality(folders, parts.test, counts, config, s.config.asked_half, s.config.seed)
-        found = quality.run(AskHere(folders, config.batch_tokens, artifact, s.progress))
+        quality = Quality(folders, parts.test, counts, config, s.config.asked_half, s.config.seed, s.config.trust_remote_code)
+        found = quality.run(AskHere(folders, config.batch_tokens, artifact, s.progress, s.config.trust_remote_code))
         artifact.write_json(QUALITY, found)
         artifact.finish(quality_facts(found), drop=[f"{ANSWERS}/{name}" for name in artifact.names(ANSWERS)])
 

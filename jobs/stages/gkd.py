@@ -47,8 +47,8 @@ def job_of(run: Run, child: Artifact, artifact: Artifact, config: GkdConfig | No
 
     config, seed = config or run.config.gkd, run.config.seed
     heldout = tuple(tokens.batches(tokens.parts(run).pick, config.heldout_tokens, SEQUENCES)) if config.heldout_tokens else ()
-    parent, text = run.original.parent.address, run.content("tokens")
-    return GkdJob(parent, child, text, artifact, config, seed, heldout=heldout, separator=tokens.separator(run))
+    parent, text, trusted = run.original.parent.address, run.content("tokens"), run.config.trust_remote_code
+    return GkdJob(parent, child, text, artifact, config, seed, None, heldout, tokens.separator(run), trusted)
 
 
 def distil(run: Run, child: Artifact, artifact: Artifact) -> None:

@@ -44,8 +44,10 @@ def work(run: Run, artifact: Artifact) -> None:
         config.evaluate,
         config.asked_half,
         config.seed,
+        config.trust_remote_code,
     )
-    with asking(folders, config.evaluate.batch_tokens, config.cluster, artifact, run.progress) as ask:
+    how = (config.cluster, artifact, run.progress, config.trust_remote_code)
+    with asking(folders, config.evaluate.batch_tokens, *how) as ask:
         found = quality.run(ask)
     artifact.write_json(QUALITY, found)
     artifact.finish(quality_facts(found), drop=[f"{ANSWERS}/{name}" for name in artifact.names(ANSWERS)])

@@ -41,6 +41,7 @@ def _arguments(run: Run, artifact: Artifact) -> tuple[Any, ...]:
         tokens.parts(run).score,
         artifact,
         run.progress,
+        run.config.trust_remote_code,
     )
 
 

@@ -65,7 +65,7 @@ def foreseen(run: Run) -> None:
     from puzzle_ray.models.tokenizer import read_tokenizer
 
     if run.config.parent == TINY:
-        check_asked(run.config, read_tokenizer(run.parent.folder), run.parent.model_config)
+        check_asked(run.config, read_tokenizer(run.parent.folder, run.config.trust_remote_code), run.parent.model_config)
 
 
 def read(run: Run) -> tuple[Tokens, Tokens]:

@@ -61,18 +61,28 @@ def text_of(value: Any, tokenizer: Any, column: str, place: str, where: str) -> 
     """The text of a value; "" where there is none. Raises DataError that names the type of anything else."""
     if value is MISSING or value is None or value == []:
         return ""
-    if isinstance(value, str):
-        if not value.isascii():
+    if isinstance(value, str) or is_chat(value):
+        text = value if isinstance(value, str) else _written_out(value, tokenizer, column, place, where)
+        if not text.isascii():
             try:
-                value.encode()
+                text.encode()
             except UnicodeEncodeError:
                 problem = f"{place}: {column!r} has half of a surrogate pair, which is no text"
                 raise DataError(where, problem, "mend the row, or leave it out") from None
-        return value
-    if is_chat(value):
-        return _written_out(value, tokenizer, column, place, where)
+        return text
     remedy = "set data.text_column to a column of strings, or of chat messages (a list of objects with role and content)"
     raise DataError(where, f"{place}: column {column!r} holds {type_of(value)}, not text", remedy)
+
+
+def _content(content: Any, column: str, place: str, where: str) -> str:
+    """The content of a message as one string. A list of parts is joined: many templates write a list out as code, or not at all."""
+    for part in content if isinstance(content, list) else [content]:
+        text = isinstance(part, dict) and part.get("type", "text") in ("text", None) and isinstance(part.get("text"), str)
+        if not isinstance(part, str) and not (text and isinstance(content, list)):
+            kind = f"a part of type {part['type']!r}" if isinstance(part, dict) and part.get("type") else type_of(part)
+            problem = f"{place}: a message in column {column!r} has {kind} for content, not text"
+            raise DataError(where, problem, "write content as a string, or as parts like {type: text, text: ...}")
+    return content if isinstance(content, str) else "".join(part if isinstance(part, str) else part["text"] for part in content)
 
 
 def _written_out(messages: list[dict[str, Any]], tokenizer: Any, column: str, place: str, where: str) -> str:
@@ -82,7 +92,8 @@ def _written_out(messages: list[dict[str, Any]], tokenizer: Any, column: str, pl
         problem = f"{place}: column {column!r} holds chat messages, and the tokenizer {name!r} has no chat template"
         raise DataError(where, problem, "set data.text_column to a column of strings, or save a chat template with the parent")
     # what is null is not there: a template would write out the word None
-    given = [{"content": ""} | {k: v for k, v in message.items() if v is not None} for message in messages]
+    given = [{k: v for k, v in message.items() if v is not None} for message in messages]
+    given = [message | {"content": _content(message.get("content", ""), column, place, where)} for message in given]
     try:
         text = str(tokenizer.apply_chat_template(given, tokenize=False))
     except Exception as error:  # a template is a program of its own

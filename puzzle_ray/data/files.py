@@ -110,7 +110,8 @@ def _local(source: str) -> tuple[list[TextFile], bool]:
         return [TextFile(str(path), str(path))], True
     if path.is_dir():
         return _below(str(path), ()), False
-    named = map(str, path.parent.glob(path.name)) if path.parent.is_dir() else glob.glob(str(path), recursive=True)
+    above = glob.escape(str(path.parent)) if path.parent.is_dir() else str(path.parent)  # a folder's own brackets mean themselves
+    named = glob.glob(os.path.join(above, path.name), recursive=True)
     found = [(name, os.path.isfile(name)) for name in sorted(named) if not _goes_round(name)]
     files = [TextFile(name, name, broken=not is_file) for name, is_file in found if is_file or not os.path.exists(name)]
     return _visible(files, str(path.parent)), False

@@ -26,11 +26,11 @@ def answer_markers(rule: LmTokens | None, tokenizer: Any) -> Markers | None:
     return ids[0], ids[1]
 
 
-def read_markers(rule: LmTokens | None, folder: Path) -> Markers | None:
+def read_markers(rule: LmTokens | None, folder: Path, trusted: bool) -> Markers | None:
     """`answer_markers` by the tokenizer of a model's folder, which is not read where no answers are asked for."""
     from puzzle_ray.models.tokenizer import read_tokenizer
 
-    return answer_markers(rule, read_tokenizer(folder)) if rule is not None and rule.after else None
+    return answer_markers(rule, read_tokenizer(folder, trusted)) if rule is not None and rule.after else None
 
 
 def in_answers(input_ids: Tensor, after: Sequence[int], until: Sequence[int]) -> Tensor:

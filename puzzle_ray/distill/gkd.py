@@ -45,6 +45,7 @@ class GkdJob:
 
     `heldout` are ids `[sequences, tokens]` that training is watched on (see `puzzle_ray.distill.guard`); without any it is not watched.
     `separator` is the token that documents begin with, where attention does not cross them (see `puzzle_ray.data.packing`).
+    `trusted`: the tokenizer's own code may run.
     """
 
     parent: str
@@ -56,6 +57,7 @@ class GkdJob:
     revision: str | None = None
     heldout: tuple[TokenIds, ...] = ()
     separator: int | None = None
+    trusted: bool = False
 
 
 def steps_saved(artifact: Artifact) -> int:
@@ -178,7 +180,7 @@ def load_gkd_trainer(
     if config.activation_checkpointing:
         recompute_layers(child)
     tokens, _ = load_tokens(job.data, job.separator)
-    markers = read_markers(config.lm_tokens, source)
+    markers = read_markers(config.lm_tokens, source, job.trusted)
     trainer = GkdTrainer(
         child, parent, tokens, config, seed=job.seed, ranks=ranks, all_reduce=all_reduce, markers=markers, shards=shards
     )

@@ -18,7 +18,7 @@ from puzzle_ray.models.checkpoint import Checkpoint, locate
 from puzzle_ray.models.child import quiet_transformers
 from puzzle_ray.models.head import Head, final_states
 from puzzle_ray.models.spread import load_on
-from puzzle_ray.models.tokenizer import read_tokenizer
+from puzzle_ray.models.tokenizer import tokenizer_of
 from puzzle_ray.process import available_bytes, devices_for, give_back_freed_memory
 from puzzle_ray.profiling.engine import Timing, measure_side_by_side
 from puzzle_ray.profiling.engines.torch_engine import ENGINE
@@ -152,9 +152,8 @@ def check_prompt(config: EvaluateConfig, tokenizer: Any, max_positions: int | No
 def greedy_sample(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
     """The prompt and its greedy continuation."""
     ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=model.device)
-    out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
-    )
+    known = {"do_sample": False, "return_dict_in_generate": False, "pad_token_id": tokenizer.eos_token_id}
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, **known)
     return str(tokenizer.decode(out[0], skip_special_tokens=True))
 
 
@@ -169,6 +168,7 @@ def evaluate(
     num_gpus: float = 0,
     questions: Sequence[QuestionBatch] = (),
     separator: int | None = None,
+    trusted: bool = False,
 ) -> dict[str, Any]:
     """Evaluates the named models (`parent`, `child_before_gkd`, `child`, ...), read one at a time in their own dtype.
 
@@ -178,10 +178,10 @@ def evaluate(
     where all of them fit into memory together. The torch engine times them, in bfloat16 where `dtype` is fp8. Returns JSON-able
     `models`, `samples` and `scenario`, and the predicted and the measured speed-up, both ratios of throughputs. `estimated` says that
     the prediction was computed from a profile without measurements. With `questions`, every model also has its accuracy and the other
-    measures of its answers, as `downstream_*`. `separator`: see `Reference`.
+    measures of its answers, as `downstream_*`. `separator`: see `Reference`. `trusted`: the tokenizer's own code may run.
     """
     dtype = "bfloat16" if dtype == "fp8" else dtype
-    tokenizer = read_tokenizer(locate(folders[PARENT]))
+    tokenizer = tokenizer_of(folders[PARENT], trusted)
     devices = devices_for(num_gpus)
     samples: dict[str, str] = {}
 

@@ -36,7 +36,7 @@ from puzzle_ray.evaluation.task_names import WHERE, entry_name, is_questions
 from puzzle_ray.evaluation.tasks import TaskAnswers
 from puzzle_ray.models.checkpoint import locate
 from puzzle_ray.models.child import read_config
-from puzzle_ray.models.tokenizer import read_tokenizer
+from puzzle_ray.models.tokenizer import tokenizer_of
 from puzzle_ray.plugins import did_you_mean
 from puzzle_ray.scoring.halves import Half, halves, question_digest
 
@@ -50,13 +50,21 @@ class PuzzleLM(TemplateLM):
     """A child or a parent, in float32, for lm_eval. Its numbers are those of lm_eval's own `hf` model.
 
     `ask` answers chunks of requests; without it they are answered in this process, by the model in the folder.
+    `trusted`: the tokenizer's own code may run.
     """
 
-    def __init__(self, pretrained: str, batch_tokens: int = 8192, ask: AskChunks | None = None, **ignored: Any) -> None:
+    def __init__(
+        self,
+        pretrained: str,
+        batch_tokens: int = 8192,
+        ask: AskChunks | None = None,
+        trusted: bool = False,
+        **ignored: Any,
+    ) -> None:
         super().__init__()
-        self.ask = ask or _asked_here(Reader(pretrained, batch_tokens))
+        self.ask = ask or _asked_here(Reader(pretrained, batch_tokens, trusted=trusted))
         path = locate(pretrained)
-        self.tokenizer = read_tokenizer(path)
+        self.tokenizer = tokenizer_of(pretrained, trusted)
         self.max_length = getattr(read_config(path), "max_position_embeddings", None) or NO_POSITIONS
 
     @property

@@ -21,8 +21,7 @@ from puzzle_ray.evaluation.retrieval import make_questions, retrieval_chunks, re
 from puzzle_ray.evaluation.settings import EvaluateConfig
 from puzzle_ray.evaluation.task_names import harness_version
 from puzzle_ray.evaluation.tasks import compare_tasks
-from puzzle_ray.models.checkpoint import locate
-from puzzle_ray.models.tokenizer import read_tokenizer
+from puzzle_ray.models.tokenizer import tokenizer_of
 from puzzle_ray.scoring.halves import Half
 
 PARENT = breakdown.PARENT
@@ -35,6 +34,7 @@ class Quality:
 
     `text` is held-out text that chose nothing; where it has a separator, attention does not cross its documents. `token_counts[v]` is how
     often token v is in the training text. `half`: the questions of tasks that are asked; None is all of them.
+    `trusted`: the tokenizer's own code may run.
     """
 
     folders: Mapping[str, str]
@@ -43,13 +43,14 @@ class Quality:
     config: EvaluateConfig
     half: Half | None
     seed: int
+    trusted: bool = False
 
     def run(self, ask: Ask) -> dict[str, Any]:
         """JSON-able: `by_position`, `by_document_length`, `by_frequency`, `retrieval`, `samples` and `tasks`.
 
         Raises ConfigError and DataError for tasks that cannot be asked, before any model is.
         """
-        config, tokenizer = self.config, read_tokenizer(locate(self.folders[PARENT]))
+        config, tokenizer = self.config, tokenizer_of(self.folders[PARENT], self.trusted)
         tasks = self._tasks()
         ids = self._held_out(config.window_tokens or self.text.sequences.shape[1])
         needles = make_questions(
@@ -113,7 +114,7 @@ class Quality:
 
         answers = {}
         for name, folder in self.folders.items():
-            model = PuzzleLM(folder, ask=partial(_ask_one, ask, name))
+            model = PuzzleLM(folder, ask=partial(_ask_one, ask, name), trusted=self.trusted)
             answers[name] = tasks.evaluate(model, self.config, self.seed)
         config = self.config
         found = compare_tasks(tasks.entries, answers, tasks.chances(), self.seed, config.resamples, config.confidence)

@@ -23,12 +23,11 @@ from puzzle_ray.evaluation.requests import (
     file_name,
 )
 from puzzle_ray.models.blocks import CPU
-from puzzle_ray.models.checkpoint import locate
 from puzzle_ray.models.child import quiet_transformers
 from puzzle_ray.models.masks import packed_arguments
 from puzzle_ray.models.rope import constant_up_to
 from puzzle_ray.models.spread import load_on
-from puzzle_ray.models.tokenizer import read_tokenizer
+from puzzle_ray.models.tokenizer import tokenizer_of
 from puzzle_ray.progress import Progress
 from puzzle_ray.store import Artifact
 
@@ -36,12 +35,13 @@ GENERATED_TOGETHER = 16  # requests that are continued in one batch
 
 
 class Reader:
-    """Answers chunks for one model, a child or any causal LM, in float32. `batch_tokens`: of a forward pass, padding included."""
+    """Answers chunks for one model, a child or any causal LM, in float32. `batch_tokens`: of a forward pass, padding included.
+    `trusted`: the tokenizer's own code may run."""
 
-    def __init__(self, folder: str, batch_tokens: int, devices: Sequence[torch.device] = (CPU,)) -> None:
+    def __init__(self, folder: str, batch_tokens: int, devices: Sequence[torch.device] = (CPU,), trusted: bool = False) -> None:
         with quiet_transformers():
             self.model = load_on(folder, torch.float32, devices)
-        self.tokenizer = read_tokenizer(locate(folder))
+        self.tokenizer = tokenizer_of(folder, trusted)
         self.batch_tokens = batch_tokens
         self.max_tokens: int | None = getattr(self.model.config, "max_position_embeddings", None)
 
@@ -152,8 +152,11 @@ def save_answer(artifact: Artifact, asked: Asked, answer: Answer) -> None:
 class AskHere:
     """Answers in this process: one model at a time is in memory, and every answer is kept in the stage's folder."""
 
-    def __init__(self, folders: Mapping[str, str], batch_tokens: int, artifact: Artifact, progress: Progress) -> None:
+    def __init__(
+        self, folders: Mapping[str, str], batch_tokens: int, artifact: Artifact, progress: Progress, trusted: bool = False
+    ) -> None:
         self.folders, self.batch_tokens, self.artifact, self.progress = folders, batch_tokens, artifact, progress
+        self.trusted = trusted
         self.name = ""
         self.reader: Reader | None = None
 
@@ -172,5 +175,5 @@ class AskHere:
     def _reader(self, name: str) -> Reader:
         if self.name != name or self.reader is None:
             self.reader = None  # one model at a time
-            self.name, self.reader = name, Reader(self.folders[name], self.batch_tokens)
+            self.name, self.reader = name, Reader(self.folders[name], self.batch_tokens, trusted=self.trusted)
         return self.reader

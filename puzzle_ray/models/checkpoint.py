@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from puzzle_ray.errors import ParentError, PuzzleError
+from puzzle_ray.models.other_folders import why_no_config, why_no_folder, why_no_weights
 from puzzle_ray.store import local_copy, verified_folder
 
 if TYPE_CHECKING:
@@ -28,15 +29,16 @@ _SAMPLES = 32
 _COMPARED_ROWS = 4096
 _IDENTIFYING = {".json", ".safetensors", ".model", ".jinja", ".tiktoken", ".py"}
 _TOKENIZER_TEXTS = {"merges.txt", "vocab.txt"}
+_HUB_PAGE = re.compile(r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)(?:models/)?([^/]+/[^/]+)(?:/tree/[^/]+)?/?")
 _LFS_POINTER = b"version https://git-lfs"
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # what weights may be: safetensors' names and torch's
 AGAIN = "fetch or save the model again"
 
 
-def locate(parent: str, revision: str | None = None) -> Path:
+def locate(parent: str, revision: str | None = None, trusted: bool = False) -> Path:
     """The local folder of a parent: a path as it is, or an fsspec URL or hub id, fetched once into a cache on this machine.
 
-    What lies in a finished artifact of a store is compared with its record.
+    What lies in a finished artifact of a store is compared with its record. `trusted`: the code of a hub id is fetched, too.
 
     Raises ParentError where there is no such folder, or where the hub cannot be reached or does not know the id; Damaged where a file
     is not as the stage wrote it.
@@ -48,8 +50,10 @@ def locate(parent: str, revision: str | None = None) -> Path:
         if folder.is_dir():
             verified_folder(parent)
             if not (folder / "config.json").is_file():
-                raise ParentError("parent", f"{parent!r} has no config.json", "name a Hugging Face model folder")
+                raise ParentError("parent", *why_no_config(folder, parent))
             return folder
+        if folder.is_file():
+            raise ParentError("parent", *why_no_folder(folder, parent))
     except (OSError, RuntimeError) as error:  # no permission, or no such user's home
         raise ParentError("parent", f"{parent!r} cannot be looked into ({first_line(error)})", "name a readable folder") from None
     parent, _, commit = parent.partition("@")
@@ -58,7 +62,7 @@ def locate(parent: str, revision: str | None = None) -> Path:
         raise ParentError("parent", f"there is no folder {parent!r}", "name an existing folder, or a hub id such as org/model")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", *(["*.py", "*.tiktoken"] if trusted else [])]
     try:
         return Path(snapshot_download(parent, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:  # every hub and connection error derives from one of these
@@ -80,7 +84,9 @@ def _fetched(url: str) -> Path:
         if verified is not None:
             return verified
         if not filesystem.exists(f"{path}/config.json"):
-            raise ParentError("parent", f"there is no model folder at {url!r}", "name a folder or URL that holds config.json")
+            hub = _HUB_PAGE.fullmatch(url)
+            remedy = f"write its hub id, {hub[1]}" if hub else "name a folder or URL that holds config.json"
+            raise ParentError("parent", f"there is no model folder at {url!r}", remedy)
         listing = sorted(filesystem.find(path, detail=True).items())
         state = [(name, entry.get("size"), str(entry.get("ETag") or entry.get("mtime") or "")) for name, entry in listing]
         return local_copy(filesystem, path, hashlib.sha256(repr((url, state)).encode()).hexdigest()[:16])
@@ -183,8 +189,7 @@ class Checkpoint:
             return self.index
         single = self.folder / "model.safetensors"
         if not single.exists():
-            remedy = "load the model with transformers and save_pretrained it, which writes that file"
-            raise ParentError("parent", f"{self.folder} has no model.safetensors", remedy)
+            raise ParentError("parent", *why_no_weights(self.folder))
         with _opened(single) as opened:
             return dict.fromkeys(opened.keys(), single)
 

@@ -233,10 +233,10 @@ def choices_of(config: Any) -> tuple[LayerChoice, ...]:
     return tuple(LayerChoice(**layer) for layer in layers)
 
 
-def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
+def read_config(folder: Path) -> Any:
     """The transformers config of a folder, with head and embedding tied as the weights there have them (see `tied`).
 
-    Raises ParentError when it cannot be read, or asks for code of its own and that is not trusted. Never asks the user.
+    Raises ParentError when it cannot be read, or is of a type that only the folder's own code knows. Never runs that, nor asks.
     """
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -247,14 +247,13 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise ParentError("parent", f"{file} names no model_type", "take it from the model that the weights belong to")
-    foreign = "auto_map" in raw and model_type not in CONFIG_MAPPING
-    if foreign and not trust_remote_code:
-        problem = f"{file} asks for code of the model's own (auto_map, model_type {model_type!r})"
-        raise ParentError("parent", problem, "name a model that transformers has code for, or set trust_remote_code: true")
-    if not foreign and model_type not in CONFIG_MAPPING:
+    if "auto_map" in raw and model_type not in CONFIG_MAPPING:
+        problem = f"{file} asks for code of the model's own (auto_map, model_type {model_type!r}), which could not be divided into blocks"
+        raise ParentError("parent", problem, "name a model that transformers itself has code for")
+    if model_type not in CONFIG_MAPPING:
         raise unsupported_family(model_type, "this version of transformers does not know that type")
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=foreign)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except MemoryError:
         raise
     except Exception as error:  # whatever the library raises

@@ -38,6 +38,7 @@ _RESIZED: dict[SubblockKind, tuple[str, ...]] = {
     "attention": ("gqa:1", "gqa", "gqa_prune", "another number of KV heads"),
     "ffn": ("ffn:24", "ffn", "ffn_iterative", "an FFN of another width"),
 }
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 _TYPES_OF_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -78,7 +79,15 @@ def _check_masks(config: Any, model_type: str) -> None:
 
 def _check_like_llama(descriptor: Descriptor, config: Any) -> None:
     """Raises ParentError that says what differs from Llama."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    experts = [name for name in _EXPERTS if getattr(config, name, None) not in (None, 0, 1)]
+    if experts:
+        problem = f"it has FFNs of several experts ({experts[0]}={getattr(config, experts[0])})"
+        raise unsupported_family(descriptor.model_type, problem)
     problem = _problem(descriptor.model_type, _settings(config))
+    if not problem and get_checkpoint_conversion_mapping(descriptor.model_type):  # single tensors are read here, by their names
+        problem = "transformers reads its weights under other names than the files have"
     if problem:
         raise unsupported_family(descriptor.model_type, problem)
 

@@ -70,6 +70,8 @@ def _refuse_other_formats(folder: Path, config: Any) -> None:
         raise ParentError("parent", f"the weights in {folder} are quantized", "give the checkpoint they were made from")
     if (folder / "adapter_config.json").exists():
         raise ParentError("parent", f"{folder} holds an adapter (adapter_config.json)", "merge it into its model and save that")
+    if (folder / "generation_config.json").exists():
+        read_json(folder / "generation_config.json")  # raises; else the first to load a whole model would
     if getattr(config, "transformers_weights", None):
         problem = f"{folder}/config.json has its weights in {config.transformers_weights!r}"
         raise ParentError("parent", problem, "save the model as model.safetensors")

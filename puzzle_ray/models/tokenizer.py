@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from puzzle_ray.errors import ParentError
-from puzzle_ray.models.checkpoint import first_line, read_json, some
+from puzzle_ray.models.checkpoint import first_line, locate, read_json, some
 
 _JSON_FILES = ("tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
 _SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -36,10 +36,20 @@ def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         if pieces and not (folder / "tokenizer.json").exists() and find_spec("sentencepiece") is None:
             reason = f"{pieces[0]} is sentencepiece's, which is not installed here"  # the library asks for tiktoken, which does not help
             remedy = "pip install sentencepiece protobuf, or save the tokenizer's tokenizer.json there, too"
+        if "trust_remote_code" in str(error) and not trust_remote_code:
+            reason, remedy = (
+                "it asks for code of its own",
+                "set trust_remote_code: true, or save it as a tokenizer of transformers",
+            )
         raise ParentError("parent", f"{folder} has no tokenizer that can be read ({reason})", remedy) from None
     if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):  # made without a file, in some families
         raise ParentError("parent", f"{folder} has no tokenizer that can be read (it knows special tokens only)", remedy)
     return tokenizer
+
+
+def tokenizer_of(address: str, trusted: bool) -> Any:
+    """The tokenizer of a model's folder, URL or hub id. `trusted`: its own code may run."""
+    return read_tokenizer(locate(address, trusted=trusted), trusted)
 
 
 def check_tokenizer(tokenizer: Any, config: Any) -> None:

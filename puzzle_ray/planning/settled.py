@@ -53,7 +53,7 @@ def config_of_parent(config: RunConfig) -> Any:
     """The parent's transformers config; of the tiny one, which may not be there yet, the one that it will have."""
     if config.parent == TINY:
         return tiny_parent.model_config(tiny_parent.TinyParentSpec())
-    return read_config(locate(config.parent, config.revision), config.trust_remote_code)
+    return read_config(locate(config.parent, config.revision))
 
 
 def note_of(config: RunConfig, store: Store, part: str = "") -> Artifact:

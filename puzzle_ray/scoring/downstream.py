@@ -24,10 +24,9 @@ from puzzle_ray.data.files import find_files
 from puzzle_ray.data.foreign import reading
 from puzzle_ray.data.formats import rows
 from puzzle_ray.errors import DataError
-from puzzle_ray.models.checkpoint import locate
 from puzzle_ray.models.head import Head, final_states
 from puzzle_ray.models.rope import constant_up_to
-from puzzle_ray.models.tokenizer import read_tokenizer
+from puzzle_ray.models.tokenizer import tokenizer_of
 from puzzle_ray.scoring.halves import HALVES, Half, halves, question_digest
 from puzzle_ray.scoring.metrics import mean, next_ids, standard_error
 from puzzle_ray.scoring.settings import ScoringConfig
@@ -217,12 +216,16 @@ def answer_questions(model: Any, batches: Sequence[QuestionBatch]) -> Answers:
     )
 
 
-def load_questions(parent: str, config: ScoringConfig, model_config: Any, half: Half = "score") -> list[QuestionBatch]:
+def load_questions(
+    parent: str, config: ScoringConfig, model_config: Any, half: Half = "score", trusted: bool = False
+) -> list[QuestionBatch]:
     """One half of the questions of `scoring.downstream`, tokenised for the parent, whose config it is. Empty where it is not set.
 
-    Raises DataError, also for questions with tokens that the parent's embedding has no row for.
+    `trusted`: the tokenizer's own code may run. Raises DataError, also for tokens that the parent's embedding has no row for.
     """
-    return [] if config.downstream is None else batches_for(read_tokenizer(locate(parent)), config, model_config, half)
+    if config.downstream is None:
+        return []
+    return batches_for(tokenizer_of(parent, trusted), config, model_config, half)
 
 
 def batches_for(tokenizer: Any, config: ScoringConfig, model_config: Any, half: Half) -> list[QuestionBatch]:

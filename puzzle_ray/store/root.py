@@ -21,7 +21,12 @@ class Root:
     """A path or any fsspec URL. Opening one touches nothing; `check` proves that it can be written."""
 
     def __init__(self, root: str) -> None:
-        self.root = root.rstrip("/") if "://" in root else str(Path(root).expanduser().absolute())
+        protocol, separator, path = root.partition("://")
+        if separator and not path.strip("/"):  # a bucket's name that is empty
+            raise StoreError(
+                "store", f"{root!r} names nothing behind its protocol", f"write {protocol}://BUCKET/FOLDER, or a folder"
+            )
+        self.root = root.rstrip("/") if separator else str(Path(root).expanduser().absolute())
 
     @cached_property
     def filesystem(self) -> Any:

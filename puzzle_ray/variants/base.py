@@ -219,6 +219,12 @@ def resolve_variant(name: str, kind: SubblockKind, config: Any, multiple_of: int
     return f"{head}:{resolved}" if resolved else head
 
 
+def refuse_argument(name: str, argument: str, kind: SubblockKind) -> None:
+    """Raises ConfigError for an argument of a variant that comes in one size: it would be dropped without a word."""
+    if argument:
+        raise ConfigError(f"space.{kind}", f"{name} has no sizes, and {name}:{argument} asks for one", f"write {name}")
+
+
 def fraction_or_count(argument: str, whole: int, where: str) -> float:
     """The value of `50%` (of `whole`) or of a plain number. Raises ConfigError where it is neither, or above `whole`."""
     try:

@@ -17,6 +17,7 @@ from puzzle_ray.calibration import INPUTS, Statistics, largest_damping
 from puzzle_ray.families.descriptor import Descriptor
 from puzzle_ray.surgery.projections import AttentionProjections, FFNProjections, Projection, copy_checked
 from puzzle_ray.surgery.shapes import ATTENTION, FFN, HEADS, LINEAR, linear_attention, linear_ffn
+from puzzle_ray.variants.base import refuse_argument
 
 
 def _product(last: Projection, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -46,6 +47,7 @@ class Linear:
     needs: tuple[str, ...] = (INPUTS,)
 
     def resolve(self, argument: str, kind: SubblockKind, config: Any, multiple_of: int) -> str | None:
+        refuse_argument(self.name, argument, kind)
         return ""
 
     def reshape(self, layer: nn.Module, argument: str, kind: SubblockKind, descriptor: Descriptor, config: Any) -> None:

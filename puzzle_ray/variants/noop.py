@@ -10,6 +10,7 @@ from puzzle_ray.artifacts import KINDS, SubblockKind
 from puzzle_ray.calibration import Statistics
 from puzzle_ray.families.descriptor import Descriptor
 from puzzle_ray.surgery.shapes import ATTENTION, FFN, HEADS, SKIP, remove_attention, remove_ffn
+from puzzle_ray.variants.base import refuse_argument
 
 
 class Noop:
@@ -19,6 +20,7 @@ class Noop:
     needs: tuple[str, ...] = ()
 
     def resolve(self, argument: str, kind: SubblockKind, config: Any, multiple_of: int) -> str | None:
+        refuse_argument(self.name, argument, kind)
         return ""
 
     def reshape(self, layer: nn.Module, argument: str, kind: SubblockKind, descriptor: Descriptor, config: Any) -> None:

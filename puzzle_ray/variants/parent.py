@@ -9,6 +9,7 @@ from torch import nn
 from puzzle_ray.artifacts import KINDS, SubblockKind
 from puzzle_ray.calibration import Statistics
 from puzzle_ray.families.descriptor import Descriptor
+from puzzle_ray.variants.base import refuse_argument
 
 
 class Parent:
@@ -18,6 +19,7 @@ class Parent:
     needs: tuple[str, ...] = ()
 
     def resolve(self, argument: str, kind: SubblockKind, config: Any, multiple_of: int) -> str | None:
+        refuse_argument(self.name, argument, kind)
         return None
 
     def reshape(self, layer: nn.Module, argument: str, kind: SubblockKind, descriptor: Descriptor, config: Any) -> None:

@@ -103,6 +103,29 @@ BAD = {
         words("--data", "FOLDER", "--store", "file://FOLDER/store"),
         "all of which is read as data.train; name a store elsewhere",
     ),
+    "a store in a bucket without a name": (
+        words("--store", "s3://"),
+        "store: 's3://' names nothing behind its protocol; write s3://BUCKET/FOLDER",
+    ),
+    "a space of the parent's own sizes": (
+        words("--set", "space.attention=['gqa:2']", "--set", "space.ffn=['ffn:100%']"),
+        "space: nothing in attention ['gqa:2'] and ffn ['ffn:100%'] differs from the parent's own; name variants",
+    ),
+    "a number with a zero before it": (config("seed: 010"), "010 is 8 to YAML; write 8 or 10"),
+    "a number with a colon": (words("--set", "seed=1:30"), "1:30 is 90 to YAML; write 90, or quote it"),
+    "a list within quotes": (
+        words("--set", "space.ffn='[noop, linear]'"),
+        "space.ffn: Input should be a list: write [noop, linear] (",
+    ),
+    "a word that is a number to YAML": (
+        words("--set", "revision=1234567"),
+        "valid string: write '1234567' in quotes (given: 1234567)",
+    ),
+    "a word that is no word to YAML": (
+        config("data: {config_name: no}"),
+        "data.config_name: Input should be a valid string: write it in quotes",
+    ),
+    "a revision of a folder": (words("--set", "revision=main"), "revision: 'main' is of a hub id, and "),
     "a store that is a file": (words("--store", "FOLDER/text.txt"), "cannot be written"),
 }
 

@@ -97,3 +97,12 @@ def test_in_a_notebook_a_path_is_as_good_as_its_text(tmp_path):
         puzzle_ray.compress(tmp_path, tmp_path / "a.txt", store=tmp_path / "store", settings={"data.heldout": tmp_path / "b.txt"})
     with pytest.raises(ConfigError, match=r"^gkd.tokens: \{1\} is a set; give text, a path, a number"):
         puzzle_ray.compress(settings={"gkd.tokens": {1}})
+
+
+def test_a_gpu_that_only_the_last_stage_asks_for_is_missed_before_the_first(tmp_path, monkeypatch):
+    import puzzle_ray
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match="gkd.use_gpu: a GPU is asked for, but PyTorch sees none here"):
+        puzzle_ray.compress(store=tmp_path / "store", settings={"gkd.use_gpu": True, "search.limits.speedup": 1.5})
+    assert not (tmp_path / "store").exists()

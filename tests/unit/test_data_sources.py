@@ -64,6 +64,15 @@ def test_globs(tmp_path, pattern):
     assert read(f"{tmp_path}/data/{pattern}")[0] == TEXTS
 
 
+@pytest.mark.parametrize(("pattern", "texts"), [("*.txt", ["a"]), ("./*.txt", ["a"]), ("**", ["a", "b"]), ("data/**", ["b"])])
+def test_globs_below_the_working_folder_pass_over_hidden_files(tmp_path, monkeypatch, pattern, texts):
+    (tmp_path / "data" / ".cache").mkdir(parents=True)
+    for name, text in (("a.txt", "a"), (".a.txt", "hidden"), ("data/b.txt", "b"), ("data/.cache/b.txt", "hidden")):
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert read(pattern)[0] == texts
+
+
 def test_what_is_about_the_data_is_left_out_of_folders_and_said(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     for name in ("README.md", "LICENSE.txt", "dataset_infos.json", "LICENSE", "table.csv"):

@@ -180,6 +180,40 @@ def test_a_call_of_a_tool_may_have_no_content(tmp_path):
         read(odd, tokenizer)
 
 
+@pytest.mark.parametrize("template", [TEMPLATE, TEMPLATE.replace("{{ m.content }}", "{{ m.content if m.content is string }}")])
+def test_parts_of_a_message_are_read_as_its_text_whatever_the_template_makes_of_a_list(tmp_path, template):
+    """Else one template writes the list out as code into the text, and another one writes nothing."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+    path = jsonl(tmp_path / "a.jsonl", [{"text": [{"role": "user", "content": parts}, {"role": "assistant", "content": ["ho"]}]}])
+    assert read(path, tokenizer)[0] == ["user: hi\nassistant: ho\n"]
+    pq.write_table(
+        pa.table({"text": [[{"role": "user", "content": [p | {"image": None} for p in parts]}]]}), tmp_path / "a.parquet"
+    )
+    assert read(tmp_path / "a.parquet", tokenizer)[0] == ["user: hi\n"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ([{"type": "text", "text": "a"}, {"type": "image_url", "image_url": "x"}], "has a part of type 'image_url' for content"),
+        (
+            {"type": "text", "text": "a"},
+            "has a part of type 'text' for content, not text; write content as a string, or as parts",
+        ),
+        (5, "a message in column 'text' has integer for content, not text"),
+        ([{"type": "text", "text": None}], "has a part of type 'text' for content"),
+        ("a\ud83d", "line 1: 'text' has half of a surrogate pair"),
+    ],
+)
+def test_a_message_whose_content_is_no_text_is_refused(tmp_path, content, words):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    with pytest.raises(DataError, match=words):
+        read(jsonl(tmp_path / "a.jsonl", [{"text": [{"role": "user", "content": content}]}]), tokenizer)
+
+
 def test_the_check_looks_at_the_first_rows_of_both_sources(tmp_path):
     good = jsonl(tmp_path / "good.jsonl", [{"text": "a"}])
     late = jsonl(tmp_path / "late.jsonl", [{"text": "a"}] * 150 + [{"text": 1}])

@@ -75,6 +75,13 @@ def test_one_model_is_in_memory_at_a_time_in_its_own_dtype(folders):
     assert models.most == 1 and models.dtypes == [torch.bfloat16, torch.float32, torch.float32]
 
 
+def test_a_sample_is_text_whatever_the_parents_generation_config_asks_for(tmp_path):
+    model = load_model(save_parent(tmp_path, vocab_size=VOCAB_SIZE), torch.float32)
+    plain = greedy_sample(model, byte_tokenizer(), "a text", 6)
+    model.generation_config.update(return_dict_in_generate=True, output_scores=True, num_return_sequences=1)
+    assert greedy_sample(model, byte_tokenizer(), "a text", 6) == plain
+
+
 @pytest.mark.parametrize("room", [None, 1 << 40, 1])
 def test_models_are_timed_together_where_they_fit_and_else_alone(folders, room, monkeypatch):
     monkeypatch.setattr(evaluation, "available_bytes", lambda device: room)

@@ -135,6 +135,41 @@ def larger_tokenizer(folder):
     tokenizer.save_pretrained(folder)
 
 
+def only(*names):
+    """A folder of other files."""
+
+    def edit(folder):
+        gone("*")(folder)
+        for name in names:
+            (folder / name).write_text("{}")
+
+    return edit
+
+
+def inside(name):
+    """A folder whose model lies in a folder below it."""
+
+    def edit(folder):
+        files = list(folder.iterdir())
+        (folder / name).mkdir(parents=True)
+        for file in files:
+            file.rename(folder / name / file.name)
+
+    return edit
+
+
+def link(file):
+    def edit(folder):
+        (folder / file).unlink()
+        (folder / file).symlink_to(folder / "nowhere")
+
+    return edit
+
+
+def renamed(file, other):
+    return lambda folder: (folder / file).rename(folder / other)
+
+
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "a" * 64 + "\nsize 2200119864\n"
 UNTIED = {"tie_word_embeddings": False}
 REMOTE = {"auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}
@@ -153,7 +188,11 @@ BAD = {  # name: (what the folder is made of, how it is broken, what must be sai
     "config_of_wrong_types": ({}, settings(hidden_size="much"), "config.json cannot be read .*hidden_size.* int"),
     "config_that_builds_nothing": ({}, settings(pad_token_id=9999), "no model can be built from .*config.json .*adding_idx"),
     "dtype_of_no_float": ({}, settings(dtype="float8_e4m3fn"), "dtype 'float8_e4m3fn'"),
-    "code_of_its_own": ({}, settings(**REMOTE, model_type="own"), "auto_map, model_type 'own'.*trust_remote_code"),
+    "code_of_its_own": (
+        {},
+        settings(**REMOTE, model_type="own"),
+        "auto_map, model_type 'own'.*name a model that transformers itself",
+    ),
     "unsupported_family": ({"model_type": "bloom", "vocab_size": 300}, lambda _: None, "family 'bloom' is not supported"),
     "a_model_of_several_parts": (
         {},
@@ -161,8 +200,38 @@ BAD = {  # name: (what the folder is made of, how it is broken, what must be sai
         "of several parts .'gemma3'.*alone, .* of model_type 'gemma3_text'",
     ),
     "quantization_config": ({}, settings(quantization_config={"quant_method": "fp8"}), "are quantized"),
+    "generation_config_is_a_list": (
+        {},
+        text("generation_config.json", "[]"),
+        "generation_config.json holds no JSON object but a list",
+    ),
     "adapter": ({}, text("adapter_config.json", "{}"), "holds an adapter"),
     "weights_elsewhere": ({}, settings(transformers_weights="other.safetensors"), "has its weights in 'other.safetensors'"),
+    "an_adapter_alone": (
+        {},
+        only("adapter_config.json", "adapter_model.safetensors"),
+        "has no config.json: it holds an adapter, .*merge",
+    ),
+    "gguf": ({}, only("model-q4.gguf"), "has no config.json: it holds GGUF files, .*quantized; give the checkpoint"),
+    "own_format": (
+        {},
+        only("params.json", "consolidated.00.pth"),
+        r"makers' own format \(params.json\); give it as Hugging Face",
+    ),
+    "checkpoints_of_a_training": (
+        {},
+        inside("checkpoint-500"),
+        "has no config.json; name '.*/parent/checkpoint-500', which has one",
+    ),
+    "a_cache_of_the_hub": ({}, inside("snapshots/0af1"), "has no config.json; name '.*/parent/snapshots/0af1', which has one"),
+    "config_link_broken": ({}, link(CONFIG), "config.json is a link to '.*nowhere', which is not there; fetch"),
+    "weights_link_broken": ({}, link(WEIGHTS), "model.safetensors is a link to '.*nowhere', which is not there"),
+    "weights_of_a_variant": (
+        {},
+        renamed(WEIGHTS, "model.fp16.safetensors"),
+        "has model.fp16.safetensors, and no model.safetensors; if",
+    ),
+    "shard_without_index": (None, gone(INDEX), "has model-00001-of-00006.safetensors, and no model.safetensors.index.json"),
     "no_weights": ({}, gone(WEIGHTS), "has no model.safetensors.*save_pretrained"),
     "weights_of_torch_only": ({}, lambda f: (f / WEIGHTS).rename(f / "pytorch_model.bin"), "has no model.safetensors"),
     "weights_are_a_folder": ({}, a_folder(WEIGHTS), "model.safetensors is a folder"),
@@ -343,7 +412,6 @@ def test_code_beside_a_type_that_transformers_knows_is_not_run_nor_asked_about(t
     settings(**REMOTE)(folder)
     (folder / "configuration_own.py").write_text("raise SystemExit('the code ran')\n")
     assert checked(folder) == () and load_model(folder)(IDS).logits.isfinite().all()
-    assert type(read_config(folder, trust_remote_code=True)).__name__ == "LlamaConfig"
 
 
 @pytest.mark.parametrize("kind", ["image_token", "pad_token"])
@@ -357,6 +425,35 @@ def test_a_token_for_pictures_or_padding_behind_the_embedding_is_let_through(tmp
     settings("tokenizer_config.json", **{kind: "<picture>"})(folder)
     assert len(read_tokenizer(folder)) == 258
     check_tokenizer(read_tokenizer(folder), read_config(folder))
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG, "model.gguf"])
+def test_a_file_is_no_parent(tmp_path, name):
+    folder = parent(tmp_path / "model")
+    (folder / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ParentError, match=f"'{folder}/{name}' is a file; name the folder that it lies in, '{folder}', if"):
+        locate(f"{folder}/{name}")
+
+
+@pytest.mark.parametrize(
+    ("url", "hub_id"),
+    [
+        ("https://huggingface.co/org/model", "org/model"),
+        ("https://huggingface.co/org/model/tree/main", "org/model"),
+        ("hf://org/model/", "org/model"),
+        ("https://huggingface.co/org/model/blob/main/config.json", None),
+        ("https://example.com/org/model", None),
+    ],
+)
+def test_a_page_of_the_hub_is_told_by_its_id(monkeypatch, url, hub_id):
+    monkeypatch.setattr("fsspec.core.url_to_fs", lambda _: (Empty(), "x"))
+    with pytest.raises(ParentError, match=f"write its hub id, {hub_id}$" if hub_id else "holds config.json"):
+        locate(url)
+
+
+class Empty:
+    def exists(self, path):
+        return False
 
 
 def test_a_file_without_rights_is_named():

@@ -96,6 +96,18 @@ def test_what_no_node_has_yet_is_no_error_where_nodes_are_added_on_demand(monkey
     check_cluster(config.model_copy(update={"cluster": config.cluster.model_copy(update={"autoscaling": True})}))
 
 
+@pytest.mark.parametrize(("gpus", "enough"), [(0, False), (1, False), (2, True)])
+def test_gpus_that_only_the_last_stage_asks_for_are_missed_before_the_first(monkeypatch, gpus, enough):
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0} | ({"GPU": float(gpus)} if gpus else {}))
+    monkeypatch.setattr(ray, "nodes", lambda: [])
+    config = load("tiny", None, ("gkd.num_workers=2", "gkd.use_gpu=true"))
+    if enough:
+        return check_cluster(config)
+    with pytest.raises(ClusterError, match=f"gkd.num_workers: 2 GPUs are needed, one a worker, and the cluster has {gpus}"):
+        check_cluster(config)
+    check_cluster(load("tiny", None, ("gkd.num_workers=2", "gkd.use_gpu=true", "gkd.tokens=0")))
+
+
 def node(name, cpus, gpus=0, memory_gib=8, **labels):
     resources = {"CPU": float(cpus), "memory": memory_gib * float(GIB)} | ({"GPU": float(gpus)} if gpus else {})
     return NODE | {"NodeID": name, "Resources": resources, "Labels": labels}
