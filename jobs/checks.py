@@ -29,22 +29,33 @@ def check_cluster(config: RunConfig) -> None:
     from puzzle_ray.planning.resolve import idle
 
     have = int(ray.cluster_resources().get("CPU", 0))
-    workers = "gkd.num_workers" if config.gkd.min_workers is None else "gkd.min_workers"
-    needs = {
-        workers: config.gkd.min_workers or config.gkd.num_workers,
-        "cluster.cpus_per_trainer": config.cluster.cpus_per_trainer,
-    }
+    needs = dict([_least_workers(config), ("cluster.cpus_per_trainer", config.cluster.cpus_per_trainer)])
     for where, wanted in needs.items():
         if wanted > have and not config.cluster.autoscaling:
             raise ClusterError(where, f"{wanted} CPUs are needed and the cluster has {have}", f"lower {where}, or add nodes")
-    have, wanted = int(ray.cluster_resources().get("GPU", 0)), needs[workers]
-    if config.gkd.use_gpu and config.gkd.trains and wanted > have and not config.cluster.autoscaling:  # the last to ask for some
-        problem = f"{wanted} GPUs are needed, one a worker, and the cluster has {have}"
-        raise ClusterError(workers, problem, f"lower {workers}, add nodes, or set gkd.use_gpu: false")
     for line in idle(config, gpus_in_all()):
         print(f"  WARNING: {line}", file=sys.stderr, flush=True)
     if joins(config.cluster) or len(all_nodes()) > 1:
         _check_nodes(config)
+
+
+def check_gpus_of_gkd(config: RunConfig) -> None:
+    """For a run that comes to GKD, the last stage that asks for GPUs. Raises ClusterError."""
+    import ray
+
+    if not config.gkd.use_gpu or not config.gkd.trains or config.cluster.autoscaling:
+        return
+    have = int(ray.cluster_resources().get("GPU", 0))
+    where, wanted = _least_workers(config)
+    if wanted > have:
+        problem = f"{wanted} GPUs are needed, one a worker, and the cluster has {have}"
+        raise ClusterError(where, problem, f"lower {where}, add nodes, or set gkd.use_gpu: false")
+
+
+def _least_workers(config: RunConfig) -> tuple[str, int]:
+    """The setting that says with how many workers GKD starts at the least, and how many that is."""
+    gkd = config.gkd
+    return ("gkd.num_workers", gkd.num_workers) if gkd.min_workers is None else ("gkd.min_workers", gkd.min_workers)
 
 
 def _check_nodes(config: RunConfig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from jobs.run import Run, Stage
+from jobs.run import NotDone, Run, Stage
 from jobs.stages import tokens
 from puzzle_ray.store import Artifact
 from puzzle_ray.version import torch_series
@@ -21,6 +21,21 @@ def settings(run: Run, config: GkdConfig | None = None) -> dict[str, Any]:
     """Of the run's own distillation, or of one that is configured otherwise."""
     found = {"gkd": (config or run.config.gkd).identity(), "seed": run.config.seed, "torch": torch_series()}
     return found | run.config.data.mask_identity()
+
+
+def foreseen(run: Run) -> None:
+    """Raises ClusterError for GPUs that are missing when all other work is done.
+
+    Not where this stage is finished, nor where `hardware` has said so: what is not finished then waits for such nodes.
+    """
+    from jobs.checks import check_gpus_of_gkd
+
+    try:
+        finished = run.artifact(STAGE.name).finished
+    except NotDone:
+        finished = False
+    if not finished and not run.original.decided:
+        check_gpus_of_gkd(run.config)
 
 
 def said(facts: Mapping[str, Any]) -> str:
@@ -76,4 +91,5 @@ STAGE = Stage(
     settings=settings,
     sources=sources,
     said=said,
+    foreseen=foreseen,
 )

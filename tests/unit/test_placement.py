@@ -3,6 +3,7 @@
 import io
 import urllib.request
 from http.client import InvalidURL
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -12,6 +13,7 @@ from actors.placement import CLAIMS, cluster_cpus, places, require, room_beside_
 from actors.reservation import plan_shards
 from actors.spill_watch import SpillWatch
 from jobs.checks import check_cluster
+from jobs.run import NotDone, stages
 from puzzle_ray.artifacts import LayerSpace, SearchSpace
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.config import load
@@ -97,15 +99,31 @@ def test_what_no_node_has_yet_is_no_error_where_nodes_are_added_on_demand(monkey
 
 
 @pytest.mark.parametrize(("gpus", "enough"), [(0, False), (1, False), (2, True)])
-def test_gpus_that_only_the_last_stage_asks_for_are_missed_before_the_first(monkeypatch, gpus, enough):
+def test_gpus_that_only_the_last_stage_asks_for_are_missed_before_the_others(monkeypatch, gpus, enough):
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0} | ({"GPU": float(gpus)} if gpus else {}))
     monkeypatch.setattr(ray, "nodes", lambda: [])
-    config = load("tiny", None, ("gkd.num_workers=2", "gkd.use_gpu=true"))
-    if enough:
-        return check_cluster(config)
-    with pytest.raises(ClusterError, match=f"gkd.num_workers: 2 GPUs are needed, one a worker, and the cluster has {gpus}"):
-        check_cluster(config)
-    check_cluster(load("tiny", None, ("gkd.num_workers=2", "gkd.use_gpu=true", "gkd.tokens=0")))
+    stage = stages()["gkd"]
+
+    def run(*words, finished=False, decided=()):
+        config = load("tiny", None, ("gkd.num_workers=2", "gkd.use_gpu=true", *words))
+        check_cluster(config)  # a run that ends before that stage needs none
+        artifact, original = SimpleNamespace(finished=finished), SimpleNamespace(decided=decided)
+        return SimpleNamespace(config=config, artifact=lambda name: artifact, original=original)
+
+    def missing(name):
+        raise NotDone("child")
+
+    unknown = run()
+    unknown.artifact = missing
+    for begun in (run(), unknown):
+        if enough:
+            stage.foreseen(begun)
+            continue
+        with pytest.raises(ClusterError, match=f"gkd.num_workers: 2 GPUs are needed, one a worker, and the cluster has {gpus}"):
+            stage.foreseen(begun)
+    stage.foreseen(run("gkd.tokens=0"))
+    stage.foreseen(run(finished=True))
+    stage.foreseen(run(decided=("hardware: WARNING: gkd: 2 x worker take 2 GPUs, the cluster has 0",)))
 
 
 def node(name, cpus, gpus=0, memory_gib=8, **labels):
