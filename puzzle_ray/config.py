@@ -250,7 +250,7 @@ class _Loader(yaml.SafeLoader):
         digits = node.value.lstrip("+-").replace("_", "")
         remedy = f"write {value}, or quote it" if ":" in digits else ""
         if _OCTAL.fullmatch(digits):
-            remedy = f"write {value} or {int(digits)}"
+            remedy = f"write {value} or {int(node.value.replace('_', ''))}, or quote it"
         if remedy:
             raise yaml.constructor.ConstructorError(None, None, f"{node.value} is {value} to YAML; {remedy}", node.start_mark)
         return value

@@ -111,7 +111,8 @@ BAD = {
         words("--set", "space.attention=['gqa:2']", "--set", "space.ffn=['ffn:100%']"),
         "space: nothing in attention ['gqa:2'] and ffn ['ffn:100%'] differs from the parent's own; name variants",
     ),
-    "a number with a zero before it": (config("seed: 010"), "010 is 8 to YAML; write 8 or 10"),
+    "a number with a zero before it": (config("seed: 010"), "010 is 8 to YAML; write 8 or 10, or quote it"),
+    "a negative number with a zero before it": (config("seed: -0_10"), "-0_10 is -8 to YAML; write -8 or -10, or quote it"),
     "a number with a colon": (words("--set", "seed=1:30"), "1:30 is 90 to YAML; write 90, or quote it"),
     "a list within quotes": (
         words("--set", "space.ffn='[noop, linear]'"),
