@@ -92,10 +92,7 @@ def serve_child(
     )  # fmt: skip
     if settings.generation_config == "auto":
         tell_defaults(settings.models)
-    if host not in ("127.0.0.1", "localhost", "::1") and not settings.api_key_sha256:
-        typer.echo(
-            f"warning: whoever reaches {host}:{port} can use this server; --api-key-file lets in only those with a key", err=True
-        )
+    warn_if_open(host, port, settings)
     environment = SERVE_ENVIRONMENT if own_cluster else {}
     printed = redirect_stdout(WithoutLine(sys.stdout, _SERVES_END))
     with unless_set(environment), printed, connected(ClusterConfig(address=address)), stop_signals() as stopped:
@@ -161,6 +158,14 @@ def check_child(child: str, max_length: int) -> str:
     if "://" not in found:
         check_servable(found, max_length)
     return found
+
+
+def warn_if_open(host: str, port: int, settings: ServeSettings) -> None:
+    """Says so where other machines may use the server without a key."""
+    if host not in ("127.0.0.1", "localhost", "::1") and not settings.api_key_sha256:
+        typer.echo(
+            f"warning: whoever reaches {host}:{port} can use this server; --api-key-file lets in only those with a key", err=True
+        )
 
 
 def tell_defaults(models: Mapping[str, str]) -> None:

@@ -42,7 +42,8 @@ class SamplingDefaults:
         return {**self.values} | ({} if self.max_tokens is None else {"max_tokens": self.max_tokens})
 
     def __str__(self) -> str:
-        return ", ".join(f"{name} {value}" for name, value in self.shown().items())
+        words = [f"{name} {value}" for name, value in self.values.items()]
+        return ", ".join([*words, *([] if self.max_tokens is None else [f"max_tokens {self.max_tokens} in chat"])])
 
 
 def sampling_defaults(said: Mapping[str, Any], file: str) -> SamplingDefaults:

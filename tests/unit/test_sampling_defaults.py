@@ -110,9 +110,8 @@ def test_the_start_says_what_the_models_own_sampling_is(tmp_path, capsys):
     written(folder, "generation_config.json", QWENS | {"no_repeat_ngram_size": 3})
     tell_defaults(models)
     said, warned = capsys.readouterr()
-    assert said.startswith(
-        "plain: requests that leave it out get temperature 0.7, top_p 0.8, repetition_penalty 1.05, top_k 20, max_"
-    )
+    words = "temperature 0.7, top_p 0.8, repetition_penalty 1.05, top_k 20, max_tokens 40 in chat (the model's own;"
+    assert said.startswith(f"plain: requests that leave it out get {words}")
     assert "no_repeat_ngram_size" in warned
 
 
