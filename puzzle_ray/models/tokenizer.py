@@ -37,10 +37,8 @@ def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
             reason = f"{pieces[0]} is sentencepiece's, which is not installed here"  # the library asks for tiktoken, which does not help
             remedy = "pip install sentencepiece protobuf, or save the tokenizer's tokenizer.json there, too"
         if "trust_remote_code" in str(error) and not trust_remote_code:
-            reason, remedy = (
-                "it asks for code of its own",
-                "set trust_remote_code: true, or save it as a tokenizer of transformers",
-            )
+            reason = "it asks for code of its own"
+            remedy = "set trust_remote_code: true (for a run; servers never run it), or save it as a tokenizer of transformers"
         raise ParentError("parent", f"{folder} has no tokenizer that can be read ({reason})", remedy) from None
     if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):  # made without a file, in some families
         raise ParentError("parent", f"{folder} has no tokenizer that can be read (it knows special tokens only)", remedy)

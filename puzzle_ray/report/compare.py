@@ -72,7 +72,7 @@ def _figures(runs: Sequence[Summary]) -> Html:
     scores = [found.get("objective") for found in of]
     if len({run["metric"] for run in runs}) == 1:
         add("Sum of scores", scores, number)
-    else:
+    elif any(score is not None for score in scores):
         named = (f"{number(score)} ({run['metric']})" for score, run in zip(scores, runs, strict=True))
         rows.append(["Sum of scores", *named, "–"])
     for name, label in PREDICTED.items():

@@ -64,6 +64,8 @@ def test_scores_of_two_metrics_have_no_common_axis():
     assert "have no common axis" in page.text
     score = number(A["architecture"]["objective"])
     assert cells(page, "Sum of scores") == [f"{score} (kl)", f"{score} (lm_loss)", "–"], "and no difference"
+    without = [run | {"architecture": {}} for run in (A, other)]
+    assert "Sum of scores" not in Page(compare(without, ["a", "b"])).text, "of runs without a search"
 
 
 def cells(page, label):
