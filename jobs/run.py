@@ -197,9 +197,8 @@ class Run:
             return Parent.at(str(Path(named).expanduser().absolute()))
         if "://" in named:
             return Parent.at(named)
-        commit = locate(
-            named, self.config.revision, self.config.trust_remote_code
-        ).name  # the hub's cache names a snapshot's folder by its commit
+        folder = locate(named, self.config.revision, self.config.trust_remote_code)
+        commit = folder.name  # the hub's cache names a snapshot's folder by its commit
         return Parent.at(f"{named}@{commit}")
 
     @cached_property

@@ -206,9 +206,7 @@ def publish_distilled(trainer: GkdTrainer, job: GkdJob, *, writes: bool = True) 
         for _ in gathered or ():
             pass
         return
-    kept = (
-        trainer.guard.best_row.step if trainer.guard else trainer.total_steps
-    )  # the weights that are published are those after it
+    kept = trainer.guard.best_row.step if trainer.guard else trainer.total_steps  # of the weights that are published
     source, made = job.child.local_folder(CHILD), {"distilled": "globally, from its parent", "steps": kept}
     dtype = read_config(source).dtype or torch.float32
     with quiet_transformers(), job.artifact.folder_to_publish(CHILD) as folder:
