@@ -96,11 +96,11 @@ def compress(
     if config.gkd.parallel == "fsdp":
         problem = "fsdp shards a child over several processes, and this is one"
         raise ConfigError("gkd.parallel", problem, "leave it at auto, or use puzzle-ray compress")
-    if config.gkd.use_gpu and config.gkd.trains and not torch.cuda.is_available():
-        raise ConfigError("gkd.use_gpu", "a GPU is asked for, but PyTorch sees none here", "set gkd.use_gpu: false")
     place = Store(config.store)
     if config.hardware is not None:
         config = for_this_machine(config, place)
+    if config.gkd.use_gpu and config.gkd.trains and not torch.cuda.is_available():
+        raise ConfigError("gkd.use_gpu", "a GPU is asked for, but PyTorch sees none here", "set gkd.use_gpu: false")
     check(config, place)
     return run(Setting(config, place, progress or Display()))
 

@@ -105,4 +105,11 @@ def test_a_gpu_that_only_the_last_stage_asks_for_is_missed_before_the_first(tmp_
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ConfigError, match="gkd.use_gpu: a GPU is asked for, but PyTorch sees none here"):
         puzzle_ray.compress(store=tmp_path / "store", settings={"gkd.use_gpu": True, "search.limits.speedup": 1.5})
+
+    def as_noted(config, store):
+        return config.model_copy(update={"hardware": None, "gkd": config.gkd.model_copy(update={"use_gpu": True})})
+
+    monkeypatch.setattr("puzzle_ray.pipeline.for_this_machine", as_noted)
+    with pytest.raises(ConfigError, match="gkd.use_gpu: a GPU is asked for"):
+        puzzle_ray.compress(store=tmp_path / "store", settings={"hardware": "auto", "search.limits.speedup": 1.5})
     assert not (tmp_path / "store").exists()
