@@ -109,7 +109,9 @@ def test_the_start_says_what_the_models_own_sampling_is(tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
     written(folder, "generation_config.json", QWENS | {"no_repeat_ngram_size": 3})
     tell_defaults(models)
-    said, warned = capsys.readouterr()
+    out, err = capsys.readouterr()
+    said, warned = err.splitlines()
+    assert out == ""  # whose first line says that requests are answered
     assert said.startswith(
         "plain: requests that leave it out get temperature 0.7, top_p 0.8, repetition_penalty 1.05, top_k 20, max_"
     )
