@@ -33,12 +33,13 @@ def table(demands: Sequence[Demand], works: Sequence[Work], hardware: Hardware, 
     titles = f"{'stage':<12}{'PFLOP':>12}{'GPUs':>6}{'hours':>10}{'store GiB':>12}{'store bytes/token':>19}{'checkpoint GiB':>16}"
     lines.append(titles)
     for work in works:
-        hours = hardware.hours(work, mfu)
+        gpus, hours = (f"{hardware.busy_gpus(work):g}", f"{hardware.hours(work, mfu):.2f}") if work.on_gpus else ("none", "?")
         lines.append(
-            f"{work.stage:<12}{work.flops / 1e15:>12.1f}{hardware.busy_gpus(work):>6g}{hours:>10.2f}{work.store_bytes / GIB:>12.2f}"
+            f"{work.stage:<12}{work.flops / 1e15:>12.1f}{gpus:>6}{hours:>10}{work.store_bytes / GIB:>12.2f}"
             f"{work.store_bytes_per_token:>19}{work.checkpoint_bytes / GIB:>16.2f}"
         )
     words = f"so many {hardware.name} of {hardware.num_gpus}, busy at {mfu:.0%} of their peak rate"
+    words += "" if all(work.on_gpus for work in works) else "; how long CPUs take is not known"
     lines.append(f"hours: {words}; every stage apart; the child counts as large as the parent")
     found = problems(demands, hardware)
     return [*lines, "", *(found or ["every process fits"])]

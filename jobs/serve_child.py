@@ -175,7 +175,9 @@ def tell_defaults(models: Mapping[str, str]) -> None:
     for name, folder in models.items():
         defaults = read_sampling_defaults(folder)
         if str(defaults):
-            typer.echo(f"{name}: requests that leave it out get {defaults} (the model's own; --generation-config none: OpenAI's)")
+            typer.echo(
+                f"{name}: requests that leave it out get {defaults} (its own; --generation-config none: OpenAI's)", err=True
+            )
         if defaults.unused:
             typer.echo(f"warning: {name}'s generation_config.json has {', '.join(defaults.unused)}: not applied here", err=True)
 

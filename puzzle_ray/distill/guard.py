@@ -108,8 +108,9 @@ class HeldoutGuard:
     def look(self, step: int) -> bool:
         """Measures, and keeps the weights where they are the best so far. False where training must go back."""
         kl, loss = self.measure()
+        kl = kl if math.isfinite(kl) else math.inf  # NaN compares with nothing, and would stay the least of all that is compared
         if self.rows and not (math.isfinite(kl) and kl <= self.rows[0].kl):
-            self.rows.append(HeldoutRow(step, kl if math.isfinite(kl) else math.inf, loss, self.rate_factor, returned=1))
+            self.rows.append(HeldoutRow(step, kl, loss, self.rate_factor, returned=1))
             return False
         self.rows.append(HeldoutRow(step, kl, loss, self.rate_factor))
         if self.best_row is self.rows[-1]:

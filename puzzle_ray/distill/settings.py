@@ -153,7 +153,8 @@ class LmTokens(Section):
 
     `after` and `until` are texts around an answer, such as a chat template's `<|assistant|>` and `<|end|>`. Tokens behind the first
     count, up to and with the second. A sequence that begins inside an answer counts from its next `after` on.
-    `min_parent_probability`: tokens count to which the parent gives at least this probability.
+    `min_parent_probability`: tokens count to which the parent gives at least this probability. The loss is a mean over the tokens of a
+    micro-batch that count, 0 where none does; of a step's micro-batches each weighs the same, however many of its tokens count.
     """
 
     after: str | None = None

@@ -33,7 +33,7 @@ from puzzle_ray.evaluation.reader import Reader
 from puzzle_ray.evaluation.requests import Answer, Chunk, Continuations, Ids, Likelihoods, chunked, joined
 from puzzle_ray.evaluation.settings import EvaluateConfig
 from puzzle_ray.evaluation.task_names import WHERE, entry_name, is_questions
-from puzzle_ray.evaluation.tasks import TaskAnswers
+from puzzle_ray.evaluation.tasks import TaskAnswers, values_of
 from puzzle_ray.models.checkpoint import locate
 from puzzle_ray.models.child import read_config
 from puzzle_ray.models.tokenizer import tokenizer_of
@@ -213,7 +213,7 @@ class Tasks:
                 fewshot_random_seed=seed,
             )
         return TaskAnswers(
-            {name: _values(task, results["samples"][name]) for name, task in self.tasks.items()},
+            {name: values_of(task, results["samples"][name]) for name, task in self.tasks.items()},
             {name: _figures(results["results"][name]) for name in self.tasks},
         )
 
@@ -231,18 +231,6 @@ class Tasks:
 def _figures(results: Mapping[str, Any]) -> dict[str, float]:
     """`acc,none` -> its value, as lm_eval prints it."""
     return {key: float(v) for key, v in results.items() if "," in key and "_stderr," not in key and isinstance(v, int | float)}
-
-
-def _values(task: Any, samples: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """`acc,none` -> one value per document, for the metrics that are means of such values."""
-    found: dict[str, dict[int, float]] = {}
-    for sample in samples:
-        for metric in sample["metrics"]:
-            aggregation = task.aggregation().get(metric)
-            is_mean = aggregation is None or getattr(aggregation, "__name__", "") == "mean"
-            if is_mean and isinstance(sample[metric], bool | int | float):
-                found.setdefault(f"{metric},{sample['filter']}", {})[sample["doc_id"]] = float(sample[metric])
-    return {key: [values[i] for i in sorted(values)] for key, values in found.items()}
 
 
 def _documents(name: str, task: Any, half: Half | None, limit: int | None) -> list[int]:

@@ -23,6 +23,22 @@ class TaskAnswers:
     figures: Mapping[str, Mapping[str, float]]
 
 
+def values_of(task: Any, samples: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """`acc,none` -> one value per document, for the metrics that are means of such values, and of which more is better.
+
+    Of others, such as the share of stereotypes, a child that has more than its parent has kept nothing more.
+    """
+    is_better = task.higher_is_better()
+    found: dict[str, dict[int, float]] = {}
+    for sample in samples:
+        for metric in sample["metrics"]:
+            aggregation = task.aggregation().get(metric)
+            is_mean = aggregation is None or getattr(aggregation, "__name__", "") == "mean"
+            if is_mean and is_better.get(metric) is not False and isinstance(sample[metric], bool | int | float):
+                found.setdefault(f"{metric},{sample['filter']}", {})[sample["doc_id"]] = float(sample[metric])
+    return {key: [values[i] for i in sorted(values)] for key, values in found.items()}
+
+
 def compare_tasks(
     entries: Mapping[str, Sequence[str]],
     models: Mapping[str, TaskAnswers],

@@ -64,6 +64,7 @@ def swapped(
                 memo[id(module)] = module
     child = copy.deepcopy(layer, memo)
     reshape_layer(child, choice, descriptor, config)
+    child.train(layer.training)  # new modules begin in training mode, in which some drop out what they compute
     for kind, state in (states or {}).items():
         load_subblock(child, kind, descriptor, state)
     return child

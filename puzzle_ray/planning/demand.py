@@ -136,8 +136,9 @@ def works(config: RunConfig, model_config: Any, sizes: Sizes) -> list[Work]:
             store * library.micro_batch_tokens * library.in_flight(shards),
             checkpoint,
             used,
+            on_gpus=config.cluster.gpus_per_trainer > 0 or (config.cluster.colocate and used > 0),
         ),
-        Work("scores", config.scoring.tokens * scored, config.scoring.dtype),
+        Work("scores", config.scoring.tokens * scored, config.scoring.dtype, on_gpus=config.cluster.gpus_per_shard > 0),
     ]
     if config.search.distil_tokens:
         count = config.search.most_candidates
@@ -152,4 +153,6 @@ def _distillation(stage: str, config: RunConfig, sizes: Sizes, tokens: int, proc
     checkpoint = copies * sizes.total * FLOAT32_BYTES
     layers = sum(sizes.layers)
     each = 8.0 * (layers + sizes.head) + 2.0 * layers * gkd.activation_checkpointing
-    return Work(stage, each * tokens, dtype, checkpoint_bytes=checkpoint, gpus=processes * float(gkd.use_gpu))
+    return Work(
+        stage, each * tokens, dtype, checkpoint_bytes=checkpoint, gpus=processes * float(gkd.use_gpu), on_gpus=gkd.use_gpu
+    )

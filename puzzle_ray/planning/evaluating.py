@@ -16,14 +16,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from puzzle_ray.artifacts import LayerChoice
 from puzzle_ray.config import RunConfig
 from puzzle_ray.evaluation.evaluate import ROOM
-from puzzle_ray.models.blocks import stack_without_weights
-from puzzle_ray.models.child import new_child
+from puzzle_ray.models.child import child_without_weights, new_child
 from puzzle_ray.models.head import Head, chunk_tokens
 from puzzle_ray.planning.activations import masks_of
 from puzzle_ray.planning.needs import Demand
 from puzzle_ray.planning.sizes import FLOAT32_BYTES, Sizes
 from puzzle_ray.profiling.measure import stack_config
-from puzzle_ray.profiling.memory import kept_tokens, peak_bytes, peak_of
+from puzzle_ray.profiling.memory import KeptTokens, kept_tokens, peak_bytes, peak_of
 from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.scoring.metrics import measures_of_heads
 from puzzle_ray.scoring.plan import dtype_bytes
@@ -86,15 +85,20 @@ def _timing(profile: ProfileConfig, sizes: Sizes, dtype: str) -> Parts:
     """Of the longest requests, at the largest batch size that is named: the KV cache of one model, and a prefill."""
     named = profile.batch_sizes if isinstance(profile.batch_sizes, tuple) else ()
     scenario, batch = profile.scenario, max(profile.scenario.batch_size, *named, 0)
-    key = ("kv", dtype)
-    if key not in sizes.evaluated:
-        descriptor, config = sizes.descriptor, sizes.config
-        _, model = stack_without_weights(descriptor, config, 0, len(sizes.layers), getattr(torch, dtype))
-        sizes.evaluated[key] = kept_tokens(model)
-    tokens = scenario.longest_tokens
-    cache = batch * sum(layer.bytes_each * layer.of(tokens) for layer in sizes.evaluated[key])
+    kinds, tokens = [layer.layer_type for layer in sizes.space.layers], scenario.longest_tokens
+    kept = {kind: _kept_of_a_layer(sizes, kind, dtype) for kind in dict.fromkeys(kinds)}
+    cache = batch * sum(kept[kind].bytes_each * kept[kind].of(tokens) for kind in kinds)
     prompt = max(int(shape.input_tokens) for shape, _ in scenario.shapes)
     return {"KV cache": cache, "activations": forward_bytes(sizes, dtype, batch, prompt)}
+
+
+def _kept_of_a_layer(sizes: Sizes, kind: str, dtype: str) -> KeptTokens:
+    key = ("kept", kind, dtype)
+    if key not in sizes.evaluated:
+        model = child_without_weights(stack_config(sizes.config, kind, 1), [LayerChoice()], getattr(torch, dtype))
+        sizes.evaluated[key] = kept_tokens(model)[0]
+    found: KeptTokens = sizes.evaluated[key]
+    return found
 
 
 def forward_bytes(sizes: Sizes, dtype: str, batch: int, tokens: int) -> int:

@@ -40,3 +40,4 @@ class Work:
     store_bytes: int = 0  # of them at a time
     checkpoint_bytes: int = 0
     gpus: float = 0  # that it uses at the most; 0: as many as there are
+    on_gpus: bool = True  # False: its processes are given none, so that a GPU's rate says nothing of it

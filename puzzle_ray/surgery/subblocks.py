@@ -165,6 +165,8 @@ class GroupedAttention(nn.Module):
         self.scaling = _scaling(replaced, self.head_dim, self.layer_idx)
         kinds = getattr(config, "attention_layers", None)  # GPT-Neo's
         self.window: int | None = config.window_size if kinds and kinds[self.layer_idx] == "local" else None
+        if self.window is not None:
+            check_windows(config)
         self.attention_dropout = _attention_dropout(replaced)
         self.resid_dropout = getattr(replaced, "resid_dropout", nn.Identity())
         separate = (descriptor.query, descriptor.key, descriptor.value)

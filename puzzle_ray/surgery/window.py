@@ -117,10 +117,13 @@ def prepare_windows(cache: Any, attentions: Iterable[Any], records: bool) -> Non
 
 
 def check_windows(config: Any) -> str:
-    """The attention implementation of a model, which must be one that can have windows in some layers. Raises ConfigError."""
+    """The attention implementation of a model, which must be one that can have windows in some layers. Raises ConfigError.
+
+    None is for a layer that is not in a model yet.
+    """
     implementation = config._attn_implementation
-    if implementation not in ("sdpa", "eager"):
-        problem = f"is {implementation!r}, and layers with variant window need masks of their own"
+    if implementation not in ("sdpa", "eager", None):
+        problem = f"is {implementation!r}, and layers with windows of their own need masks of their own"
         raise ConfigError("attn_implementation", problem, "use sdpa or eager")
     return str(implementation)
 
@@ -130,8 +133,7 @@ def limit_window(attention: nn.Module, window: int, layer_index: int, config: An
 
     `config` is the one that the model reads its attention implementation from. Raises ConfigError for one that has no windows.
     """
-    if config._attn_implementation is not None:
-        check_windows(config)
+    check_windows(config)
     attention.window_config = config
     attention.window = window  # type: ignore[assignment]
     attention.window_layer_index = layer_index  # type: ignore[assignment]

@@ -11,6 +11,7 @@ from puzzle_ray.artifacts import LayerChoice
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.families.registry import families
 from puzzle_ray.models.child import new_child, read_config, save_child
+from puzzle_ray.surgery.subblocks import GroupedAttention
 
 IDS = torch.arange(48).remainder(96).reshape(2, 24)
 PADDED = torch.cat([torch.tensor([[0] * 7 + [1] * 17]), torch.ones(1, 24, dtype=torch.long)])
@@ -73,10 +74,16 @@ def test_gpt2s_own_code_in_the_folder_does_so_too(tmp_path, monkeypatch):
 
 def test_a_window_refuses_what_has_no_masks_for_it_by_name(tmp_path):
     folder = saved(tmp_path, "llama", [CHOICES[2], *MORE[1:]])
-    said = r"attn_implementation: is '{}', and layers with variant window need masks of their own; use sdpa or eager"
+    said = r"attn_implementation: is '{}', and layers with windows of their own need masks of their own; use sdpa or eager"
     with pytest.raises(ConfigError, match=said.format("flex_attention")):
         loaded(folder, "flex_attention")
     model = loaded(folder, "sdpa")
     model.config._attn_implementation = "flash_attention_2"  # as set_attn_implementation does where it is installed
     with pytest.raises(ConfigError, match=said.format("flash_attention_2")), torch.no_grad():
         model(IDS)
+    neo = loaded(saved(tmp_path / "neo", "gpt_neo", [LayerChoice(), LayerChoice("gqa:1"), LayerChoice()]), "eager")
+    local = neo.get_submodule("transformer.h.1.attn.attention")
+    neo.config._attn_implementation = "flash_attention_2"  # which transformers has for GPT-Neo's own attention
+    for run in (lambda: local(IDS.float()[None, :, :1].expand(1, 2, 32)), lambda: GroupedAttention(local, local.descriptor, 4)):
+        with pytest.raises(ConfigError, match=said.format("flash_attention_2")):
+            run()

@@ -120,6 +120,20 @@ def test_swapped_shares_what_stays_and_leaves_the_parent_alone(family):
     assert all(torch.equal(v, stack.layer(0).state_dict()[k]) for k, v in before.items())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["opt", "gpt_neo", "llama"])
+def test_a_swapped_layer_drops_nothing_out(model_type, tmp_path):
+    """Whatever the parent was trained with: a new module begins in training mode."""
+    folder = save_parent(tmp_path, model_type, attention_dropout=0.5)
+    config = read_config(folder)
+    stack = load_stack(folder, describe(config), config, 0, 3, torch.float32)
+    layer = swapped(stack.layer(0), LayerChoice("gqa:1", "ffn:24"), stack.descriptor, config)
+    assert not [name for name, module in layer.named_modules() if module.training]
+    layer.load_state_dict({name: torch.ones_like(value) / 8 for name, value in layer.state_dict().items()})
+    hidden = stack.embed(torch.arange(20)[None])
+    assert torch.equal(stack.run_layer(layer, 0, hidden), stack.run_layer(layer, 0, hidden))
+
+
 def test_a_loaded_stack_holds_only_its_own_layers(parent_folder):
     config = read_config(parent_folder)
     names = set(load_stack(parent_folder, describe(config), config, 1, 2, torch.float32).state_dict())

@@ -56,6 +56,15 @@ def test_an_absurd_learning_rate_ends_well_with_the_starts_weights(tmp_path, rat
     assert "did not improve the child" in line and "published as it was" in line and "lower gkd.learning_rate" in line
 
 
+def test_a_child_whose_kl_is_no_number_is_the_worst_of_all():
+    """NaN would be below everything that it is compared with: rungs and rivals take the least."""
+    trainer = watched()
+    with torch.no_grad():
+        trainer.child.model.norm.weight.fill_(torch.nan)
+    trainer.guard.look(0)
+    assert trainer.guard.rows[0].kl == trainer.guard.facts()["heldout_kl"] == float("inf")
+
+
 def test_training_goes_back_to_the_best_and_on_with_half_the_rate(tmp_path):
     trainer = watched()
     measured = iter([1.0, 0.8, 5.0, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])

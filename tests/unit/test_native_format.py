@@ -259,7 +259,7 @@ def test_a_window_is_refused_where_the_engine_does_not_ask_for_masks(tmp_path):
     child, _ = saved_child(tmp_path, choices=[LayerChoice("window:5")] * 3)
     child.config._attn_implementation = "flex_attention"
     with pytest.raises(
-        ConfigError, match="is 'flex_attention', and layers with variant window need masks of their own; use sdpa or eager"
+        ConfigError, match="is 'flex_attention', and layers with windows of their own need masks of their own; use sdpa or eager"
     ):
         child.model.layers[0].self_attn(torch.zeros(1, 4, 32), position_embeddings=None, attention_mask=None)
 

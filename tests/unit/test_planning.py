@@ -249,6 +249,12 @@ def test_the_verb_prints_a_plan_and_starts_nothing(tmp_path):
     (tmp_path / "empty").mkdir()
     done = CliRunner().invoke(application(), [*words, "--store", str(tmp_path / "empty")])
     assert done.exit_code == 0, done.output
+    rows = {
+        line.split()[0]: line.split() for line in done.output.splitlines() if line[:7].strip() in ("library", "scores", "gkd")
+    }
+    assert rows["scores"][2] == "2" and float(rows["scores"][3]) >= 0
+    for stage in ("library", "gkd"):  # their processes are given no GPU: what one could do in an hour is not what they do
+        assert rows[stage][2:4] == ["none", "?"] and "how long CPUs take is not known" in done.output
     assert "block trainer" in done.output and "every process fits" in done.output and not list((tmp_path / "empty").iterdir())
     assert json.loads((folder / "config.json").read_text())
 

@@ -1,10 +1,12 @@
 """What was kept of the parent's answers: exact values, intervals that cover the truth, and pairs that stay together."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from puzzle_ray.evaluation.retained import Paired, retained
-from puzzle_ray.evaluation.tasks import TaskAnswers, compare_tasks, task_lines
+from puzzle_ray.evaluation.tasks import TaskAnswers, compare_tasks, task_lines, values_of
 
 HOW = {"seed": 0, "resamples": 4000, "confidence": 0.95}
 
@@ -91,3 +93,15 @@ def test_the_metric_that_stands_for_an_entry_is_one_that_all_its_tasks_have():
     assert found["figures"]["c"] == {"perplexity,none": {"parent": 3.0, "child": 4.0}}
     assert len(task_lines(found)) == 4 and task_lines(found)[-1].startswith("mean")
     assert compare_tasks({"c": ["c"]}, {"parent": model, "child": worse}, {}, 0, 200, 0.9)["mean"] is None
+
+
+def test_a_metric_of_which_less_is_better_is_no_share_that_was_kept():
+    """lm_eval's crows_pairs has two such means: a child with more stereotypes than its parent has not kept more than all."""
+
+    def mean(values):
+        return sum(values) / len(values)
+
+    of_task = {"acc": True, "pct_stereotype": False}
+    task = SimpleNamespace(aggregation=lambda: dict.fromkeys(of_task, mean), higher_is_better=lambda: of_task)
+    samples = [{"doc_id": n, "filter": "none", "metrics": list(of_task), "acc": n, "pct_stereotype": 1.0} for n in (1, 0)]
+    assert values_of(task, samples) == {"acc,none": [0.0, 1.0]}

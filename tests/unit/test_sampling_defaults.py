@@ -109,8 +109,10 @@ def test_the_start_says_what_the_models_own_sampling_is(tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
     written(folder, "generation_config.json", QWENS | {"no_repeat_ngram_size": 3})
     tell_defaults(models)
-    said, warned = capsys.readouterr()
-    words = "temperature 0.7, top_p 0.8, repetition_penalty 1.05, top_k 20, max_tokens 40 in chat (the model's own;"
+    out, err = capsys.readouterr()
+    said, warned = err.splitlines()
+    assert out == ""  # whose first line says that requests are answered
+    words = "temperature 0.7, top_p 0.8, repetition_penalty 1.05, top_k 20, max_tokens 40 in chat (its own;"
     assert said.startswith(f"plain: requests that leave it out get {words}")
     assert "no_repeat_ngram_size" in warned
 
