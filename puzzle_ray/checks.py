@@ -139,9 +139,12 @@ def _checked_parent(config: RunConfig) -> Any:
     from puzzle_ray.models.manifest import check_weights
     from puzzle_ray.models.tokenizer import check_tokenizer, read_tokenizer
 
+    no_hub_id = ConfigError("revision", f"{config.revision!r} is of a hub id, and {config.parent!r} is none", "leave it out")
+    if config.revision and "://" in config.parent:  # before it is fetched
+        raise no_hub_id
     folder = locate(config.parent, config.revision, config.trust_remote_code)
-    if config.revision and ("://" in config.parent or folder == Path(config.parent).expanduser()):
-        raise ConfigError("revision", f"{config.revision!r} is of a hub id, and {config.parent!r} is none", "leave it out")
+    if config.revision and folder == Path(config.parent).expanduser():
+        raise no_hub_id
     model_config = read_config(folder)
     describe(model_config)
     if getattr(model_config, "quantization_config", None):

@@ -127,6 +127,10 @@ BAD = {
         "data.config_name: Input should be a valid string: write it in quotes",
     ),
     "a revision of a folder": (words("--set", "revision=main"), "revision: 'main' is of a hub id, and "),
+    "a revision of a URL": (
+        words("--set", "revision=main", "--parent", "file:///nowhere"),
+        "revision: 'main' is of a hub id, and 'file:///nowhere' is none; leave it out",
+    ),
     "a store that is a file": (words("--store", "FOLDER/text.txt"), "cannot be written"),
 }
 
