@@ -15,21 +15,21 @@ from puzzle_ray.data.packing import positions_in_documents
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.evaluation.settings import EvaluateConfig
 from puzzle_ray.models.checkpoint import Checkpoint, locate
-from puzzle_ray.models.child import quiet_transformers
+from puzzle_ray.models.child import model_without_weights, quiet_transformers
 from puzzle_ray.models.head import Head, final_states
 from puzzle_ray.models.spread import load_on
 from puzzle_ray.models.tokenizer import tokenizer_of
 from puzzle_ray.process import available_bytes, devices_for, give_back_freed_memory
 from puzzle_ray.profiling.engine import Timing, measure_side_by_side
 from puzzle_ray.profiling.engines.torch_engine import ENGINE
-from puzzle_ray.profiling.memory import model_memory_mib
+from puzzle_ray.profiling.memory import kv_cache_bytes, model_memory_mib
 from puzzle_ray.progress import Progress
 from puzzle_ray.scoring.downstream import QuestionBatch, answer_questions
 from puzzle_ray.scoring.metrics import PredictionMetrics, compare_heads, mean, parents_own
 
 PARENT = "parent"
 BEFORE = "child_before_gkd"  # has the shapes of `child`
-ROOM = 1.25  # times the weights of all models that are timed together: they have caches and activations, too
+ROOM = 1.25  # times the weights of all models that are timed together: they have activations, too
 
 
 class Models(Mapping[str, Any]):
@@ -196,7 +196,7 @@ def evaluate(
         size = architecture.predicted.batch_size if architecture else scenario.batch_size
         scenarios = {name: scenario if name == PARENT else replace(scenario, batch_size=size) for name in folders}
         timed = Models({name: folder for name, folder in folders.items() if name != BEFORE}, devices, getattr(torch, dtype))
-        together = _fit_together(list(timed.folders.values()), timed)
+        together = _fit_together(timed, scenarios)
         rates = _rates(timed, scenarios, config.repeats, together)
         bar.advance()
     for name in folders:
@@ -221,12 +221,17 @@ def _in_words(count: int, device: str) -> str:
     return device if count == 1 else f"{count} x {device}, one layer after the other"
 
 
-def _fit_together(folders: Sequence[str], models: Models) -> bool:
-    """Whether all models can be in memory at once, by the headers of their files. True where nobody says what is free."""
+def _fit_together(models: Models, scenarios: Mapping[str, Scenario]) -> bool:
+    """Whether all models can be in memory at once, and the KV cache of any of them: by the headers of their files, and by their configs.
+    True where nobody says what is free."""
     free = [available_bytes(device) for device in models.devices]
-    num_values = sum(math.prod(shape) for folder in folders for _, shape in Checkpoint(locate(folder)).headers.values())
-    size = torch.finfo(models.dtype or torch.float32).bits // 8
-    return None in free or ROOM * num_values * size <= sum(filter(None, free))
+    if None in free:
+        return True
+    dtype = models.dtype or torch.float32
+    folders = {name: locate(folder) for name, folder in models.folders.items()}
+    num_values = sum(math.prod(shape) for folder in folders.values() for _, shape in Checkpoint(folder).headers.values())
+    caches = [kv_cache_bytes(model_without_weights(folder, dtype), scenarios[name]) for name, folder in folders.items()]
+    return ROOM * num_values * torch.finfo(dtype).bits // 8 + max(caches) <= sum(filter(None, free))
 
 
 def _rates(

@@ -49,11 +49,13 @@ def evaluation_phases(config: RunConfig, sizes: Sizes, gpu_bytes: int, kept: flo
     phases: dict[str, Parts] = {"a child is read": {"one model": int(kept * parent)} | reading}
     if on_cpu:  # where the head is a copy; on a GPU it is the parent's own
         phases["the parent is read"] = {"one model": parent} | reading
-    alone = not on_cpu and bool(gpu_bytes) and ROOM * 2 * timed > gpu_bytes * max(1, profile.num_gpus)
+    timing = _timing(profile, sizes, timed_in)
+    needed = ROOM * 2 * timed + timing["KV cache"]
+    alone = not on_cpu and bool(gpu_bytes) and needed > gpu_bytes * max(1, profile.num_gpus)
     models = {"one model": timed} if alone else {"two models": int((1 + kept) * timed)}
     if on_cpu and own != timed_in:
         phases["the child is loaded"] = models | {"its file": int(kept * parent)}
-    return phases | {"models are timed": models | _timing(profile, sizes, timed_in)}
+    return phases | {"models are timed": models | timing}
 
 
 def evaluation_demand(config: RunConfig, sizes: Sizes, gpu_bytes: int) -> Demand:

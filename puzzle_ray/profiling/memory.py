@@ -105,9 +105,13 @@ def kv_bytes_per_token(model: Any, tokens: int) -> tuple[int, ...]:
 
 def model_memory_mib(model: Any, scenario: Scenario) -> float:
     """Weights, and the KV cache of the whole batch at its full length."""
+    return (weights_of(model.parameters()).weight_bytes + kv_cache_bytes(model, scenario)) / MIB
+
+
+def kv_cache_bytes(model: Any, scenario: Scenario) -> int:
+    """The KV cache of the whole batch at its full length."""
     tokens = scenario.kv_tokens_per_sequence
-    kv_bytes = sum(kv_bytes_per_token(model, tokens)) * scenario.batch_size * tokens
-    return (weights_of(model.parameters()).weight_bytes + kv_bytes) / MIB
+    return sum(kv_bytes_per_token(model, tokens)) * scenario.batch_size * tokens
 
 
 class _Live(TorchDispatchMode):

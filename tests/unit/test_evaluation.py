@@ -1,7 +1,10 @@
 """Evaluation reads one model at a time, in its own dtype, and says what whole logits say."""
 
 import gc
+import math
 import weakref
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +16,8 @@ from puzzle_ray.errors import ConfigError
 from puzzle_ray.evaluation import evaluate as evaluation
 from puzzle_ray.evaluation.evaluate import Models, check_prompt, evaluate, greedy_sample, predictions
 from puzzle_ray.evaluation.settings import EvaluateConfig
-from puzzle_ray.models.child import load_model
+from puzzle_ray.models.checkpoint import Checkpoint
+from puzzle_ray.models.child import load_model, read_config
 from puzzle_ray.progress import Quiet
 from puzzle_ray.scoring.metrics import PredictionMetrics, compare_predictions, mean
 
@@ -97,6 +101,18 @@ def test_models_are_timed_together_where_they_fit_and_else_alone(folders, room, 
     before, after = found["models"]["child_before_gkd"], found["models"]["child"]
     assert before["memory_mib"] == after["memory_mib"] > 0 and before["kl"] != after["kl"]
     assert found["models"]["parent"]["measured_speedup"] == 1 and after["num_params"] == found["models"]["parent"]["num_params"]
+
+
+@pytest.mark.parametrize(("less", "together"), [(0, True), (1, False)])
+def test_models_whose_cache_has_no_room_beside_both_are_timed_alone(folders, less, together, monkeypatch):
+    """As with a batch size that was chosen to fill the memory behind one of them."""
+    two = {name: folders[name] for name in ("parent", "child")}
+    config, scenario = read_config(Path(two["parent"])), Scenario(batch_size=64, input_tokens=30, output_tokens=10)
+    cache = 64 * scenario.longest_tokens * config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 4
+    weights = sum(4 * math.prod(shape) for folder in two.values() for _, shape in Checkpoint(Path(folder)).headers.values())
+    monkeypatch.setattr(evaluation, "available_bytes", lambda device: 1.25 * weights + cache - less)
+    scenarios = {"parent": scenario, "child": replace(scenario, batch_size=8)}
+    assert evaluation._fit_together(Models(two, [CPU], torch.float32), scenarios) == together
 
 
 def test_a_prompt_that_passes_the_check_can_be_continued_and_no_longer_one(tmp_path):
