@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -52,7 +51,7 @@ class ReaderActor(ReaderProcess):
 
 
 class AskOnRay:
-    """Hands chunks to a pool; what is answered is kept in the stage's folder, and not asked again by the next run."""
+    """Hands chunks to a pool; what is answered is kept in the stage's folder, and not asked again by the next run. `close` ends it."""
 
     def __init__(
         self,
@@ -107,20 +106,3 @@ class AskOnRay:
         if self.pool is not None:
             self.pool.close()
             self.pool = None
-
-
-@contextmanager
-def asking(
-    folders: Mapping[str, str],
-    batch_tokens: int,
-    cluster: ClusterConfig,
-    artifact: Artifact,
-    progress: Progress,
-    trusted: bool = False,
-) -> Iterator[AskOnRay]:
-    """Readers for as long as they are needed."""
-    ask = AskOnRay(folders, batch_tokens, cluster, artifact, progress, trusted)
-    try:
-        yield ask
-    finally:
-        ask.close()

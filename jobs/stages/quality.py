@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any
 
 from jobs.run import Run, Stage
@@ -26,7 +27,7 @@ def sources(run: Run) -> dict[str, str]:
 
 
 def work(run: Run, artifact: Artifact) -> None:
-    from actors.readers import asking
+    from actors.readers import AskOnRay
     from puzzle_ray.evaluation.quality import Quality, quality_facts
     from puzzle_ray.evaluation.requests import ANSWERS
 
@@ -47,7 +48,7 @@ def work(run: Run, artifact: Artifact) -> None:
         config.trust_remote_code,
     )
     how = (config.cluster, artifact, run.progress, config.trust_remote_code)
-    with asking(folders, config.evaluate.batch_tokens, *how) as ask:
+    with closing(AskOnRay(folders, config.evaluate.batch_tokens, *how)) as ask:
         found = quality.run(ask)
     artifact.write_json(QUALITY, found)
     artifact.finish(quality_facts(found), drop=[f"{ANSWERS}/{name}" for name in artifact.names(ANSWERS)])

@@ -1,12 +1,14 @@
 """Models that are asked on Ray give the bits of one process, and nothing that was answered is asked again."""
 
+from contextlib import closing
+
 import numpy as np
 import pytest
 import torch
 from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
 from small_models import save_parent
 
-from actors.readers import asking
+from actors.readers import AskOnRay
 from puzzle_ray.artifacts import LayerChoice
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.data.order import Tokens
@@ -36,7 +38,7 @@ def test_on_ray_the_same_is_found_out(local_ray, tmp_path):
     here = store.artifact("quality", {"where": "here"}, {})
     expected = quality.run(AskHere(folders, config.batch_tokens, here, Quiet()))
     there = store.artifact("quality", {"where": "there"}, {})
-    with asking(folders, config.batch_tokens, ClusterConfig(), there, Quiet()) as ask:
+    with closing(AskOnRay(folders, config.batch_tokens, ClusterConfig(), there, Quiet())) as ask:
         assert quality.run(ask) == expected
         assert len(ask.pool.workers) > 1, "several readers"
         with pytest.raises(DataError, match="a continuation has 1025 tokens"):
@@ -44,5 +46,5 @@ def test_on_ray_the_same_is_found_out(local_ray, tmp_path):
     names = there.names(ANSWERS)
     assert names == here.names(ANSWERS) and len(names) >= 2 * 4
     assert all(there.read(f"{ANSWERS}/{name}") == here.read(f"{ANSWERS}/{name}") for name in names), "bit for bit"
-    with asking(folders, config.batch_tokens, ClusterConfig(), there, Quiet()) as ask:
+    with closing(AskOnRay(folders, config.batch_tokens, ClusterConfig(), there, Quiet())) as ask:
         assert quality.run(ask) == expected and ask.pool is None, "all of it was there"
