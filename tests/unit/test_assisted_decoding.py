@@ -1,5 +1,7 @@
 """A child with windows decodes with an assistant's drafts, or drafts for another model, and the tokens are those without drafts."""
 
+import copy
+
 import pytest
 import torch
 from small_models import save_parent
@@ -33,17 +35,17 @@ def tokens(model, prompt, **options):
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt2", "phi3"])  # gemma3_text has windows of its own besides
 def test_drafts_change_no_token(tmp_path, model_type):
     parent, child = models(tmp_path, model_type)
-    forwards = []
+    twin, forwards = copy.deepcopy(child), []
     child.register_forward_hook(lambda *_: forwards.append(1))
     for prompt in PROMPTS:
         alone = tokens(child, prompt)
         assert len(set(alone)) > 1
-        for drafts in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": parent}, {"assistant_model": child}):
+        for drafts in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": parent}, {"assistant_model": twin}):
             assert tokens(child, prompt, **drafts) == alone
         assert tokens(parent, prompt, assistant_model=child) == tokens(parent, prompt)
         forwards.clear()
-        tokens(child, prompt, prompt_lookup_num_tokens=3)
-        assert len(forwards) <= 24  # a draft saves forward passes, or costs none
+        tokens(child, prompt, assistant_model=twin)
+        assert len(forwards) < len(alone)  # a twin's drafts are right, so that a pass gives more than one token
 
 
 def test_a_cache_that_is_returned_still_holds_no_more_than_the_windows(tmp_path):
