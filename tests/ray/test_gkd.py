@@ -73,7 +73,10 @@ def another(job, name, **changes):
 
 
 class Midway:
-    """Progress that does something as soon as there is a checkpoint, and again whenever there is a later one."""
+    """Progress that does something as soon as there is a checkpoint, and again whenever there is a later one.
+
+    It waits for a step of this run, for before the first one there are no workers to disturb.
+    """
 
     def __init__(self, step, action, times=1):
         self.artifact, self.action, self.times, self.steps_shown, self.acted_at = step, action, times, 0, []
@@ -86,7 +89,7 @@ class Midway:
     def advance(self, count=1, **facts):
         self.steps_shown += count
         saved = steps_saved(self.artifact)
-        if self.steps_shown and len(self.acted_at) < self.times and saved > max(self.acted_at, default=0):
+        if facts and len(self.acted_at) < self.times and saved > max(self.acted_at, default=0):
             self.acted_at.append(saved)
             self.action()
 
@@ -141,7 +144,7 @@ class Reported(Midway):
     def advance(self, count=1, **facts):
         self.steps_shown += count
         found = {path.name for path in Path(self.artifact.path(STORAGE)).glob("*/checkpoint_*")}
-        if self.actions and found - set(self.acted_at):
+        if facts and self.actions and found - set(self.acted_at):
             self.acted_at += found
             self.actions.pop(0)()
 
