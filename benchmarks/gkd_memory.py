@@ -66,8 +66,8 @@ def job_of(folder: Path, config: GkdConfig) -> GkdJob:
     )
 
 
-def prepare(folder: Path, hidden_size: int, layers: int, config: GkdConfig) -> int:
-    """Writes parent, child and tokens. Returns the child's number of parameters."""
+def prepare(folder: Path, hidden_size: int, layers: int, dtype: torch.dtype, config: GkdConfig) -> int:
+    """Writes parent and child in `dtype`, and tokens. Returns the child's number of parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -78,8 +78,8 @@ def prepare(folder: Path, hidden_size: int, layers: int, config: GkdConfig) -> i
         "num_hidden_layers": layers,
     }
     model_config = LlamaConfig(**SHAPE, **shape)
-    LlamaForCausalLM(model_config).save_pretrained(folder / "parent")
-    child = new_child(model_config, [LayerChoice("gqa:2", "parent")] * layers, torch.float32)
+    LlamaForCausalLM(model_config).to(dtype).save_pretrained(folder / "parent")
+    child = new_child(model_config, [LayerChoice("gqa:2", "parent")] * layers, dtype)
     job = job_of(folder, config)
     with job.child.folder_to_publish(CHILD) as target:
         save_child(child, folder / "parent", target)
@@ -124,13 +124,16 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="JSON file to write")
     parser.add_argument("--hidden-size", type=int, default=512)
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="that share the child with FSDP2")
+    parser.add_argument("--ddp-workers", type=int, help="each with the whole child; default: as many")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the parent's and the child's files")
     parser.add_argument("--micro-batch-tokens", type=int, default=256)
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS, metavar=("FOLDER", "PARALLEL", "RANK"))
     given = parser.parse_args()
+    count = {"ddp": given.ddp_workers or given.workers, "fsdp": given.workers}
 
     def config(parallel: str) -> GkdConfig:
-        settings = {"tokens": 1 << 30, "micro_batch_tokens": given.micro_batch_tokens, "num_workers": given.workers}
+        settings = {"tokens": 1 << 30, "micro_batch_tokens": given.micro_batch_tokens, "num_workers": count[parallel]}
         return GkdConfig.model_validate(settings | {"parallel": parallel, "heldout_tokens": 4 * LENGTH})
 
     if given.one:
@@ -141,10 +144,10 @@ def main() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback, "MALLOC_MMAP_THRESHOLD_": "65536"}
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        num_params = prepare(Path(scratch), given.hidden_size, given.layers, config("ddp"))
+        num_params = prepare(Path(scratch), given.hidden_size, given.layers, getattr(torch, given.dtype), config("ddp"))
         for parallel in ("ddp", "fsdp"):
             words = [sys.executable, "-m", "benchmarks.gkd_memory", *sys.argv[1:], "--one", scratch, parallel]
-            lines = [[*words, str(rank)] for rank in range(given.workers)]
+            lines = [[*words, str(rank)] for rank in range(count[parallel])]
             processes = [subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, text=True) for line in lines]
             found = [json.loads(process.communicate(timeout=1800)[0].splitlines()[-1]) for process in processes]
             for rank, each in enumerate(found):
@@ -160,7 +163,9 @@ def main() -> None:
         "ddp_peak_mib": most["ddp"],
         "fsdp_peak_mib": most["fsdp"],
         "parameters": num_params,
-        "workers": given.workers,
+        "dtype": given.dtype,
+        "ddp_workers": count["ddp"],
+        "fsdp_workers": count["fsdp"],
     }
     for name, value in summary.items():
         print(f"{name:24} {value}")

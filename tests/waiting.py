@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 
-def until(true: Callable[[], object], what: str, limit_s: float = 60) -> None:
+def until(true: Callable[[], object], what: str, limit_s: float = 240) -> None:
     """Returns as soon as `true()` is. Fails after `limit_s`, saying `what` did not happen."""
     deadline = time.monotonic() + limit_s
     while not true():

@@ -11,7 +11,7 @@ from waiting import until
 from actors.pool import Pool, Terms
 from puzzle_ray.errors import ClusterError
 
-TERMS = Terms("test", "workers", placement_timeout_s=60, step_timeout_s=60)
+TERMS = Terms("test", "workers", placement_timeout_s=240, step_timeout_s=60)
 
 
 @ray.remote(num_cpus=0, max_restarts=0)
@@ -112,7 +112,7 @@ def test_of_five_workers_four_that_die_at_once_leave_the_fifth_to_its_work(local
                     gone(other)
             return actor.work.remote(item, rest_s=0.0 if killed else 60.0)
 
-        until(lambda: all(ray.wait([actor.node.remote()], timeout=0.1)[0] for actor in started), "all five are there")
+        ray.get([actor.node.remote() for actor in started], timeout=240)  # all five are there
         assert squares(pool, range(10), send) == {n: n * n for n in range(10)}
         assert len(killed) == 4 and len(started) == 9 and len(pool.ready) == 1
 
@@ -158,7 +158,7 @@ def test_a_worker_that_cannot_start_is_an_error_at_once_and_none_where_another_w
 
 
 def test_waiting_has_an_end(local_ray):
-    slow = Terms("test", "workers", placement_timeout_s=60, step_timeout_s=1)
+    slow = Terms("test", "workers", placement_timeout_s=240, step_timeout_s=1)
     with (
         pool_of(1, slow) as pool,
         pytest.raises(ClusterError, match="item 1: nothing was done within 1 s; raise cluster.step_timeout_s"),
@@ -173,7 +173,7 @@ def test_waiting_has_an_end(local_ray):
 
 
 def test_news_from_a_worker_extend_its_time(local_ray):
-    slow = Terms("test", "workers", placement_timeout_s=60, step_timeout_s=1.5)
+    slow = Terms("test", "workers", placement_timeout_s=240, step_timeout_s=1.5)
     with pool_of(1, slow) as pool:
         found = squares(pool, [2], lambda actor, item: actor.work.remote(item, rest_s=4), news=lambda actor, item: True)
     assert found == {2: 4}
