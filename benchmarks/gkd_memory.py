@@ -126,7 +126,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--workers", type=int, default=2, help="that share the child with FSDP2")
     parser.add_argument("--ddp-workers", type=int, help="each with the whole child; default: as many")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the parent's and the child's files")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of the parent's and the child's files"
+    )
     parser.add_argument("--micro-batch-tokens", type=int, default=256)
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS, metavar=("FOLDER", "PARALLEL", "RANK"))
     given = parser.parse_args()
