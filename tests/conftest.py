@@ -14,7 +14,9 @@ from warm_python import WarmPython  # noqa: E402
 
 TESTS = Path(__file__).parent
 GROUPS = {  # of tests/ray; a group runs in one process, one Ray after another
-    "test_cluster.py": "nodes",
+    "test_cluster.py": "nodes",  # all that have several nodes, so that none comes after one of another group that shares `local_ray`
+    "test_leaving.py": "nodes",
+    "test_nodes.py": "nodes",
     "test_preflight.py": "nodes",
     "test_target.py": "nodes",
     "test_tokenisers.py": "nodes",
