@@ -100,7 +100,7 @@ def pick(
         candidates, best = finalists[: len(candidates)], min(finalists, key=lambda c: (kl_or_inf(c.kl_distilled), c.rank))
     first, last = candidates[0].answer.architecture, best.answer.architecture
     same = last.choices == first.choices
-    own = {**numbered, **apart, **{c.origin: c.answer for c in candidates if c.origin not in picking.rivals}}
+    own = numbered | apart | {c.origin: c.answer for c in candidates if c.origin not in picking.rivals}
     architecture = replace(
         last,
         searcher=picking.searcher if same else f"{picking.searcher}, measured",
@@ -109,22 +109,21 @@ def pick(
         solve_s=sum(answer.architecture.solve_s for answer in own.values()),
         unsolved_batch_sizes=first.unsolved_batch_sizes,
     )
-    pairs = measure_interactions(
-        [c.answer.architecture.choices for c in candidates], last.choices, picking.interaction_blocks, measure
-    )
-    report = {
-        "metric": architecture.metric,
+    children = [c.answer.architecture.choices for c in candidates]
+    pairs = measure_interactions(children, last.choices, picking.interaction_blocks, measure)
+    report = _report(candidates, best, first) | {"left_out": search.left_out, "local_search": trail, "interactions": pairs}
+    return architecture, report
+
+
+def _report(candidates: Sequence[MeasuredAnswer], best: MeasuredAnswer, first: Architecture) -> dict[str, Any]:
+    sums, kls = [c.answer.architecture.objective for c in candidates], [c.measured.kl for c in candidates]
+    return {
+        "metric": first.metric,
         "tokens": best.measured.tokens,
         "picked": best.row(),
         "candidates": [c.row() | {"layers_unlike_first": _distance(c, first)} for c in candidates],
-        "left_out": search.left_out,
-        "local_search": trail,
-        "prediction": prediction_error(
-            [c.answer.architecture.objective for c in candidates], [c.measured.kl for c in candidates]
-        ),
-        "interactions": pairs,
+        "prediction": prediction_error(sums, kls),
     }
-    return architecture, report
 
 
 class _Candidates:
@@ -153,7 +152,8 @@ class _Candidates:
     def add(self, answers: Mapping[str, Answer]) -> None:
         """Measures all of them, side by side where there are workers for that."""
         if answers:
-            correction = self.correction() if self.found else None
+            predicts = self.found and (self.picking.predicted_within is not None or self.picking.corrections)
+            correction = self.correction() if predicts else None
             predicted = [None if correction is None else correction.kl(answer) for answer in answers.values()]
             found = self.measure([answer.architecture.choices for answer in answers.values()])
             self.found += [MeasuredAnswer(*x) for x in zip(answers, answers.values(), found, predicted, strict=True)]
