@@ -111,17 +111,20 @@ def pick(
     )
     children = [c.answer.architecture.choices for c in candidates]
     pairs = measure_interactions(children, last.choices, picking.interaction_blocks, measure)
-    report = _report(candidates, best, first) | {"left_out": search.left_out, "local_search": trail, "interactions": pairs}
-    return architecture, report
+    told = {"left_out": search.left_out, "local_search": trail}
+    return architecture, _report(candidates, best, first, told) | {"interactions": pairs}
 
 
-def _report(candidates: Sequence[MeasuredAnswer], best: MeasuredAnswer, first: Architecture) -> dict[str, Any]:
+def _report(
+    candidates: Sequence[MeasuredAnswer], best: MeasuredAnswer, first: Architecture, told: Mapping[str, Any]
+) -> dict[str, Any]:
     sums, kls = [c.answer.architecture.objective for c in candidates], [c.measured.kl for c in candidates]
     return {
         "metric": first.metric,
         "tokens": best.measured.tokens,
         "picked": best.row(),
         "candidates": [c.row() | {"layers_unlike_first": _distance(c, first)} for c in candidates],
+        **told,
         "prediction": prediction_error(sums, kls),
     }
 
