@@ -1,12 +1,13 @@
-"""Whether rivals are worth measuring: the pick among diverse answers, with other searchers' answers beside them, without, and as needed.
+"""How few measured children a pick needs: with all rivals beside diverse answers, with corrected scores in their place, and without.
 
     python -m benchmarks.rivals --data ../shared/data --out FILE.json
 
-For every parent a library is trained and scored, and its profile measured. At every budget the architecture is picked in four ways:
-`always`, three answers of the MIP that differ and one of each of four simpler searchers; `default`, the three answers, and the simpler
+For every parent a library is trained and scored, and its profile measured. At every budget the architecture is picked in five ways:
+`always`, three answers of the MIP that differ and one of each of four simpler searchers; `default`, as a run is configured that asks for
+three answers: what measured children say leaves answers out, and corrects scores; `rivals_if_far`, the three answers, and the simpler
 searchers' where the least KL is far above its sum of scores; `never`, the three answers alone; `first`, the best answer, of which nothing
 is measured. KL is on the tokens that the pick is made by, and on others that nothing was chosen by.
-Cases that are in the output already are not made again.
+Cases that are in the output already are not made again, and may have been made with other settings.
 """
 
 from __future__ import annotations
@@ -32,9 +33,12 @@ from puzzle_ray.search.settings import SearchConfig
 
 BUDGETS = (1.2, 1.35, 1.5, 1.75, 2.0)
 RIVALS = ("greedy", "depth", "uniform", "max_params")
+CONFIG = SearchConfig(candidates=3)
+FAR = CONFIG.rivals_from
 WAYS = {
     "always": PickOptions("mip", 3, 2, RIVALS),
-    "default": PickOptions("mip", 3, 2, RIVALS, SearchConfig().rivals_from),
+    "default": PickOptions("mip", 3, 2, RIVALS, FAR, predicted_within=CONFIG.predicted_within, corrections=CONFIG.corrections),
+    "rivals_if_far": PickOptions("mip", 3, 2, RIVALS, FAR),
     "never": PickOptions("mip", 3, 2),
     "first": PickOptions("mip", 1),
 }
@@ -89,18 +93,32 @@ def summary_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     def mean_ratio(way: str, column: str) -> float:
         return math.exp(statistics.mean(math.log(by[(*c, way)][column] / by[(*c, "always")][column]) for c in cases))
 
-    def not_above(way: str, column: str) -> int:
-        return sum(by[(*c, way)][column] <= by[(*c, "always")][column] for c in cases)
+    def not_above(way: str, column: str, among: Sequence[tuple[Any, ...]]) -> int:
+        return sum(by[(*c, way)][column] <= by[(*c, "always")][column] for c in among)
+
+    def counts(among: Sequence[tuple[Any, ...]]) -> dict[str, Any]:
+        return {
+            "cases": len(among),
+            "children_measured": {way: sum(by[(*c, way)]["children"] for c in among) for way in WAYS},
+            "not_above_always": {way: not_above(way, "kl", among) for way in WAYS},
+            "not_above_always_unseen": {way: not_above(way, "kl_unseen", among) for way in WAYS},
+        }
 
     return {
-        "cases": len(cases),
+        **counts(cases),
         "parents": sorted({r["parent"] for r in rows}),
-        "children_measured": {way: sum(by[(*c, way)]["children"] for c in cases) for way in WAYS},
-        "not_above_always": {way: not_above(way, "kl") for way in WAYS},
-        "not_above_always_unseen": {way: not_above(way, "kl_unseen") for way in WAYS},
         "kl_over_always": {way: mean_ratio(way, "kl") for way in WAYS},
         "kl_unseen_over_always": {way: mean_ratio(way, "kl_unseen") for way in WAYS},
         "picked_from_rivals": [list(c) for c in cases if by[(*c, "always")]["origin"] in RIVALS],
+        "default_differs": [
+            [*c, by[(*c, "always")]["kl"], by[(*c, "default")]["kl"], by[(*c, "default")]["origin"]]
+            for c in cases
+            if by[(*c, "always")]["kl"] != by[(*c, "default")]["kl"]
+        ],
+        "by_parent_and_seed": {
+            f"{parent}, seed {seed}": counts([c for c in cases if c[:2] == (parent, seed)])
+            for parent, seed in dict.fromkeys(c[:2] for c in cases)
+        },
     }
 
 
@@ -114,7 +132,8 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="overrides", help="section.key=value")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of rows")
     given = parser.parse_args()
-    rows: list[dict[str, Any]] = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
+    before = json.loads(given.out.read_text()) if given.out.exists() else {"rows": [], "summary": {}}
+    rows, settings = before["rows"], before["summary"].get("settings", {})
     with tempfile.TemporaryDirectory() as scratch:
         for parent in given.parents:
             for seed in given.seeds:
@@ -122,7 +141,8 @@ def main() -> None:
                 speeds = [speed for speed in given.speeds if speed not in there]
                 if speeds:
                     rows += rows_of(Bench(parent, given.data, seed, given.store or scratch, given.overrides), speeds)
-                    write(given.out, rows, summary_of(rows) | {"settings": given.overrides})
+                    settings[f"{parent}, seed {seed}"] = given.overrides
+                    write(given.out, rows, summary_of(rows) | {"settings": settings})
     for name, value in summary_of(rows).items():
         print(f"{name}: {value}")
 

@@ -1,26 +1,30 @@
 """Picks an architecture by measuring whole children.
 
 The sum of replace-one scores only predicts the KL of a whole child. It is most wrong where whole layers are dropped.
-So the best distinct answers of the search are measured as whole children, and where the sum was far off, what simpler searchers answer
-to the same budget too. Then a local search exchanges blocks within the budget as long as the measured KL falls.
-The report says how far the sums of scores were off.
+So the best distinct answers of the search are measured as whole children. Each measured child corrects the prediction of those that are
+not (`puzzle_ray.search.correction`): a child that is not worth it any more is left out, and where the sums were far off, the search is
+done again with corrected scores, as long as that finds better children. A local search exchanges blocks within the budget as long as
+the measured KL falls. The report says how far the sums of scores were off.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import combinations, islice, zip_longest
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from puzzle_ray.artifacts import Architecture, Choices, LayerChoice, Measure, Measured
+from puzzle_ray.artifacts import Architecture, Choices, LayerChoice, Measure
 from puzzle_ray.errors import ConfigError, Infeasible, OutOfTime
+from puzzle_ray.search.correction import Correction, best_unmeasured
 from puzzle_ray.search.limits import Limits
-from puzzle_ray.search.problem import Choice, Floats, Problem
+from puzzle_ray.search.local_search import local_search
+from puzzle_ray.search.measured import MeasuredAnswer, kl_or_inf
+from puzzle_ray.search.problem import Floats
 from puzzle_ray.search.restricted import without
 from puzzle_ray.search.searcher import Options
 from puzzle_ray.search.tables import Answer, Tables
@@ -30,19 +34,22 @@ if TYPE_CHECKING:
     from puzzle_ray.search.setup import SearchSetup
 
 Distilled = Callable[[Sequence[Choices]], list[float]]  # children's held-out KLs after a short distillation
+Found = dict[str, Answer]  # answers by what each is called
 
 PICKED = "picked.json"
-PROPOSALS = 8  # children measured per step of the local search, independent of the number of workers
-PAIRED = 800  # single exchanges that are combined into pairs: those that change the score least
+AT_FIRST = 2  # answers that are measured before others are left out: one child says nothing of what sets children apart
 
 
 @dataclass(frozen=True)
 class PickOptions:
-    """What is measured: `count` answers of `searcher`, one without each family of `without`, one answer of each rival, then `steps` steps
-    of local search.
+    """What is measured: `count` answers of `searcher`, one without each family of `without`, up to `corrections` answers to corrected
+    scores, one answer of each rival, then `steps` steps of local search.
 
-    The answers of `searcher` differ from each other in at least `min_different_layers` layers. Rivals are measured where the least KL
-    of these answers is above `rivals_from` times its sum of scores; where the scores are no KLs, always.
+    The answers of `searcher` differ from each other in at least `min_different_layers` layers. After the first two, an answer is left out
+    whose KL is predicted, by the children measured so far, above `predicted_within` times the least KL; none is where that is None.
+    An answer to corrected scores is measured where it is predicted below the least KL, or where the least KL is above `rivals_from` times
+    its sum of scores and the one before it was better than all before. Rivals are measured in that case only, too. Where the scores
+    are no KLs, all answers and rivals are measured, and none to corrected scores.
     `interaction_blocks`: all pairs of this many of the most used blocks are measured too.
     """
 
@@ -54,29 +61,8 @@ class PickOptions:
     without: tuple[str, ...] = ()
     steps: int = 0
     interaction_blocks: int = 0
-
-
-def _or_inf(kl: float | None) -> float:
-    """NaN compares with nothing: were it first, it would stay the least."""
-    return math.inf if kl is None or math.isnan(kl) else kl
-
-
-@dataclass(frozen=True, eq=False)
-class MeasuredAnswer:
-    """A measured child: the searcher it comes from, the answer with its predicted score, and what was measured.
-
-    `kl_distilled` is its held-out KL after a short distillation, None where there was none.
-    """
-
-    origin: str
-    answer: Answer
-    measured: Measured
-    kl_distilled: float | None = None
-
-    @property
-    def rank(self) -> tuple[float, float]:
-        """Measured KL, then predicted score. The least is best; a KL that is no number is the worst."""
-        return _or_inf(self.measured.kl), self.answer.architecture.objective
+    predicted_within: float | None = None
+    corrections: int = 0
 
 
 def pick(
@@ -91,106 +77,189 @@ def pick(
 
     With `distilled` the one of least KL after the short distillation that it does.
     """
-    answers, origins, left_out = _own_answers(tables, limits, picking, searching)
-    candidates = _measured(answers, origins, measure)
-    best = min(candidates, key=lambda c: c.rank)
-    if reason := _rivals_spared(best, picking):
-        left_out |= dict.fromkeys(picking.rivals, reason)
+    search = _Search(tables, limits, picking, searching)
+    measured = _Candidates(picking, measure)
+    numbered = search.numbered()
+    apart = search.without_families(numbered)
+    early = dict(islice(numbered.items(), None if picking.predicted_within is None else AT_FIRST))
+    measured.add(early | apart)
+    measured.add(measured.worth_it({name: answer for name, answer in numbered.items() if name not in early}, search.left_out))
+    _measure_corrected(search, measured)
+    if reason := measured.rivals_spared():
+        search.left_out.update(dict.fromkeys(picking.rivals, reason))
     else:
-        candidates += _measured(*_rival_answers(tables, limits, picking, searching, answers, left_out), measure)
-        best = min(candidates, key=lambda c: c.rank)
+        rivals = search.rivals([*numbered.values(), *(c.answer for c in measured.found)])
+        measured.add(measured.worth_it(rivals, search.left_out))
+    candidates, best = measured.found, measured.best
     trail: list[dict[str, Any]] = []
-    best = _local_search(tables, best, picking.steps, measure, trail)
+    best = local_search(tables, best, picking.steps, measure, trail)
     if distilled is not None:
         finalists = candidates if best in candidates else [*candidates, best]
         kls = distilled([c.answer.architecture.choices for c in finalists])
         finalists = [replace(c, kl_distilled=kl) for c, kl in zip(finalists, kls, strict=True)]
-        candidates, best = finalists[: len(candidates)], min(finalists, key=lambda c: (_or_inf(c.kl_distilled), c.rank))
-    first, last = answers[0].architecture, best.answer.architecture
+        candidates, best = finalists[: len(candidates)], min(finalists, key=lambda c: (kl_or_inf(c.kl_distilled), c.rank))
+    first, last = candidates[0].answer.architecture, best.answer.architecture
     same = last.choices == first.choices
+    own = numbered | apart | {c.origin: c.answer for c in candidates if c.origin not in picking.rivals}
     architecture = replace(
         last,
         searcher=picking.searcher if same else f"{picking.searcher}, measured",
         bound=min(first.bound, last.objective),
         status=first.status if same else "measured",
-        solve_s=sum(answer.architecture.solve_s for answer in answers),
+        solve_s=sum(answer.architecture.solve_s for answer in own.values()),
         unsolved_batch_sizes=first.unsolved_batch_sizes,
     )
-    pairs = measure_interactions(
-        [c.answer.architecture.choices for c in candidates], last.choices, picking.interaction_blocks, measure
-    )
-    report = {
-        "metric": architecture.metric,
+    children = [c.answer.architecture.choices for c in candidates]
+    pairs = measure_interactions(children, last.choices, picking.interaction_blocks, measure)
+    told = {"left_out": search.left_out, "local_search": trail}
+    return architecture, _report(candidates, best, first, told) | {"interactions": pairs}
+
+
+def _report(
+    candidates: Sequence[MeasuredAnswer], best: MeasuredAnswer, first: Architecture, told: Mapping[str, Any]
+) -> dict[str, Any]:
+    sums, kls = [c.answer.architecture.objective for c in candidates], [c.measured.kl for c in candidates]
+    return {
+        "metric": first.metric,
         "tokens": best.measured.tokens,
-        "picked": _report_row(best),
-        "candidates": [_report_row(c) | {"layers_unlike_first": _distance(c, first)} for c in candidates],
-        "left_out": left_out,
-        "local_search": trail,
-        "prediction": prediction_error(
-            [c.answer.architecture.objective for c in candidates], [c.measured.kl for c in candidates]
-        ),
-        "interactions": pairs,
+        "picked": best.row(),
+        "candidates": [c.row() | {"layers_unlike_first": _distance(c, first)} for c in candidates],
+        **told,
+        "prediction": prediction_error(sums, kls),
     }
-    return architecture, report
 
 
-def _measured(answers: Sequence[Answer], origins: Sequence[str], measure: Measure) -> list[MeasuredAnswer]:
-    found = measure([answer.architecture.choices for answer in answers]) if answers else []
-    return [MeasuredAnswer(*x) for x in zip(origins, answers, found, strict=True)]
+class _Candidates:
+    """The children measured so far, and what they say of others."""
+
+    def __init__(self, picking: PickOptions, measure: Measure) -> None:
+        self.picking, self.measure = picking, measure
+        self.found: list[MeasuredAnswer] = []
+
+    @property
+    def best(self) -> MeasuredAnswer:
+        return min(self.found, key=lambda c: c.rank)
+
+    @property
+    def far_off(self) -> bool:
+        """Whether the least KL is far above its sum of scores."""
+        best = self.best
+        return best.measured.kl > self.picking.rivals_from * best.answer.architecture.objective
+
+    def correction(self) -> Correction | None:
+        """What the measured children say of others' KLs; None where they say nothing, or where scores are no KLs."""
+        if self.found[0].answer.architecture.metric != "kl":
+            return None
+        return Correction.fitted([(c.answer, c.measured.kl) for c in self.found])
+
+    def add(self, answers: Mapping[str, Answer]) -> None:
+        """Measures all of them, side by side where there are workers for that."""
+        if answers:
+            predicts = self.found and (self.picking.predicted_within is not None or self.picking.corrections)
+            correction = self.correction() if predicts else None
+            predicted = [None if correction is None else correction.kl(answer) for answer in answers.values()]
+            found = self.measure([answer.architecture.choices for answer in answers.values()])
+            self.found += [MeasuredAnswer(*x) for x in zip(answers, answers.values(), found, predicted, strict=True)]
+
+    def worth_it(self, answers: Found, left_out: dict[str, str]) -> Found:
+        """Those whose predicted KL is not far above the least. The reason is added to `left_out` for the others."""
+        within, correction = self.picking.predicted_within, self.correction()
+        if within is None or correction is None:
+            return answers
+        least, kls = self.best.measured.kl, {name: correction.kl(answer) for name, answer in answers.items()}
+        hopeless = {name: kl for name, kl in kls.items() if kl > within * least}
+        left_out |= {
+            n: f"its predicted KL, {kl:.4g}, is above {within:g} times the least, {least:.4g}" for n, kl in hopeless.items()
+        }
+        return {name: answer for name, answer in answers.items() if name not in hopeless}
+
+    def rivals_spared(self) -> str:
+        """Why rivals are not measured; empty where they are."""
+        architecture, kl = self.best.answer.architecture, self.best.measured.kl
+        if not self.picking.rivals or architecture.metric != "kl" or self.far_off or math.isnan(kl):
+            return ""
+        return f"the KL, {kl:.4g}, is not above {self.picking.rivals_from:g} times its prediction, {architecture.objective:.4g}"
 
 
-def _rivals_spared(best: MeasuredAnswer, picking: PickOptions) -> str:
-    """Why rivals are not measured; empty where they are."""
-    architecture, kl = best.answer.architecture, best.measured.kl
-    if not picking.rivals or architecture.metric != "kl" or not kl <= picking.rivals_from * architecture.objective:  # or NaN
-        return ""
-    return f"the KL, {kl:.4g}, is not above {picking.rivals_from:g} times its prediction, {architecture.objective:.4g}"
-
-
-def _own_answers(
-    tables: Tables, limits: Limits, picking: PickOptions, searching: Options
-) -> tuple[list[Answer], list[str], dict[str, str]]:
-    """The searcher's answers to measure, what each is called, and the reason for one that was not found in time."""
-    answers: list[Answer] = []
-    origins: list[str] = []
-    left_out: dict[str, str] = {}
-    try:
-        for answer in islice(tables.answers(limits, picking.searcher, picking.min_different_layers, searching), picking.count):
-            answers.append(answer)
-            origins.append(_origin(picking.searcher, len(answers)))
-    except (Infeasible, OutOfTime) as error:
-        if not answers:
-            raise
-        if isinstance(error, OutOfTime):  # else there are no more answers
-            left_out[_origin(picking.searcher, len(answers) + 1)] = str(error)
-    for family in picking.without:
-        name = f"{picking.searcher} without {family}"
+def _measure_corrected(search: _Search, measured: _Candidates) -> None:
+    """Searches with corrected scores and measures what is found, one child after another, as each corrects the scores again."""
+    better = True
+    for number in range(1, search.picking.corrections + 1):
+        correction, best = measured.correction(), measured.best
+        if correction is None:
+            return
+        name = _origin(f"{search.picking.searcher}, corrected", number)
         try:
-            _add(without(tables, family).search(limits, searcher=picking.searcher, options=searching)[0], name, answers, origins)
-        except (Infeasible, OutOfTime, ConfigError) as error:  # the searcher may need that family
-            left_out[name] = str(error)
-    return answers, origins, left_out
+            answer = search.corrected(correction, [c.answer.architecture.choices for c in measured.found])
+        except (Infeasible, OutOfTime) as error:
+            search.left_out[name] = str(error)
+            return
+        predicted = correction.kl(answer)
+        if predicted >= best.measured.kl and not (measured.far_off and better):
+            search.left_out[name] = f"its predicted KL, {predicted:.4g}, is not below the least, {best.measured.kl:.4g}"
+            return
+        measured.add({name: answer})
+        better = measured.best is not best
 
 
-def _add(answer: Answer, origin: str, answers: list[Answer], origins: list[str]) -> None:
+@dataclass(frozen=True)
+class _Search:
+    """The answers of searchers within the limits. For one that was not found, the reason is added to `left_out`."""
+
+    tables: Tables
+    limits: Limits
+    picking: PickOptions
+    searching: Options
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def numbered(self) -> Found:
+        """The searcher's answers, best first. Raises Infeasible, or OutOfTime where not even one was found in time."""
+        found: Found = {}
+        picking = self.picking
+        answers = self.tables.answers(self.limits, picking.searcher, picking.min_different_layers, self.searching)
+        try:
+            for answer in islice(answers, picking.count):
+                found[_origin(picking.searcher, len(found) + 1)] = answer
+        except (Infeasible, OutOfTime) as error:
+            if not found:
+                raise
+            if isinstance(error, OutOfTime):  # else there are no more answers
+                self.left_out[_origin(picking.searcher, len(found) + 1)] = str(error)
+        return found
+
+    def without_families(self, known: Found) -> Found:
+        """The best answer without each family of variants, unless it is `known`."""
+        found: Found = {}
+        for family in self.picking.without:
+            name = f"{self.picking.searcher} without {family}"
+            try:
+                tables, how = without(self.tables, family), self.searching
+                answer = tables.search(self.limits, searcher=self.picking.searcher, options=how)[0]
+            except (Infeasible, OutOfTime, ConfigError) as error:  # the searcher may need that family
+                self.left_out[name] = str(error)
+            else:
+                _add(found, name, answer, known.values())
+        return found
+
+    def rivals(self, known: Sequence[Answer]) -> Found:
+        """Answers of rivals that are not `known`."""
+        found: Found = {}
+        for name in self.picking.rivals:
+            try:
+                _add(found, name, self.tables.search(self.limits, searcher=name, options=self.searching)[0], known)
+            except (Infeasible, ConfigError) as error:  # this rival has no answer within the limits; the others are measured
+                self.left_out[name] = str(error)
+        return found
+
+    def corrected(self, correction: Correction, known: Sequence[Choices]) -> Answer:
+        """The searcher's best answer to corrected scores that is not `known`. Raises Infeasible or OutOfTime."""
+        return best_unmeasured(self.tables, self.limits, self.picking.searcher, self.searching, correction, known)
+
+
+def _add(found: Found, name: str, answer: Answer, known: Iterable[Answer]) -> None:
     """Unless it is there."""
-    if all(answer.architecture.choices != other.architecture.choices for other in answers):
-        answers.append(answer)
-        origins.append(origin)
-
-
-def _rival_answers(
-    tables: Tables, limits: Limits, picking: PickOptions, searching: Options, known: Sequence[Answer], left_out: dict[str, str]
-) -> tuple[list[Answer], list[str]]:
-    """Answers of rivals that are not `known`, and whose they are. For a rival without one, the reason is added to `left_out`."""
-    answers: list[Answer] = list(known)
-    origins: list[str] = []
-    for name in picking.rivals:
-        try:
-            _add(tables.search(limits, searcher=name, options=searching)[0], name, answers, origins)
-        except (Infeasible, ConfigError) as error:  # this rival has no answer within the limits; the others are measured
-            left_out[name] = str(error)
-    return answers[len(known) :], origins
+    if all(answer.architecture.choices != other.architecture.choices for other in (*known, *found.values())):
+        found[name] = answer
 
 
 def _origin(searcher: str, number: int) -> str:
@@ -198,12 +267,14 @@ def _origin(searcher: str, number: int) -> str:
 
 
 def candidate_choices(setup: SearchSetup, search: SearchConfig) -> list[Choices]:
-    """The choices that a run's settings would measure, or take where nothing is measured. Raises Infeasible."""
-    picking = _pick_options(search)
-    answers, *_ = _own_answers(setup.tables, search.limits, picking, setup.options)
+    """The choices that a run's settings would measure, or take where nothing is measured, but for those to corrected scores, which only
+    measured children tell. Raises Infeasible."""
+    own = _Search(setup.tables, search.limits, _pick_options(search), setup.options)
+    found = own.numbered()
+    found |= own.without_families(found)
     if search.measures:
-        answers += _rival_answers(setup.tables, search.limits, picking, setup.options, answers, {})[0]
-    return [answer.architecture.choices for answer in answers]
+        found |= own.rivals(list(found.values()))
+    return [answer.architecture.choices for answer in found.values()]
 
 
 def pick_as_configured(
@@ -223,19 +294,8 @@ def _pick_options(search: SearchConfig) -> PickOptions:
         search.without,
         search.local_search_steps,
         search.interaction_blocks,
+        *search.second_order,
     )
-
-
-def _report_row(candidate: MeasuredAnswer) -> dict[str, Any]:
-    a = candidate.answer.architecture
-    return {
-        "origin": candidate.origin,
-        "predicted": a.objective,
-        **asdict(candidate.measured),
-        **({} if candidate.kl_distilled is None else {"kl_distilled": candidate.kl_distilled}),
-        "batch_size": a.predicted.batch_size,
-        "choices": [choice.label for choice in a.choices],
-    }
 
 
 def measured_kls(report: Mapping[str, Any] | None) -> dict[Choices, float]:
@@ -268,105 +328,6 @@ def _ranks(values: Sequence[float]) -> Floats:
     _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
     middle: Floats = np.cumsum(sizes) - (sizes - 1) / 2
     return middle[group]
-
-
-def neighbouring_choices(problem: Problem, choice: Choice) -> Iterator[Choice]:
-    """Choices within the limits that differ from `choice` in one row or in two.
-
-    Single and double exchanges alternate. Each kind comes in ascending order of objective.
-    """
-    rows, bounds = problem.rows()
-    layers = np.arange(len(choice))
-    damage = problem.score - problem.score[layers, choice][:, None]
-    change = rows - rows[:, layers, choice][:, :, None]  # [M, R, V]
-    slack = bounds - rows[:, layers, choice].sum(axis=1)
-    usable = np.isfinite(problem.score)
-    usable[layers, choice] = False
-    at = np.argwhere(usable)  # [N, 2]
-    costs, damages = change[:, at[:, 0], at[:, 1]], damage[at[:, 0], at[:, 1]]
-    single = np.flatnonzero((costs <= slack[:, None]).all(axis=0))
-    single = single[np.argsort(damages[single], kind="stable")]
-    first, second = _pairs(at, costs, damages, slack)
-    ones = (at[[i]] for i in single)
-    twos = (at[[i, j]] for i, j in zip(first, second, strict=True))
-    for moves in zip_longest(ones, twos):
-        for move in moves:
-            if move is not None:
-                other = choice.copy()
-                other[move[:, 0]] = move[:, 1]
-                if not problem.violated(other):
-                    yield other
-
-
-def _pairs(at: Choice, costs: Floats, damages: Floats, slack: Floats) -> tuple[Choice, Choice]:
-    """Pairs of single exchanges in different rows that fit the limits together, as indices into `at`, in ascending order of damage.
-
-    Shapes: N single exchanges, M limits. `at` [N, 2] is (row, choice), `costs` [M, N] and `damages` [N] are changes, `slack` [M].
-    """
-    near = np.sort(np.argsort(np.abs(damages), kind="stable")[:PAIRED])
-    i, j = np.triu_indices(len(near), 1)
-    i, j = near[i], near[j]
-    fits = at[i, 0] != at[j, 0]
-    for cost, room in zip(costs, slack, strict=True):
-        fits &= cost[i] + cost[j] <= room
-    i, j = i[fits], j[fits]
-    order = np.argsort(damages[i] + damages[j], kind="stable")
-    return i[order], j[order]
-
-
-def _local_search(
-    tables: Tables, best: MeasuredAnswer, steps: int, measure: Measure, trail: list[dict[str, Any]]
-) -> MeasuredAnswer:
-    """Measures the most promising exchanges around the best child, and moves to the best of them where that is better.
-
-    It stops after `steps` steps, or where no exchange is left. Every measured exchange is added to `trail`.
-    """
-    table, seen = best.answer.table, {best.answer.architecture.choices}
-    for step in range(steps):
-        proposals: list[Choice] = []
-        for choice in neighbouring_choices(table.problem, best.answer.choice):
-            if table.named(choice) not in seen:
-                seen.add(table.named(choice))
-                proposals.append(choice)
-            if len(proposals) == PROPOSALS:
-                break
-        if not proposals:
-            break
-        measured = measure([table.named(choice) for choice in proposals])
-        answers = [_exchanged(tables, best.answer, choice) for choice in proposals]
-        around = [MeasuredAnswer("local search", answer, m) for answer, m in zip(answers, measured, strict=True)]
-        best_around = min(around, key=lambda c: c.rank)
-        accepted = best_around.rank < best.rank
-        for candidate in around:
-            trail.append(
-                {
-                    "step": step,
-                    "exchanges": describe_exchanges(best.answer.architecture.choices, candidate.answer.architecture.choices),
-                    "predicted": candidate.answer.architecture.objective,
-                    "kl": candidate.measured.kl,
-                    "accepted": accepted and candidate is best_around,
-                }
-            )
-        if accepted:
-            best = best_around
-    return best
-
-
-def _exchanged(tables: Tables, answer: Answer, choice: Choice) -> Answer:
-    """The answer with another choice of the same table."""
-    architecture = replace(
-        answer.architecture,
-        choices=answer.table.named(choice),
-        objective=answer.table.problem.objective(choice),
-        predicted=tables.costs(answer.table, choice),
-    )
-    return Answer(architecture, answer.table, choice)
-
-
-def describe_exchanges(before: Choices, after: Choices) -> list[str]:
-    """`layer 3: gqa:2 + parent -> noop + parent` for every layer that differs."""
-    pairs = enumerate(zip(before, after, strict=True))
-    return [f"layer {layer}: {a.label} -> {b.label}" for layer, (a, b) in pairs if a != b]
 
 
 def measure_interactions(candidates: Sequence[Choices], picked: Choices, count: int, measure: Measure) -> list[dict[str, Any]]:

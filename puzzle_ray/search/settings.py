@@ -15,12 +15,16 @@ class SearchConfig(Section):
     """The budget, how it is searched, and whether whole children are measured before one is picked.
 
     Children are measured where `candidates` > 1 or `local_search_steps` > 0, on `measure_tokens` held-out tokens. Measured are the
-    `candidates` best answers, which differ from each other in at least `min_different_layers` layers. Where the least of their KLs is
-    above `rivals_from` times its sum of scores, one answer of each searcher in `rivals` is measured too: such sums say little, as where
-    whole layers go. Then a local search exchanges blocks as long as the measured KL falls.
+    `candidates` best answers, which differ from each other in at least `min_different_layers` layers. After the first two, one is left
+    out whose KL is predicted, by the children measured so far, above `predicted_within` times the least KL (null: none is).
+    Then up to `corrections` answers to scores that are corrected by what was measured, one after another: where one is predicted below
+    the least KL, or where that is above `rivals_from` times its sum of scores (such sums say little, as where whole layers go) and the
+    one before it was the best. In that second case one answer of each searcher in `rivals` is measured too, unless `predicted_within`
+    leaves it out. Then a local search exchanges blocks as long as the measured KL falls.
     `without: [linear]` also measures the best answer that has no variant of this family. With `distil_tokens` all candidates and what
     the local search found are distilled by so many tokens, and the one is picked that is best then: how far a child is from the parent
-    before distillation says little of what distillation makes of it. A least squares fit has little to learn, a narrow FFN much.
+    before distillation says little of what distillation makes of it. A least squares fit has little to learn, a narrow FFN much. So
+    none is left out there, and no scores are corrected.
     With `target_format: nemotron_nas` the search space has only what vLLM runs in that format: no linear, no windows, no no-op
     attention in the first layer, and FFN widths that are multiples of 256.
     `sweep` maps an axis to a list of values. An axis is a limit's name, `batch_size`, `input_tokens` or `output_tokens`. All
@@ -38,7 +42,9 @@ class SearchConfig(Section):
     candidates: Count = 1
     min_different_layers: Count = 1
     rivals: tuple[str, ...] = ("greedy", "depth", "uniform", "max_params")
-    rivals_from: NonNegative = 2.0  # 0: rivals are always measured
+    rivals_from: NonNegative = 2.0  # 0: rivals are always asked
+    predicted_within: Annotated[float, Field(ge=1)] | None = 1.15  # predictions are about 10 % off
+    corrections: Annotated[int, Field(ge=0)] = 4
     without: tuple[str, ...] = ()
     distil_tokens: Annotated[int, Field(ge=0)] = 0
     local_search_steps: Annotated[int, Field(ge=0)] = 0
@@ -74,9 +80,15 @@ class SearchConfig(Section):
         return self.candidates > 1 or self.local_search_steps > 0
 
     @property
+    def second_order(self) -> tuple[float | None, int]:
+        """`predicted_within` and `corrections`, where what counts is the KL before distillation."""
+        return (None, 0) if self.distil_tokens else (self.predicted_within, self.corrections)
+
+    @property
     def most_candidates(self) -> int:
         """Children that are measured before one is picked, at the most: those of rivals, and what a local search finds, too."""
-        return self.candidates + len(self.without) + len(self.rivals) + bool(self.local_search_steps)
+        most = self.candidates + len(self.without) + len(self.rivals) + bool(self.local_search_steps)
+        return most + self.second_order[1]
 
     @property
     def grid(self) -> dict[str, tuple[float, ...]]:
@@ -103,6 +115,8 @@ class SearchConfig(Section):
         }
         without_effect = {"sweep", "sweep_measure", "sweep_gkd", "sweep_rungs", "target_format"}
         without_effect |= set() if self.measures else only_measured
+        second_order = zip(("predicted_within", "corrections"), self.second_order, strict=True)
+        without_effect |= {name for name, value in second_order if not (self.measures and value)}
         return self.model_dump(mode="json", exclude=without_effect)
 
     def sweep_identity(self) -> dict[str, Any]:

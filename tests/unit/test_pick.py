@@ -9,21 +9,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from picking_problem import LAYERS, LIMITS, SCORES, SPACE, TABLES, Meter, cost, true_kl
 from search_problems import random_problem
 from torch.nn import functional as F
 
-from puzzle_ray.artifacts import (
-    FIXED,
-    LayerChoice,
-    LayerSpace,
-    Measured,
-    Profile,
-    ProfileRow,
-    Scenario,
-    ScoreRow,
-    Scores,
-    SearchSpace,
-)
+from puzzle_ray.artifacts import LayerChoice, Measured
 from puzzle_ray.distill.library import build_serially
 from puzzle_ray.distill.settings import LibraryConfig
 from puzzle_ray.errors import Infeasible
@@ -33,75 +23,11 @@ from puzzle_ray.models.child import assemble, load_model, read_config
 from puzzle_ray.models.describe import describe
 from puzzle_ray.progress import Quiet
 from puzzle_ray.search.limits import Limits
-from puzzle_ray.search.pick import (
-    PickOptions,
-    describe_exchanges,
-    measure_interactions,
-    neighbouring_choices,
-    pick,
-    prediction_error,
-)
+from puzzle_ray.search.local_search import describe_exchanges, neighbouring_choices
+from puzzle_ray.search.pick import PickOptions, measure_interactions, pick, prediction_error
 from puzzle_ray.search.searcher import Options
-from puzzle_ray.search.tables import Tables
 from puzzle_ray.store import Store
 from puzzle_ray.variants.space import search_space
-
-SCENARIO = Scenario(batch_size=1, input_tokens=8, output_tokens=1)
-COST = {"parent": 4.0, "gqa:1": 2.0, "noop": 0.0}
-LAYERS = 5
-SPACE = SearchSpace((LayerSpace(tuple(COST), ("parent", "noop")),) * LAYERS)
-LIMITS = Limits(latency_ms=20.0)  # of the parent's 40
-
-
-def profile_row(kind, variant, ms):
-    shape = "" if kind == FIXED else "full_attention"
-    return ProfileRow(shape, kind, variant, 1, 8, 1, ms, 0.0, 0.0, 0.0, 100, int(ms), int(10 * ms))
-
-
-PROFILE = Profile(
-    (
-        *(profile_row("attention", name, ms) for name, ms in COST.items()),
-        profile_row("ffn", "parent", 4.0),
-        profile_row("ffn", "noop", 0.0),
-        profile_row(FIXED, FIXED, 0.0),
-    ),
-    "torch",
-    "1",
-    "cpu",
-    "float32",
-)
-
-
-def make_scores() -> Scores:
-    rng = np.random.default_rng(3)
-    rows = []
-    for layer in range(LAYERS):
-        for choice in SPACE.layers[layer].choices[1:]:
-            saved = 8 - COST[choice.attention] - (4 if choice.ffn == "parent" else 0)
-            rows.append(ScoreRow(layer, choice.attention, choice.ffn, "kl", float(saved * rng.lognormal(0, 0.5)), 0.0, 10))
-    return Scores(tuple(rows), "block")
-
-
-SCORES = make_scores()
-TABLES = Tables.of(SPACE, SCORES, PROFILE, SCENARIO, "kl", LIMITS)
-
-
-def true_kl(choices) -> float:
-    """The sum of scores, and more for neighbours that both lose their attention: what the scores cannot know."""
-    total = sum(SCORES.value(layer, choice, "kl") for layer, choice in enumerate(choices))
-    both = sum(a.attention == b.attention == "noop" for a, b in itertools.pairwise(choices))
-    return total + 5.0 * both
-
-
-class Meter:
-    """Knows the truth, and what it was asked."""
-
-    def __init__(self):
-        self.asked = []
-
-    def __call__(self, children):
-        self.asked += children
-        return [Measured(true_kl(c), 0.0, 0.0, 1.0, 10) for c in children]
 
 
 def run(**how):
@@ -129,10 +55,6 @@ def test_local_search_never_ends_worse_and_stays_within_the_budget():
     assert cost(found.choices) == found.predicted.runtime_ms
     accepted = [row["kl"] for row in report["local_search"] if row["accepted"]]
     assert accepted == sorted(accepted, reverse=True)
-
-
-def cost(choices) -> float:
-    return sum(COST[c.attention] + (4.0 if c.ffn == "parent" else 0.0) for c in choices)
 
 
 def test_the_status_says_whether_the_pick_is_what_was_proven():
