@@ -12,6 +12,7 @@ from puzzle_ray.families.registry import ffn_width
 from puzzle_ray.settings import Count, DType, Fraction, NonNegative, Positive, Section
 
 AUTO: Literal["auto"] = "auto"
+REDUCTION = 3  # each rung of a distillation has this many times the tokens of the one below, see `puzzle_ray.distill.rungs`
 
 
 def _number(given: Any, above: float) -> bool:
@@ -302,6 +303,23 @@ class GkdConfig(Section):
     def largest_micro_batch(self) -> int:
         """Tokens of a worker in one forward, at the most."""
         return max((stage.micro_batch_tokens for stage in self.stages), default=self.micro_batch_tokens)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps until all tokens are used, rounded up in every stage; 0 for 0 tokens."""
+        parts = [(s.tokens, s.micro_batch_tokens) for s in self.stages] or [(self.tokens, self.micro_batch_tokens)]
+        micro_batches = self.num_workers * self.gradient_accumulation
+        return sum(math.ceil(tokens / (micro_batch * micro_batches)) for tokens, micro_batch in parts)
+
+    def race_steps(self, rungs: int) -> tuple[int, ...]:
+        """The steps after which finalists of the pick are compared (`search.race_rungs`). The last rung, which is the end, is left out.
+
+        Each rung has `REDUCTION` times the steps of the one below, and is at the nearest look at held-out text.
+        """
+        total, every = self.total_steps, max(1, self.total_steps // self.heldout_looks)
+        wanted = (total / REDUCTION**below for below in range(rungs - 1, 0, -1))
+        steps = {max(1, round(step / every)) * every for step in wanted}
+        return tuple(sorted(step for step in steps if step < total))
 
     def shortened(self, tokens: int) -> GkdConfig:
         """The same for another number of tokens, in one stage."""

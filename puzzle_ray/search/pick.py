@@ -10,15 +10,25 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations, islice, zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from puzzle_ray.artifacts import Architecture, Choices, LayerChoice, Measure, Measured
+from puzzle_ray.artifacts import Architecture, Choices, LayerChoice, Measure
 from puzzle_ray.errors import ConfigError, Infeasible, OutOfTime
+from puzzle_ray.search.finalists import (
+    LOCAL_SEARCH,
+    Distilled,
+    MeasuredAnswer,
+    Race,
+    distilled_best,
+    finalists,
+    origin_of,
+    raced_best,
+)
 from puzzle_ray.search.limits import Limits
 from puzzle_ray.search.problem import Choice, Floats, Problem
 from puzzle_ray.search.restricted import without
@@ -28,8 +38,6 @@ from puzzle_ray.search.tables import Answer, Tables
 if TYPE_CHECKING:
     from puzzle_ray.search.settings import SearchConfig
     from puzzle_ray.search.setup import SearchSetup
-
-Distilled = Callable[[Sequence[Choices]], list[float]]  # children's held-out KLs after a short distillation
 
 PICKED = "picked.json"
 PROPOSALS = 8  # children measured per step of the local search, independent of the number of workers
@@ -43,7 +51,8 @@ class PickOptions:
 
     The answers of `searcher` differ from each other in at least `min_different_layers` layers. Rivals are measured where the least KL
     of these answers is above `rivals_from` times its sum of scores; where the scores are no KLs, always.
-    `interaction_blocks`: all pairs of this many of the most used blocks are measured too.
+    `interaction_blocks`: all pairs of this many of the most used blocks are measured too. `race_own` and `race_within`: who races, see
+    `finalists`.
     """
 
     searcher: str = "mip"
@@ -54,29 +63,8 @@ class PickOptions:
     without: tuple[str, ...] = ()
     steps: int = 0
     interaction_blocks: int = 0
-
-
-def _or_inf(kl: float | None) -> float:
-    """NaN compares with nothing: were it first, it would stay the least."""
-    return math.inf if kl is None or math.isnan(kl) else kl
-
-
-@dataclass(frozen=True, eq=False)
-class MeasuredAnswer:
-    """A measured child: the searcher it comes from, the answer with its predicted score, and what was measured.
-
-    `kl_distilled` is its held-out KL after a short distillation, None where there was none.
-    """
-
-    origin: str
-    answer: Answer
-    measured: Measured
-    kl_distilled: float | None = None
-
-    @property
-    def rank(self) -> tuple[float, float]:
-        """Measured KL, then predicted score. The least is best; a KL that is no number is the worst."""
-        return _or_inf(self.measured.kl), self.answer.architecture.objective
+    race_own: int = 1
+    race_within: float = math.inf
 
 
 def pick(
@@ -86,10 +74,11 @@ def pick(
     searching: Options,
     measure: Measure,
     distilled: Distilled | None = None,
+    race: Race | None = None,
 ) -> tuple[Architecture, dict[str, Any]]:
     """The architecture of least measured KL, and a JSON-able report of all that was tried. Raises Infeasible.
 
-    With `distilled` the one of least KL after the short distillation that it does.
+    With `distilled` the one of least KL after the short distillation that it does, with `race` the one that wins it.
     """
     answers, origins, left_out = _own_answers(tables, limits, picking, searching)
     candidates = _measured(answers, origins, measure)
@@ -101,11 +90,12 @@ def pick(
         best = min(candidates, key=lambda c: c.rank)
     trail: list[dict[str, Any]] = []
     best = _local_search(tables, best, picking.steps, measure, trail)
+    every, count = candidates if best in candidates else [*candidates, best], len(candidates)
     if distilled is not None:
-        finalists = candidates if best in candidates else [*candidates, best]
-        kls = distilled([c.answer.architecture.choices for c in finalists])
-        finalists = [replace(c, kl_distilled=kl) for c, kl in zip(finalists, kls, strict=True)]
-        candidates, best = finalists[: len(candidates)], min(finalists, key=lambda c: (_or_inf(c.kl_distilled), c.rank))
+        every, best = distilled_best(every, distilled)
+    if race is not None:
+        every, best = raced_best(every, finalists(every, picking.searcher, picking.race_own, picking.race_within), race)
+    candidates = every[:count]
     first, last = answers[0].architecture, best.answer.architecture
     same = last.choices == first.choices
     architecture = replace(
@@ -122,8 +112,8 @@ def pick(
     report = {
         "metric": architecture.metric,
         "tokens": best.measured.tokens,
-        "picked": _report_row(best),
-        "candidates": [_report_row(c) | {"layers_unlike_first": _distance(c, first)} for c in candidates],
+        "picked": best.report_row(),
+        "candidates": [c.report_row() | {"layers_unlike_first": _distance(c, first)} for c in candidates],
         "left_out": left_out,
         "local_search": trail,
         "prediction": prediction_error(
@@ -131,6 +121,7 @@ def pick(
         ),
         "interactions": pairs,
     }
+    report |= {"race": [c.report_row() for c in every if c.rungs]} if race is not None else {}
     return architecture, report
 
 
@@ -157,12 +148,12 @@ def _own_answers(
     try:
         for answer in islice(tables.answers(limits, picking.searcher, picking.min_different_layers, searching), picking.count):
             answers.append(answer)
-            origins.append(_origin(picking.searcher, len(answers)))
+            origins.append(origin_of(picking.searcher, len(answers)))
     except (Infeasible, OutOfTime) as error:
         if not answers:
             raise
         if isinstance(error, OutOfTime):  # else there are no more answers
-            left_out[_origin(picking.searcher, len(answers) + 1)] = str(error)
+            left_out[origin_of(picking.searcher, len(answers) + 1)] = str(error)
     for family in picking.without:
         name = f"{picking.searcher} without {family}"
         try:
@@ -193,10 +184,6 @@ def _rival_answers(
     return answers[len(known) :], origins
 
 
-def _origin(searcher: str, number: int) -> str:
-    return searcher if number == 1 else f"{searcher} #{number}"
-
-
 def candidate_choices(setup: SearchSetup, search: SearchConfig) -> list[Choices]:
     """The choices that a run's settings would measure, or take where nothing is measured. Raises Infeasible."""
     picking = _pick_options(search)
@@ -207,10 +194,10 @@ def candidate_choices(setup: SearchSetup, search: SearchConfig) -> list[Choices]
 
 
 def pick_as_configured(
-    setup: SearchSetup, search: SearchConfig, measure: Measure, distilled: Distilled | None = None
+    setup: SearchSetup, search: SearchConfig, measure: Measure, distilled: Distilled | None = None, race: Race | None = None
 ) -> tuple[Architecture, dict[str, Any]]:
     """`pick` with a run's settings."""
-    return pick(setup.tables, search.limits, _pick_options(search), setup.options, measure, distilled)
+    return pick(setup.tables, search.limits, _pick_options(search), setup.options, measure, distilled, race)
 
 
 def _pick_options(search: SearchConfig) -> PickOptions:
@@ -219,23 +206,13 @@ def _pick_options(search: SearchConfig) -> PickOptions:
         search.candidates,
         search.min_different_layers,
         search.rivals,
-        search.rivals_from,
+        0.0 if search.race_rungs else search.rivals_from,
         search.without,
         search.local_search_steps,
         search.interaction_blocks,
+        search.race_own,
+        search.race_within,
     )
-
-
-def _report_row(candidate: MeasuredAnswer) -> dict[str, Any]:
-    a = candidate.answer.architecture
-    return {
-        "origin": candidate.origin,
-        "predicted": a.objective,
-        **asdict(candidate.measured),
-        **({} if candidate.kl_distilled is None else {"kl_distilled": candidate.kl_distilled}),
-        "batch_size": a.predicted.batch_size,
-        "choices": [choice.label for choice in a.choices],
-    }
 
 
 def measured_kls(report: Mapping[str, Any] | None) -> dict[Choices, float]:
@@ -334,7 +311,7 @@ def _local_search(
             break
         measured = measure([table.named(choice) for choice in proposals])
         answers = [_exchanged(tables, best.answer, choice) for choice in proposals]
-        around = [MeasuredAnswer("local search", answer, m) for answer, m in zip(answers, measured, strict=True)]
+        around = [MeasuredAnswer(LOCAL_SEARCH, answer, m) for answer, m in zip(answers, measured, strict=True)]
         best_around = min(around, key=lambda c: c.rank)
         accepted = best_around.rank < best.rank
         for candidate in around:
