@@ -161,7 +161,7 @@ class Bench:
     def picked(
         self, s: Setting, library: Artifact, scores: Artifact, speed: float, gkd: GkdConfig | None = None, **how: Any
     ) -> tuple[Choices, int]:
-        """The best of the MIP's answers by measured KL, or as `how` says, and the tokens that it took; what a race's winner read is no such.
+        """The best of the MIP's answers by measured KL, or as `how` says, and the tokens that it took; what a race's winner read is none.
 
         `gkd` is what those that race begin.
         """

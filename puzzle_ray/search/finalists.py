@@ -26,13 +26,15 @@ def or_inf(kl: float | None) -> float:
 class MeasuredAnswer:
     """A measured child: the searcher it comes from, the answer with its predicted score, and what was measured.
 
-    `kl_distilled` is its held-out KL after a short distillation, None where there was none. `rungs` is what it was in a race.
+    `kl_distilled` is its held-out KL after a short distillation, None where there was none. `also` names who else gave this answer, and
+    `rungs` is what it was in a race.
     """
 
     origin: str
     answer: Answer
     measured: Measured
     kl_distilled: float | None = None
+    also: tuple[str, ...] = ()
     rungs: RungRows = ()
 
     @property
@@ -51,7 +53,7 @@ class MeasuredAnswer:
             "predicted": a.objective,
             **asdict(self.measured),
             **({} if self.kl_distilled is None else {"kl_distilled": self.kl_distilled}),
-            **({"rungs": list(self.rungs)} if self.rungs else {}),
+            **({"also": list(self.also), "rungs": list(self.rungs)} if self.rungs else {}),
             "batch_size": a.predicted.batch_size,
             "choices": [choice.label for choice in a.choices],
         }
@@ -69,20 +71,24 @@ def distilled_best(found: Sequence[MeasuredAnswer], distilled: Distilled) -> tup
     return after, min(after, key=lambda one: (or_inf(one.kl_distilled), one.rank))
 
 
-def finalists(found: Sequence[MeasuredAnswer], searcher: str, own: int, within: float) -> list[MeasuredAnswer]:
-    """Who races: the `own` of least KL among the searcher's answers and what a local search found, and every other answer.
+def outcome(rungs: RungRows) -> str:
+    """How a race ended for one who was in it."""
+    last = rungs[-1]
+    return "won" if last["goes_on"] else f"stopped after {last['step']} steps, {last['tokens']:,} tokens"
 
-    None whose KL is above `within` times the least of all.
+
+def finalists(found: Sequence[MeasuredAnswer], searcher: str, own: int, within: float) -> list[MeasuredAnswer]:
+    """Who races, by KL: the `own` of least KL among the searcher's answers and what a local search found, and every answer of another
+    kind, whoever else gave it. None whose KL is above `within` times the least of all.
     """
 
     def is_own(one: MeasuredAnswer) -> bool:
         return one.origin in (searcher, LOCAL_SEARCH) or one.origin.startswith(f"{searcher} #")
 
     ranked = sorted(found, key=lambda one: one.rank)
-    racing = [one for one in ranked if is_own(one)][:own] + [one for one in ranked if not is_own(one)]
-    least = ranked[0].rank[0]
+    first, least = [one for one in ranked if is_own(one)][:own], ranked[0].rank[0]
     limit = max(least, within * least)
-    return sorted((one for one in racing if one.rank[0] <= limit), key=lambda one: one.rank)
+    return [one for one in ranked if one.rank[0] <= limit and (one in first or one.also or not is_own(one))]
 
 
 def raced_best(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations, islice, zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -80,13 +80,15 @@ def pick(
 
     With `distilled` the one of least KL after the short distillation that it does, with `race` the one that wins it.
     """
-    answers, origins, left_out = _own_answers(tables, limits, picking, searching)
-    candidates = _measured(answers, origins, measure)
+    found = _own_answers(tables, limits, picking, searching)
+    answers = list(found.answers)
+    candidates = _measured(found, 0, measure)
     best = min(candidates, key=lambda c: c.rank)
     if reason := _rivals_spared(best, picking):
-        left_out |= dict.fromkeys(picking.rivals, reason)
+        found.left_out |= dict.fromkeys(picking.rivals, reason)
     else:
-        candidates += _measured(*_rival_answers(tables, limits, picking, searching, answers, left_out), measure)
+        _add_rivals(found, tables, limits, picking, searching)
+        candidates += _measured(found, len(candidates), measure)
         best = min(candidates, key=lambda c: c.rank)
     trail: list[dict[str, Any]] = []
     best = _local_search(tables, best, picking.steps, measure, trail)
@@ -94,6 +96,7 @@ def pick(
     if distilled is not None:
         every, best = distilled_best(every, distilled)
     if race is not None:
+        every = [replace(c, also=tuple(found.also.get(c.choices, ()))) for c in every]
         every, best = raced_best(every, finalists(every, picking.searcher, picking.race_own, picking.race_within), race)
     candidates = every[:count]
     first, last = answers[0].architecture, best.answer.architecture
@@ -114,7 +117,7 @@ def pick(
         "tokens": best.measured.tokens,
         "picked": best.report_row(),
         "candidates": [c.report_row() | {"layers_unlike_first": _distance(c, first)} for c in candidates],
-        "left_out": left_out,
+        "left_out": found.left_out,
         "local_search": trail,
         "prediction": prediction_error(
             [c.answer.architecture.objective for c in candidates], [c.measured.kl for c in candidates]
@@ -125,9 +128,29 @@ def pick(
     return architecture, report
 
 
-def _measured(answers: Sequence[Answer], origins: Sequence[str], measure: Measure) -> list[MeasuredAnswer]:
-    found = measure([answer.architecture.choices for answer in answers]) if answers else []
-    return [MeasuredAnswer(*x) for x in zip(origins, answers, found, strict=True)]
+@dataclass
+class _Found:
+    """Distinct answers and what each is called; who else gave one of them; and the reason for each that there is not."""
+
+    answers: list[Answer] = field(default_factory=list)
+    origins: list[str] = field(default_factory=list)
+    also: dict[Choices, list[str]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def add(self, answer: Answer, origin: str) -> None:
+        choices = answer.architecture.choices
+        if any(choices == other.architecture.choices for other in self.answers):
+            self.also.setdefault(choices, []).append(origin)
+        else:
+            self.answers.append(answer)
+            self.origins.append(origin)
+
+
+def _measured(found: _Found, first: int, measure: Measure) -> list[MeasuredAnswer]:
+    """The answers from number `first` on, as whole children."""
+    answers, origins = found.answers[first:], found.origins[first:]
+    measured = measure([answer.architecture.choices for answer in answers]) if answers else []
+    return [MeasuredAnswer(*x) for x in zip(origins, answers, measured, strict=True)]
 
 
 def _rivals_spared(best: MeasuredAnswer, picking: PickOptions) -> str:
@@ -138,59 +161,41 @@ def _rivals_spared(best: MeasuredAnswer, picking: PickOptions) -> str:
     return f"the KL, {kl:.4g}, is not above {picking.rivals_from:g} times its prediction, {architecture.objective:.4g}"
 
 
-def _own_answers(
-    tables: Tables, limits: Limits, picking: PickOptions, searching: Options
-) -> tuple[list[Answer], list[str], dict[str, str]]:
-    """The searcher's answers to measure, what each is called, and the reason for one that was not found in time."""
-    answers: list[Answer] = []
-    origins: list[str] = []
-    left_out: dict[str, str] = {}
+def _own_answers(tables: Tables, limits: Limits, picking: PickOptions, searching: Options) -> _Found:
+    """The searcher's answers to measure, and the reason for one that was not found in time."""
+    found = _Found()
     try:
         for answer in islice(tables.answers(limits, picking.searcher, picking.min_different_layers, searching), picking.count):
-            answers.append(answer)
-            origins.append(origin_of(picking.searcher, len(answers)))
+            found.add(answer, origin_of(picking.searcher, len(found.answers) + 1))
     except (Infeasible, OutOfTime) as error:
-        if not answers:
+        if not found.answers:
             raise
         if isinstance(error, OutOfTime):  # else there are no more answers
-            left_out[origin_of(picking.searcher, len(answers) + 1)] = str(error)
+            found.left_out[origin_of(picking.searcher, len(found.answers) + 1)] = str(error)
     for family in picking.without:
         name = f"{picking.searcher} without {family}"
         try:
-            _add(without(tables, family).search(limits, searcher=picking.searcher, options=searching)[0], name, answers, origins)
+            found.add(without(tables, family).search(limits, searcher=picking.searcher, options=searching)[0], name)
         except (Infeasible, OutOfTime, ConfigError) as error:  # the searcher may need that family
-            left_out[name] = str(error)
-    return answers, origins, left_out
+            found.left_out[name] = str(error)
+    return found
 
 
-def _add(answer: Answer, origin: str, answers: list[Answer], origins: list[str]) -> None:
-    """Unless it is there."""
-    if all(answer.architecture.choices != other.architecture.choices for other in answers):
-        answers.append(answer)
-        origins.append(origin)
-
-
-def _rival_answers(
-    tables: Tables, limits: Limits, picking: PickOptions, searching: Options, known: Sequence[Answer], left_out: dict[str, str]
-) -> tuple[list[Answer], list[str]]:
-    """Answers of rivals that are not `known`, and whose they are. For a rival without one, the reason is added to `left_out`."""
-    answers: list[Answer] = list(known)
-    origins: list[str] = []
+def _add_rivals(found: _Found, tables: Tables, limits: Limits, picking: PickOptions, searching: Options) -> None:
     for name in picking.rivals:
         try:
-            _add(tables.search(limits, searcher=name, options=searching)[0], name, answers, origins)
+            found.add(tables.search(limits, searcher=name, options=searching)[0], name)
         except (Infeasible, ConfigError) as error:  # this rival has no answer within the limits; the others are measured
-            left_out[name] = str(error)
-    return answers[len(known) :], origins
+            found.left_out[name] = str(error)
 
 
 def candidate_choices(setup: SearchSetup, search: SearchConfig) -> list[Choices]:
     """The choices that a run's settings would measure, or take where nothing is measured. Raises Infeasible."""
     picking = _pick_options(search)
-    answers, *_ = _own_answers(setup.tables, search.limits, picking, setup.options)
+    found = _own_answers(setup.tables, search.limits, picking, setup.options)
     if search.measures:
-        answers += _rival_answers(setup.tables, search.limits, picking, setup.options, answers, {})[0]
-    return [answer.architecture.choices for answer in answers]
+        _add_rivals(found, setup.tables, search.limits, picking, setup.options)
+    return [answer.architecture.choices for answer in found.answers]
 
 
 def pick_as_configured(

@@ -25,8 +25,8 @@ class SearchConfig(Section):
     one schedule, and pauses at so many rungs, each with three times the tokens of the one below. The last rung is the end. The best third
     by held-out KL goes on from each, and from the last but one only the best. It is the pick, and stage `gkd` goes on from where it is:
     only what the others read is read besides. There race the `race_own` of least KL of the searcher's answers and what the local search
-    found, the answers of `without`, and those of `rivals`, which are always measured then; but none whose KL before distillation is above
-    `race_within` times the least.
+    found, and the answers of `without` and of `rivals`, which are always measured then; but none whose KL before distillation is above
+    `race_within` times the least. One that is left alone begins no race.
     With `target_format: nemotron_nas` the search space has only what vLLM runs in that format: no linear, no windows, no no-op
     attention in the first layer, and FFN widths that are multiples of 256.
     `sweep` maps an axis to a list of values. An axis is a limit's name, `batch_size`, `input_tokens` or `output_tokens`. All
@@ -117,6 +117,11 @@ class SearchConfig(Section):
     def most_candidates(self) -> int:
         """Children that are measured before one is picked, at the most: those of rivals, and what a local search finds, too."""
         return self.candidates + len(self.without) + len(self.rivals) + bool(self.local_search_steps)
+
+    @property
+    def most_distilled(self) -> int:
+        """Children that are distilled before one is picked, at the most."""
+        return self.most_racing if self.race_rungs else self.most_candidates
 
     @property
     def grid(self) -> dict[str, tuple[float, ...]]:
