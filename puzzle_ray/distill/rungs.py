@@ -24,7 +24,7 @@ from puzzle_ray.distill.gkd import (
 )
 from puzzle_ray.distill.gkd_trainer import GkdTrainer
 from puzzle_ray.distill.guard import HeldoutGuard, HeldoutRow
-from puzzle_ray.distill.settings import REDUCTION
+from puzzle_ray.distill.settings import REDUCTION, rung_steps
 from puzzle_ray.progress import Progress
 from puzzle_ray.store import Artifact
 
@@ -66,12 +66,6 @@ class Climber:
         """A lower KL, within the same or a stricter budget."""
         mine, theirs = self.asked, other.asked
         return self.scenario == other.scenario and kl < other_kl and all(a <= b for a, b in zip(mine, theirs, strict=True))
-
-
-def rung_steps(total_steps: int, every_steps: int, rungs: int) -> list[int]:
-    """The steps that the rungs are at: the last one is the end, and the others are rounded up to the next look at held-out text."""
-    wanted = (math.ceil(total_steps / REDUCTION**below) for below in reversed(range(rungs)))
-    return sorted({min(total_steps, math.ceil(step / every_steps) * every_steps) for step in wanted})
 
 
 def goes_on(child: Climber, kl: float, before: Sequence[tuple[Climber, float]]) -> bool:

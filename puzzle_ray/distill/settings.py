@@ -15,6 +15,12 @@ AUTO: Literal["auto"] = "auto"
 REDUCTION = 3  # each rung of a distillation has this many times the tokens of the one below, see `puzzle_ray.distill.rungs`
 
 
+def rung_steps(total_steps: int, every_steps: int, rungs: int) -> list[int]:
+    """The steps that the rungs are at: the last one is the end, and the others are rounded up to the next look at held-out text."""
+    wanted = (math.ceil(total_steps / REDUCTION**below) for below in reversed(range(rungs)))
+    return sorted({min(total_steps, math.ceil(step / every_steps) * every_steps) for step in wanted})
+
+
 def _number(given: Any, above: float) -> bool:
     return isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given) and given > above
 
@@ -312,14 +318,9 @@ class GkdConfig(Section):
         return sum(math.ceil(tokens / (micro_batch * micro_batches)) for tokens, micro_batch in parts)
 
     def race_steps(self, rungs: int) -> tuple[int, ...]:
-        """The steps after which finalists of the pick are compared (`search.race_rungs`). The last rung, which is the end, is left out.
-
-        Each rung has `REDUCTION` times the steps of the one below, and is at the nearest look at held-out text.
-        """
+        """The steps after which finalists of the pick are compared (`search.race_rungs`). The last rung, which is the end, is left out."""
         total, every = self.total_steps, max(1, self.total_steps // self.heldout_looks)
-        wanted = (total / REDUCTION**below for below in range(rungs - 1, 0, -1))
-        steps = {max(1, round(step / every)) * every for step in wanted}
-        return tuple(sorted(step for step in steps if step < total))
+        return tuple(step for step in rung_steps(total, every, rungs) if step < total)
 
     def shortened(self, tokens: int) -> GkdConfig:
         """The same for another number of tokens, in one stage."""

@@ -208,19 +208,13 @@ def _race(data: ReportData) -> Html | None:
     if not data.race:
         return None
     rungs = max((row["rungs"] for row in data.race), key=len)
-    header = ["finalist", "at the start", *(f"{count(rung['tokens'])} tokens" for rung in rungs), "went on"]
+    header = ["finalist", "at the start", *(f"{count(rung['tokens'])} tokens" for rung in rungs), "ended"]
     rows = []
     for row in sorted(data.race, key=lambda row: (-len(row["rungs"]), row["rungs"][-1]["kl"])):
         kls = [nats(rung["kl"]) for rung in row["rungs"]] + [""] * (len(rungs) - len(row["rungs"]))
         last = row["rungs"][-1]
-        rows.append(
-            [
-                " = ".join([row["origin"], *row["also"]]),
-                nats(row["kl"]),
-                *kls,
-                "won" if last["goes_on"] else f"stopped at step {last['step']}",
-            ]
-        )
+        ended = "won" if last["goes_on"] else f"stopped at step {last['step']}"
+        rows.append([" = ".join([row["origin"], *row["also"]]), nats(row["kl"]), *kls, ended])
     words = "The pick is by a race: finalists begin the distillation of the whole schedule, and the best ones at a rung go on."
     return tag("div", note(words, " Held-out KL, by the tokens that each has read:"), html_table(header, rows))
 

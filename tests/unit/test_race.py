@@ -65,13 +65,13 @@ def test_what_is_known_is_not_climbed_again():
     assert again == whole and came == [2, 2]
 
 
-def test_rungs_are_at_the_look_that_is_nearest_to_a_third_of_the_rung_above():
+def test_rungs_are_at_looks_from_a_third_of_the_rung_above_on():
     config = GkdConfig(tokens=272 * 512, micro_batch_tokens=256, num_workers=2)
-    assert config.race_steps(3) == (27, 81) and config.race_steps(2) == (81,)
-    assert config.race_steps(9) == (27, 81), "none before the first look"
+    assert config.race_steps(3) == (54, 108) and config.race_steps(2) == (108,)
+    assert config.race_steps(9) == (27, 54, 108), "none before the first look"
     assert config.model_copy(update={"heldout_looks": 1}).race_steps(3) == ()
     stages = [{"sequence_length": 128, "tokens": 512 * n, "micro_batch_tokens": 256} for n in (10, 20)]
-    assert GkdConfig(stages=stages, num_workers=2).race_steps(2) == (9,)
+    assert GkdConfig(stages=stages, num_workers=2).race_steps(2) == (12,)
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,7 @@ def test_what_losers_read_is_planned():
     config = load(
         None, None, ("search.race_rungs=3", "search.rivals=[greedy]", "gkd.tokens=2048000", "gkd.micro_batch_tokens=2048")
     )
-    assert config.gkd.race_steps(3) == (100, 300) and tokens_before_pick(config) == 100 * 2048
+    assert config.gkd.race_steps(3) == (200, 400) and tokens_before_pick(config) == 200 * 2048
     short = RunConfig(search={"candidates": 2, "distil_tokens": 640, "rivals": []})
     assert tokens_before_pick(short) == 2 * 640
 
