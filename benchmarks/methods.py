@@ -31,11 +31,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks.methods_summary import show, summary_of
 from benchmarks.record import write
+from benchmarks.uniform_width import uniform_choice
 from puzzle_ray.artifacts import PARENT, Choices, LayerChoice, Scores
 from puzzle_ray.config import RunConfig, load
 from puzzle_ray.distill.race import losers_steps
@@ -191,30 +191,6 @@ class Bench:
         return child.throughput_tokens_per_s / parent.throughput_tokens_per_s
 
 
-def uniform_choice(bench: Bench, speed: float) -> LayerChoice | None:
-    """The mildest narrowing of every layer alike that reaches a speed: fewer KV heads only where the FFN alone, at a tenth of its width,
-    would not do. The time of a width is interpolated between those profiled. None where no narrowing is enough."""
-    costs, scenario, space = read_profile(bench.s, bench.profile), bench.s.profile_config.scenario, bench.s.whole_space
-    layer_type, depth, size = space.layers[0].layer_type, len(space.layers), scenario.batch_size
-    whole = bench.s.model_config.intermediate_size
-
-    def runtime_ms(kind: Any, variant: str) -> float:
-        row = costs.row(layer_type, kind, variant, size)
-        return row.prefill_ms + (scenario.output_tokens - 1) * row.decode_ms
-
-    parent = predicted_costs(space, costs, scenario, [LayerChoice()] * depth).runtime_ms
-    saving = (parent - parent / speed) / depth
-    names = [v for v in space.layers[0].ffn if v == PARENT or v.startswith("ffn:")]
-    widths = sorted((whole if v == PARENT else int(v[4:]), runtime_ms("ffn", v)) for v in names)
-    for attention in (PARENT, *(v for v in space.layers[0].attention if v.startswith("gqa:"))):
-        target = runtime_ms("ffn", PARENT) - saving + runtime_ms("attention", PARENT) - runtime_ms("attention", attention)
-        if target >= widths[0][1]:
-            width = float(np.interp(target, np.maximum.accumulate([ms for _, ms in widths]), [w for w, _ in widths]))
-            multiple = bench.s.config.space.ffn_multiple_of
-            return LayerChoice(attention, f"ffn:{max(multiple, int(width) // multiple * multiple)}")
-    return None
-
-
 # methods: each makes a child of a speed, or none where it cannot
 
 
@@ -286,7 +262,9 @@ def _depth(bench: Bench, speed: float) -> Child:
 
 
 def _uniform(bench: Bench, speed: float) -> Child | None:
-    choice = uniform_choice(bench, speed)
+    s = bench.s
+    costs, width = read_profile(s, bench.profile), s.model_config.intermediate_size
+    choice = uniform_choice(s.whole_space, costs, s.profile_config.scenario, width, s.config.space.ffn_multiple_of, speed)
     if choice is None:
         return None
     space = bench.s.config.space.model_copy(update={"attention": (PARENT, choice.attention), "ffn": (PARENT, choice.ffn)})

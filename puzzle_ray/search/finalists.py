@@ -12,7 +12,7 @@ from puzzle_ray.search.tables import Answer
 
 RungRows = Sequence[Mapping[str, Any]]  # of one child, see `puzzle_ray.distill.rungs.RungRow`
 Distilled = Callable[[Sequence[Choices]], list[float]]  # children's held-out KLs after a short distillation
-Race = Callable[[Sequence[Choices]], list[RungRows]]  # what children were at every rung, and who went on from there
+Race = Callable[[Sequence[Choices]], Sequence[RungRows]]  # what children were at every rung, and who went on from there
 
 LOCAL_SEARCH = "local search"
 

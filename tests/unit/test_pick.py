@@ -340,7 +340,7 @@ def test_who_wins_the_race_is_picked_whatever_it_was_before():
     worst = max(before["candidates"], key=lambda row: row["kl"])
     found, report, racing = race(lambda c: [x.label for x in c] == worst["choices"], count=4, steps=1, race_own=5)
     assert [choice.label for choice in found.choices] == worst["choices"] == report["picked"]["choices"]
-    assert len(racing.asked) == len(report["race"]) == 5, "what the local search found is in it, too"
+    assert len(set(racing.asked)) == len(racing.asked) == len(report["race"]) >= 4
     assert [true_kl(c) for c in racing.asked] == sorted(map(true_kl, racing.asked))
     assert [row["rungs"][0]["goes_on"] for row in report["race"]].count(True) == 1
     assert found.status == "measured" and "race" not in before and "kl_distilled" not in report["picked"]
