@@ -90,30 +90,26 @@ def _climbers(run: Run, children: Sequence[Choices]) -> list[Climber]:
     return climbers
 
 
-def _how(run: Run) -> dict[str, Any]:
-    """Side by side, each in one process with as many threads as without Ray."""
+def _distilled(run: Run, children: Sequence[Choices], artifact: Artifact) -> list[float]:
+    """Candidates' held-out KLs after a short distillation, side by side, each in one process with as many threads as without Ray."""
+    from actors.distil_sweep import distil_children
     from actors.placement import node_cpus
 
-    cpus = max(1, node_cpus() // run.config.gkd.num_workers)
-    return {"cpus": cpus, "cluster": run.config.cluster, "progress": run.progress}
-
-
-def _distilled(run: Run, children: Sequence[Choices], artifact: Artifact) -> list[float]:
-    """Candidates' held-out KLs after a short distillation."""
-    from actors.distil_sweep import distil_children
-
-    climbers = _climbers(run, children)
-    distil_children(climbers, 1, artifact, **_how(run))
+    climbers, cpus = _climbers(run, children), max(1, node_cpus() // run.config.gkd.num_workers)
+    distil_children(climbers, 1, artifact, cpus=cpus, cluster=run.config.cluster, progress=run.progress)
     return [float(climber.job.artifact.facts()["heldout_kl"]) for climber in climbers]
 
 
 def _raced(run: Run, children: Sequence[Choices], artifact: Artifact) -> list[list[dict[str, Any]]]:
-    """What candidates were at every rung of a race. Each begins the distillation that stage `gkd` would give it."""
+    """What candidates were at every rung of a race. Each begins the distillation that stage `gkd` would give it, side by side with the
+    others, in one process with as many threads as each worker there."""
     from actors.distil_sweep import race_children
+    from actors.gkd import equal_share
     from puzzle_ray.distill.rungs import to_json
 
-    climbers = _climbers(run, children)
-    rows = race_children(climbers, run.config.gkd.race_steps(run.config.search.race_rungs), artifact, **_how(run))
+    gkd_config, climbers = run.config.gkd, _climbers(run, children)
+    how: dict[str, Any] = {"cluster": run.config.cluster, "progress": run.progress, "cpus": equal_share(gkd_config.num_workers)}
+    rows = race_children(climbers, gkd_config.race_steps(run.config.search.race_rungs), artifact, **how)
     return [[to_json(row) for row in rows[climber.name]] for climber in climbers]
 
 
