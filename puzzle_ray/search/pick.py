@@ -2,7 +2,8 @@
 
 The sum of replace-one scores only predicts the KL of a whole child. It is most wrong where whole layers are dropped.
 So the best distinct answers of the search are measured as whole children, and where the sum was far off, what simpler searchers answer
-to the same budget too. Then a local search exchanges blocks within the budget as long as the measured KL falls.
+to the same budget too. Then a local search exchanges blocks within the budget as long as the measured KL falls. Where it is configured,
+finalists are distilled for a while, or race on the schedule of the whole distillation, and what is best then is picked.
 The report says how far the sums of scores were off.
 """
 
