@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 from ray.tune import Callback, Stopper
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
@@ -20,14 +20,14 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from actors.placement import not_placed, require
 from actors.sweep import quiet_tune, raise_failed
 from puzzle_ray.cluster import ClusterConfig
-from puzzle_ray.distill.gkd import CHILD, say_epochs
-from puzzle_ray.distill.rungs import Climber, RungRow, climb, from_json, goes_on, to_json
+from puzzle_ray.distill.gkd import CHILD, GkdJob, say_epochs
+from puzzle_ray.distill.race import at_rungs, race
+from puzzle_ray.distill.rungs import Climber, RungRow, climb, goes_on, read_rows, to_json, write_rows
 from puzzle_ray.errors import ClusterError
 from puzzle_ray.progress import Bar, Progress
 from puzzle_ray.store import Artifact, adding_items
 
 WHAT = "a child's distillation"
-ROWS = "rungs"  # a folder of the sweep's artifact
 SAYS_EVERY_S = 5.0
 
 
@@ -42,13 +42,9 @@ class Rows:
     failed: Exception | None = None  # a row could not be written
 
     @classmethod
-    def read(cls, climbers: Sequence[Climber], artifact: Artifact) -> Rows:
+    def read(cls, climbers: Sequence[Climber], artifact: Artifact) -> Self:
         rows = cls({climber.name: climber for climber in climbers}, artifact)
-        there, known = set(artifact.names(ROWS)), {}
-        for name in rows.climbers:
-            if f"{name}.json" in there:
-                known[name] = artifact.read_json(f"{ROWS}/{name}.json")
-        rows.of = {name: [from_json(row) for row in known[name]] if name in known else [] for name in rows.climbers}
+        rows.of = read_rows(artifact, rows.climbers)
         for name, own in rows.of.items():
             for row in own:
                 rows.came.setdefault(row.rung, []).append(name)
@@ -63,8 +59,18 @@ class Rows:
         decided = replace(row, goes_on=row.is_last or goes_on(self.climbers[name], row.kl, before))
         own.append(decided)
         self.came.setdefault(row.rung, []).append(name)
-        self.artifact.write_json(f"{ROWS}/{name}.json", [to_json(each) for each in own])
+        write_rows(self.artifact, name, own)
         return bool(decided.goes_on)
+
+
+class RaceRows(Rows):
+    """The same of a race, in which everyone waits at a rung for the others: nobody is turned down on arrival."""
+
+    def decided(self, name: str, row: RungRow) -> bool:
+        if row.rung > len(self.of[name]):
+            self.of[name].append(row)
+            write_rows(self.artifact, name, self.of[name])
+        return True
 
 
 class Halving(FIFOScheduler):
@@ -138,9 +144,13 @@ class _Says:
 
 
 def trial(
-    config: dict[str, Any], climbers: Mapping[str, Climber], known: Mapping[str, Sequence[RungRow]], rungs: int, cpus: int
+    config: dict[str, Any],
+    climbers: Mapping[str, Climber],
+    known: Mapping[str, Sequence[RungRow]],
+    rungs: int | Sequence[int],
+    cpus: int,
 ) -> None:
-    """One child, from rung to rung; Tune stops it at a report."""
+    """One child, from rung to rung, see `climb`; Tune stops it at a report."""
     from ray import tune
 
     from puzzle_ray.process import compute_with
@@ -149,6 +159,8 @@ def trial(
     compute_with(cpus)
     job = climber.job
     for row in climb(job, rungs, _Says(), device="cuda" if job.config.use_gpu else "cpu", known=known[climber.name]):
+        if row in known[climber.name] and not isinstance(rungs, int):
+            continue  # a race begins trials anew for every rung
         done = {"child_folder": job.artifact.path(CHILD)} if job.artifact.finished else {}
         own = {name: value for name, value in to_json(row).items() if name != "goes_on"}
         tune.report({"budget": climber.label, **climber.facts, **own, **done})
@@ -163,44 +175,82 @@ def distil_children(
     `step` and `rung`, what `Climber.facts` holds, `budget`, and `child_folder` where it was distilled to the end. Raises what a trial
     raised where that is a PuzzleError, and ClusterError where one fails in another way, none can be placed, or all fall silent.
     """
-    options = {"num_cpus": cpus, "num_gpus": int(climbers[0].job.config.use_gpu)}
-    require(options, WHAT, "gkd.use_gpu", cluster.autoscaling)
-    say_epochs(climbers[0].job)
-    quiet_tune()
-    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # between two rungs a trial says nothing of its KL
-    with ExitStack() as leases:
-        for climber in sorted(
-            climbers, key=lambda climber: climber.name
-        ):  # in the same order in every run: none waits in a circle
-            if not climber.job.artifact.finished:
-                leases.enter_context(adding_items(climber.job.artifact))
+    with _leased(climbers, cpus, cluster) as leases:
         rows = Rows.read(climbers, artifact)
         bar = leases.enter_context(progress.stage("distill children", rungs * len(climbers), "rungs"))
-        watch = Watch(cluster, bar, rows)
-        with tempfile.TemporaryDirectory(prefix="puzzle-ray-sweep-") as folder:
-            results = _tuner(rows, rungs, options, watch, folder).fit()
-        if rows.failed is not None:
-            raise rows.failed
-        if watch.silent_s and not watch.started:
-            raise not_placed(WHAT, watch.silent_s)
-        if watch.silent_s:
-            problem = f"no child's distillation said anything for {watch.silent_s:.0f} s"
-            raise ClusterError("sweep", problem, "raise cluster.step_timeout_s")
-        raise_failed(results)
+        results = _side_by_side(rows, rows.climbers, rungs, cpus, cluster, bar)
     return rows.of, results
 
 
-def _tuner(rows: Rows, rungs: int, options: Mapping[str, int], watch: Watch, folder: str) -> Any:
+def race_children(
+    climbers: Sequence[Climber], steps: Sequence[int], artifact: Artifact, *, cpus: int, cluster: ClusterConfig, progress: Progress
+) -> dict[str, list[RungRow]]:  # fmt: skip
+    """A race (see `puzzle_ray.distill.race`) with rungs after so many steps: those that are at work climb to the next one side by side.
+
+    Returns every child's rows by its name. Raises as `distil_children` does.
+    """
+    with _leased(climbers, cpus, cluster) as leases:
+        rows = RaceRows.read(climbers, artifact)
+        total = sum(at_rungs(len(climbers), len(steps)))
+        bar = leases.enter_context(progress.stage("race", total, "rungs"))
+        bar.advance(sum(map(len, rows.of.values())))
+
+        def advance(names: Sequence[str], number: int) -> None:
+            _side_by_side(rows, names, steps[: number + 1], cpus, cluster, bar)
+
+        return race(list(rows.climbers), len(steps), rows.of, advance)
+
+
+@contextmanager
+def _leased(climbers: Sequence[Climber], cpus: int, cluster: ClusterConfig) -> Iterator[ExitStack]:
+    """While children are distilled here, nobody else does it. Raises ClusterError where no node has room for one."""
+    job = climbers[0].job
+    require(_options(job, cpus), WHAT, "gkd.use_gpu", cluster.autoscaling)
+    say_epochs(job)
+    quiet_tune()
+    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # between two rungs a trial says nothing of its KL
+    with ExitStack() as leases:
+        in_order = sorted(climbers, key=lambda climber: climber.name)  # the same in every run: none waits in a circle
+        for climber in in_order:
+            if not climber.job.artifact.finished:
+                leases.enter_context(adding_items(climber.job.artifact))
+        yield leases
+
+
+def _options(job: GkdJob, cpus: int) -> dict[str, int]:
+    return {"num_cpus": cpus, "num_gpus": int(job.config.use_gpu)}
+
+
+def _side_by_side(
+    rows: Rows, names: Iterable[str], rungs: int | Sequence[int], cpus: int, cluster: ClusterConfig, bar: Bar
+) -> Any:  # fmt: skip
+    """Distils these children as trials of Tune, up to `rungs`, and adds their rows."""
+    watch = Watch(cluster, bar, rows)
+    with tempfile.TemporaryDirectory(prefix="puzzle-ray-sweep-") as folder:
+        results = _tuner(rows, list(names), rungs, cpus, watch, folder).fit()
+    if rows.failed is not None:
+        raise rows.failed
+    if watch.silent_s and not watch.started:
+        raise not_placed(WHAT, watch.silent_s)
+    if watch.silent_s:
+        problem = f"no child's distillation said anything for {watch.silent_s:.0f} s"
+        raise ClusterError("sweep", problem, "raise cluster.step_timeout_s")
+    raise_failed(results)
+    return results
+
+
+def _tuner(rows: Rows, names: list[str], rungs: int | Sequence[int], cpus: int, watch: Watch, folder: str) -> Any:
     from ray import tune
     from ray.tune.logger import JsonLoggerCallback
 
-    known = {name: list(own) for name, own in rows.of.items()}
-    given = tune.with_parameters(trial, climbers=rows.climbers, known=known, rungs=rungs, cpus=options["num_cpus"])
+    known = {name: list(rows.of[name]) for name in names}
+    given = tune.with_parameters(trial, climbers=rows.climbers, known=known, rungs=rungs, cpus=cpus)
+    job = next(iter(rows.climbers.values())).job
+    options = _options(job, cpus)
     resources = {"cpu": options["num_cpus"]} | ({"gpu": options["num_gpus"]} if options["num_gpus"] else {})
-    failures = next(iter(rows.climbers.values())).job.config.max_failures
     return tune.Tuner(
         tune.with_resources(given, resources),
-        param_space={"child": tune.grid_search(list(rows.climbers))},
+        param_space={"child": tune.grid_search(names)},
         tune_config=tune.TuneConfig(scheduler=Halving(rows), metric="kl", mode="min", reuse_actors=True),
         run_config=tune.RunConfig(
             name="children",
@@ -208,6 +258,6 @@ def _tuner(rows: Rows, rungs: int, options: Mapping[str, int], watch: Watch, fol
             verbose=0,
             stop=watch,
             callbacks=[watch, JsonLoggerCallback()],  # the results' data frames are made of what it writes
-            failure_config=tune.FailureConfig(max_failures=failures),
+            failure_config=tune.FailureConfig(max_failures=job.config.max_failures),
         ),
     )

@@ -220,8 +220,8 @@ class GkdRun:
         self.stopping = True
 
 
-def _cpus_per_worker(num_workers: int) -> int:
-    """An equal share of the smallest node that has CPUs; workers spread evenly."""
+def equal_share(num_workers: int) -> int:
+    """CPUs of a worker: an equal share of the smallest node that has CPUs; workers spread evenly."""
     nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     nodes = [cpus for cpus in nodes if cpus] or [1]
     return max(1, min(nodes) // math.ceil(num_workers / len(nodes)))
@@ -260,7 +260,7 @@ def run_gkd(job: GkdJob, *, cluster: ClusterConfig, progress: Progress, cpus_per
     say_epochs(job)
     if not may_shard(job.config):
         job.artifact.remove(STORAGE)  # what a driver left that was killed: there is nothing to take up
-    cpus = cpus_per_worker or _cpus_per_worker(job.config.num_workers)
+    cpus = cpus_per_worker or equal_share(job.config.num_workers)
     named = actor_name(f"GKD, {job.config.num_workers} workers")
     run = GkdRun.options(runtime_env={"env_vars": _environment()}, **named).remote()  # type: ignore[attr-defined]
     ended = run.fit.remote(job, cpus, cluster.step_timeout_s)

@@ -6,6 +6,8 @@ For every parent and seed, one profile is measured, one library is trained and s
   globally (GKD) by KLD and cosine.
 - `distilled_pick`: two answers of the MIP and one without linear blocks are distilled by 4k tokens each, and the one is picked that is
   best then. What the pick read is taken off GKD's tokens.
+- `race`: the best answer of the MIP by measured KL and greedy's race on GKD's schedule, unless greedy's KL before it is more than 1.5 times
+  as high; the schedule is shorter by what the loser may read.
 - `no_gkd`: `puzzle`'s child before GKD. `no_cosine`: the same child, GKD by KLD alone.
 - `no_bld`: blocks as they start, before training, with scores, a search and a pick of their own. What BLD read, GKD reads besides.
 - `greedy`, `random`: another search of the same scores; `random` is one random architecture within the budget.
@@ -29,13 +31,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks.methods_summary import show, summary_of
 from benchmarks.record import write
+from benchmarks.uniform_width import uniform_choice
 from puzzle_ray.artifacts import PARENT, Choices, LayerChoice, Scores
 from puzzle_ray.config import RunConfig, load
+from puzzle_ray.distill.race import losers_steps
 from puzzle_ray.distill.settings import GkdConfig
 from puzzle_ray.errors import Infeasible, ProfileError
 from puzzle_ray.evaluation.evaluate import predictions, speeds
@@ -73,7 +76,19 @@ PARENTS = ("tiny", *TEXTS)
 RATES = {"chars105": 1e-4}  # of GKD: what a range test chooses for this parent; at 1e-3 GKD keeps the start
 RATE = 1e-3  # of the others
 SPEEDS = (1.25, 1.5, 2.0)
-METHODS = ("puzzle", "distilled_pick", "no_gkd", "no_cosine", "no_bld", "greedy", "random", "uniform", "depth", "iterative")
+METHODS = (
+    "puzzle",
+    "distilled_pick",
+    "race",
+    "no_gkd",
+    "no_cosine",
+    "no_bld",
+    "greedy",
+    "random",
+    "uniform",
+    "depth",
+    "iterative",
+)
 BASE = (
     "data.sequence_length=128", "library.calibration_tokens=8192", "library.learning_rate=0.002", "library.micro_batch_tokens=256",
     "profile.scenario={batch_size: 16, input_tokens: 96, output_tokens: 32}", "profile.repeats=7", "search.sweep={speedup: [2.0]}",
@@ -143,19 +158,27 @@ class Bench:
         options = Options(time_limit_s=setup.time_limit_s, seed=self.seed, samples=samples)
         return setup.tables.search(setup.limits, searcher=searcher, options=options)[0].architecture.choices
 
-    def picked(self, s: Setting, library: Artifact, scores: Artifact, speed: float, **how: Any) -> tuple[Choices, int]:
-        """The best of the MIP's answers by measured KL, or as `how` says, and the tokens that it took."""
+    def picked(
+        self, s: Setting, library: Artifact, scores: Artifact, speed: float, gkd: GkdConfig | None = None, **how: Any
+    ) -> tuple[Choices, int]:
+        """The best of the MIP's answers by measured KL, or as `how` says, and the tokens that it took; what a race's winner read is none.
+
+        `gkd` is what those that race begin.
+        """
         search = s.config.search.model_copy(update={"limits": Limits(speedup=speed)} | how)
-        other = Setting(s.config.model_copy(update={"search": search}), s.store, s.progress)
+        other = Setting(s.config.model_copy(update={"search": search, "gkd": gkd or s.config.gkd}), s.store, s.progress)
         found = architecture_of(other, self.tokens, library, self.profile, scores)
         report = found.read_json(PICKED)
         kls = {tuple(row["choices"]) for row in (*report["candidates"], report["picked"]) if "kl_distilled" in row}
-        return read_architecture(found).choices, len(kls) * search.distil_tokens
+        lost = [row["rungs"][-1]["tokens"] for row in report.get("race", ()) if not row["rungs"][-1]["goes_on"]]
+        return read_architecture(found).choices, len(kls) * search.distil_tokens + sum(lost)
+
+    def gkd(self, preset: str, tokens: int) -> GkdConfig:
+        given = self.s.config.gkd.model_dump(exclude={"kl_weight", "cosine_weight", "lm_weight", "preset"})
+        return GkdConfig.model_validate(given | {"preset": preset, "tokens": tokens})
 
     def distilled(self, start: Artifact, preset: str, tokens: int) -> Artifact:
-        given = self.s.config.gkd.model_dump(exclude={"kl_weight", "cosine_weight", "lm_weight", "preset"})
-        gkd = GkdConfig.model_validate(given | {"preset": preset, "tokens": tokens})
-        s = Setting(self.s.config.model_copy(update={"gkd": gkd}), self.s.store, self.s.progress)
+        s = Setting(self.s.config.model_copy(update={"gkd": self.gkd(preset, tokens)}), self.s.store, self.s.progress)
         return distilled_of(s, self.tokens, start)
 
     def predicted_speedup(self, choices: Choices) -> float | None:
@@ -166,30 +189,6 @@ class Bench:
         except ProfileError:
             return None
         return child.throughput_tokens_per_s / parent.throughput_tokens_per_s
-
-
-def uniform_choice(bench: Bench, speed: float) -> LayerChoice | None:
-    """The mildest narrowing of every layer alike that reaches a speed: fewer KV heads only where the FFN alone, at a tenth of its width,
-    would not do. The time of a width is interpolated between those profiled. None where no narrowing is enough."""
-    costs, scenario, space = read_profile(bench.s, bench.profile), bench.s.profile_config.scenario, bench.s.whole_space
-    layer_type, depth, size = space.layers[0].layer_type, len(space.layers), scenario.batch_size
-    whole = bench.s.model_config.intermediate_size
-
-    def runtime_ms(kind: Any, variant: str) -> float:
-        row = costs.row(layer_type, kind, variant, size)
-        return row.prefill_ms + (scenario.output_tokens - 1) * row.decode_ms
-
-    parent = predicted_costs(space, costs, scenario, [LayerChoice()] * depth).runtime_ms
-    saving = (parent - parent / speed) / depth
-    names = [v for v in space.layers[0].ffn if v == PARENT or v.startswith("ffn:")]
-    widths = sorted((whole if v == PARENT else int(v[4:]), runtime_ms("ffn", v)) for v in names)
-    for attention in (PARENT, *(v for v in space.layers[0].attention if v.startswith("gqa:"))):
-        target = runtime_ms("ffn", PARENT) - saving + runtime_ms("attention", PARENT) - runtime_ms("attention", attention)
-        if target >= widths[0][1]:
-            width = float(np.interp(target, np.maximum.accumulate([ms for _, ms in widths]), [w for w, _ in widths]))
-            multiple = bench.s.config.space.ffn_multiple_of
-            return LayerChoice(attention, f"ffn:{max(multiple, int(width) // multiple * multiple)}")
-    return None
 
 
 # methods: each makes a child of a speed, or none where it cannot
@@ -213,6 +212,7 @@ def _full(
     return Child(choices, start, end, config.library.tokens if bld else 0, tokens, pick_tokens)
 
 
+RACE: dict[str, Any] = {"rivals": ("greedy",), "race_rungs": 3}
 DISTILLED = {"distil_tokens": 4_096, "without": ("linear",), "candidates": 2}
 
 
@@ -220,6 +220,25 @@ def _puzzle(bench: Bench, speed: float, pick: Mapping[str, Any] | None = None, *
     scores = scores_of(bench.s, bench.tokens, bench.library)
     choices, spent = bench.picked(bench.s, bench.library, scores, speed, **(pick or {}))
     return _full(bench, choices, bench.library, bld=True, pick_tokens=spent, **how)
+
+
+def tokens_beside_a_race(gkd: GkdConfig, racing: int, rungs: int) -> int:
+    """Of the longest schedule that, with what the losers of a race on it read, takes no more steps than `gkd`."""
+    each = gkd.micro_batch_tokens * gkd.num_workers * gkd.gradient_accumulation
+    for steps in range(gkd.total_steps, 0, -1):
+        shorter = gkd.model_copy(update={"tokens": steps * each})
+        if steps + losers_steps(racing, shorter.race_steps(rungs)) <= gkd.total_steps:
+            return steps * each
+    raise ValueError(f"{gkd.total_steps} steps are too few for a race of {racing}")
+
+
+def _race(bench: Bench, speed: float) -> Child:
+    """Where only one is to race, nothing is taken off its schedule."""
+    config, scores = bench.s.config, scores_of(bench.s, bench.tokens, bench.library)
+    tokens = tokens_beside_a_race(config.gkd, config.search.model_copy(update=RACE).most_racing, RACE["race_rungs"])
+    how: dict[str, Any] = {"gkd": bench.gkd("kld+cosine", tokens), **RACE}
+    choices, spent = bench.picked(bench.s, bench.library, scores, speed, **how)
+    return _full(bench, choices, bench.library, bld=True, pick_tokens=config.gkd.tokens - tokens if spent else 0)
 
 
 def _searched_by(searcher: str, samples: int = 1000) -> Callable[[Bench, float], Child]:
@@ -243,7 +262,9 @@ def _depth(bench: Bench, speed: float) -> Child:
 
 
 def _uniform(bench: Bench, speed: float) -> Child | None:
-    choice = uniform_choice(bench, speed)
+    s = bench.s
+    costs, width = read_profile(s, bench.profile), s.model_config.intermediate_size
+    choice = uniform_choice(s.whole_space, costs, s.profile_config.scenario, width, s.config.space.ffn_multiple_of, speed)
     if choice is None:
         return None
     space = bench.s.config.space.model_copy(update={"attention": (PARENT, choice.attention), "ffn": (PARENT, choice.ffn)})
@@ -272,6 +293,7 @@ def _iterative(bench: Bench, speed: float) -> Child:
 MAKERS: dict[str, Callable[[Bench, float], Child | None]] = {
     "puzzle": _puzzle,
     "distilled_pick": lambda bench, speed: _puzzle(bench, speed, pick=DISTILLED),
+    "race": _race,
     "no_gkd": lambda bench, speed: _puzzle(bench, speed, gkd=False),
     "no_cosine": lambda bench, speed: _puzzle(bench, speed, preset="kld"),
     "no_bld": _no_bld,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jobs.command import STAGES, stage_verb
 from jobs.run import Run
 from puzzle_ray.artifacts import Architecture
+from puzzle_ray.search.finalists import outcome
 
 
 def describe(architecture: Architecture) -> str:
@@ -44,6 +45,7 @@ def candidates(report: Mapping[str, Any]) -> str:
         accepted = sum(row["accepted"] for row in report["local_search"])
         lines.append(f"  local search: {len(report['local_search'])} children measured, {accepted} exchanges accepted")
         lines += [f"    {'; '.join(row['exchanges'])}" for row in report["local_search"] if row["accepted"]]
+    lines += race_lines(report.get("race", ()))
     lines += ["  picked:", _measured(report["picked"], report["picked"]["origin"])]
     off = report["prediction"]
     if off["mean_predicted_over_measured"] is not None:
@@ -56,6 +58,21 @@ def candidates(report: Mapping[str, Any]) -> str:
         lines.append(f"    {row['interaction']:+.5f} = {row['kl_both']:.5f} - {row['kl_a']:.5f} - {row['kl_b']:.5f}  "
                      f"{row['a']} with {row['b']}")  # fmt: skip
     return "\n".join(lines)
+
+
+def race_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table of a race: every finalist's held-out KL at each rung that it came to, and where it stopped; empty where none was run."""
+    if not rows:
+        return []
+    rungs = max((row["rungs"] for row in rows), key=len)
+    lines = ["  race on GKD's schedule, held-out KL by tokens read:"]
+    lines.append(f"    {'start':>9} " + " ".join(f"{rung['tokens']:>9,}" for rung in rungs) + "   from")
+    for row in sorted(rows, key=lambda row: (-len(row["rungs"]), row["rungs"][-1]["kl"])):
+        kls = [f"{rung['kl']:9.5f}" for rung in row["rungs"]] + [" " * 9] * (len(rungs) - len(row["rungs"]))
+        lines.append(
+            f"    {row['kl']:9.5f} {' '.join(kls)}   {' = '.join([row['origin'], *row['also']])}, {outcome(row['rungs'])}"
+        )
+    return lines
 
 
 def _measured(row: Mapping[str, Any], words: str) -> str:

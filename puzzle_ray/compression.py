@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import cached_property
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from puzzle_ray.artifacts import Choices, SearchSpace
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.config import TINY, RunConfig
 from puzzle_ray.data.packing import masked_by
+from puzzle_ray.errors import ConfigError
 from puzzle_ray.export.target import configured_space
 from puzzle_ray.models.blocks import LayerStack, load_stack
 from puzzle_ray.models.checkpoint import fingerprint, locate
@@ -26,6 +29,18 @@ from puzzle_ray.progress import Progress
 from puzzle_ray.recipes import tiny_parent
 from puzzle_ray.search.narrow import library_space
 from puzzle_ray.store import Artifact, Store, do_once
+
+
+def assignment(name: str, value: Any) -> str:
+    """As a command line has it. Raises ConfigError for a value that no config file could hold."""
+
+    def plain(found: Any) -> Any:
+        if isinstance(found, PathLike):
+            return fspath(found)
+        problem = f"{found!r} is a {type(found).__name__}"
+        raise ConfigError(name, problem, "give text, a path, a number, true or false, or a list or mapping of these")
+
+    return f"{name}={json.dumps(value, default=plain)}"
 
 
 @dataclass(frozen=True)

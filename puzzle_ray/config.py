@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from puzzle_ray.artifacts import PARENT
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.data.settings import DataConfig
-from puzzle_ray.distill.settings import GkdConfig, LibraryConfig
+from puzzle_ray.distill.settings import AUTO, GkdConfig, LibraryConfig
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.evaluation.settings import EvaluateConfig
 from puzzle_ray.plugins import did_you_mean
@@ -76,6 +76,12 @@ class RunConfig(Section):
         watched = min(self.gkd.heldout_tokens, self.evaluate.tokens) if self.gkd.trains else 0
         return max(self.search.picked_by_tokens, watched)
 
+    @property
+    def gkd_before_pick(self) -> GkdConfig:
+        """How candidates are distilled before one is picked: for a short while, or, in a race, as the one that is picked."""
+        tokens = self.search.distil_tokens
+        return self.gkd.shortened(tokens) if tokens else self.gkd
+
     def quality_identity(self) -> dict[str, Any]:
         """The settings that the stage `quality` depends on."""
         half = {"half": self.asked_half} if self.evaluate.tasks else {}
@@ -117,8 +123,9 @@ class RunConfig(Section):
             if stage.sequence_length % length and length % stage.sequence_length:
                 problem = f"gkd.stages[{number}].sequence_length={stage.sequence_length} is neither a multiple nor a part of"
                 raise ValueError(f"{problem} data.sequence_length={length}")
-        if self.gkd.parallel == "fsdp" and (self.search.sweep_rungs > 1 or self.search.distil_tokens):
+        if self.gkd.parallel == "fsdp" and (self.search.sweep_rungs > 1 or self.search.distils):
             name, off = ("sweep_rungs", 1) if self.search.sweep_rungs > 1 else ("distil_tokens", 0)
+            name = "race_rungs" if self.search.race_rungs else name
             problem = f"search.{name} distils every child in one process, and gkd.parallel fsdp shards it over several"
             raise ValueError(f"{problem}; set search.{name} to {off}, or gkd.parallel to ddp")
         if self.library.mode == "coupled" and self.scoring.granularity == "subblock":
@@ -141,16 +148,34 @@ class RunConfig(Section):
                 raise ValueError(
                     f"search.without names {family!r}, which space does not have; {did_you_mean(family, sorted(families))}"
                 )
-        if self.search.distil_tokens and not (self.gkd.trains and self.gkd.heldout_tokens):
+        if self.search.distils and not (self.gkd.trains and self.gkd.heldout_tokens):
             empty = "gkd.heldout_tokens" if self.gkd.trains else "gkd.tokens"
-            problem = (
-                f"search.distil_tokens={self.search.distil_tokens} compares distilled children by held-out KL, but {empty} is 0"
-            )
-            raise ValueError(f"{problem}; set {empty}, or leave out search.distil_tokens")
+            name = "race_rungs" if self.search.race_rungs else "distil_tokens"
+            given = getattr(self.search, name)
+            problem = f"search.{name}={given} compares distilled children by held-out KL, but {empty} is 0"
+            raise ValueError(f"{problem}; set {empty}, or leave out search.{name}")
         if self.search.sweep_rungs > 1 and not self.gkd.heldout_tokens:
             raise ValueError(
                 f"search.sweep_rungs={self.search.sweep_rungs} compares children by held-out KL, but gkd.heldout_tokens is 0; "
                 "set gkd.heldout_tokens, or search.sweep_rungs=1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_race(self) -> RunConfig:
+        """Rungs before the end; and checkpoints that stage `gkd` goes on from, which are others where it shards a child."""
+        gkd, rungs = self.gkd, self.search.race_rungs
+        if not rungs or self.hardware is not None:  # what the hardware decides of GKD is looked at when it is known
+            return self
+        if not gkd.race_steps(rungs):
+            problem = (
+                f"search.race_rungs={rungs} finds no look at held-out text before the last of {gkd.total_steps} steps of GKD"
+            )
+            raise ValueError(f"{problem}, of which there are {gkd.heldout_looks}; raise gkd.heldout_looks or gkd.tokens")
+        if gkd.parallel == AUTO and gkd.use_gpu and gkd.num_workers > 1:
+            problem = f"search.race_rungs={rungs} begins distillations that go on from checkpoints of whole children, and gkd.parallel auto"
+            raise ValueError(
+                f"{problem} may shard them over {gkd.num_workers} GPUs; set gkd.parallel to ddp, or search.race_rungs to 0"
             )
         return self
 

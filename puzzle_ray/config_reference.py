@@ -37,6 +37,7 @@ AIMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("layers that stay as they are", ("search.limits.speedup=1.5", "search.limits.fixed={0: {attention: parent, ffn: parent}}")),
     ("the pick by measured KL", ("search.candidates=8", "search.local_search_steps=20")),
     ("the pick by what distils best", ("search.candidates=3", "search.without=[linear]", "search.distil_tokens=50000")),
+    ("the pick by a race to a better child", ("search.candidates=3", "search.rivals=[greedy]", "search.race_rungs=3")),
     ("blocks judged by a task of one's own", ("scoring.downstream=questions.jsonl", "scoring.metric=downstream")),
     ("fewer exact scores", ("scoring.shortlist=fisher", "scoring.shortlist_keep=0.2")),
     (

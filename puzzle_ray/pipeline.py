@@ -10,9 +10,8 @@ finished the other finds. A run that was interrupted goes on where it was.
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
@@ -22,15 +21,16 @@ import torch
 
 from puzzle_ray.artifacts import Architecture, Choices, Measure, Profile, Scores
 from puzzle_ray.checks import check, check_asked
-from puzzle_ray.compression import Round, Setting
+from puzzle_ray.compression import Round, Setting, assignment
 from puzzle_ray.config import TINY, RunConfig, load
 from puzzle_ray.data.parts import HeldoutParts, heldout_parts
 from puzzle_ray.data.sources import source_fingerprint, source_inputs
 from puzzle_ray.data.splits import load_tokens, save_tokens, train_tokens_source
 from puzzle_ray.distill.gkd import GkdJob, distill_child
 from puzzle_ray.distill.library import Library, build_serially, carry_over, starting_library
+from puzzle_ray.distill.race import race_here
 from puzzle_ray.distill.realize import realize
-from puzzle_ray.distill.settings import GkdConfig
+from puzzle_ray.distill.rungs import to_json
 from puzzle_ray.distill.text import LibraryText
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.evaluation.child_meter import ChildMeter
@@ -92,7 +92,7 @@ def compress(
     """
     named = {"parent": parent, "data.train": data, "store": store}
     words = {**(settings or {}), **{name: value for name, value in named.items() if value is not None}}
-    config = load(recipe, None if file is None else fspath(file), tuple(_assignment(*word) for word in words.items()))
+    config = load(recipe, None if file is None else fspath(file), tuple(assignment(*word) for word in words.items()))
     if config.gkd.parallel == "fsdp":
         problem = "fsdp shards a child over several processes, and this is one"
         raise ConfigError("gkd.parallel", problem, "leave it at auto, or use puzzle-ray compress")
@@ -103,18 +103,6 @@ def compress(
         raise ConfigError("gkd.use_gpu", "a GPU is asked for, but PyTorch sees none here", "set gkd.use_gpu: false")
     check(config, place)
     return run(Setting(config, place, progress or Display()))
-
-
-def _assignment(name: str, value: Any) -> str:
-    """As a command line has it. Raises ConfigError for a value that no config file could hold."""
-
-    def plain(found: Any) -> Any:
-        if isinstance(found, PathLike):
-            return fspath(found)
-        problem = f"{found!r} is a {type(found).__name__}"
-        raise ConfigError(name, problem, "give text, a path, a number, true or false, or a list or mapping of these")
-
-    return f"{name}={json.dumps(value, default=plain)}"
 
 
 def for_this_machine(config: RunConfig, store: Store) -> RunConfig:
@@ -259,7 +247,7 @@ def architecture_of(s: Setting, tokens: Artifact, library: Artifact, profile: Ar
     }
     settings |= {"memory": s.profile_config.memory()}
     settings |= {"round": [s.number, config.rounds]} if config.rounds > 1 else {}
-    settings |= {"gkd": shortened(s).identity(), "torch": torch_series()} if search.distil_tokens else {}
+    settings |= {"gkd": config.gkd_before_pick.identity(), "torch": torch_series()} if search.distils else {}
     settings |= config.data.mask_identity() if search.measures else {}
 
     def work(artifact: Artifact) -> None:
@@ -270,29 +258,37 @@ def architecture_of(s: Setting, tokens: Artifact, library: Artifact, profile: Ar
         setup = SearchSetup(*numbers, search.searcher, search.time_limit_s, asked.limits, config.seed)
         make_exact = exact(s, tokens, library, scores) if scoring.makes_exact else None
         distilled = lambda children: [distilled_kl(s, tokens, library, choices) for choices in children]  # noqa: E731
-        chosen = choose(setup, asked, make_exact, lambda: measuring(s, tokens, library), distilled)
+        race = lambda children: raced(s, tokens, library, children, artifact)  # noqa: E731
+        chosen = choose(setup, asked, make_exact, lambda: measuring(s, tokens, library), distilled, race)
         save_choice(
             replace(chosen, architecture=counted_from_original(chosen.architecture, setup)) if s.after else chosen, artifact
         )
 
     inputs = {"profile": profile.key, "scores": scores.key} | searcher_sources([search.searcher])
     if search.measures:
-        read = max(search.measure_tokens, config.gkd.heldout_tokens if search.distil_tokens else 0)
+        read = max(search.measure_tokens, config.gkd.heldout_tokens if search.distils else 0)
         inputs |= searcher_sources(search.rivals) | parts_of(s, tokens).sources(pick=read)
-    inputs |= train_tokens_source(tokens) | original_source(s) if search.distil_tokens else {}
+    inputs |= train_tokens_source(tokens) | original_source(s) if search.distils else {}
     return once(s.store.artifact("architecture", settings, inputs), work)
-
-
-def shortened(s: Setting) -> GkdConfig:
-    """How candidates are distilled before one of them is picked."""
-    return s.config.gkd.shortened(s.config.search.distil_tokens)
 
 
 def distilled_kl(s: Setting, tokens: Artifact, library: Artifact, choices: Choices) -> float:
     """A candidate's held-out KL after a short distillation."""
-    config = s.config.model_copy(update={"gkd": shortened(s)})
+    config = s.config.model_copy(update={"gkd": s.config.gkd_before_pick})
     short = distilled_of(replace(s, config=config), tokens, child_with(s, library, choices))
     return float(short.facts()["heldout_kl"])
+
+
+def raced(
+    s: Setting, tokens: Artifact, library: Artifact, children: Sequence[Choices], artifact: Artifact
+) -> list[list[dict[str, Any]]]:  # fmt: skip
+    """What candidates were at every rung of a race. Each begins the distillation that it would have if it were picked."""
+    threads = torch.get_num_threads()
+    compute_with(threads_of_gkd(s))
+    jobs = [distillation_of(s, tokens, child_with(s, library, choices)) for choices in children]
+    rows = race_here(jobs, s.config.gkd.race_steps(s.config.search.race_rungs), artifact, s.progress)
+    compute_with(threads)
+    return [[to_json(row) for row in rows[job.artifact.key]] for job in jobs]
 
 
 def exact(s: Setting, tokens: Artifact, library: Artifact, scores: Artifact) -> MakeExact:
@@ -332,23 +328,31 @@ def child_with(s: Setting, library: Artifact, choices: Choices) -> Artifact:
     return once(s.store.artifact("child", {}, inputs), lambda artifact: realize(str(s.parent), choices, library, artifact))
 
 
-def distilled_of(s: Setting, tokens: Artifact, child: Artifact) -> Artifact:
+def threads_of_gkd(s: Setting) -> int:
+    """As each worker on a machine like this one."""
+    return max(1, num_cores() // s.config.gkd.num_workers)
+
+
+def distillation_of(s: Setting, tokens: Artifact, child: Artifact) -> GkdJob:
+    """What the distillation of a child reads, and where its result is kept."""
     config, seed, parts = s.config.gkd, s.config.seed, parts_of(s, tokens)
-
-    def work(artifact: Artifact) -> None:
-        compute_with(max(1, num_cores() // config.num_workers))  # as each worker on a machine like this one
-        heldout = (
-            tuple(ids.numpy() for ids in parts.pick.first(config.heldout_tokens, SEQUENCES)) if config.heldout_tokens else ()
-        )
-        parent = str(s.original.parent)
-        how = (config, seed, None, heldout, s.separator, s.config.trust_remote_code)
-        distill_child(GkdJob(parent, child, tokens, artifact, *how), s.progress)
-
     settings = {"gkd": config.identity(), "seed": seed, "torch": torch_series()} | s.config.data.mask_identity()
     inputs = {"child": child.key} | train_tokens_source(tokens)
     inputs |= parts.sources(pick=config.heldout_tokens) if config.heldout_tokens else {}
-    inputs |= original_source(s)
-    return once(s.store.artifact("gkd", settings, inputs), work)
+    artifact = s.store.artifact("gkd", settings, inputs | original_source(s))
+    heldout = parts.pick.first(config.heldout_tokens, SEQUENCES) if config.heldout_tokens else []
+    how = (config, seed, None, tuple(ids.numpy() for ids in heldout), s.separator, s.config.trust_remote_code)
+    return GkdJob(str(s.original.parent), child, tokens, artifact, *how)
+
+
+def distilled_of(s: Setting, tokens: Artifact, child: Artifact) -> Artifact:
+    job = distillation_of(s, tokens, child)
+
+    def work(artifact: Artifact) -> None:
+        compute_with(threads_of_gkd(s))
+        distill_child(job, s.progress)
+
+    return once(job.artifact, work)
 
 
 def evaluation_of(

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from jobs.run import Run, Stage
 from jobs.stages import assembly, gkd, profile, scores, tokens
 from puzzle_ray.artifacts import Architecture, Choices, Measure, Scores
-from puzzle_ray.distill.settings import GkdConfig
 from puzzle_ray.search.choose import ARCHITECTURE, SCORES, choose, save_choice
 from puzzle_ray.search.limits import Limits
 from puzzle_ray.search.pick import PICKED
@@ -22,20 +21,16 @@ from puzzle_ray.version import torch_series
 
 if TYPE_CHECKING:
     from actors.child_meter import ChildMeters
+    from puzzle_ray.distill.rungs import Climber
 
 
 def settings(run: Run) -> dict[str, Any]:
     rounds = {"round": [run.number, run.config.rounds]} if run.config.rounds > 1 else {}
     found: dict[str, Any] = {"search": run.config.search.identity(), "memory": run.profile_config.memory()}
-    if run.config.search.distil_tokens:
-        found |= {"gkd": shortened(run).identity(), "torch": torch_series()}
+    if run.config.search.distils:
+        found |= {"gkd": run.config.gkd_before_pick.identity(), "torch": torch_series()}
     mask = run.config.data.mask_identity() if run.config.search.measures else {}
     return found | scores.identity(run) | rounds | mask
-
-
-def shortened(run: Run) -> GkdConfig:
-    """How candidates are distilled before one of them is picked."""
-    return run.config.gkd.shortened(run.config.search.distil_tokens)
 
 
 def limits(run: Run) -> Limits:
@@ -83,20 +78,39 @@ def measuring(run: Run) -> Iterator[ChildMeters]:
         yield measure
 
 
-def _distilled(run: Run, children: Sequence[Choices], artifact: Artifact) -> list[float]:
-    """Candidates' held-out KLs after a short distillation, side by side, each in one process with as many threads as without Ray."""
-    from actors.distil_sweep import distil_children
-    from actors.placement import node_cpus
+def _climbers(run: Run, children: Sequence[Choices]) -> list[Climber]:
+    """Candidates to be distilled, as the config has it of those before the pick."""
     from puzzle_ray.distill.rungs import Climber
 
-    config, climbers = shortened(run), []
+    config, climbers = run.config.gkd_before_pick, []
     for number, choices in enumerate(children, 1):
         source = assembly.of(run, choices)
         job = gkd.job_of(run, source, gkd.artifact_of(run, source, config), config)
         climbers.append(Climber(job, f"candidate {number}", (), (), {}))
-    cpus = max(1, node_cpus() // config.num_workers)
+    return climbers
+
+
+def _distilled(run: Run, children: Sequence[Choices], artifact: Artifact) -> list[float]:
+    """Candidates' held-out KLs after a short distillation, side by side, each in one process with as many threads as without Ray."""
+    from actors.distil_sweep import distil_children
+    from actors.placement import node_cpus
+
+    climbers, cpus = _climbers(run, children), max(1, node_cpus() // run.config.gkd.num_workers)
     distil_children(climbers, 1, artifact, cpus=cpus, cluster=run.config.cluster, progress=run.progress)
     return [float(climber.job.artifact.facts()["heldout_kl"]) for climber in climbers]
+
+
+def _raced(run: Run, children: Sequence[Choices], artifact: Artifact) -> list[list[dict[str, Any]]]:
+    """What candidates were at every rung of a race. Each begins the distillation that stage `gkd` would give it, side by side with the
+    others, in one process with as many threads as each worker there."""
+    from actors.distil_sweep import race_children
+    from actors.gkd import equal_share
+    from puzzle_ray.distill.rungs import to_json
+
+    gkd_config, climbers = run.config.gkd, _climbers(run, children)
+    how: dict[str, Any] = {"cluster": run.config.cluster, "progress": run.progress, "cpus": equal_share(gkd_config.num_workers)}
+    rows = race_children(climbers, gkd_config.race_steps(run.config.search.race_rungs), artifact, **how)
+    return [[to_json(row) for row in rows[climber.name]] for climber in climbers]
 
 
 def work(run: Run, artifact: Artifact) -> None:
@@ -110,12 +124,20 @@ def work(run: Run, artifact: Artifact) -> None:
             meters.append(meter)
             yield meter
 
-    def distilled(children: Sequence[Choices]) -> list[float]:
-        for meter in meters:  # their shards have the CPUs that it needs, and start again where more is measured
+    def close_meters() -> None:
+        """Their shards have the CPUs that distillation needs, and start again where more is measured."""
+        for meter in meters:
             meter.close()
+
+    def distilled(children: Sequence[Choices]) -> list[float]:
+        close_meters()
         return _distilled(run, children, artifact)
 
-    chosen = choose(own, asked, scores.exact(run), kept_at_hand, distilled)
+    def race(children: Sequence[Choices]) -> list[list[dict[str, Any]]]:
+        close_meters()
+        return _raced(run, children, artifact)
+
+    chosen = choose(own, asked, scores.exact(run), kept_at_hand, distilled, race)
     if run.after is not None:
         chosen = replace(chosen, architecture=counted_from_original(chosen.architecture, own))
     save_choice(chosen, artifact)
@@ -140,9 +162,9 @@ def sources(run: Run) -> dict[str, str]:
     search = run.config.search
     if not search.measures:
         return searcher_sources([search.searcher])
-    read = max(search.measure_tokens, run.config.gkd.heldout_tokens if search.distil_tokens else 0)
+    read = max(search.measure_tokens, run.config.gkd.heldout_tokens if search.distils else 0)
     found = searcher_sources([search.searcher, *search.rivals]) | tokens.parts(run).sources(pick=read)
-    return found | (tokens.train_source(run) | gkd.original_source(run) if search.distil_tokens else {})
+    return found | (tokens.train_source(run) | gkd.original_source(run) if search.distils else {})
 
 
 STAGE = Stage("architecture", work, inputs=("profile", "scores"), reads=("tokens",), settings=settings, sources=sources)

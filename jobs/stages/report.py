@@ -67,7 +67,8 @@ def _of_library(run: Run) -> dict[str, Any]:
 
 def _of_architecture(run: Run) -> dict[str, Any]:
     found = {"scores": architecture.searched_scores(run), "architecture": architecture.read(run)}
-    return found | {"measured_kls": measured_kls(architecture.measurements(run))}
+    picked = architecture.measurements(run)
+    return found | {"measured_kls": measured_kls(picked), "race": picked.get("race", ()) if picked else ()}
 
 
 def _of_gkd(run: Run) -> dict[str, Any]:

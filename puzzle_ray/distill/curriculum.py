@@ -30,10 +30,7 @@ def stages_of(config: GkdConfig, sequence_length: int) -> tuple[GkdStage, ...]:
 
 def gkd_steps(config: GkdConfig) -> int:
     """Optimizer steps until all tokens are used, rounded up in every stage; 0 for 0 tokens."""
-    parts = [(stage.tokens, stage.micro_batch_tokens) for stage in config.stages] or [(config.tokens, config.micro_batch_tokens)]
-    return sum(
-        math.ceil(tokens / (micro_batch * config.num_workers * config.gradient_accumulation)) for tokens, micro_batch in parts
-    )
+    return config.total_steps
 
 
 def of_length(tokens: Tokens, length: int) -> Tokens:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -23,11 +23,12 @@ from puzzle_ray.distill.gkd import (
     train_until,
 )
 from puzzle_ray.distill.gkd_trainer import GkdTrainer
-from puzzle_ray.distill.guard import HeldoutRow
+from puzzle_ray.distill.guard import HeldoutGuard, HeldoutRow
+from puzzle_ray.distill.settings import REDUCTION, rung_steps
 from puzzle_ray.progress import Progress
 from puzzle_ray.store import Artifact
 
-REDUCTION = 3  # each rung has this many times the tokens of the one below
+ROWS = "rungs"  # a folder of the artifact that children are compared for
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,6 @@ class Climber:
         return self.scenario == other.scenario and kl < other_kl and all(a <= b for a, b in zip(mine, theirs, strict=True))
 
 
-def rung_steps(total_steps: int, every_steps: int, rungs: int) -> list[int]:
-    """The steps that the rungs are at: the last one is the end, and the others are rounded up to the next look at held-out text."""
-    wanted = (math.ceil(total_steps / REDUCTION**below) for below in reversed(range(rungs)))
-    return sorted({min(total_steps, math.ceil(step / every_steps) * every_steps) for step in wanted})
-
-
 def goes_on(child: Climber, kl: float, before: Sequence[tuple[Climber, float]]) -> bool:
     """Whether a child goes on from a rung where the children `before` came first, each with its KL.
 
@@ -90,42 +85,48 @@ def goes_on(child: Climber, kl: float, before: Sequence[tuple[Climber, float]]) 
 
 
 def climb(
-    job: GkdJob, rungs: int, progress: Progress, *, device: str = "cpu", known: Sequence[RungRow] = ()
-) -> Iterator[RungRow]:
-    """Distils a child, and yields a row at every rung; at the top its artifact is finished.
+    job: GkdJob, rungs: int | Sequence[int], progress: Progress, *, device: str = "cpu", known: Sequence[RungRow] = (),
+    name: str = "distill",
+) -> Iterator[RungRow]:  # fmt: skip
+    """Distils a child, and yields a row at every rung; at the end of the distillation its artifact is finished.
 
-    `known` are the rows of its first rungs from an earlier run: they are yielded as they are. Who stops asking leaves a checkpoint.
+    `rungs` is their number, or the steps that they are at: the climb ends behind the last of them. `known` are the rows of its first
+    rungs from an earlier run: they are yielded as they are. Who stops asking leaves a checkpoint. `name` is shown beside the progress.
     """
     yield from known
     if job.artifact.finished:
         looks, facts = read_looks(job.artifact), job.artifact.facts()
         every = max(1, facts["steps"] // job.config.heldout_looks)  # as it was watched
-        steps = rung_steps(facts["steps"], every, rungs)
-        yield from (_row(looks, steps, number, facts["tokens"]) for number in range(len(known), len(steps)))
+        steps = rung_steps(facts["steps"], every, rungs) if isinstance(rungs, int) else rungs
+        whole = facts["steps"], facts["tokens"]
+        yield from (_row(looks, steps, number, *whole) for number in range(len(known), len(steps)))
         return
     trainer = load_gkd_trainer(job, device=device)
-    yield from _train(trainer, job, rungs, progress, len(known))
+    assert trainer.guard is not None, "children are compared by held-out KL"
+    steps = rung_steps(trainer.total_steps, trainer.guard.every_steps, rungs) if isinstance(rungs, int) else rungs
+    yield from _train(trainer, trainer.guard, job, steps, progress, len(known), name)
 
 
-def _train(trainer: GkdTrainer, job: GkdJob, rungs: int, progress: Progress, first: int) -> Iterator[RungRow]:
-    guard, total = trainer.guard, trainer.total_steps
-    assert guard is not None, "children are compared by held-out KL"
-    steps = rung_steps(total, guard.every_steps, rungs)
-    kept = StoredCheckpoint(job.artifact)
+def _train(
+    trainer: GkdTrainer, guard: HeldoutGuard, job: GkdJob, steps: Sequence[int], progress: Progress, first: int, name: str
+) -> Iterator[RungRow]:
+    total, kept = trainer.total_steps, StoredCheckpoint(job.artifact)
     kept.load(trainer)
     for number in range(first, len(steps)):
-        with progress.stage(f"distill, rung {number + 1}", total, "steps") as bar:
+        with progress.stage(f"{name}, rung {number + 1}", total, "steps") as bar:
             bar.advance(trainer.next_step)
             train_until(trainer, steps[number], kept, bar)
-        if number == len(steps) - 1:
+        if steps[number] == total:
             guard.restore_best()
             publish_distilled(trainer, job)
-        yield _row(guard.rows, steps, number, trainer.text.tokens)
+        yield _row(guard.rows, steps, number, total, trainer.text.tokens)
 
 
-def _row(looks: Sequence[HeldoutRow], steps: Sequence[int], number: int, tokens: int) -> RungRow:
-    step, total = steps[number], steps[-1]
-    kl = min(look.kl for look in looks if look.step <= step)
+def _row(looks: Sequence[HeldoutRow], steps: Sequence[int], number: int, total: int, tokens: int) -> RungRow:
+    """By the looks until the child first came there: training that went back from further on looks again at steps below."""
+    step = steps[number]
+    came = next((n for n, look in enumerate(looks) if look.step == step and not look.returned), len(looks) - 1)
+    kl = min(look.kl for look in looks[: came + 1])
     return RungRow(number + 1, step, round(tokens * step / total), kl, is_last=step == total)
 
 
@@ -136,6 +137,17 @@ def read_looks(artifact: Artifact) -> list[HeldoutRow]:
     names = {field.name for field in fields(HeldoutRow)}
     rows = pq.read_table(io.BytesIO(artifact.read(LOOKS))).to_pylist()
     return [HeldoutRow(**{name: value for name, value in row.items() if name in names}) for row in rows]
+
+
+def read_rows(artifact: Artifact, names: Iterable[str]) -> dict[str, list[RungRow]]:
+    """Children's rows as an artifact keeps them; none of who was at no rung."""
+    there = set(artifact.names(ROWS))
+    known = {name: artifact.read_json(f"{ROWS}/{name}.json") if f"{name}.json" in there else [] for name in names}
+    return {name: [from_json(row) for row in rows] for name, rows in known.items()}
+
+
+def write_rows(artifact: Artifact, name: str, rows: Sequence[RungRow]) -> None:
+    artifact.write_json(f"{ROWS}/{name}.json", [to_json(row) for row in rows])
 
 
 def to_json(row: RungRow) -> dict[str, Any]:

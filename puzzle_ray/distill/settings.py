@@ -12,6 +12,13 @@ from puzzle_ray.families.registry import ffn_width
 from puzzle_ray.settings import Count, DType, Fraction, NonNegative, Positive, Section
 
 AUTO: Literal["auto"] = "auto"
+REDUCTION = 3  # each rung of a distillation has this many times the tokens of the one below, see `puzzle_ray.distill.rungs`
+
+
+def rung_steps(total_steps: int, every_steps: int, rungs: int) -> list[int]:
+    """The steps that the rungs are at: the last one is the end, and the others are rounded up to the next look at held-out text."""
+    wanted = (math.ceil(total_steps / REDUCTION**below) for below in reversed(range(rungs)))
+    return sorted({min(total_steps, math.ceil(step / every_steps) * every_steps) for step in wanted})
 
 
 def _number(given: Any, above: float) -> bool:
@@ -302,6 +309,18 @@ class GkdConfig(Section):
     def largest_micro_batch(self) -> int:
         """Tokens of a worker in one forward, at the most."""
         return max((stage.micro_batch_tokens for stage in self.stages), default=self.micro_batch_tokens)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps until all tokens are used, rounded up in every stage; 0 for 0 tokens."""
+        parts = [(s.tokens, s.micro_batch_tokens) for s in self.stages] or [(self.tokens, self.micro_batch_tokens)]
+        micro_batches = self.num_workers * self.gradient_accumulation
+        return sum(math.ceil(tokens / (micro_batch * micro_batches)) for tokens, micro_batch in parts)
+
+    def race_steps(self, rungs: int) -> tuple[int, ...]:
+        """The steps after which finalists of the pick are compared (`search.race_rungs`). The last rung, which is the end, is left out."""
+        total, every = self.total_steps, max(1, self.total_steps // self.heldout_looks)
+        return tuple(step for step in rung_steps(total, every, rungs) if step < total)
 
     def shortened(self, tokens: int) -> GkdConfig:
         """The same for another number of tokens, in one stage."""

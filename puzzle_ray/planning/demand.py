@@ -17,7 +17,7 @@ from puzzle_ray.distill.schedule import Schedule
 from puzzle_ray.distill.settings import AUTO
 from puzzle_ray.planning.activations import masks_of
 from puzzle_ray.planning.block_training import group_parts, trainer_of, trainers_of_layers
-from puzzle_ray.planning.distilling import candidates_demand, gkd_demand
+from puzzle_ray.planning.distilling import candidates_demand, gkd_demand, tokens_before_pick
 from puzzle_ray.planning.evaluating import evaluation_demand
 from puzzle_ray.planning.needs import Demand, Work
 from puzzle_ray.planning.sizes import FLOAT32_BYTES, Sizes
@@ -33,7 +33,7 @@ def demands(config: RunConfig, model_config: Any, sizes: Sizes, gpu_bytes: int =
     `gpu_bytes` is the memory of a GPU, which `gkd.parallel: auto` and the evaluation look at; 0 where it is not known.
     """
     found = [*library_demands(config, sizes), scores_demand(config, model_config, sizes)]
-    found += [candidates_demand(config, model_config, sizes)] if config.search.distil_tokens else []
+    found += [candidates_demand(config, model_config, sizes)] if config.search.distils else []
     return [*found, gkd_demand(config, model_config, sizes, gpu_bytes), evaluation_demand(config, sizes, gpu_bytes)]
 
 
@@ -140,9 +140,8 @@ def works(config: RunConfig, model_config: Any, sizes: Sizes) -> list[Work]:
         ),
         Work("scores", config.scoring.tokens * scored, config.scoring.dtype, on_gpus=config.cluster.gpus_per_shard > 0),
     ]
-    if config.search.distil_tokens:
-        count = config.search.most_candidates
-        stages.append(_distillation("architecture", config, sizes, config.search.distil_tokens * count, count))
+    if config.search.distils:
+        stages.append(_distillation("architecture", config, sizes, tokens_before_pick(config), config.search.most_distilled))
     return [*stages, _distillation("gkd", config, sizes, config.gkd.total_tokens, config.gkd.num_workers)]
 
 

@@ -8,6 +8,7 @@ import torch
 
 from puzzle_ray.config import RunConfig
 from puzzle_ray.distill.parallel import is_sharded
+from puzzle_ray.distill.race import losers_steps
 from puzzle_ray.distill.settings import AUTO, GkdConfig
 from puzzle_ray.models.head import chunk_tokens
 from puzzle_ray.planning.activations import computes_in_half, kept_bytes_per_token, masks_of
@@ -93,12 +94,23 @@ def gkd_demand(config: RunConfig, model_config: Any, sizes: Sizes, gpu_bytes: in
 
 
 def candidates_demand(config: RunConfig, model_config: Any, sizes: Sizes) -> Demand:
-    """Of who distils a candidate before the pick (`search.distil_tokens`): a process does the work of all workers, and holds it whole."""
-    shortened = config.model_copy(update={"gkd": config.gkd.shortened(config.search.distil_tokens)})
-    gkd, own = shortened.gkd, _parent_dtype(config.gkd, model_config)
-    parts = worker_parts(sizes.total, sizes.total, own, shortened, model_config)
+    """Of who distils a candidate before the pick (`search.distil_tokens`, `search.race_rungs`): a process does the work of all workers,
+    and holds it whole."""
+    before = config.model_copy(update={"gkd": config.gkd_before_pick})
+    gkd, own = before.gkd, _parent_dtype(config.gkd, model_config)
+    parts = worker_parts(sizes.total, sizes.total, own, before, model_config)
     parts["activations"] = worker_activations(sizes, own, gkd)
-    parts |= _masks(shortened, own, model_config)
-    remedy = "set search.distil_tokens to 0: each candidate is distilled in one process"
-    count = config.search.most_candidates
+    parts |= _masks(before, own, model_config)
+    name = "race_rungs" if config.search.race_rungs else "distil_tokens"
+    remedy = f"set search.{name} to 0: each candidate is distilled in one process"
+    count = config.search.most_distilled
     return Demand("architecture", "candidate", count, parts, float(gkd.use_gpu), remedy, waits=True)
+
+
+def tokens_before_pick(config: RunConfig) -> int:
+    """Of all candidates that are distilled before one is picked, at the most; of a race what the losers read, for the winner goes on."""
+    search, gkd = config.search, config.gkd
+    if not search.race_rungs:
+        return search.distil_tokens * search.most_candidates
+    steps = losers_steps(search.most_racing, gkd.race_steps(search.race_rungs))
+    return round(gkd.total_tokens * steps / gkd.total_steps)

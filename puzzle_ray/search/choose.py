@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from puzzle_ray.artifacts import Architecture, LayerChoice, Measure, Scores, to_json
-from puzzle_ray.search.pick import PICKED, Distilled, candidate_choices, pick_as_configured
+from puzzle_ray.search.finalists import Distilled, Race
+from puzzle_ray.search.pick import PICKED, candidate_choices, pick_as_configured
 from puzzle_ray.search.settings import SearchConfig
 from puzzle_ray.search.setup import SearchSetup, solve_budget
 from puzzle_ray.store import Artifact
@@ -36,11 +37,12 @@ def choose(
     make_exact: MakeExact | None,
     measuring: Callable[[], AbstractContextManager[Measure]],
     distilled: Distilled | None = None,
+    race: Race | None = None,
 ) -> Chosen:
     """The best architecture within `search.limits`.
 
     `make_exact` is None where every score is exact already. `measuring` opens a function that measures whole children. It is used only
-    where `search.candidates` or `search.local_search_steps` configure it, and `distilled` where `search.distil_tokens` does. Raises
+    where `search.measures`, `distilled` where `search.distil_tokens` configures it, and `race` where `search.race_rungs` does. Raises
     Infeasible where no architecture meets the limits, and OutOfTime where none was found in time.
     """
     scores = setup.scores
@@ -50,7 +52,8 @@ def choose(
     if not search.measures:
         return Chosen(solve_budget(setup, search.limits), scores)
     with measuring() as measure:
-        architecture, report = pick_as_configured(setup, search, measure, distilled if search.distil_tokens else None)
+        before_pick = distilled if search.distil_tokens else None, race if search.race_rungs else None
+        architecture, report = pick_as_configured(setup, search, measure, *before_pick)
     if make_exact is not None:  # local search may have chosen blocks whose scores are still estimates
         scores = make_exact(scores, lambda _: [architecture.choices])
         total = math.fsum(scores.value(i, c, architecture.metric) for i, c in enumerate(architecture.choices))

@@ -14,6 +14,7 @@ from puzzle_ray.search.measured import MeasuredAnswer
 from puzzle_ray.search.problem import Choice, Floats, Problem
 from puzzle_ray.search.tables import Answer, Tables
 
+LOCAL_SEARCH = "local search"  # who found what it found
 PROPOSALS = 8  # children measured per step of the local search, independent of the number of workers
 PAIRED = 800  # single exchanges that are combined into pairs: those that change the score least
 
@@ -82,7 +83,7 @@ def local_search(
             break
         measured = measure([table.named(choice) for choice in proposals])
         answers = [_exchanged(tables, best.answer, choice) for choice in proposals]
-        around = [MeasuredAnswer("local search", answer, m) for answer, m in zip(answers, measured, strict=True)]
+        around = [MeasuredAnswer(LOCAL_SEARCH, answer, m) for answer, m in zip(answers, measured, strict=True)]
         best_around = min(around, key=lambda c: c.rank)
         accepted = best_around.rank < best.rank
         for candidate in around:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from puzzle_ray.artifacts import Measured
+from puzzle_ray.artifacts import Choices, Measured
 from puzzle_ray.search.tables import Answer
+
+RungRows = Sequence[Mapping[str, Any]]  # of one child, see `puzzle_ray.distill.rungs.RungRow`
 
 
 def kl_or_inf(kl: float | None) -> float:
@@ -20,7 +23,8 @@ class MeasuredAnswer:
     """A measured child: the searcher it comes from, the answer with its predicted score, and what was measured.
 
     `corrected` is its KL as predicted by the children measured before it, None where there was no such prediction. `kl_distilled` is its
-    held-out KL after a short distillation, None where there was none.
+    held-out KL after a short distillation, None where there was none. `also` names who else gave this answer, and `rungs` is what it was
+    in a race.
     """
 
     origin: str
@@ -28,6 +32,12 @@ class MeasuredAnswer:
     measured: Measured
     corrected: float | None = None
     kl_distilled: float | None = None
+    also: tuple[str, ...] = ()
+    rungs: RungRows = ()
+
+    @property
+    def choices(self) -> Choices:
+        return self.answer.architecture.choices
 
     @property
     def rank(self) -> tuple[float, float]:
@@ -43,6 +53,7 @@ class MeasuredAnswer:
             "predicted": a.objective,
             **asdict(self.measured),
             **{name: value for name, value in extra.items() if value is not None},
+            **({"also": list(self.also), "rungs": list(self.rungs)} if self.rungs else {}),
             "batch_size": a.predicted.batch_size,
             "choices": [choice.label for choice in a.choices],
         }

@@ -4,14 +4,15 @@ The sum of replace-one scores only predicts the KL of a whole child. It is most 
 So the best distinct answers of the search are measured as whole children. Each measured child corrects the prediction of those that are
 not (`puzzle_ray.search.correction`): a child that is not worth it any more is left out, and where the sums were far off, the search is
 done again with corrected scores, as long as that finds better children. A local search exchanges blocks within the budget as long as
-the measured KL falls. The report says how far the sums of scores were off.
+the measured KL falls. Where it is configured, finalists are distilled for a while, or race on the schedule of the whole distillation, and
+what is best then is picked. The report says how far the sums of scores were off.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, islice
 from typing import TYPE_CHECKING, Any
@@ -21,9 +22,18 @@ import numpy as np
 from puzzle_ray.artifacts import Architecture, Choices, LayerChoice, Measure
 from puzzle_ray.errors import ConfigError, Infeasible, OutOfTime
 from puzzle_ray.search.correction import Correction, best_unmeasured
+from puzzle_ray.search.finalists import (
+    Distilled,
+    Race,
+    corrected_by,
+    distilled_best,
+    finalists,
+    origin_of,
+    raced_best,
+)
 from puzzle_ray.search.limits import Limits
 from puzzle_ray.search.local_search import local_search
-from puzzle_ray.search.measured import MeasuredAnswer, kl_or_inf
+from puzzle_ray.search.measured import MeasuredAnswer
 from puzzle_ray.search.problem import Floats
 from puzzle_ray.search.restricted import without
 from puzzle_ray.search.searcher import Options
@@ -33,7 +43,6 @@ if TYPE_CHECKING:
     from puzzle_ray.search.settings import SearchConfig
     from puzzle_ray.search.setup import SearchSetup
 
-Distilled = Callable[[Sequence[Choices]], list[float]]  # children's held-out KLs after a short distillation
 Found = dict[str, Answer]  # answers by what each is called
 
 PICKED = "picked.json"
@@ -48,9 +57,10 @@ class PickOptions:
     The answers of `searcher` differ from each other in at least `min_different_layers` layers. After the first two, an answer is left out
     whose KL is predicted, by the children measured so far, above `predicted_within` times the least KL; none is where that is None.
     An answer to corrected scores is measured where it is predicted below the least KL, or where the least KL is above `rivals_from` times
-    its sum of scores and the one before it was better than all before. Rivals are measured in that case only, too. Where the scores
-    are no KLs, all answers and rivals are measured, and none to corrected scores.
-    `interaction_blocks`: all pairs of this many of the most used blocks are measured too.
+    its sum of scores and the one before it was better than all before. Rivals are measured in that case only, too, or `rivals_always`.
+    Where the scores are no KLs, all answers and rivals are measured, and none to corrected scores.
+    `interaction_blocks`: all pairs of this many of the most used blocks are measured too. `race_own` and `race_within`: who races, see
+    `finalists`.
     """
 
     searcher: str = "mip"
@@ -63,6 +73,9 @@ class PickOptions:
     interaction_blocks: int = 0
     predicted_within: float | None = None
     corrections: int = 0
+    rivals_always: bool = False
+    race_own: int = 1
+    race_within: float = math.inf
 
 
 def pick(
@@ -72,10 +85,11 @@ def pick(
     searching: Options,
     measure: Measure,
     distilled: Distilled | None = None,
+    race: Race | None = None,
 ) -> tuple[Architecture, dict[str, Any]]:
     """The architecture of least measured KL, and a JSON-able report of all that was tried. Raises Infeasible.
 
-    With `distilled` the one of least KL after the short distillation that it does.
+    With `distilled` the one of least KL after the short distillation that it does, with `race` the one that wins it.
     """
     search = _Search(tables, limits, picking, searching)
     measured = _Candidates(picking, measure)
@@ -93,11 +107,13 @@ def pick(
     candidates, best = measured.found, measured.best
     trail: list[dict[str, Any]] = []
     best = local_search(tables, best, picking.steps, measure, trail)
+    every, count = candidates if best in candidates else [*candidates, best], len(candidates)
     if distilled is not None:
-        finalists = candidates if best in candidates else [*candidates, best]
-        kls = distilled([c.answer.architecture.choices for c in finalists])
-        finalists = [replace(c, kl_distilled=kl) for c, kl in zip(finalists, kls, strict=True)]
-        candidates, best = finalists[: len(candidates)], min(finalists, key=lambda c: (kl_or_inf(c.kl_distilled), c.rank))
+        every, best = distilled_best(every, distilled)
+    if race is not None:
+        every = [replace(c, also=tuple(search.also.get(c.choices, ()))) for c in every]
+        every, best = raced_best(every, finalists(every, picking.searcher, picking.race_own, picking.race_within), race)
+    candidates = every[:count]
     first, last = candidates[0].answer.architecture, best.answer.architecture
     same = last.choices == first.choices
     own = numbered | apart | {c.origin: c.answer for c in candidates if c.origin not in picking.rivals}
@@ -112,7 +128,8 @@ def pick(
     children = [c.answer.architecture.choices for c in candidates]
     pairs = measure_interactions(children, last.choices, picking.interaction_blocks, measure)
     told = {"left_out": search.left_out, "local_search": trail}
-    return architecture, _report(candidates, best, first, told) | {"interactions": pairs}
+    report = _report(candidates, best, first, told) | {"interactions": pairs}
+    return architecture, report | ({} if race is None else {"race": [c.row() for c in every if c.rungs]})
 
 
 def _report(
@@ -176,7 +193,9 @@ class _Candidates:
     def rivals_spared(self) -> str:
         """Why rivals are not measured; empty where they are."""
         architecture, kl = self.best.answer.architecture, self.best.measured.kl
-        if not self.picking.rivals or architecture.metric != "kl" or self.far_off or math.isnan(kl):
+        if not self.picking.rivals or self.picking.rivals_always:
+            return ""
+        if architecture.metric != "kl" or self.far_off or math.isnan(kl):
             return ""
         return f"the KL, {kl:.4g}, is not above {self.picking.rivals_from:g} times its prediction, {architecture.objective:.4g}"
 
@@ -188,7 +207,7 @@ def _measure_corrected(search: _Search, measured: _Candidates) -> None:
         correction, best = measured.correction(), measured.best
         if correction is None:
             return
-        name = _origin(f"{search.picking.searcher}, corrected", number)
+        name = origin_of(corrected_by(search.picking.searcher), number)
         try:
             answer = search.corrected(correction, [c.answer.architecture.choices for c in measured.found])
         except (Infeasible, OutOfTime) as error:
@@ -204,13 +223,16 @@ def _measure_corrected(search: _Search, measured: _Candidates) -> None:
 
 @dataclass(frozen=True)
 class _Search:
-    """The answers of searchers within the limits. For one that was not found, the reason is added to `left_out`."""
+    """The answers of searchers within the limits. For one that was not found, the reason is added to `left_out`, and who gave an answer
+    that was there already is added to `also`.
+    """
 
     tables: Tables
     limits: Limits
     picking: PickOptions
     searching: Options
     left_out: dict[str, str] = field(default_factory=dict)
+    also: dict[Choices, list[str]] = field(default_factory=dict)
 
     def numbered(self) -> Found:
         """The searcher's answers, best first. Raises Infeasible, or OutOfTime where not even one was found in time."""
@@ -219,12 +241,12 @@ class _Search:
         answers = self.tables.answers(self.limits, picking.searcher, picking.min_different_layers, self.searching)
         try:
             for answer in islice(answers, picking.count):
-                found[_origin(picking.searcher, len(found) + 1)] = answer
+                found[origin_of(picking.searcher, len(found) + 1)] = answer
         except (Infeasible, OutOfTime) as error:
             if not found:
                 raise
             if isinstance(error, OutOfTime):  # else there are no more answers
-                self.left_out[_origin(picking.searcher, len(found) + 1)] = str(error)
+                self.left_out[origin_of(picking.searcher, len(found) + 1)] = str(error)
         return found
 
     def without_families(self, known: Found) -> Found:
@@ -238,7 +260,7 @@ class _Search:
             except (Infeasible, OutOfTime, ConfigError) as error:  # the searcher may need that family
                 self.left_out[name] = str(error)
             else:
-                _add(found, name, answer, known.values())
+                self._add(found, name, answer, known.values())
         return found
 
     def rivals(self, known: Sequence[Answer]) -> Found:
@@ -246,7 +268,7 @@ class _Search:
         found: Found = {}
         for name in self.picking.rivals:
             try:
-                _add(found, name, self.tables.search(self.limits, searcher=name, options=self.searching)[0], known)
+                self._add(found, name, self.tables.search(self.limits, searcher=name, options=self.searching)[0], known)
             except (Infeasible, ConfigError) as error:  # this rival has no answer within the limits; the others are measured
                 self.left_out[name] = str(error)
         return found
@@ -255,15 +277,13 @@ class _Search:
         """The searcher's best answer to corrected scores that is not `known`. Raises Infeasible or OutOfTime."""
         return best_unmeasured(self.tables, self.limits, self.picking.searcher, self.searching, correction, known)
 
-
-def _add(found: Found, name: str, answer: Answer, known: Iterable[Answer]) -> None:
-    """Unless it is there."""
-    if all(answer.architecture.choices != other.architecture.choices for other in (*known, *found.values())):
-        found[name] = answer
-
-
-def _origin(searcher: str, number: int) -> str:
-    return searcher if number == 1 else f"{searcher} #{number}"
+    def _add(self, found: Found, name: str, answer: Answer, known: Iterable[Answer]) -> None:
+        """Unless it is there."""
+        choices = answer.architecture.choices
+        if any(choices == other.architecture.choices for other in (*known, *found.values())):
+            self.also.setdefault(choices, []).append(name)
+        else:
+            found[name] = answer
 
 
 def candidate_choices(setup: SearchSetup, search: SearchConfig) -> list[Choices]:
@@ -278,10 +298,10 @@ def candidate_choices(setup: SearchSetup, search: SearchConfig) -> list[Choices]
 
 
 def pick_as_configured(
-    setup: SearchSetup, search: SearchConfig, measure: Measure, distilled: Distilled | None = None
+    setup: SearchSetup, search: SearchConfig, measure: Measure, distilled: Distilled | None = None, race: Race | None = None
 ) -> tuple[Architecture, dict[str, Any]]:
     """`pick` with a run's settings."""
-    return pick(setup.tables, search.limits, _pick_options(search), setup.options, measure, distilled)
+    return pick(setup.tables, search.limits, _pick_options(search), setup.options, measure, distilled, race)
 
 
 def _pick_options(search: SearchConfig) -> PickOptions:
@@ -295,6 +315,9 @@ def _pick_options(search: SearchConfig) -> PickOptions:
         search.local_search_steps,
         search.interaction_blocks,
         *search.second_order,
+        search.race_rungs > 0,
+        search.race_own,
+        search.race_within,
     )
 
 

@@ -6,14 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
-from typing import Any
 
 from puzzle_ray.artifacts import Architecture, Choices
 from puzzle_ray.errors import Infeasible, OutOfTime
 from puzzle_ray.search.limits import SCENARIO_AXES, SPEEDS
+from puzzle_ray.search.measured import RungRows
 from puzzle_ray.search.sweep import Grid, Point, SweepPoint
-
-RungRows = Sequence[Mapping[str, Any]]  # of one child, see `puzzle_ray.distill.rungs.RungRow`
 
 
 def asked(point: SweepPoint) -> tuple[float, ...]:

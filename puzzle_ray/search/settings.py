@@ -14,9 +14,9 @@ from puzzle_ray.settings import Count, NonNegative, Positive, Section
 class SearchConfig(Section):
     """The budget, how it is searched, and whether whole children are measured before one is picked.
 
-    Children are measured where `candidates` > 1 or `local_search_steps` > 0, on `measure_tokens` held-out tokens. Measured are the
-    `candidates` best answers, which differ from each other in at least `min_different_layers` layers. After the first two, one is left
-    out whose KL is predicted, by the children measured so far, above `predicted_within` times the least KL (null: none is).
+    Children are measured, on `measure_tokens` held-out tokens, where `candidates` > 1, `local_search_steps` > 0 or `race_rungs` > 0:
+    the `candidates` best answers, which differ from each other in at least `min_different_layers` layers. After the first two, one is
+    left out whose KL is predicted, by the children measured so far, above `predicted_within` times the least KL (null: none is).
     Then up to `corrections` answers to scores that are corrected by what was measured, one after another: where one is predicted below
     the least KL, or where that is above `rivals_from` times its sum of scores (such sums say little, as where whole layers go) and the
     one before it was the best. In that second case one answer of each searcher in `rivals` is measured too, unless `predicted_within`
@@ -25,6 +25,12 @@ class SearchConfig(Section):
     the local search found are distilled by so many tokens, and the one is picked that is best then: how far a child is from the parent
     before distillation says little of what distillation makes of it. A least squares fit has little to learn, a narrow FFN much. So
     none is left out there, and no scores are corrected.
+    With `race_rungs` children race instead: each begins the distillation that the child of this run is to have, all of `gkd.tokens` in
+    one schedule, and pauses at so many rungs, each with three times the tokens of the one below. The last rung is the end. The best third
+    by held-out KL goes on from each, and from the last but one only the best. It is the pick, and stage `gkd` goes on from where it is:
+    only what the others read is read besides. There race the `race_own` of least KL of the searcher's answers, those to corrected scores
+    and what the local search found, and the answers of `without` and of `rivals`, of which none is left out then; but none whose KL
+    before distillation is above `race_within` times the least. One that is left alone begins no race.
     With `target_format: nemotron_nas` the search space has only what vLLM runs in that format: no linear, no windows, no no-op
     attention in the first layer, and FFN widths that are multiples of 256.
     `sweep` maps an axis to a list of values. An axis is a limit's name, `batch_size`, `input_tokens` or `output_tokens`. All
@@ -47,6 +53,9 @@ class SearchConfig(Section):
     corrections: Annotated[int, Field(ge=0)] = 4
     without: tuple[str, ...] = ()
     distil_tokens: Annotated[int, Field(ge=0)] = 0
+    race_rungs: Annotated[int, Field(ge=0, le=32)] = 0
+    race_own: Count = 1
+    race_within: Annotated[float, Field(ge=1)] = 1.5
     local_search_steps: Annotated[int, Field(ge=0)] = 0
     interaction_blocks: Annotated[int, Field(ge=0)] = 4  # KLs of all pairs of this many of the most used blocks are measured
     measure_tokens: Count = 8_192
@@ -65,7 +74,7 @@ class SearchConfig(Section):
                 raise ValueError(f"sweep.{name} = {list(values or ())}: give whole numbers")
         if not any(self.sweep.get(name) for name in BUDGETS):
             raise ValueError("sweep has no budget; give a limit's values, such as sweep: {speedup: [1.5, 2]}")
-        if (self.distil_tokens or self.without) and self.candidates < 2:
+        if (self.distil_tokens or (self.without and not self.race_rungs)) and self.candidates < 2:
             name = "distil_tokens" if self.distil_tokens else "without"
             raise ValueError(f"{name} compares candidates, and there is one; set search.candidates to 2 or more, or leave it out")
         if self.sweep_rungs > 1 and not self.sweep_gkd:
@@ -74,21 +83,59 @@ class SearchConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _a_race(self) -> SearchConfig:
+        if not self.race_rungs:
+            return self
+        if self.distil_tokens:
+            problem = (
+                f"race_rungs={self.race_rungs} and distil_tokens={self.distil_tokens} both distil children before one is picked"
+            )
+            raise ValueError(f"{problem}; set one of them to 0")
+        if self.race_rungs == 1:
+            raise ValueError("race_rungs=1 is the end alone, where nobody stops; set search.race_rungs to 2 or more, or to 0")
+        if self.race_own > self.candidates + bool(self.local_search_steps):
+            problem = (
+                f"race_own={self.race_own} of the searcher's answers are to race, and candidates={self.candidates} are measured"
+            )
+            raise ValueError(f"{problem}; raise search.candidates, or lower search.race_own")
+        if self.most_racing < 2:
+            problem = f"race_rungs={self.race_rungs} lets children race, and there is one"
+            raise ValueError(f"{problem}; raise search.race_own and search.candidates, or name search.rivals or search.without")
+        return self
+
     @property
     def measures(self) -> bool:
         """Whether children are measured before one is picked."""
-        return self.candidates > 1 or self.local_search_steps > 0
+        return self.candidates > 1 or self.local_search_steps > 0 or self.race_rungs > 0
+
+    @property
+    def distils(self) -> bool:
+        """Whether children are distilled before one is picked."""
+        return self.distil_tokens > 0 or self.race_rungs > 0
+
+    @property
+    def most_racing(self) -> int:
+        """Children that race before one is picked, at the most."""
+        return self.race_own + len(self.without) + len(set(self.rivals) - {self.searcher})
 
     @property
     def second_order(self) -> tuple[float | None, int]:
-        """`predicted_within` and `corrections`, where what counts is the KL before distillation."""
-        return (None, 0) if self.distil_tokens else (self.predicted_within, self.corrections)
+        """`predicted_within` and `corrections`, as far as what counts is the KL before distillation."""
+        if self.distil_tokens:
+            return None, 0
+        return None if self.race_rungs else self.predicted_within, self.corrections
 
     @property
     def most_candidates(self) -> int:
         """Children that are measured before one is picked, at the most: those of rivals, and what a local search finds, too."""
         most = self.candidates + len(self.without) + len(self.rivals) + bool(self.local_search_steps)
         return most + self.second_order[1]
+
+    @property
+    def most_distilled(self) -> int:
+        """Children that are distilled before one is picked, at the most."""
+        return self.most_racing if self.race_rungs else self.most_candidates
 
     @property
     def grid(self) -> dict[str, tuple[float, ...]]:
@@ -102,6 +149,7 @@ class SearchConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """The settings that one budget's answer depends on. The target format is in the search space."""
+        racing = {"race_rungs", "race_own", "race_within"}
         only_measured = {
             "candidates",
             "min_different_layers",
@@ -109,12 +157,14 @@ class SearchConfig(Section):
             "rivals_from",
             "without",
             "distil_tokens",
+            *racing,
             "local_search_steps",
             "interaction_blocks",
             "measure_tokens",
         }
         without_effect = {"sweep", "sweep_measure", "sweep_gkd", "sweep_rungs", "target_format"}
         without_effect |= set() if self.measures else only_measured
+        without_effect |= set() if self.race_rungs else racing
         second_order = zip(("predicted_within", "corrections"), self.second_order, strict=True)
         without_effect |= {name for name, value in second_order if not (self.measures and value)}
         return self.model_dump(mode="json", exclude=without_effect)

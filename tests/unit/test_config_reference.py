@@ -59,8 +59,8 @@ def test_the_defaults_of_the_reference_are_those_that_a_run_has():
 
 @pytest.mark.parametrize("aim", AIMS, ids=lambda aim: aim[0])
 def test_what_is_advised_loads_and_changes_something(aim):
-    plain = load(overrides=("gkd.tokens=1",))
-    assert load(overrides=("gkd.tokens=1", *aim[1])) != plain
+    plain = load(overrides=("gkd.tokens=99999",))
+    assert load(overrides=("gkd.tokens=99999", *aim[1])) != plain
 
 
 def test_the_command_shows_the_reference_and_the_settings_of_a_run(capsys):

@@ -236,3 +236,65 @@ def test_what_distils_best_is_picked_whatever_it_was_before():
     assert (report["picked"]["kl"], report["picked"]["kl_distilled"]) == (worst["kl"], 0.1)
     assert {row["kl_distilled"] for row in report["candidates"]} == {0.1, 1.0} and len(asked) == len(set(asked)) >= 4
     assert plain.choices in asked, "what the local search found is distilled, too"
+
+
+class RaceOf:
+    """A race that the child of these choices wins, against those that were asked for with it."""
+
+    def __init__(self, wins):
+        self.wins, self.asked = wins, []
+
+    def __call__(self, children):
+        self.asked += children
+        won = [self.wins(choices) for choices in children]
+        assert sum(won) == 1
+        return [[{"rung": 1, "step": 3, "tokens": 96, "kl": 0.5, "goes_on": w}] for w in won]
+
+
+def race(wins, **how):
+    racing = RaceOf(wins)
+    found, report = pick(TABLES, LIMITS, PickOptions(**how), Options(), Meter(), race=racing)
+    return found, report, racing
+
+
+def test_who_wins_the_race_is_picked_whatever_it_was_before():
+    _, before, _ = run(count=4, steps=1)
+    worst = max(before["candidates"], key=lambda row: row["kl"])
+    found, report, racing = race(lambda c: [x.label for x in c] == worst["choices"], count=4, steps=1, race_own=5)
+    assert [choice.label for choice in found.choices] == worst["choices"] == report["picked"]["choices"]
+    assert len(set(racing.asked)) == len(racing.asked) == len(report["race"]) >= 4
+    assert [true_kl(c) for c in racing.asked] == sorted(map(true_kl, racing.asked))
+    assert [row["rungs"][0]["goes_on"] for row in report["race"]].count(True) == 1
+    assert found.status == "measured" and "race" not in before and "kl_distilled" not in report["picked"]
+
+
+def test_of_the_searchers_own_answers_the_best_races_and_those_that_a_rival_gives_too():
+    rivals = ("greedy", "depth", "uniform", "max_params")
+    _, measured, _ = run(count=40, rivals=rivals)
+    best, limit = measured["picked"]["kl"], 2.0 * measured["picked"]["kl"]
+    _, report, racing = race(lambda c: true_kl(c) == best, count=40, rivals=rivals, race_within=1e9)
+    theirs = {TABLES.search(LIMITS, searcher=name, options=Options())[0].architecture.choices for name in rivals[:1]}
+    assert {row["origin"] for row in report["race"] if row["also"]}, "the searcher found a rival's answer as well"
+    assert theirs <= set(racing.asked) and min(map(true_kl, racing.asked)) == best
+    mine = [row for row in report["race"] if row["origin"].startswith("mip") and not row["also"]]
+    assert len(mine) <= 1 and len(racing.asked) < 40
+    _, report, racing = race(lambda c: true_kl(c) == best, count=40, rivals=rivals, race_own=40, race_within=2.0)
+    assert {row["kl"] for row in report["race"]} == {r["kl"] for r in measured["candidates"] if r["kl"] <= limit}
+
+
+def test_an_answer_to_corrected_scores_races_as_the_searchers_own():
+    _, measured, _ = run(count=2, corrections=4)
+    corrected = [row for row in measured["candidates"] if "corrected" in row["origin"]]
+    best = min(row["kl"] for row in measured["candidates"])
+    _, report, racing = race(lambda c: true_kl(c) == best, count=2, corrections=4, race_own=1, race_within=1e9)
+    assert corrected and len(racing.asked) < 2, "of the searcher's own there is one, and so no race"
+    own = len(measured["candidates"])
+    _, report, racing = race(lambda c: true_kl(c) == best, count=2, corrections=4, race_own=own, race_within=1e9)
+    assert {row["origin"] for row in report["race"]} >= {row["origin"] for row in corrected}
+
+
+def test_one_that_is_alone_within_the_limit_begins_no_race():
+    plain, before, _ = run(count=3)
+    found, report, racing = race(lambda c: True, count=3, race_own=3, race_within=1.0)
+    assert racing.asked == [] and report["race"] == [] and found.choices == plain.choices
+    assert {k: v for k, v in report.items() if k != "race"} == before

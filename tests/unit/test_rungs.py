@@ -10,8 +10,8 @@ from actors.distil_sweep import Rows
 from puzzle_ray.config import load
 from puzzle_ray.distill import rungs
 from puzzle_ray.distill.gkd import CHECKPOINT, CHILD, CURVE, LOOKS, distill_child
-from puzzle_ray.distill.rungs import Climber, RungRow, climb, goes_on, rung_steps
-from puzzle_ray.distill.settings import GkdConfig
+from puzzle_ray.distill.rungs import Climber, RungRow, climb, goes_on
+from puzzle_ray.distill.settings import GkdConfig, rung_steps
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.models.child import load_model
 from puzzle_ray.progress import Quiet
