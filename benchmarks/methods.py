@@ -2,12 +2,12 @@
 
 For every parent and seed, one profile is measured, one library is trained and scored, and all methods share them. For every speed:
 
-- `puzzle`: block distillation (BLD), the MIP with its three best answers measured as whole children, the one of least KL distilled
-  globally (GKD) by KLD and cosine.
+- `puzzle`: block distillation (BLD), the MIP with its best answers measured as whole children, global distillation (GKD) by KLD and
+  cosine. The child of least KL and the one of the greedy search race on GKD's schedule, unless the second one's KL is more than 1.5
+  times as high; the schedule is shorter by what the loser reads.
+- `no_race`: the child of least KL before GKD is distilled.
 - `distilled_pick`: two answers of the MIP and one without linear blocks are distilled by 4k tokens each, and the one is picked that is
   best then. What the pick read is taken off GKD's tokens.
-- `race`: the best answer of the MIP by measured KL and greedy's race on GKD's schedule, unless greedy's KL before it is more than 1.5 times
-  as high; the schedule is shorter by what the loser may read.
 - `no_gkd`: `puzzle`'s child before GKD. `no_cosine`: the same child, GKD by KLD alone.
 - `no_bld`: blocks as they start, before training, with scores, a search and a pick of their own. What BLD read, GKD reads besides.
 - `greedy`, `random`: another search of the same scores; `random` is one random architecture within the budget.
@@ -79,7 +79,7 @@ SPEEDS = (1.25, 1.5, 2.0)
 METHODS = (
     "puzzle",
     "distilled_pick",
-    "race",
+    "no_race",
     "no_gkd",
     "no_cosine",
     "no_bld",
@@ -217,9 +217,21 @@ DISTILLED = {"distil_tokens": 4_096, "without": ("linear",), "candidates": 2}
 
 
 def _puzzle(bench: Bench, speed: float, pick: Mapping[str, Any] | None = None, **how: Any) -> Child:
+    """With the pick that `pick` says, by default a race."""
     scores = scores_of(bench.s, bench.tokens, bench.library)
-    choices, spent = bench.picked(bench.s, bench.library, scores, speed, **(pick or {}))
+    if pick is None:
+        choices, spent = _raced(bench, bench.s, bench.library, scores, speed, bench.s.config.gkd.tokens)
+    else:
+        choices, spent = bench.picked(bench.s, bench.library, scores, speed, **pick)
     return _full(bench, choices, bench.library, bld=True, pick_tokens=spent, **how)
+
+
+def _raced(bench: Bench, s: Setting, library: Artifact, scores: Artifact, speed: float, tokens: int) -> tuple[Choices, int]:
+    """The winner of a race, with the losers' part of `tokens`. Where only one is to race, nothing is taken off its schedule."""
+    most = s.config.search.model_copy(update=RACE).most_racing
+    left = tokens_beside_a_race(bench.gkd("kld+cosine", tokens), most, RACE["race_rungs"])
+    choices, spent = bench.picked(s, library, scores, speed, bench.gkd("kld+cosine", left), **RACE)
+    return choices, tokens - left if spent else 0
 
 
 def tokens_beside_a_race(gkd: GkdConfig, racing: int, rungs: int) -> int:
@@ -230,15 +242,6 @@ def tokens_beside_a_race(gkd: GkdConfig, racing: int, rungs: int) -> int:
         if steps + losers_steps(racing, shorter.race_steps(rungs)) <= gkd.total_steps:
             return steps * each
     raise ValueError(f"{gkd.total_steps} steps are too few for a race of {racing}")
-
-
-def _race(bench: Bench, speed: float) -> Child:
-    """Where only one is to race, nothing is taken off its schedule."""
-    config, scores = bench.s.config, scores_of(bench.s, bench.tokens, bench.library)
-    tokens = tokens_beside_a_race(config.gkd, config.search.model_copy(update=RACE).most_racing, RACE["race_rungs"])
-    how: dict[str, Any] = {"gkd": bench.gkd("kld+cosine", tokens), **RACE}
-    choices, spent = bench.picked(bench.s, bench.library, scores, speed, **how)
-    return _full(bench, choices, bench.library, bld=True, pick_tokens=config.gkd.tokens - tokens if spent else 0)
 
 
 def _searched_by(searcher: str, samples: int = 1000) -> Callable[[Bench, float], Child]:
@@ -252,7 +255,8 @@ def _searched_by(searcher: str, samples: int = 1000) -> Callable[[Bench, float],
 def _no_bld(bench: Bench, speed: float) -> Child:
     library = library_of(bench.untrained, bench.tokens)
     scores = scores_of(bench.untrained, bench.tokens, library)
-    choices, spent = bench.picked(bench.untrained, library, scores, speed)
+    tokens = bench.s.config.gkd.tokens + bench.s.config.library.tokens
+    choices, spent = _raced(bench, bench.untrained, library, scores, speed, tokens)
     return _full(bench, choices, library, bld=False, pick_tokens=spent)
 
 
@@ -293,7 +297,7 @@ def _iterative(bench: Bench, speed: float) -> Child:
 MAKERS: dict[str, Callable[[Bench, float], Child | None]] = {
     "puzzle": _puzzle,
     "distilled_pick": lambda bench, speed: _puzzle(bench, speed, pick=DISTILLED),
-    "race": _race,
+    "no_race": lambda bench, speed: _puzzle(bench, speed, pick={}),
     "no_gkd": lambda bench, speed: _puzzle(bench, speed, gkd=False),
     "no_cosine": lambda bench, speed: _puzzle(bench, speed, preset="kld"),
     "no_bld": _no_bld,

@@ -20,7 +20,7 @@ def show(row: Mapping[str, Any]) -> None:
     )
 
 
-NO_RIVALS = ("puzzle", "distilled_pick", "race", "iterative")  # Puzzle itself, with another pick, in more than one round
+NO_RIVALS = ("puzzle", "distilled_pick", "no_race", "iterative")  # Puzzle itself, with another pick, in more than one round
 Kls = Mapping[str, Mapping[int, float]]  # of one parent and speed: by method and seed
 
 
