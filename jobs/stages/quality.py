@@ -47,7 +47,7 @@ def work(run: Run, artifact: Artifact) -> None:
         config.seed,
         config.trust_remote_code,
     )
-    how = (config.cluster, artifact, run.progress, config.trust_remote_code)
+    how = (config.cluster, artifact, run.progress, config.trust_remote_code, config.evaluate.num_shards)
     with closing(AskOnRay(folders, config.evaluate.batch_tokens, *how)) as ask:
         found = quality.run(ask)
     artifact.write_json(QUALITY, found)
