@@ -180,7 +180,7 @@ def run_beside_shards(
         started = placement.start(lambda options: _worker(options, what))
         return started, started.actors
 
-    workers = f"processes for {what}: {placement.num_processes - 1} shards and who asks them,"
+    workers = f"set of {len(placement.layers)} shards and who asks them, for {what},"
     terms = Terms(
         what, workers, cluster.placement_timeout_s, timeout_s, when_dead="raise evaluate.num_shards, or use bigger nodes"
     )

@@ -140,10 +140,6 @@ class Placement:
     stage: str
 
     @property
-    def num_processes(self) -> int:
-        return len(self.layers) + 1
-
-    @property
     def num_gpus(self) -> float:
         """The share of whoever asks, too."""
         return self.cluster.gpus_per_shard
@@ -193,6 +189,9 @@ def placed(folders: Iterable[str], cluster: ClusterConfig, num_shards: int, stag
     if not gpus:  # else the weights are in a GPU's memory
         shard = with_memory(options, max(held(own) for own in _runs(depth, count)), "a shard", stage, count)
         asking = with_memory(options, at_the_ends, "the process that asks them", stage)
+        together = count * shard.get("memory", 0) + asking.get("memory", 0)
+        if together > ray.available_resources().get("memory", 0):
+            asking = options
     return Placement(_runs(depth, count), shard, asking, cluster, stage)
 
 

@@ -106,11 +106,33 @@ def in_this_process(num_shards: int, device: torch.device = CPU) -> LayersOf:
     return lambda folder, dtype, num_layers: SerialLayers(folder, dtype, num_shards, num_layers, device)
 
 
+class _Body:
+    """In place of the forward of a model without its head: embedding, layers wherever they are, final norm.
+
+    It knows nothing of the model that it is a part of, so that a model goes when nobody has it any more.
+    """
+
+    def __init__(self, stack: LayerStack, layers: Layers, device: torch.device) -> None:
+        self.stack, self.layers, self.device = stack, layers, device
+
+    def __call__(self, input_ids: Tensor, position_ids: Tensor | None = None, **_: Any) -> Any:
+        """Rows have no padding before their tokens, and position ids say all that a mask would."""
+        from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Output
+
+        (final,) = self.final_states([input_ids], [position_ids])
+        return Output(last_hidden_state=final)
+
+    def final_states(self, batches: Sequence[Tensor], position_ids: Sequence[Tensor | None]) -> Iterator[Tensor]:
+        pairs = zip(batches, position_ids, strict=True)
+        for hidden in self.layers.run((self.stack.embed(ids, known), known) for ids, known in pairs):
+            yield self.stack.final(hidden.to(self.device))
+
+
 class ShardedModel:
     """A causal language model whose layers lie in shards.
 
     `ends` is the model of transformers without its layers: its embedding, final norm and head, and what it generates by. Between them
-    it hands hidden states to `layers`. There is no KV cache: every generated token reads the whole text before it again.
+    hidden states go through the layers. There is no KV cache: every generated token reads the whole text before it again.
     """
 
     def __init__(self, folder: str, layers_of: LayersOf, dtype: torch.dtype | None = None, device: torch.device = CPU) -> None:
@@ -118,29 +140,19 @@ class ShardedModel:
         config = read_config(path)
         descriptor = describe(config)
         self.dtype, self.device = dtype or own_dtype(path, config), device
-        self.layers = layers_of(folder, self.dtype, config.num_hidden_layers)
-        self.stack, self.ends = load_ends(path, descriptor, config, self.dtype, device)
-        self.config = self.ends.config
+        layers = layers_of(folder, self.dtype, config.num_hidden_layers)
+        stack, self.ends = load_ends(path, descriptor, config, self.dtype, device)
+        self.body, self.config = _Body(stack, layers, device), self.ends.config
         where, _, name = descriptor.layers.rpartition(".")
         holder = self.ends.get_submodule(where)
         setattr(holder, name, nn.ModuleList())
-        holder.forward = self._body
+        holder.forward = self.body
         self.ends.generation_config = generation_config_of(path)
         self.ends.eval()
 
-    def _body(self, input_ids: Tensor, position_ids: Tensor | None = None, **_: Any) -> Any:
-        """In place of the forward of the model without its head. Rows have no padding before their tokens, and position ids say all
-        that a mask would."""
-        from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Output
-
-        (final,) = self.final_states([input_ids], [position_ids])
-        return Output(last_hidden_state=final)
-
     def final_states(self, batches: Sequence[Tensor], position_ids: Sequence[Tensor | None]) -> Iterator[Tensor]:
         """The outputs of the final norm, one after the other. Shards work on several batches at a time."""
-        pairs = zip(batches, position_ids, strict=True)
-        for hidden in self.layers.run((self.stack.embed(ids, known), known) for ids, known in pairs):
-            yield self.stack.final(hidden.to(self.device))
+        return self.body.final_states(batches, position_ids)
 
     def __call__(self, input_ids: Tensor, **known: Any) -> Any:
         return self.ends(input_ids, **known)

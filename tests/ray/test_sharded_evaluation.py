@@ -1,6 +1,8 @@
 """Layers in processes give the bits of shards that one process reads one after the other, and a process that dies changes none."""
 
+import json
 import os
+import shutil
 import signal
 from contextlib import closing
 from pathlib import Path
@@ -10,12 +12,17 @@ import ray
 import torch
 from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
 from small_models import save_parent
+from small_runs import SMALL, save_parent_with_text
 
 from actors.lone_worker import evaluate_in_shards, predict_in_shards, run_beside_shards
 from actors.model_shards import LayersInActors, placed
 from actors.readers import AskOnRay
+from jobs.evaluate_child import show
+from jobs.run import Run
 from puzzle_ray.artifacts import LayerChoice, Scenario
 from puzzle_ray.cluster import ClusterConfig
+from puzzle_ray.compression import Setting
+from puzzle_ray.config import validated
 from puzzle_ray.errors import ClusterError, ParentError
 from puzzle_ray.evaluation import evaluate as library
 from puzzle_ray.evaluation.reader import AskHere
@@ -24,6 +31,7 @@ from puzzle_ray.evaluation.settings import EvaluateConfig
 from puzzle_ray.models.blocks import CPU
 from puzzle_ray.models.child import new_child, read_config, save_child
 from puzzle_ray.models.shards import in_this_process
+from puzzle_ray.pipeline import run as run_serially
 from puzzle_ray.process import compute_with
 from puzzle_ray.progress import Quiet
 from puzzle_ray.scoring.downstream import Question, question_batches
@@ -52,7 +60,7 @@ def test_on_ray_an_evaluation_is_that_of_one_process(local_ray, folders):
     what = (None, scenario, config, "float32")
     expected = library.evaluate_in_shards(folders, in_this_process(3), 3, BATCHES, *what, Quiet(), CPU, questions, 0)
     placement = placed(folders.values(), CLUSTER, 3, "evaluate")
-    assert placement.num_processes == 4 and len(placement.layers) == 3
+    assert len(placement.layers) == 3
     how = (folders, [ids.numpy() for ids in BATCHES], *what, questions, 0)
     assert run_beside_shards(evaluate_in_shards, *how, placement=placement, what="evaluate") == expected
 
@@ -117,3 +125,35 @@ def test_what_a_shard_raises_and_its_silence_are_told(local_ray, folders, tmp_pa
 def test_gpus_that_are_missing_are_told_before_work(local_ray, folders):
     with pytest.raises(ClusterError, match="no node can hold a shard with GPU: 0.5"):
         placed(folders.values(), ClusterConfig(gpus_per_shard=0.5), 2, "evaluate")
+
+
+def test_a_run_in_shards_ends_with_the_same_bytes_as_in_one_process_and_says_no_speed(local_ray, tmp_path, monkeypatch, capsys):
+    """What is not the matter here is copied: it is found under the same keys."""
+    monkeypatch.setattr("puzzle_ray.pipeline.num_cores", lambda: 4)
+    folder, text = save_parent_with_text(tmp_path / "parent")
+    values = SMALL | {
+        "parent": str(folder),
+        "data": {"train": str(text), "sequence_length": 16, "document_mask": True},
+        "profile": SMALL["profile"] | {"engine": "roofline", "device": "H100"},
+        "evaluate": SMALL["evaluate"] | {"num_shards": 2},
+    }
+
+    def config_of(store):
+        return validated(json.loads(json.dumps(values | {"store": str(store)})))
+
+    serial, on_ray = tmp_path / "serial", tmp_path / "on_ray"
+    found = run_serially(Setting(config_of(serial), Store(str(serial)), Quiet()))
+    assert found.evaluation["measured_speedup"] is None and found.evaluation["models"]["child"]["kl"] > 0
+    shutil.copytree(serial, on_ray)
+    for stage in ("evaluation", "quality"):
+        shutil.rmtree(next(on_ray.glob(f"{stage}-*")))
+    run = Run(config_of(on_ray), Quiet())
+    run.done("quality", "evaluation", "report")
+    for name in ("evaluation", "quality"):
+        (file,) = serial.glob(f"{name}-*/{name}.json")
+        assert (on_ray / file.relative_to(serial)).read_bytes() == file.read_bytes(), name
+    why = "not measured: the model is spread over 2 shards"
+    assert why in next(on_ray.glob("report-*/index.html")).read_text() and f"speed is {why}" in capsys.readouterr().err
+    show(run)
+    shown = capsys.readouterr().out
+    assert f"speed is {why}" in shown and "nan" not in shown

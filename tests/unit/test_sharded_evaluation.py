@@ -1,5 +1,7 @@
 """A model whose layers lie in shards is evaluated as a whole one is: the same figures to the bit, and no speed."""
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,9 @@ import torch
 from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
 from packed_text import SEPARATOR, packed_ids
 from small_models import save_parent
+from small_runs import make_run, save_parent_with_text
 
+from jobs.stages import evaluation, quality
 from puzzle_ray.artifacts import LayerChoice, Scenario
 from puzzle_ray.evaluation.evaluate import Models, ShardedModels, evaluate, evaluate_in_shards, greedy_sample, predictions
 from puzzle_ray.evaluation.reader import Reader
@@ -125,6 +129,13 @@ def test_one_shard_is_in_memory_at_a_time_and_reads_its_own_layers_alone(tmp_pat
     assert max(most) == 1 and not held and len(most) == 6
     assert not any(".layers." in name for name, _ in model.ends.named_parameters())
     assert {p.device for p in model.ends.parameters()} == {CPU}
+    embedding = weakref.ref(model.ends.get_input_embeddings().weight)
+    gc.disable()
+    try:
+        del model
+        assert embedding() is None, "what is at the ends goes before the next model's comes"
+    finally:
+        gc.enable()
 
 
 def test_a_shard_takes_the_layers_of_whichever_model_is_asked(tmp_path):
@@ -143,3 +154,18 @@ def test_layers_are_cut_into_equal_runs_and_dtypes_are_the_folders_own(tmp_path)
     assert own_dtype(folder, config) == torch.bfloat16 == ShardedModel(str(folder), in_this_process(1)).dtype
     config.dtype = None
     assert own_dtype(folder, config) == torch.bfloat16, "of the first tensor"
+
+
+def test_a_key_has_whether_layers_lie_in_shards_and_not_in_how_many(tmp_path):
+    parent = save_parent_with_text(tmp_path / "parent")
+
+    def settings(*overrides):
+        run = make_run(parent, tmp_path / "store", *overrides)
+        return evaluation.settings(run), quality.settings(run)
+
+    plain = settings()
+    assert "sharded" not in str(plain) and "num_shards" not in str(plain) and "cluster" not in plain[0]
+    two, three = settings("evaluate.num_shards=2"), settings("evaluate.num_shards=3")
+    assert two == three and all(one != other for one, other in zip(two, plain, strict=True))
+    on_gpu = settings("evaluate.num_shards=2", "cluster.gpus_per_shard=0.5")
+    assert on_gpu[0] != two[0] and settings("cluster.gpus_per_shard=0.5")[0] == plain[0]
