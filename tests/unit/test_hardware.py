@@ -136,8 +136,16 @@ BIG = {
 }
 
 
+LITTLE = {  # what else is decided is said, for speed
+    "evaluate": {"tokens": 512, "micro_batch_tokens": 256, "batch_tokens": 512},
+    "library": {"micro_batch_tokens": 256},
+    "scoring": {"micro_batch_tokens": 256},
+    "gkd": {"tokens": 0},
+}
+
+
 def test_a_model_that_no_node_holds_is_evaluated_in_as_few_shards_as_have_room():
-    big, little = tiny_config(**BIG), {"evaluate": {"tokens": 512, "micro_batch_tokens": 256, "batch_tokens": 512}}
+    big, little = tiny_config(**BIG), LITTLE
     nodes = [Node(gpus=Gpus(1, "card", 4 * GIB))] * 8
     asked = config(**little, cluster={"gpus_per_shard": 1, "gpus_per_trainer": 0})
     found = decided(asked, nodes, model_config=big)
@@ -160,19 +168,20 @@ def test_a_model_that_no_node_holds_is_evaluated_in_as_few_shards_as_have_room()
     assert list(named(count)) == ["evaluation: shard", "evaluation: worker", "quality: shard", "quality: worker"]
     assert [demand.count for demand in named(count).values()] == [count, 1, count, 1]
     assert list(named(0)) == ["evaluation: worker"]
-    held = decided(config(evaluate=little["evaluate"] | {"num_shards": 3}, cluster=asked.cluster), nodes, model_config=big)
+    said = little | {"evaluate": little["evaluate"] | {"num_shards": 3}}
+    held = decided(config(**said, cluster=asked.cluster), nodes, model_config=big)
     assert held.config.evaluate.num_shards == 3, "what is set holds"
-    for enough in (nodes_of("1x8 H100"), [Node(gpus=Gpus(4, "card", 4 * GIB))] * 2):
-        assert decided(asked, enough, model_config=big).config.evaluate.num_shards == 0, "a node's GPUs together hold it"
+    enough = [Node(gpus=Gpus(4, "card", 4 * GIB))] * 2
+    assert decided(asked, enough, model_config=big).config.evaluate.num_shards == 0, "a node's GPUs together hold it"
     estimated = config(**little, cluster=asked.cluster, profile={"engine": "roofline", "device": "H100"})
     assert decided(estimated, nodes, model_config=big).config.evaluate.num_shards == count, "whoever says what blocks cost"
 
 
 def test_without_gpus_too_where_no_nodes_memory_is_enough():
-    big, little = tiny_config(**BIG), {"evaluate": {"tokens": 512, "micro_batch_tokens": 256, "batch_tokens": 512}}
-    small = decided(config(**little), [Node(4, 8 * GIB)] * 3, model_config=big).config.evaluate
+    big = tiny_config(**BIG)
+    small = decided(config(**LITTLE), [Node(4, 8 * GIB)] * 3, model_config=big).config.evaluate
     assert small.num_shards > 1 and small.identity()["sharded"]
-    assert decided(config(**little), [Node(4, 64 * GIB)], model_config=big).config.evaluate.num_shards == 0
+    assert decided(config(**LITTLE), [Node(4, 64 * GIB)], model_config=big).config.evaluate.num_shards == 0
 
 
 def _demands(found, model_config, gpu_bytes):

@@ -187,7 +187,7 @@ def test_timing_counts_the_batch_size_that_auto_will_find():
     sizes = sizes_of(config)
     profile = {"scenario": {"batch_size": "auto", "input_tokens": 32, "output_tokens": 16}, "max_batch_size": 64}
     each = 4 * 2 * config.num_key_value_heads * config.head_dim * 48 * 4
-    for memory_mib, batch in ((1000.0, 64), (1.6, 8), (None, 1)):
+    for memory_mib, batch in ((1000.0, 64), (1.6, 16), (None, 1)):
         own = RunConfig.model_validate({"profile": profile | {"memory_mib": memory_mib}})
         if memory_mib:
             assert with_batch_sizes(own.profile, config, sizes.space, None).scenario.batch_size == batch

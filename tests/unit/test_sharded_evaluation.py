@@ -93,6 +93,7 @@ def test_readers_answer_as_those_of_whole_models(folders):
         assert all((one[name] == other[name]).all() for name in one), chunk
 
 
+@pytest.mark.parametrize("folders", ["llama, tied"], indirect=True)
 def test_an_evaluation_in_shards_has_all_but_speeds(folders):
     batches = [packed_ids(2, 24)]
     config = EvaluateConfig(tokens=48, repeats=1, prompt="ab", sample_tokens=4)
