@@ -30,12 +30,7 @@ class ReaderProcess:
     """Answers for whichever model it is asked about; the one it was asked about last is in memory."""
 
     def __init__(
-        self,
-        folders: Mapping[str, str],
-        batch_tokens: int,
-        num_threads: int,
-        num_gpus: float = 0,
-        trusted: bool = False,
+        self, folders: Mapping[str, str], batch_tokens: int, num_threads: int, num_gpus: float = 0, trusted: bool = False
     ) -> None:
         from puzzle_ray.process import compute_with, devices_for
 

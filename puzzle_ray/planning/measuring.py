@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from puzzle_ray.config import RunConfig
 from puzzle_ray.planning.draft import Draft, fitting
-from puzzle_ray.planning.evaluating import evaluation_demand, sharded_demands
+from puzzle_ray.planning.evaluating import evaluation_demand, evaluation_phases, sharded_demands
 from puzzle_ray.planning.hardware import Seen, room_bytes
 from puzzle_ray.planning.sizes import Sizes
 from puzzle_ray.profiling.nodes import GIB, Node
@@ -68,9 +68,12 @@ def decide_evaluation(draft: Draft, sizes: Sizes, gpus: Seen) -> None:
 
 
 def decide_evaluation_on_cpus(draft: Draft, sizes: Sizes, nodes: Sequence[Node]) -> None:
-    """In shards where no node's memory holds what one worker would need."""
+    """In shards where no node's memory holds what one worker would need, were models timed one after the other."""
     name, memory = "evaluate.num_shards", max((node.memory_bytes for node in nodes if node.memory_bytes), default=0)
-    if not memory or not draft.open(name) or evaluation_demand(_with_gpus(draft.config, 0), sizes, 0).total <= memory:
+    if not memory or not draft.open(name):
+        return
+    phases = evaluation_phases(_with_gpus(draft.config, 0), sizes, 0).values()
+    if max(sum(parts.values()) - parts.get("two models", 0) // 2 for parts in phases) <= memory:
         return
     least = min(node.memory_bytes for node in nodes if node.memory_bytes)
     for count in range(1, len(sizes.layers) + 1):
