@@ -77,10 +77,9 @@ def evaluate_in_shards(
     from puzzle_ray.process import compute_with, device_for
 
     compute_with(num_threads)
-    models = (folders, shards.layers_of, len(shards.actors))
     tensors = [torch.from_numpy(batch.copy()) for batch in batches]
-    how = (Quiet(), device_for(num_gpus), questions, separator, trusted)
-    return library.evaluate_in_shards(*models, tensors, architecture, scenario, config, dtype, *how)
+    what = (tensors, architecture, scenario, config, dtype, Quiet(), device_for(num_gpus), questions, separator, trusted)
+    return library.evaluate_in_shards(folders, shards.layers_of, len(shards.actors), *what)
 
 
 def predict_in_shards(

@@ -7,7 +7,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 from ray import ObjectRef
@@ -20,8 +20,6 @@ from actors.placement import cluster_cpus, require
 from actors.transport import Container, find_transport, packed_positions, unpacked_positions
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.errors import ClusterError, PuzzleError
-
-Result = TypeVar("Result")
 
 
 class ShardProcess:
@@ -116,7 +114,7 @@ class LayersInActors:
     def _arrived(self, ref: ObjectRef[Container]) -> Any:
         return self.transport.unpack(self._wait(ref, "handed hidden states on"), self.dtype)
 
-    def _wait(self, ref: ObjectRef[Result], what: str) -> Result:
+    def _wait(self, ref: ObjectRef[Any], what: str) -> Any:
         """Raises ClusterError where a shard is silent for too long, and what a shard raised."""
         try:
             return ray.get(ref, timeout=self.shards.timeout_s)

@@ -201,6 +201,6 @@ class AskHere:
     def _reader(self, name: str) -> Reader:
         if self.name != name or self.reader is None:
             self.reader = None  # one model at a time
-            how = {"trusted": self.trusted, "layers_of": self.layers_of}
-            self.name, self.reader = name, Reader(self.folders[name], self.batch_tokens, **how)
+            self.reader = Reader(self.folders[name], self.batch_tokens, trusted=self.trusted, layers_of=self.layers_of)
+            self.name = name
         return self.reader

@@ -61,6 +61,17 @@ def test_figures_and_states_are_the_whole_models_bit_for_bit(folders, separator)
     assert whole["child"]["kl"] > 0.01
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_parent_in_bfloat16_and_a_child_in_float32_are_each_read_in_their_own(family, tmp_path):
+    parent = save_parent(tmp_path / "parent", family, num_hidden_layers=4)
+    save_child(new_child(read_config(parent), MIXED, torch.float32), parent, tmp_path / "child")
+    load_model(parent, torch.bfloat16).save_pretrained(parent)
+    folders, batches = {"parent": str(parent), "child": str(tmp_path / "child")}, [packed_ids(2, 24)]
+    sharded = ShardedModels(folders, in_this_process(2), CPU)
+    assert [sharded[name].dtype for name in folders] == [torch.bfloat16, torch.float32]
+    assert predictions(sharded, batches) == predictions(Models(folders, [CPU]), batches)
+
+
 @torch.inference_mode()
 def test_text_and_answers_are_the_whole_models(folders):
     tokenizer = byte_tokenizer()
