@@ -74,24 +74,26 @@ class ShardedModels(Mapping[str, Any]):
 class Reference:
     """What is kept of the parent to compare children with: its final hidden states on the batches, and its head.
 
+    Of a model in shards, states are kept in the host's memory: a GPU that no model of its size fits has no room for those of much text.
     `separator` is the token that documents begin with, where attention does not cross them (see `puzzle_ray.data.packing`).
     """
 
     def __init__(self, parent: Any, batches: Sequence[Tensor], separator: int | None = None) -> None:
         self.head, self.batches = Head.of(parent).alone(), [ids.to(parent.device) for ids in batches]
-        self.separator = separator
-        self.finals = list(self._finals(parent))
+        self.separator, self.device = separator, parent.device
+        kept_on = CPU if isinstance(parent, ShardedModel) else parent.device
+        self.finals = [final.to(kept_on) for final in self._finals(parent)]
 
     def _finals(self, model: Any) -> Iterator[Tensor]:
         return states_of_batches(model, self.batches, [positions_in_documents(ids, self.separator) for ids in self.batches])
 
     def of_parent(self) -> dict[str, float]:
         pairs = zip(self.batches, self.finals, strict=True)
-        return _figures([parents_own(self.head, ids, final) for ids, final in pairs])
+        return _figures([parents_own(self.head, ids, final.to(self.device)) for ids, final in pairs])
 
     def of_child(self, child: Any) -> dict[str, float]:
         head, triples = Head.of(child), zip(self.batches, self.finals, self._finals(child), strict=True)
-        return _figures([compare_heads(self.head, head, ids, final, own) for ids, final, own in triples])
+        return _figures([compare_heads(self.head, head, ids, final.to(self.device), own) for ids, final, own in triples])
 
 
 def _figures(parts: Sequence[PredictionMetrics]) -> dict[str, float]:

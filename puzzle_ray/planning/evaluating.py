@@ -88,29 +88,29 @@ def sharded_demands(config: RunConfig, sizes: Sizes) -> list[Demand]:
     chunk = {"logits": int(min(values, _chunk_values(config, sizes)) * bytes_per_logit(sizes.stack.output_head, own))}
     whole = {"logits": _LOGITS_OF_A_READER * read * window * sizes.config.vocab_size * FLOAT32_BYTES}
     kept = {"parent's head": sizes.config.vocab_size * sizes.config.hidden_size * dtype_bytes(own)}
+    on_gpu = config.cluster.gpus_per_shard > 0
+    beside, host = (kept | chunk, states) if on_gpu else (kept | states | chunk, {})
     return [
-        *_shards_and_worker("evaluation", config, sizes, own, text, kept | states | chunk),
+        *_shards_and_worker("evaluation", config, sizes, own, text, beside, host),
         *_shards_and_worker("quality", config, sizes, "float32", (read, window), whole),
     ]
 
 
 def _shards_and_worker(
-    stage: str, config: RunConfig, sizes: Sizes, dtype: str, batch: tuple[int, int], beside: Parts
+    stage: str, config: RunConfig, sizes: Sizes, dtype: str, batch: tuple[int, int], beside: Parts, host: Parts | None = None
 ) -> list[Demand]:
-    """`batch`: sequences and their tokens. `beside` is what who asks holds besides the ends of a model."""
+    """`batch`: sequences and their tokens. `beside` is what who asks holds besides the ends of a model, `host` what it has beside a GPU."""
     each, depth, share = dtype_bytes(dtype), len(sizes.layers), config.cluster.gpus_per_shard
     runs = runs_of_layers(depth, config.evaluate.num_shards)
-    work = {"activations": forward_bytes(sizes, dtype, *batch)} | masks_of(
-        config, sizes.config, batch[0] * batch[1], each, length=batch[1]
-    )
+    work = {"activations": forward_bytes(sizes, dtype, *batch)}
+    work |= masks_of(config, sizes.config, batch[0] * batch[1], each, length=batch[1])
     shard = {"weights": max(sum(sizes.layers[n] for n in run) for run in runs) * each} | work
     ends = {"ends of a model": (sizes.total - sum(sizes.layers)) * each} | beside
     smaller = "evaluate.micro_batch_tokens" if stage == "evaluation" else "evaluate.batch_tokens"
+    more, larger = f"raise evaluate.num_shards, or lower {smaller}", f"lower {smaller}, or raise cluster.gpus_per_shard"
     return [
-        Demand(
-            stage, "shard", len(runs), shard, share, f"raise evaluate.num_shards, or lower {smaller}", "lower evaluate.num_shards"
-        ),
-        Demand(stage, "worker", 1, ends, share, f"lower evaluate.tokens or {smaller}, or raise cluster.gpus_per_shard"),
+        Demand(stage, "shard", len(runs), shard, share, more, "lower evaluate.num_shards"),
+        Demand(stage, "worker", 1, ends, share, larger, host=host or {}),
     ]
 
 

@@ -9,6 +9,7 @@ from puzzle_ray.config import RunConfig
 from puzzle_ray.planning.draft import Draft, fitting
 from puzzle_ray.planning.evaluating import evaluation_demand, evaluation_phases, sharded_demands
 from puzzle_ray.planning.hardware import Seen, room_bytes
+from puzzle_ray.planning.needs import Demand
 from puzzle_ray.planning.sizes import Sizes
 from puzzle_ray.profiling.nodes import GIB, Node
 from puzzle_ray.profiling.scenarios import AUTO
@@ -55,9 +56,11 @@ def decide_evaluation(draft: Draft, sizes: Sizes, gpus: Seen) -> None:
         draft.decide(name, min(depth, draft.config.cluster.num_shards), f"{_NOT_WHOLE}, and shards compute on CPUs")
         return
     places = gpus.num_gpus * max(1, round(1 / share)) - 1
-    found = next(
-        fitting(draft, [(name, n) for n in range(1, min(depth, places) + 1)], lambda c: sharded_demands(c, sizes), gpus), None
-    )
+
+    def shards(config: RunConfig) -> list[Demand]:
+        return [demand for demand in sharded_demands(config, sizes) if demand.process == "shard"]
+
+    found = next(fitting(draft, [(name, n) for n in range(1, min(depth, places) + 1)], shards, gpus), None)
     draft.put(name, 0)
     if found is None and places < 1:
         words = f"evaluation: {_NOT_WHOLE}, a single one is there for shards and who asks them, and a CPU computes"
@@ -78,11 +81,8 @@ def decide_evaluation_on_cpus(draft: Draft, sizes: Sizes, nodes: Sequence[Node])
     least = min(node.memory_bytes for node in nodes if node.memory_bytes)
     for count in range(1, len(sizes.layers) + 1):
         draft.put(name, count)
-        if all(
-            demand.total <= SHARE_OF_A_NODE * least
-            for demand in sharded_demands(draft.config, sizes)
-            if demand.process == "shard"
-        ):
+        shards = [demand for demand in sharded_demands(draft.config, sizes) if demand.process == "shard"]
+        if all(demand.total <= SHARE_OF_A_NODE * least for demand in shards):
             break
     draft.put(name, 0)
     draft.decide(name, count, f"no node's {memory / GIB:.1f} GiB hold a whole model, and no speed is measured")

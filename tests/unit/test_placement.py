@@ -212,7 +212,7 @@ def test_layers_that_are_split_and_joined_at_once_are_refused(how, words):
 
 def test_a_model_that_no_nodes_gpus_hold_is_refused_with_what_to_set(monkeypatch, parent_folder):
     wanted = ([str(parent_folder)], ClusterConfig(num_shards=4, gpus_per_shard=1), "a reader", "quality")
-    monkeypatch.setattr(memory, "gpus_of_a_node", lambda timeout_s: (40_000, 4))
+    monkeypatch.setattr(memory, "gpus_of_a_node", lambda timeout_s: (10_000, 4))
     with pytest.raises(
         ClusterError, match="quality: a whole model takes [0-9]+ GPUs, and no node has more than 4; set evaluate.num"
     ):

@@ -176,6 +176,10 @@ def test_shards_and_who_asks_them_hold_what_a_plan_says(tmp_path):
     worker = found["evaluation", "worker"].parts
     assert worker["parent's final states"] == sum(final.nbytes for final in reference.finals)
     assert worker["parent's head"] == reference.head.linear.weight.nbytes
+    on_gpus = RunConfig.model_validate(config.model_dump(mode="json") | {"cluster": {"gpus_per_shard": 0.5}})
+    beside = sharded_demands(on_gpus, sizes_of(read_config(folder)))[1]
+    assert beside.host == {"parent's final states": worker["parent's final states"]}, "a GPU has no room for those of much text"
+    assert set(beside.parts) == {"ends of a model", "parent's head", "logits"} and beside.gpu_share == 0.5
     with torch.inference_mode():
         ids = torch.zeros(4, 32, dtype=torch.long)
         logits = ShardedModel(str(folder), in_this_process(2), torch.float32)(ids, use_cache=False).logits
