@@ -8,6 +8,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
+from actors.model_shards import Placement, Shards, Started
 from actors.names import actor_name
 from actors.placement import node_cpus, require
 from actors.pool import Pool, Terms
@@ -53,6 +54,51 @@ def evaluate(
     tensors = [torch.from_numpy(batch.copy()) for batch in batches]
     how = (Quiet(), num_gpus, questions, separator, trusted)
     return library.evaluate(folders, tensors, architecture, scenario, config, dtype, *how)
+
+
+def evaluate_in_shards(
+    num_threads: int,
+    shards: Shards,
+    num_gpus: float,
+    folders: Mapping[str, str],
+    batches: Sequence[Container],
+    architecture: Architecture | None,
+    scenario: Scenario,
+    config: EvaluateConfig,
+    dtype: str,
+    questions: Sequence[QuestionBatch] = (),
+    separator: int | None = None,
+    trusted: bool = False,
+) -> dict[str, Any]:
+    """The same, with the models' layers in shards, and nothing timed."""
+    import torch
+
+    from puzzle_ray.evaluation import evaluate as library
+    from puzzle_ray.process import compute_with, device_for
+
+    compute_with(num_threads)
+    tensors = [torch.from_numpy(batch.copy()) for batch in batches]
+    what = (tensors, architecture, scenario, config, dtype, Quiet(), device_for(num_gpus), questions, separator, trusted)
+    return library.evaluate_in_shards(folders, shards.layers_of, len(shards.actors), *what)
+
+
+def predict_in_shards(
+    num_threads: int,
+    shards: Shards,
+    num_gpus: float,
+    folders: Mapping[str, str],
+    batches: Sequence[Container],
+    separator: int | None = None,
+) -> dict[str, dict[str, float]]:
+    """Held-out predictions of models whose layers lie in shards."""
+    import torch
+
+    from puzzle_ray.evaluation.evaluate import ShardedModels, predictions
+    from puzzle_ray.process import compute_with, device_for
+
+    compute_with(num_threads)
+    models = ShardedModels(folders, shards.layers_of, device_for(num_gpus))
+    return predictions(models, [torch.from_numpy(batch.copy()) for batch in batches], separator=separator)
 
 
 def predict(
@@ -109,20 +155,54 @@ def run_alone(
         return require(options, f"the worker for {what}", what, cluster.autoscaling)
 
     def start_one() -> tuple[ActorHandle[Any], list[ActorHandle[Any]]]:
-        worker = LoneWorker.options(**options, **actor_name(f"worker, {what}")).remote(what)  # type: ignore[attr-defined]
+        worker = _worker(options, what)
         return worker, [worker]
 
+    check()
+    when_late, when_dead = "check the cluster with `ray status`", "if it lacked memory, use a bigger node"
+    terms = Terms(what, f"workers for {what}, with {threads} CPUs,", cluster.placement_timeout_s, timeout_s, when_late, when_dead)
+    pool: Pool[ActorHandle[Any], str] = Pool(start_one, terms, check=check)
+    return _only_result(pool, what, lambda worker: worker.call.remote(function, threads, args))
+
+
+def run_beside_shards(
+    function: Callable[..., Any], *args: Any, placement: Placement, what: str, timeout_s: float = 24 * 3600.0
+) -> Any:
+    """Runs `function(1, shards, num_gpus, *args)` in a process beside running shards.
+
+    A shard that dies is started again by Ray, and goes on; where the process itself dies, all of it is done again. Raises ClusterError
+    when they have no room within `cluster.placement_timeout_s`, when they keep dying, or when one is silent for `cluster.step_timeout_s`.
+    """
+    cluster = placement.cluster
+
+    def start_one() -> tuple[Started, list[ActorHandle[Any]]]:
+        started = placement.start(lambda options: _worker(options, what))
+        return started, started.actors
+
+    workers = f"set of {len(placement.layers)} shards and who asks them, for {what},"
+    terms = Terms(
+        what, workers, cluster.placement_timeout_s, timeout_s, when_dead="raise evaluate.num_shards, or use bigger nodes"
+    )
+    pool: Pool[Started, str] = Pool(start_one, terms)
+    return _only_result(
+        pool, what, lambda started: started.worker.call.remote(function, 1, (started.shards, placement.num_gpus, *args))
+    )
+
+
+def _worker(options: Mapping[str, Any], what: str) -> ActorHandle[Any]:
+    worker: ActorHandle[Any] = LoneWorker.options(**options, **actor_name(f"worker, {what}")).remote(what)  # type: ignore[attr-defined]
+    return worker
+
+
+def _only_result(pool: Pool[Any, str], what: str, send: Callable[[Any], Any]) -> Any:
+    """What one worker made of the one item."""
     found: list[Any] = []
 
     def receive(_: str, result: Any) -> bool:
         found.append(result)
         return False
 
-    check()
-    when_late, when_dead = "check the cluster with `ray status`", "if it lacked memory, use a bigger node"
-    terms = Terms(what, f"workers for {what}, with {threads} CPUs,", cluster.placement_timeout_s, timeout_s, when_late, when_dead)
-    pool: Pool[ActorHandle[Any], str] = Pool(start_one, terms, check=check)
     with pool:
         pool.start(1)
-        pool.run([what], lambda worker, _: worker.call.remote(function, threads, args), receive, name_of=str)
+        pool.run([what], lambda worker, _: send(worker), receive, name_of=str)
     return found[0]

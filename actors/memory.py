@@ -89,7 +89,7 @@ def whole_model(folders: Iterable[str], cluster: ClusterConfig, what: str, where
     """Ray options of a worker that holds one whole model at a time, in float32, and its share of a GPU.
 
     It has the GPU shares of all the parent's shards together; where those are more than one GPU, as many GPUs of a node as the largest
-    model takes, over which it is spread; else one CPU and that model's memory.
+    model takes, over which it is spread; else one CPU and that model's memory. Raises ClusterError where no node has so many.
     """
     from puzzle_ray.models.checkpoint import locate
 
@@ -98,13 +98,11 @@ def whole_model(folders: Iterable[str], cluster: ClusterConfig, what: str, where
     if gpus > 1:
         each, most = gpus_of_a_node(cluster.placement_timeout_s)
         gpus = float(math.ceil(ROOM * largest / each)) if each else 0.0
-        if not 0 < gpus <= most:
-            print(
-                f"  {where}: a whole model takes more than the GPUs of a node; {what} computes on a CPU",
-                file=sys.stderr,
-                flush=True,
-            )
-            gpus = 0.0
+        if not gpus:
+            print(f"  {where}: what GPUs the nodes have is not known; {what} computes on a CPU", file=sys.stderr, flush=True)
+        if gpus > most:
+            problem = f"a whole model takes {gpus:g} GPUs, and no node has more than {most}"
+            raise ClusterError(where, problem, "set evaluate.num_shards, or hardware: auto: layers then lie in so many processes")
     options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus}
     if not gpus:
         options = with_memory(options, largest, what, where)

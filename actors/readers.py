@@ -9,6 +9,7 @@ import ray
 from ray.actor import ActorHandle
 
 from actors.memory import whole_model
+from actors.model_shards import Shards, Started, placed
 from actors.placement import require
 from actors.pool import Pool, Terms
 from puzzle_ray.cluster import ClusterConfig
@@ -18,6 +19,11 @@ from puzzle_ray.progress import Progress
 from puzzle_ray.store import Artifact
 
 STAGE = "quality"
+SILENT_S = 24 * 3600.0  # of a reader beside shards: a shard that is silent is an error of its own
+
+
+def _ask(started: Started, item: Asked) -> Any:
+    return started.worker.answer.remote(item, started.shards)
 
 
 class ReaderProcess:
@@ -37,11 +43,14 @@ class ReaderProcess:
         """The id of the node this runs on."""
         return ray.get_runtime_context().get_node_id()
 
-    def answer(self, asked: Asked) -> Answer:
+    def answer(self, asked: Asked, shards: Shards | None = None) -> Answer:
+        """With `shards`, the model's layers lie there."""
         name, chunk = asked
         if name != self.name or self.reader is None:
             self.reader = None  # its memory goes before the next one comes
-            self.name, self.reader = name, Reader(self.folders[name], self.batch_tokens, self.devices, self.trusted)
+            layers_of = shards.layers_of if shards else None
+            how = (self.batch_tokens, self.devices, self.trusted, layers_of)
+            self.name, self.reader = name, Reader(self.folders[name], *how)
         return self.reader.answer(chunk)
 
 
@@ -61,10 +70,11 @@ class AskOnRay:
         artifact: Artifact,
         progress: Progress,
         trusted: bool = False,
+        num_shards: int = 0,
     ) -> None:
         self.folders, self.batch_tokens, self.cluster = folders, batch_tokens, cluster
-        self.artifact, self.progress, self.trusted = artifact, progress, trusted
-        self.pool: Pool[ActorHandle[Any], Asked] | None = None
+        self.artifact, self.progress, self.trusted, self.num_shards = artifact, progress, trusted, num_shards
+        self.pool: Pool[Started, Asked] | None = None
         self.room = 0
 
     def __call__(self, asked: Sequence[Asked]) -> list[Answer]:
@@ -82,25 +92,44 @@ class AskOnRay:
 
             if todo:
                 pool = self._started(len(todo))
-                pool.run(todo.values(), lambda reader, item: reader.answer.remote(item), receive, name_of=file_name)
+                pool.run(todo.values(), _ask, receive, name_of=file_name)
         answers = [found[file_name(item)] for item in asked]
         return [answer for answer in answers if answer is not None]
 
-    def _started(self, limit: int) -> Pool[ActorHandle[Any], Asked]:
-        """As many processes as there is room for, up to `limit`."""
+    def _started(self, limit: int) -> Pool[Started, Asked]:
+        """As many processes as there is room for, up to `limit`; with shards, one that asks them."""
         if self.pool is None:
-            options, gpus = whole_model(self.folders.values(), self.cluster, "a reader", STAGE)
-            self.room = require(options, "a reader", STAGE, self.cluster.autoscaling) or 1
-            terms = Terms(STAGE, "readers", self.cluster.placement_timeout_s, self.cluster.step_timeout_s)
-            start = ReaderActor.options(**options)  # type: ignore[attr-defined]
-
-            def start_one() -> tuple[ActorHandle[Any], list[ActorHandle[Any]]]:
-                reader = start.remote(self.folders, self.batch_tokens, 1, gpus, self.trusted)
-                return reader, [reader]
-
-            self.pool = Pool(start_one, terms)
+            self.pool = self._beside_shards() if self.num_shards else self._of_whole_models()
         self.pool.start(max(0, min(self.room, limit) - len(self.pool.workers)))
         return self.pool
+
+    def _of_whole_models(self) -> Pool[Started, Asked]:
+        options, gpus = whole_model(self.folders.values(), self.cluster, "a reader", STAGE)
+        self.room = require(options, "a reader", STAGE, self.cluster.autoscaling) or 1
+
+        def start_one() -> tuple[Started, list[ActorHandle[Any]]]:
+            started = Started(self._reader(options, gpus))
+            return started, started.actors
+
+        terms = Terms(STAGE, "readers", self.cluster.placement_timeout_s, self.cluster.step_timeout_s)
+        return Pool(start_one, terms)
+
+    def _beside_shards(self) -> Pool[Started, Asked]:
+        placement = placed(self.folders.values(), self.cluster, self.num_shards, STAGE, "float32")
+        self.room = 1
+
+        def start_one() -> tuple[Started, list[ActorHandle[Any]]]:
+            started = placement.start(lambda options: self._reader(options, placement.num_gpus))
+            return started, started.actors
+
+        dead = "raise evaluate.num_shards, or use bigger nodes"
+        terms = Terms(STAGE, "readers with their shards", self.cluster.placement_timeout_s, SILENT_S, when_dead=dead)
+        return Pool(start_one, terms)
+
+    def _reader(self, options: Mapping[str, Any], num_gpus: float) -> ActorHandle[Any]:
+        start = ReaderActor.options(**options)  # type: ignore[attr-defined]
+        reader: ActorHandle[Any] = start.remote(self.folders, self.batch_tokens, 1, num_gpus, self.trusted)
+        return reader
 
     def close(self) -> None:
         if self.pool is not None:

@@ -35,16 +35,22 @@ def comparison(found: Mapping[str, Any], profile: Profile) -> list[str]:
     word = "ESTIMATED" if found["estimated"] else "predicted"
     lines = [f"{'':<24}{word:>12}{'measured':>12}{'off by':>9}"]
 
-    def add(title: str, predicted: float, measured: float, digits: int = 2) -> None:
+    def add(title: str, predicted: float, measured: float | None, digits: int = 2) -> None:
         off = f"{predicted / measured - 1:+9.1%}" if measured else ""
-        lines.append(f"{title:<24}{predicted:>12.{digits}f}{measured:>12.{digits}f}{off}")
+        lines.append(f"{title:<24}{predicted:>12.{digits}f}{_written(measured, f'{{:.{digits}f}}'):>12}{off}")
 
     for title, key in PREDICTED:
-        add(f"parent {title}", found["parent_predicted"][key], found["models"]["parent"][key])
-        add(f"child {title}", found["predicted"][key], found["models"]["child"][key])
+        add(f"parent {title}", found["parent_predicted"][key], found["models"]["parent"].get(key))
+        add(f"child {title}", found["predicted"][key], found["models"]["child"].get(key))
     add("speed-up", found["predicted_speedup"], found["measured_speedup"], 3)
-    lines.append(f"{word} by {profile.engine} on {profile.device}, {profile.dtype}; measured by {found['measured_by']}")
+    by = f"speed is {found['not_measured']}" if "not_measured" in found else f"measured by {found['measured_by']}"
+    lines.append(f"{word} by {profile.engine} on {profile.device}, {profile.dtype}; {by}")
     return lines
+
+
+def _written(value: float | None, form: str) -> str:
+    """A dash for what nobody measured."""
+    return "-" if value is None else form.format(value)
 
 
 def agreement_lines(kept: Mapping[str, Any]) -> list[str]:
@@ -83,7 +89,8 @@ def show(run: Run) -> None:
     found, kept = evaluation.read(run), quality.read(run)
     print(f"{'':<17}" + "".join(f"{title:>15}" for title, _, _ in COLUMNS))
     for name, values in found["models"].items():
-        cells = [fmt.format(values[key] / (1e6 if key == "num_params" else 1)) for _, key, fmt in COLUMNS]
+        shown = values | {"num_params": values["num_params"] / 1e6}
+        cells = [_written(shown.get(key), fmt) for _, key, fmt in COLUMNS]
         print(f"{name.replace('_', ' '):<17}" + "".join(f"{cell:>15}" for cell in cells))
     for name, values in found["models"].items():
         if "downstream_accuracy" in values:

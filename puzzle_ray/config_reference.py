@@ -55,6 +55,7 @@ AIMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("shards and trainers on GPUs", ("cluster.gpus_per_shard=0.5", "cluster.gpus_per_trainer=0.25")),
     ("more trainers than layers", ("cluster.trainers_per_layer=4",)),
     ("larger batches than fit a trainer", ("library.gradient_accumulation=8",)),
+    ("an evaluation of what no node holds", ("evaluate.num_shards=16", "cluster.gpus_per_shard=1")),
     ("GKD on eight GPUs", ("gkd.use_gpu=true", "gkd.num_workers=8")),
     (
         "GKD of a child that one GPU cannot hold",

@@ -34,11 +34,13 @@ from puzzle_ray.distill.rungs import to_json
 from puzzle_ray.distill.text import LibraryText
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.evaluation.child_meter import ChildMeter
-from puzzle_ray.evaluation.evaluate import evaluate
+from puzzle_ray.evaluation.evaluate import evaluate, evaluate_in_shards
 from puzzle_ray.evaluation.quality import Quality, quality_facts
 from puzzle_ray.evaluation.reader import AskHere
 from puzzle_ray.evaluation.requests import ANSWERS
 from puzzle_ray.evaluation.task_names import task_sources
+from puzzle_ray.models.blocks import CPU
+from puzzle_ray.models.shards import in_this_process
 from puzzle_ray.models.tokenizer import read_tokenizer
 from puzzle_ray.planning.settled import config_of_parent, settle
 from puzzle_ray.process import compute_with, num_cores
@@ -337,9 +339,9 @@ def distillation_of(s: Setting, tokens: Artifact, child: Artifact) -> GkdJob:
     """What the distillation of a child reads, and where its result is kept."""
     config, seed, parts = s.config.gkd, s.config.seed, parts_of(s, tokens)
     settings = {"gkd": config.identity(), "seed": seed, "torch": torch_series()} | s.config.data.mask_identity()
-    inputs = {"child": child.key} | train_tokens_source(tokens)
+    inputs = {"child": child.key} | train_tokens_source(tokens) | original_source(s)
     inputs |= parts.sources(pick=config.heldout_tokens) if config.heldout_tokens else {}
-    artifact = s.store.artifact("gkd", settings, inputs | original_source(s))
+    artifact = s.store.artifact("gkd", settings, inputs)
     heldout = parts.pick.first(config.heldout_tokens, SEQUENCES) if config.heldout_tokens else []
     how = (config, seed, None, tuple(ids.numpy() for ids in heldout), s.separator, s.config.trust_remote_code)
     return GkdJob(str(s.original.parent), child, tokens, artifact, *how)
@@ -362,19 +364,24 @@ def evaluation_of(
     folders = {"parent": str(s.original.parent), "child_before_gkd": child.path("child"), "child": distilled.path("child")}
 
     def work(artifact: Artifact) -> None:
-        compute_with(num_cores())
+        compute_with(1 if config.num_shards else num_cores())  # as every shard computes
         batches = parts.test.first(config.tokens, config.sequences(s.config.data.sequence_length))
         questions = load_questions(str(s.parent), scoring, s.model_config, "test", s.config.trust_remote_code)
-        how = (profile.scenario, config, profile.dtype, s.progress, profile.num_gpus, questions, s.separator)
-        found = evaluate(folders, batches, read_architecture(architecture), *how, s.config.trust_remote_code)
+        what = (batches, read_architecture(architecture), profile.scenario, config, profile.dtype, s.progress)
+        how = (questions, s.separator, s.config.trust_remote_code)
+        if config.num_shards:
+            shards = min(config.num_shards, s.model_config.num_hidden_layers)
+            found = evaluate_in_shards(folders, in_this_process(shards), shards, *what, CPU, *how)
+        else:
+            found = evaluate(folders, *what, profile.num_gpus, *how)
         artifact.write_json(EVALUATION, found | {"heldout": parts.ranges})
         artifact.finish({name: found[name] for name in ("measured_speedup", "predicted_speedup")})
 
     settings: dict[str, Any] = {"evaluate": config.identity(), "profile": profile.identity()} | s.config.data.mask_identity()
     settings |= {} if scoring.downstream is None else {"downstream_questions": scoring.downstream_questions}
+    settings |= {"cluster": s.cluster.shards_identity()} if config.num_shards else {}
     inputs = {"gkd": distilled.key, "child": child.key, "architecture": architecture.key} | parts.sources(test=config.tokens)
-    inputs |= original_source(s)
-    artifact = once(s.store.artifact("evaluation", settings, inputs | questions_source(s)), work)
+    artifact = once(s.store.artifact("evaluation", settings, inputs | questions_source(s) | original_source(s)), work)
     return dict(artifact.read_json(EVALUATION))
 
 
@@ -386,7 +393,8 @@ def quality_of(s: Setting, tokens: Artifact, child: Artifact, distilled: Artifac
         compute_with(1)  # as every reader computes
         counts = load_tokens(tokens)[0].counts(s.model_config.vocab_size)
         quality = Quality(folders, parts.test, counts, config, s.config.asked_half, s.config.seed, s.config.trust_remote_code)
-        found = quality.run(AskHere(folders, config.batch_tokens, artifact, s.progress, s.config.trust_remote_code))
+        layers_of = in_this_process(config.num_shards) if config.num_shards else None
+        found = quality.run(AskHere(folders, config.batch_tokens, artifact, s.progress, s.config.trust_remote_code, layers_of))
         artifact.write_json(QUALITY, found)
         artifact.finish(quality_facts(found), drop=[f"{ANSWERS}/{name}" for name in artifact.names(ANSWERS)])
 

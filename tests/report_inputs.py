@@ -162,6 +162,19 @@ def _quality() -> dict:
     }
 
 
+WHY_UNTIMED = "not measured: the model is spread over 5 shards"
+
+
+def untimed(evaluation: dict) -> dict:
+    """The same of models that no node holds: what a whole model's speed would say is not there."""
+    models = {
+        name: {k: v for k, v in own.items() if not k.endswith(("_ms", "_per_s"))} | {"measured_speedup": None}
+        for name, own in evaluation["models"].items()
+    }
+    found = {"models": models, "measured_speedup": None, "not_measured": WHY_UNTIMED, "measured_by": WHY_UNTIMED}
+    return evaluation | found
+
+
 def whole_run() -> ReportData:
     """Everything a run of all stages has."""
     library, curves = [], {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ EVALUATION = "evaluation.json"
 def settings(run: Run) -> dict[str, Any]:
     found = {"evaluate": run.config.evaluate.identity(), "profile": run.profile_config.identity()}
     found |= run.config.data.mask_identity()
+    found |= {"cluster": run.config.cluster.shards_identity()} if run.config.evaluate.num_shards else {}
     scoring = run.config.scoring
     return found | ({} if scoring.downstream is None else {"downstream_questions": scoring.downstream_questions})
 
@@ -32,39 +34,42 @@ def _batches(run: Run) -> list[Any]:
 def compare(run: Run, folders: Mapping[str, str]) -> dict[str, Any]:
     """Held-out predictions and measured speed of models by name, `parent` and `child` among them, side by side; their answers to
     the half of the downstream questions that no block was scored by."""
-    from actors.lone_worker import evaluate, run_alone
+    from actors.lone_worker import evaluate, evaluate_in_shards, run_alone, run_beside_shards
+    from actors.model_shards import placed
     from puzzle_ray.scoring.downstream import load_questions
 
     profile, config = run.profile_config, run.config
-    found: dict[str, Any] = run_alone(
-        evaluate,
-        folders,
-        _batches(run),
-        architecture.read(run),
-        profile.scenario,
-        config.evaluate,
-        profile.dtype,
-        profile.num_gpus,
-        load_questions(run.parent.address, config.scoring, run.parent.model_config, "test", config.trust_remote_code),
-        tokens.separator(run),
-        config.trust_remote_code,
-        cluster=config.cluster,
-        what="evaluate",
-        profile=profile,
-    )
+    what = (folders, _batches(run), architecture.read(run), profile.scenario, config.evaluate, profile.dtype)
+    questions = load_questions(run.parent.address, config.scoring, run.parent.model_config, "test", config.trust_remote_code)
+    how = (questions, tokens.separator(run), config.trust_remote_code)
+    found: dict[str, Any]
+    if config.evaluate.num_shards:
+        placement = placed(folders.values(), config.cluster, config.evaluate.num_shards, "evaluate")
+        found = run_beside_shards(evaluate_in_shards, *what, *how, placement=placement, what="evaluate")
+        print(f"  speed is {found['not_measured']}", file=sys.stderr, flush=True)
+        return found
+    where: dict[str, Any] = {"cluster": config.cluster, "what": "evaluate", "profile": profile}
+    found = run_alone(evaluate, *what, profile.num_gpus, *how, **where)
     return found
 
 
 def heldout_of(run: Run, distilled: Artifact) -> Mapping[str, float]:
     """Held-out loss, KL and agreement of a distilled child, nothing timed."""
-    from actors.lone_worker import predict, run_alone
+    from actors.lone_worker import predict, predict_in_shards, run_alone, run_beside_shards
+    from actors.model_shards import placed
 
     count, parts, profile = run.config.evaluate.tokens, tokens.parts(run), run.profile_config
+    cluster, num_shards = run.config.cluster, run.config.evaluate.num_shards
 
     def work(artifact: Artifact) -> None:
         folders = {"parent": run.parent.address, "child": distilled.path("child")}
-        how = (folders, _batches(run), profile.num_gpus, tokens.separator(run))
-        found = run_alone(predict, *how, cluster=run.config.cluster, what="evaluate", profile=profile)
+        if num_shards:
+            placement = placed(folders.values(), cluster, num_shards, "evaluate")
+            what = (folders, _batches(run), tokens.separator(run))
+            found = run_beside_shards(predict_in_shards, *what, placement=placement, what="evaluate")
+        else:
+            how = (folders, _batches(run), profile.num_gpus, tokens.separator(run))
+            found = run_alone(predict, *how, cluster=cluster, what="evaluate", profile=profile)
         artifact.finish(found["child"])
 
     inputs = {"child": distilled.key} | parts.sources(test=count)

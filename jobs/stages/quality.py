@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
 
-from jobs.run import Run, Stage
+from jobs.run import NotDone, Run, Stage
 from jobs.stages import gkd, tokens
 from puzzle_ray.store import Artifact
 
@@ -24,6 +24,20 @@ def sources(run: Run) -> dict[str, str]:
     config = run.config.evaluate
     found = tokens.parts(run).sources(test=config.tokens) | tokens.train_source(run) | task_sources(config.tasks)
     return found | gkd.original_source(run)
+
+
+def foreseen(run: Run) -> None:
+    """Raises ClusterError for a parent that no node's GPUs hold whole, when all other work is still to be done."""
+    from actors.memory import whole_model
+
+    if run.config.evaluate.num_shards or run.config.cluster.autoscaling:
+        return
+    try:
+        finished = run.artifact(STAGE.name).finished
+    except NotDone:
+        finished = False
+    if not finished and run.config.cluster.gpus_per_shard:
+        whole_model([run.original.parent.address], run.config.cluster, "a reader", STAGE.name)
 
 
 def work(run: Run, artifact: Artifact) -> None:
@@ -47,7 +61,7 @@ def work(run: Run, artifact: Artifact) -> None:
         config.seed,
         config.trust_remote_code,
     )
-    how = (config.cluster, artifact, run.progress, config.trust_remote_code)
+    how = (config.cluster, artifact, run.progress, config.trust_remote_code, config.evaluate.num_shards)
     with closing(AskOnRay(folders, config.evaluate.batch_tokens, *how)) as ask:
         found = quality.run(ask)
     artifact.write_json(QUALITY, found)
@@ -58,4 +72,4 @@ def read(run: Run) -> Mapping[str, Any]:
     return dict(run.content("quality").read_json(QUALITY))
 
 
-STAGE = Stage("quality", work, inputs=("gkd", "child"), reads=("tokens",), settings=settings, sources=sources)
+STAGE = Stage("quality", work, inputs=("gkd", "child"), reads=("tokens",), settings=settings, sources=sources, foreseen=foreseen)

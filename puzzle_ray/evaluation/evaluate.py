@@ -1,9 +1,12 @@
-"""Evaluation: held-out predictions and measured speed of the parent and its children, in one process, one model at a time."""
+"""Evaluation: held-out predictions and measured speed of the parent and its children, in one process, one model at a time.
+
+A model that no node holds whole is evaluated with its layers in shards (see `puzzle_ray.models.shards`): the same figures, and no speed.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -14,16 +17,18 @@ from puzzle_ray.artifacts import Architecture, Scenario
 from puzzle_ray.data.packing import positions_in_documents
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.evaluation.settings import EvaluateConfig
+from puzzle_ray.models.blocks import CPU
 from puzzle_ray.models.checkpoint import Checkpoint, locate
 from puzzle_ray.models.child import model_without_weights, quiet_transformers
-from puzzle_ray.models.head import Head, final_states
+from puzzle_ray.models.head import Head
+from puzzle_ray.models.shards import LayersOf, ShardedModel, states_of_batches
 from puzzle_ray.models.spread import load_on
 from puzzle_ray.models.tokenizer import tokenizer_of
 from puzzle_ray.process import available_bytes, devices_for, give_back_freed_memory
 from puzzle_ray.profiling.engine import Timing, measure_side_by_side
 from puzzle_ray.profiling.engines.torch_engine import ENGINE
 from puzzle_ray.profiling.memory import kv_cache_bytes, model_memory_mib
-from puzzle_ray.progress import Progress
+from puzzle_ray.progress import Bar, Progress
 from puzzle_ray.scoring.downstream import QuestionBatch, answer_questions
 from puzzle_ray.scoring.metrics import PredictionMetrics, compare_heads, mean, parents_own
 
@@ -49,27 +54,46 @@ class Models(Mapping[str, Any]):
         return len(self.folders)
 
 
+class ShardedModels(Mapping[str, Any]):
+    """Models by name whose layers lie in shards, in their own dtypes; what is at their ends is read to one device when it is asked for."""
+
+    def __init__(self, folders: Mapping[str, str], layers_of: LayersOf, device: torch.device) -> None:
+        self.folders, self.layers_of, self.device = folders, layers_of, device
+
+    def __getitem__(self, name: str) -> ShardedModel:
+        give_back_freed_memory()
+        return ShardedModel(self.folders[name], self.layers_of, device=self.device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.folders)
+
+    def __len__(self) -> int:
+        return len(self.folders)
+
+
 class Reference:
     """What is kept of the parent to compare children with: its final hidden states on the batches, and its head.
 
+    Of a model in shards, states are kept in the host's memory: a GPU that no model of its size fits has no room for those of much text.
     `separator` is the token that documents begin with, where attention does not cross them (see `puzzle_ray.data.packing`).
     """
 
     def __init__(self, parent: Any, batches: Sequence[Tensor], separator: int | None = None) -> None:
         self.head, self.batches = Head.of(parent).alone(), [ids.to(parent.device) for ids in batches]
-        self.separator = separator
-        self.finals = [self._final(parent, ids) for ids in self.batches]
+        self.separator, self.device = separator, parent.device
+        kept_on = CPU if isinstance(parent, ShardedModel) else parent.device
+        self.finals = [final.to(kept_on) for final in self._finals(parent)]
 
-    def _final(self, model: Any, ids: Tensor) -> Tensor:
-        return final_states(model, ids, positions_in_documents(ids, self.separator))
+    def _finals(self, model: Any) -> Iterator[Tensor]:
+        return states_of_batches(model, self.batches, [positions_in_documents(ids, self.separator) for ids in self.batches])
 
     def of_parent(self) -> dict[str, float]:
         pairs = zip(self.batches, self.finals, strict=True)
-        return _figures([parents_own(self.head, ids, final) for ids, final in pairs])
+        return _figures([parents_own(self.head, ids, final.to(self.device)) for ids, final in pairs])
 
     def of_child(self, child: Any) -> dict[str, float]:
-        head, pairs = Head.of(child), zip(self.batches, self.finals, strict=True)
-        return _figures([compare_heads(self.head, head, ids, final, self._final(child, ids)) for ids, final in pairs])
+        head, triples = Head.of(child), zip(self.batches, self.finals, self._finals(child), strict=True)
+        return _figures([compare_heads(self.head, head, ids, final.to(self.device), own) for ids, final, own in triples])
 
 
 def _figures(parts: Sequence[PredictionMetrics]) -> dict[str, float]:
@@ -181,9 +205,76 @@ def evaluate(
     measures of its answers, as `downstream_*`. `separator`: see `Reference`. `trusted`: the tokenizer's own code may run.
     """
     dtype = "bfloat16" if dtype == "fp8" else dtype
-    tokenizer = tokenizer_of(folders[PARENT], trusted)
     devices = devices_for(num_gpus)
-    samples: dict[str, str] = {}
+    with quiet_transformers(), progress.stage("evaluate", len(folders) + 1, "step") as bar:
+        answered = _answered(Models(folders, devices), folders[PARENT], batches, config, questions, separator, trusted, bar)
+        scenarios = scenarios_of(folders, architecture, scenario)
+        timed = Models({name: folder for name, folder in folders.items() if name != BEFORE}, devices, getattr(torch, dtype))
+        together = _fit_together(timed, scenarios)
+        rates = _rates(timed, scenarios, config.repeats, together)
+        bar.advance()
+    results = answered["models"]
+    for name in folders:
+        results[name] |= rates["child" if name == BEFORE and "child" in rates else name]
+        results[name]["measured_speedup"] = results[name]["throughput_tokens_per_s"] / results[PARENT]["throughput_tokens_per_s"]
+    by = f"{ENGINE.name} on {_in_words(len(devices), ENGINE.device_name(num_gpus > 0))}, {dtype}"
+    how = "alternately" if together else "one after the other: they do not fit into memory together"
+    return answered | _speedups(architecture, scenario) | {
+        "measured_by": by,
+        "timed": how,
+        "measured_speedup": results["child"]["measured_speedup"] if "child" in results else None,
+    }  # fmt: skip
+
+
+def evaluate_in_shards(
+    folders: Mapping[str, str],
+    layers_of: LayersOf,
+    num_shards: int,
+    batches: Sequence[Tensor],
+    architecture: Architecture | None,
+    scenario: Scenario,
+    config: EvaluateConfig,
+    dtype: str,
+    progress: Progress,
+    device: torch.device = CPU,
+    questions: Sequence[QuestionBatch] = (),
+    separator: int | None = None,
+    trusted: bool = False,
+) -> dict[str, Any]:
+    """The same of models whose layers lie in so many shards: figures, samples and sizes.
+
+    A speed is that of a whole model on one node, so none is measured: what `evaluate` says of speeds is None or missing, and
+    `not_measured` says why.
+    """
+    dtype = "bfloat16" if dtype == "fp8" else dtype
+    with quiet_transformers(), progress.stage("evaluate", len(folders), "step") as bar:
+        models = ShardedModels(folders, layers_of, device)
+        answered = _answered(models, folders[PARENT], batches, config, questions, separator, trusted, bar)
+    scenarios = scenarios_of(folders, architecture, scenario)
+    for name, folder in folders.items():
+        shape = model_without_weights(locate(folder), getattr(torch, dtype))
+        answered["models"][name] |= sizes_of(shape, scenarios[name]) | {"measured_speedup": None}
+    why = f"not measured: the model is spread over {num_shards} shards"
+    return answered | _speedups(architecture, scenario) | {
+        "measured_by": why,
+        "timed": why,
+        "not_measured": why,
+        "measured_speedup": None,
+    }  # fmt: skip
+
+
+def _answered(
+    models: Mapping[str, Any],
+    parent: str,
+    batches: Sequence[Tensor],
+    config: EvaluateConfig,
+    questions: Sequence[QuestionBatch],
+    separator: int | None,
+    trusted: bool,
+    bar: Bar,
+) -> dict[str, Any]:
+    """What models predict, answer and write: `models`, `samples` and `prompt`."""
+    tokenizer, samples = tokenizer_of(parent, trusted), {}
 
     def also(name: str, model: Any) -> Mapping[str, float]:
         samples[name] = greedy_sample(model, tokenizer, config.prompt, config.sample_tokens)
@@ -191,29 +282,23 @@ def evaluate(
         found = answer_questions(model, questions).summary() if questions else {}
         return {f"downstream_{key}": value for key, value in found.items()}
 
-    with quiet_transformers(), progress.stage("evaluate", len(folders) + 1, "step") as bar:
-        results = predictions(Models(folders, devices), batches, also, separator)
-        size = architecture.predicted.batch_size if architecture else scenario.batch_size
-        scenarios = {name: scenario if name == PARENT else replace(scenario, batch_size=size) for name in folders}
-        timed = Models({name: folder for name, folder in folders.items() if name != BEFORE}, devices, getattr(torch, dtype))
-        together = _fit_together(timed, scenarios)
-        rates = _rates(timed, scenarios, config.repeats, together)
-        bar.advance()
-    for name in folders:
-        results[name] |= rates["child" if name == BEFORE and "child" in rates else name]
-        results[name]["measured_speedup"] = results[name]["throughput_tokens_per_s"] / results[PARENT]["throughput_tokens_per_s"]
+    return {"models": predictions(models, batches, also, separator), "samples": samples, "prompt": config.prompt}
+
+
+def scenarios_of(names: Iterable[str], architecture: Architecture | None, scenario: Scenario) -> dict[str, Scenario]:
+    """The parent's is the scenario's own; a child has the batch size that its architecture was chosen for."""
+    size = architecture.predicted.batch_size if architecture else scenario.batch_size
+    return {name: scenario if name == PARENT else replace(scenario, batch_size=size) for name in names}
+
+
+def _speedups(architecture: Architecture | None, scenario: Scenario) -> dict[str, Any]:
+    """What was predicted, and of which scenario."""
     return {
-        "models": results,
-        "samples": samples,
-        "prompt": config.prompt,
         "scenario": asdict(scenario),
-        "measured_by": f"{ENGINE.name} on {_in_words(len(devices), ENGINE.device_name(num_gpus > 0))}, {dtype}",
-        "timed": "alternately" if together else "one after the other: they do not fit into memory together",
         "estimated": bool(architecture and architecture.estimated),
         "predicted": asdict(architecture.predicted) if architecture else None,
         "parent_predicted": asdict(architecture.parent_predicted) if architecture else None,
         "predicted_speedup": architecture.predicted_speedup if architecture else None,
-        "measured_speedup": results["child"]["measured_speedup"] if "child" in results else None,
     }
 
 
@@ -249,8 +334,12 @@ def _rates(
         loaded, scenario = {name: models[name] for name in names}, scenarios[names[0]]
         rates |= speeds(measure_side_by_side(loaded, scenario, repeats), scenario)
         for name, model in loaded.items():
-            rates[name]["batch_size"] = float(scenario.batch_size)
-            rates[name]["memory_mib"] = model_memory_mib(model, scenario)
-            rates[name]["num_params"] = float(model.num_parameters())
+            rates[name] |= sizes_of(model, scenario)
         del loaded, model
     return rates
+
+
+def sizes_of(model: Any, scenario: Scenario) -> dict[str, float]:
+    """What is counted of a model, with or without weights, and measured by nobody."""
+    memory_mib, num_params = model_memory_mib(model, scenario), float(model.num_parameters())
+    return {"batch_size": float(scenario.batch_size), "memory_mib": memory_mib, "num_params": num_params}

@@ -26,6 +26,7 @@ from puzzle_ray.models.blocks import CPU
 from puzzle_ray.models.child import quiet_transformers
 from puzzle_ray.models.masks import packed_arguments
 from puzzle_ray.models.rope import constant_up_to
+from puzzle_ray.models.shards import LayersOf, ShardedModel
 from puzzle_ray.models.spread import load_on
 from puzzle_ray.models.tokenizer import tokenizer_of
 from puzzle_ray.progress import Progress
@@ -36,11 +37,22 @@ GENERATED_TOGETHER = 16  # requests that are continued in one batch
 
 class Reader:
     """Answers chunks for one model, a child or any causal LM, in float32. `batch_tokens`: of a forward pass, padding included.
-    `trusted`: the tokenizer's own code may run."""
+    `trusted`: the tokenizer's own code may run. With `layers_of`, the model's layers lie in shards, and what is at its ends on the first
+    device."""
 
-    def __init__(self, folder: str, batch_tokens: int, devices: Sequence[torch.device] = (CPU,), trusted: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str,
+        batch_tokens: int,
+        devices: Sequence[torch.device] = (CPU,),
+        trusted: bool = False,
+        layers_of: LayersOf | None = None,
+    ) -> None:
         with quiet_transformers():
-            self.model = load_on(folder, torch.float32, devices)
+            if layers_of is None:
+                self.model = load_on(folder, torch.float32, devices)
+            else:
+                self.model = ShardedModel(folder, layers_of, torch.float32, devices[0])
         self.tokenizer = tokenizer_of(folder, trusted)
         self.batch_tokens = batch_tokens
         self.max_tokens: int | None = getattr(self.model.config, "max_position_embeddings", None)
@@ -101,12 +113,17 @@ class Reader:
     def _continuations(self, chunk: Continuations) -> Answer:
         from puzzle_ray.serving.engine import Engine
         from puzzle_ray.serving.sampling import SamplingParams
+        from puzzle_ray.serving.without_cache import continued
 
         limit = min(self.max_tokens or 2**20, constant_up_to(self.model.config) or 2**20)  # what the engine can serve
         room = min(chunk.max_tokens, limit - 1)
         prompts = [prompt[-(limit - room) :] for prompt in chunk.prompts]
         size = min(limit, max(len(prompt) for prompt in prompts) + room)
         how: dict[str, Any] = {"max_tokens": room, "stop": chunk.stop, "temperature": chunk.temperature, "top_p": chunk.top_p}
+        params = [SamplingParams(seed=number, **how) for number in range(len(prompts))]
+        if isinstance(self.model, ShardedModel):
+            generations = continued(self.model, self.tokenizer, prompts, params, size, self.batch_tokens)
+            return _as_answer([generation.token_ids for generation in generations], chunk.max_tokens)
         engine = Engine(
             self.model,
             self.tokenizer,
@@ -117,13 +134,16 @@ class Reader:
             prefix_cache=False,
         )
         # all are there before the engine begins: which of them share a batch does not depend on time
-        asked = [engine.submit(prompt, SamplingParams(seed=number, **how)) for number, prompt in enumerate(prompts)]
+        asked = [engine.submit(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
         with engine:
-            found = [generation.result().token_ids for generation in asked]
-        ids = np.full((len(found), chunk.max_tokens), -1, dtype=np.int32)
-        for row, tokens in zip(ids, found, strict=True):
-            row[: len(tokens)] = tokens
-        return {"ids": ids, "length": np.asarray([len(tokens) for tokens in found], dtype=np.int32)}
+            return _as_answer([generation.result().token_ids for generation in asked], chunk.max_tokens)
+
+
+def _as_answer(found: Sequence[Sequence[int]], max_tokens: int) -> Answer:
+    ids = np.full((len(found), max_tokens), -1, dtype=np.int32)
+    for row, tokens in zip(ids, found, strict=True):
+        row[: len(tokens)] = tokens
+    return {"ids": ids, "length": np.asarray([len(tokens) for tokens in found], dtype=np.int32)}
 
 
 def _batches(rows: Sequence[Ids], batch_tokens: int, border: int | None = None) -> list[list[Ids]]:
@@ -153,10 +173,16 @@ class AskHere:
     """Answers in this process: one model at a time is in memory, and every answer is kept in the stage's folder."""
 
     def __init__(
-        self, folders: Mapping[str, str], batch_tokens: int, artifact: Artifact, progress: Progress, trusted: bool = False
+        self,
+        folders: Mapping[str, str],
+        batch_tokens: int,
+        artifact: Artifact,
+        progress: Progress,
+        trusted: bool = False,
+        layers_of: LayersOf | None = None,
     ) -> None:
         self.folders, self.batch_tokens, self.artifact, self.progress = folders, batch_tokens, artifact, progress
-        self.trusted = trusted
+        self.trusted, self.layers_of = trusted, layers_of
         self.name = ""
         self.reader: Reader | None = None
 
@@ -175,5 +201,6 @@ class AskHere:
     def _reader(self, name: str) -> Reader:
         if self.name != name or self.reader is None:
             self.reader = None  # one model at a time
-            self.name, self.reader = name, Reader(self.folders[name], self.batch_tokens, trusted=self.trusted)
+            self.reader = Reader(self.folders[name], self.batch_tokens, trusted=self.trusted, layers_of=self.layers_of)
+            self.name = name
         return self.reader

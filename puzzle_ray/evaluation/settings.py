@@ -26,6 +26,9 @@ class EvaluateConfig(Section):
     """
 
     tokens: Count = 32_768  # of held-out text
+    num_shards: Annotated[int, Field(ge=0)] = (
+        0  # processes that share a model's layers, for one that no node holds; no speed is measured
+    )
     micro_batch_tokens: Count = 2048  # in one forward
     repeats: Annotated[int, Field(ge=1)] = 5  # timings of every model
     prompt: str = "Once upon a time"
@@ -47,13 +50,17 @@ class EvaluateConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """The settings of the stage that times models."""
-        return self.model_dump(mode="json", include=set(TIMED))
+        return self.model_dump(mode="json", include=set(TIMED)) | self._sharded()
+
+    def _sharded(self) -> dict[str, Any]:
+        """Whether layers lie in shards: then there are no speeds, and text is generated without a cache. How many changes no bit."""
+        return {"sharded": True} if self.num_shards else {}
 
     def quality_identity(self) -> dict[str, Any]:
         """The settings of the stage that asks models. Files of questions stand by their names here, and among the inputs by content."""
         unused = {"retrieval_depths", "retrieval_questions"} if not self.retrieval_tokens else set()
         unused |= set() if self.tasks else {"num_fewshot", "limit", "half", "confidence", "resamples"}
-        found = self.model_dump(mode="json", exclude={"repeats"} | unused)
+        found = self.model_dump(mode="json", exclude={"repeats", "num_shards"} | unused) | self._sharded()
         return found | {"tasks": [entry_name(entry) for entry in self.tasks]}
 
     def sequences(self, length: int) -> int:

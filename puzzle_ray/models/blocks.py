@@ -277,6 +277,16 @@ def load_stack(
     return stack
 
 
+def load_ends(
+    folder: Path, descriptor: Descriptor, config: Any, dtype: torch.dtype, device: torch.device
+) -> tuple[LayerStack, Any]:
+    """A whole model's embedding, final norm and head on `device`, and the model that they are parts of. Its layers have no weights."""
+    checkpoint = Checkpoint(folder)
+    stack, model = stack_without_weights(descriptor, as_stored(config, checkpoint), 0, config.num_hidden_layers, dtype)
+    _fill(stack, model, range(0), checkpoint, device)
+    return stack, model
+
+
 @torch.inference_mode()
 def logits_layer_by_layer(
     folder: Path,
@@ -292,8 +302,7 @@ def logits_layer_by_layer(
     `exchange(layer, index)` gives the layer to run in a layer's place.
     """
     checkpoint, depth = Checkpoint(folder), config.num_hidden_layers
-    stack, model = stack_without_weights(descriptor, as_stored(config, checkpoint), 0, depth, dtype)
-    _fill(stack, model, range(0), checkpoint, CPU)
+    stack, model = load_ends(folder, descriptor, config, dtype, CPU)
     hidden = stack.embed(input_ids)
     for index in range(depth):
         layer = stack.layer(index)

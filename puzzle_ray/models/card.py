@@ -38,7 +38,7 @@ def add_evaluation(config: Any, folder: Path, evaluation: Mapping[str, Any]) -> 
 def evaluation_facts(found: Mapping[str, Any], name: str) -> dict[str, Any]:
     """What of an evaluation (`evaluation.json` of a run) belongs on the card of the child that is called `name` there."""
     models = {"parent": found["models"]["parent"], "child": found["models"][name]}
-    kept = {each: {key: values[key] for key, *_ in _FIGURES if key in values} for each, values in models.items()}
+    kept = {each: {key: values[key] for key, *_ in _FIGURES if values.get(key) is not None} for each, values in models.items()}
     return {"models": kept, "scenario": found["scenario"], "measured_by": found["measured_by"]}
 
 
@@ -108,7 +108,9 @@ def _evaluation(found: Mapping[str, Any] | None) -> list[str]:
         for key, title, form in _FIGURES
         if all(key in models[name] for name in ("parent", "child"))
     ]
-    how = f"{scenario['input_tokens']} tokens of prompt and {scenario['output_tokens']} of answer, {found['measured_by']}"
+    timed = "throughput_tokens_per_s" in models["parent"]
+    requests = f"{scenario['input_tokens']} tokens of prompt and {scenario['output_tokens']} of answer, "
+    how = f"{requests if timed else ''}{found['measured_by']}"
     return ["## Evaluation", "| | parent | child |", "|---|---|---|", *rows, "", f"Speed: {how}.", ""]
 
 

@@ -15,10 +15,11 @@ from puzzle_ray.artifacts import KINDS, PARENT
 from puzzle_ray.config import RunConfig
 from puzzle_ray.distill.schedule import Schedule
 from puzzle_ray.distill.settings import AUTO
+from puzzle_ray.models.shards import runs_of_layers
 from puzzle_ray.planning.activations import masks_of
 from puzzle_ray.planning.block_training import group_parts, trainer_of, trainers_of_layers
 from puzzle_ray.planning.distilling import candidates_demand, gkd_demand, tokens_before_pick
-from puzzle_ray.planning.evaluating import evaluation_demand
+from puzzle_ray.planning.evaluating import evaluation_demands
 from puzzle_ray.planning.needs import Demand, Work
 from puzzle_ray.planning.sizes import FLOAT32_BYTES, Sizes
 from puzzle_ray.scoring.plan import dtype_bytes, shard_bytes
@@ -34,13 +35,7 @@ def demands(config: RunConfig, model_config: Any, sizes: Sizes, gpu_bytes: int =
     """
     found = [*library_demands(config, sizes), scores_demand(config, model_config, sizes)]
     found += [candidates_demand(config, model_config, sizes)] if config.search.distils else []
-    return [*found, gkd_demand(config, model_config, sizes, gpu_bytes), evaluation_demand(config, sizes, gpu_bytes)]
-
-
-def _runs(num_layers: int, num_shards: int) -> list[range]:
-    count = min(num_shards, num_layers)
-    edges = [num_layers * n // count for n in range(count + 1)]
-    return [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    return [*found, gkd_demand(config, model_config, sizes, gpu_bytes), *evaluation_demands(config, sizes, gpu_bytes)]
 
 
 def _total(parts: Mapping[str, int]) -> int:
@@ -50,7 +45,7 @@ def _total(parts: Mapping[str, int]) -> int:
 def library_demands(config: RunConfig, sizes: Sizes) -> list[Demand]:
     """Of parent shards and block trainers, or of shards with their trainers in one process."""
     cluster, library, depth = config.cluster, config.library, len(sizes.layers)
-    runs = _runs(depth, cluster.num_shards)
+    runs = runs_of_layers(depth, cluster.num_shards)
     state = library.micro_batch_tokens * sizes.config.hidden_size * dtype_bytes(library.activation_dtype)
 
     def shard(layers: range) -> dict[str, int]:
@@ -93,7 +88,7 @@ def library_demands(config: RunConfig, sizes: Sizes) -> list[Demand]:
 def scores_demand(config: RunConfig, model_config: Any, sizes: Sizes) -> Demand:
     """Of the shard that needs most."""
     free, tokens = (0 if config.cluster.gpus_per_shard else None), config.scoring.micro_batch_tokens
-    runs = _runs(len(sizes.layers), config.cluster.num_shards)
+    runs = runs_of_layers(len(sizes.layers), config.cluster.num_shards)
     how = (config.scoring, tokens, free, config.data.sequence_length * config.data.document_mask)
     found = [shard_bytes(model_config, sizes.descriptor, run, *how) for run in sizes.distinct(runs)]
     most = max(found, key=lambda each: each.total)

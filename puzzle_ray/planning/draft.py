@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from puzzle_ray.config import RunConfig
+from puzzle_ray.planning.hardware import Seen, room_bytes
+from puzzle_ray.planning.needs import Demand
 
 # Settings that a stage's key has, in the order in which they are decided. What a store's first run decided holds for the later ones.
 IN_KEYS = (
@@ -30,6 +32,7 @@ STEP = ("gkd.num_workers", "gkd.micro_batch_tokens", "gkd.gradient_accumulation"
 DECIDED = (  # everything that is decided here; a profile is of its target, which is in its key, and is decided anew everywhere
     *IN_KEYS,
     *("profile.num_gpus", "profile.dtype", "profile.memory_mib"),
+    "evaluate.num_shards",
     *("cluster.num_shards", "cluster.colocate", "gkd.min_workers", "gkd.activation_checkpointing"),
 )
 
@@ -90,3 +93,13 @@ class Draft:
         section, _, key = name.partition(".")
         new = getattr(self.config, section).model_copy(update={key: value})
         self.config = self.config.model_copy(update={section: new})
+
+
+def fitting(
+    draft: Draft, choices: Iterable[tuple[str, int]], needed: Callable[[RunConfig], Iterable[Demand]], gpus: Seen
+) -> Iterator[int]:
+    """The values of one setting with which every process that is needed has room, in their order."""
+    for name, value in choices:
+        draft.put(name, value)
+        if all(d.total <= room_bytes(gpus, d.gpu_share) for d in needed(draft.config) if d.gpu_share):
+            yield value

@@ -5,7 +5,8 @@ What a config says itself always holds. Everything else here is a pure function 
 - on GPUs: bfloat16 where they have it; each GPU holds a run of layers and their trainers in one process (`cluster.colocate`), micro-batches
   are the largest powers of two of sequences, up to a limit, that the plan (`puzzle_ray.planning.demand`) finds room for; every GPU is a
   worker of GKD; profiles are measured on one GPU;
-- on CPUs: float32, and the defaults. There is a shard for every node, and more where a node's memory is too small for one.
+- on CPUs: float32, and the defaults. There is a shard for every node, and more where a node's memory is too small for one;
+- where no node holds a whole model, it is evaluated with its layers in shards (`evaluate.num_shards`), and its speed is not measured.
 
 A later run in the same store is given what the first one decided of the settings in `IN_KEYS`, see `puzzle_ray.planning.settled`.
 
@@ -27,9 +28,9 @@ from puzzle_ray.distill.settings import AUTO
 from puzzle_ray.planning.block_training import trainers_of_layers
 from puzzle_ray.planning.demand import demands, library_demands, scores_demand
 from puzzle_ray.planning.distilling import gkd_demand
-from puzzle_ray.planning.draft import AS_SHARES, IN_KEYS, STEP, Draft, is_set, value_of
-from puzzle_ray.planning.evaluating import evaluation_demand
-from puzzle_ray.planning.hardware import Seen, problems, room_bytes
+from puzzle_ray.planning.draft import AS_SHARES, IN_KEYS, STEP, Draft, fitting, is_set, value_of
+from puzzle_ray.planning.hardware import Seen, problems
+from puzzle_ray.planning.measuring import SHARE_OF_A_NODE, decide_evaluation, decide_evaluation_on_cpus, decide_profile
 from puzzle_ray.planning.needs import Demand
 from puzzle_ray.planning.sizes import Sizes
 from puzzle_ray.profiling.nodes import GIB, Node, in_words
@@ -41,7 +42,6 @@ BUSY_TOKENS = (
     4_096  # of a micro-batch, above which a GPU is well used: rather larger ones with layers run twice than smaller ones
 )
 CPU_TOKENS = 2_048  # the sections' own default
-SHARE_OF_A_NODE = 0.4  # of its memory that a shard on CPUs may take
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ def resolve(
         _micro_batches(draft, sizes, gpus)
         _distillation(draft, sizes, gpus)
         draft.leave(("gkd.gradient_accumulation", "gkd.learning_rate") if draft.config.gkd.use_gpu else ())
-        _profile(draft, sizes, gpus, bfloat16)
+        decide_profile(draft, sizes, gpus, bfloat16)
+        decide_evaluation(draft, sizes, gpus)
     else:
         _on_cpus(draft, sizes, nodes)
     for name in draft.kept:
@@ -220,16 +221,6 @@ def _micro_batches(draft: Draft, sizes: Sizes, gpus: Seen) -> None:
         largest("scoring.micro_batch_tokens", LARGEST_SCORING_TOKENS, lambda c: [scores_demand(c, sizes.config, sizes)])
 
 
-def fitting(
-    draft: Draft, choices: Iterable[tuple[str, int]], needed: Callable[[RunConfig], Iterable[Demand]], gpus: Seen
-) -> Iterator[int]:
-    """The values of one setting with which every process that is needed has room, in their order."""
-    for name, value in choices:
-        draft.put(name, value)
-        if all(d.total <= room_bytes(gpus, d.gpu_share) for d in needed(draft.config) if d.gpu_share):
-            yield value
-
-
 def _distillation(draft: Draft, sizes: Sizes, gpus: Seen) -> None:
     if not draft.config.gkd.trains:
         return
@@ -286,29 +277,6 @@ def _accumulate(draft: Draft, step: int) -> None:
     draft.decide("gkd.gradient_accumulation", max(1, step // together), f"a step of {step} tokens")
 
 
-def _profile(draft: Draft, sizes: Sizes, gpus: Seen, bfloat16: bool) -> None:
-    """As many GPUs of a node for whoever measures as a whole model takes: models are timed by who has as many GPUs as a profiler."""
-    profile = draft.config.profile
-    if profile.engine == "roofline":
-        return
-    draft.decide("profile.dtype", "bfloat16" if bfloat16 else "float32", "as GPUs serve")
-    needed = {n: evaluation_demand(_with_gpus(draft.config, n), sizes, gpus.gpu_bytes) for n in range(1, gpus.per_node + 1)}
-    fits = next((n for n, demand in needed.items() if demand.total <= room_bytes(gpus, n)), 0)
-    why = "a GPU is what is measured" if fits == 1 else f"a whole model is spread over {fits} GPUs of a node"
-    count = math.ceil(draft.decide("profile.num_gpus", fits, why if fits else "no node's GPUs hold a whole model"))
-    if count:
-        draft.decide("profile.memory_mib", count * gpus.gpu_bytes >> 20, f"of {f'{count} x' if count > 1 else 'an'} {gpus.name}")
-    if not fits and not draft.config.profile.num_gpus:
-        size = needed[gpus.per_node].total / GIB
-        words = f"profile: a whole model takes {size:.1f} GiB, no node's GPUs hold it, and costs are measured on a CPU"
-        draft.warnings.append(f"{words}; set profile.engine=roofline and profile.device for the target's")
-
-
-def _with_gpus(config: RunConfig, count: int) -> RunConfig:
-    """For whoever measures."""
-    return config.model_copy(update={"profile": config.profile.model_copy(update={"num_gpus": count})})
-
-
 # on CPUs
 
 
@@ -320,6 +288,7 @@ def _on_cpus(draft: Draft, sizes: Sizes, nodes: Sequence[Node]) -> None:
     draft.decide("cluster.num_shards", *_shards_on_cpus(draft, sizes, nodes))
     if draft.config.gkd.trains:
         _distillation_on_cpus(draft, nodes)
+    decide_evaluation_on_cpus(draft, sizes, nodes)
     draft.leave(IN_KEYS)
 
 

@@ -67,6 +67,9 @@ def _figures(runs: Sequence[Summary]) -> Html:
             rows.append([label, *(written(value) for value in values), _difference(*values)])
 
     add("Speed-up, measured", [run.get("measured_speedup") for run in runs], times)
+    if any("not_measured" in run for run in runs):
+        others = ("measured" if run.get("measured_speedup") else "–" for run in runs)
+        rows.append(["Speed", *(run.get("not_measured", other) for run, other in zip(runs, others, strict=True)), "–"])
     of = [run.get("architecture", {}) for run in runs]
     add("Speed-up, predicted", [found.get("predicted_speedup") for found in of], times)
     scores = [found.get("objective") for found in of]

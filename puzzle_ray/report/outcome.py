@@ -54,7 +54,8 @@ def _speed(data: ReportData) -> list[tuple[str, str, str]]:
     more += [f"asked {asked:g}\u00a0×"] if asked else []
     if measured:
         return [("Speed-up, measured", times(measured), ", ".join(more))]
-    return [(f"Speed-up, {data.costs_are}", times(predicted), ", ".join([*more, "not measured yet"]))] if predicted else []
+    why = evaluation.get("not_measured", "not measured yet")
+    return [(f"Speed-up, {data.costs_are}", times(predicted), ", ".join([*more, why]))] if predicted else []
 
 
 def _quality(data: ReportData) -> list[tuple[str, str, str]]:
@@ -119,13 +120,17 @@ def evaluation(data: ReportData) -> list[Html] | None:
         test = (data.evaluation or {}).get("heldout", {}).get("test")
         text = f"Held-out figures: held-out sequences {test}, by which no block was scored and no child picked."
         from_which = note(text) if test else None
-        parts.append(tag("div", tag("h3", "Evaluated in one run"), html_table(["", *names], rows), from_which, known))
+        why = (data.evaluation or {}).get("not_measured")
+        untimed = note(f"Speed is {why}.") if why else None
+        known = None if untimed else known
+        parts.append(tag("div", tag("h3", "Evaluated in one run"), html_table(["", *names], rows), from_which, known, untimed))
     if data.architecture:
         text = f"Difference: measured against {data.costs_are}."
         text += "" if data.models else " An evaluation fills the second column."
         if data.estimated and data.profile and data.models:
-            by = (data.evaluation or {}).get("measured_by")
-            text += f" Estimated by {data.profile.engine} for {data.profile.device}; measured by {by}."
+            found = data.evaluation or {}
+            by = f"speed is {found['not_measured']}" if "not_measured" in found else f"measured by {found.get('measured_by')}"
+            text += f" Estimated by {data.profile.engine} for {data.profile.device}; {by}."
         title = tag("h3", f"{data.costs_are.capitalize()} beside measured")
         parts.append(tag("div", title, _comparison(data), note(text)))
     scenario = note(f"Serving scenario: {data.serving}.") if data.serving else None

@@ -48,7 +48,8 @@ def summary(data: ReportData) -> dict[str, Any]:
             "parent_predicted": asdict(a.parent_predicted),
         }
     evaluation = data.evaluation or {}
-    return found | {name: evaluation[name] for name in ("measured_speedup", "prompt", "samples") if name in evaluation}
+    kept = ("measured_speedup", "not_measured", "prompt", "samples")
+    return found | {name: evaluation[name] for name in kept if name in evaluation}
 
 
 def checked(found: Mapping[str, Any], where: str) -> Mapping[str, Any]:

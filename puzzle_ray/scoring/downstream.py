@@ -24,8 +24,9 @@ from puzzle_ray.data.files import find_files
 from puzzle_ray.data.foreign import reading
 from puzzle_ray.data.formats import rows
 from puzzle_ray.errors import DataError
-from puzzle_ray.models.head import Head, final_states
+from puzzle_ray.models.head import Head
 from puzzle_ray.models.rope import constant_up_to
+from puzzle_ray.models.shards import states_of_batches
 from puzzle_ray.models.tokenizer import tokenizer_of
 from puzzle_ray.scoring.halves import HALVES, Half, halves, question_digest
 from puzzle_ray.scoring.metrics import mean, next_ids, standard_error
@@ -205,11 +206,9 @@ def _answers(log_probs: Tensor, batch: QuestionBatch) -> Answers:
 @torch.inference_mode()
 def answer_questions(model: Any, batches: Sequence[QuestionBatch]) -> Answers:
     """The answers of a causal language model of transformers to all questions."""
-    head = Head.of(model)
-    parts = [
-        answers_from_head(head, final_states(model, torch.from_numpy(batch.input_ids).to(model.device)), batch)
-        for batch in batches
-    ]
+    head, ids = Head.of(model), [torch.from_numpy(batch.input_ids).to(model.device) for batch in batches]
+    finals = states_of_batches(model, ids, [None] * len(ids))
+    parts = [answers_from_head(head, final, batch) for final, batch in zip(finals, batches, strict=True)]
     return Answers(
         tuple(v for part in parts for v in part.correct),
         tuple(v for part in parts for v in part.gold_log_prob),

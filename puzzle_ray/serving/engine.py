@@ -91,7 +91,7 @@ class Engine:
         self.max_length = self._divide_memory(model.device, length, max_length is not None, kv_cache_mib, prefix_cache)
         self._waiting = Waiting(max_waiting)
         self._output = Output(self.metrics)
-        self._special_ids, self._eos_ids = special_token_ids(tokenizer), _eos_ids(model)
+        self._special_ids, self._eos_ids = special_token_ids(tokenizer), eos_ids(model)
         self._scheduler = Scheduler(
             self._rows, self._prefixes, self._waiting, self._output, max_rows=max_batch_size, max_length=self.max_length,
             prefill_tokens=prefill_tokens, eos_ids=self._eos_ids, vocab_size=self.vocab_size, device=model.device,
@@ -248,7 +248,7 @@ class Engine:
             self._output.end(sequence.generation, reason)
 
 
-def _eos_ids(model: PreTrainedModel) -> frozenset[int]:
+def eos_ids(model: PreTrainedModel) -> frozenset[int]:
     """The end-of-text tokens at which `model.generate` stops."""
     config = model.generation_config
     eos = None if config is None else config.eos_token_id

@@ -126,6 +126,65 @@ def test_a_model_that_no_gpu_holds_is_measured_on_several_of_a_node():
     assert set_to_0.config.profile.num_gpus == 0 and not any("profile" in line for line in set_to_0.warnings)
 
 
+BIG = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 16,
+    "head_dim": 128,
+    "num_hidden_layers": 24,
+    "dtype": "bfloat16",
+}
+
+
+LITTLE = {  # what else is decided is said, for speed
+    "evaluate": {"tokens": 512, "micro_batch_tokens": 256, "batch_tokens": 512},
+    "library": {"micro_batch_tokens": 256},
+    "scoring": {"micro_batch_tokens": 256},
+    "gkd": {"tokens": 0},
+}
+
+
+def test_a_model_that_no_node_holds_is_evaluated_in_as_few_shards_as_have_room():
+    big, little = tiny_config(**BIG), LITTLE
+    nodes = [Node(gpus=Gpus(1, "card", 4 * GIB))] * 8
+    asked = config(**little, cluster={"gpus_per_shard": 1, "gpus_per_trainer": 0})
+    found = decided(asked, nodes, model_config=big)
+    count = found.config.evaluate.num_shards
+    (line,) = (line for line in found.lines if line.startswith("evaluate.num_shards"))
+    assert count > 1 and "no node's GPUs hold a whole model" in line and "no speed is measured" in line
+    assert not [words for words in found.warnings if words.startswith(("evaluation", "quality"))]
+
+    def named(num_shards):
+        own = found.config.evaluate.model_copy(update={"num_shards": num_shards})
+        return {
+            f"{d.stage}: {d.process}": d
+            for d in _demands(found.config.model_copy(update={"evaluate": own}), big, 4 * GIB)
+            if d.stage in ("evaluation", "quality")
+        }
+
+    assert not problems(list(named(count).values()), Seen("card", 4 * GIB, 8))
+    words = problems(list(named(count - 1).values()), Seen("card", 4 * GIB, 8))
+    assert words and all("raise evaluate.num_shards" in line for line in words)
+    assert list(named(count)) == ["evaluation: shard", "evaluation: worker", "quality: shard", "quality: worker"]
+    assert [demand.count for demand in named(count).values()] == [count, 1, count, 1]
+    assert list(named(0)) == ["evaluation: worker"]
+    said = little | {"evaluate": little["evaluate"] | {"num_shards": 3}}
+    held = decided(config(**said, cluster=asked.cluster), nodes, model_config=big)
+    assert held.config.evaluate.num_shards == 3, "what is set holds"
+    enough = [Node(gpus=Gpus(4, "card", 4 * GIB))] * 2
+    assert decided(asked, enough, model_config=big).config.evaluate.num_shards == 0, "a node's GPUs together hold it"
+    estimated = config(**little, cluster=asked.cluster, profile={"engine": "roofline", "device": "H100"})
+    assert decided(estimated, nodes, model_config=big).config.evaluate.num_shards == count, "whoever says what blocks cost"
+
+
+def test_without_gpus_too_where_no_nodes_memory_is_enough():
+    big = tiny_config(**BIG)
+    small = decided(config(**LITTLE), [Node(4, 5 * GIB)] * 3, model_config=big).config.evaluate
+    assert small.num_shards > 1 and small.identity()["sharded"]
+    alone = decided(config(**LITTLE), [Node(4, 9 * GIB)], model_config=big).config.evaluate
+    assert alone.num_shards == 0, "two models of 5.3 GiB in float32 are timed one after the other"
+
+
 def _demands(found, model_config, gpu_bytes):
     space = search_space(model_config, found.space.attention, found.space.ffn, found.space.ffn_multiple_of)
     return demands(found, model_config, Sizes(model_config, space), gpu_bytes)

@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import pytest
 import ray
 
-from actors.memory import GIB, with_memory
+from actors import memory
+from actors.memory import GIB, whole_model, with_memory
+from actors.model_shards import placed
 from actors.placement import CLAIMS, cluster_cpus, places, require, room_beside_profile
 from actors.reservation import plan_shards
 from actors.spill_watch import SpillWatch
@@ -206,3 +208,30 @@ def test_more_trainers_than_layers_split_the_variants_of_layers(monkeypatch):
 def test_layers_that_are_split_and_joined_at_once_are_refused(how, words):
     with pytest.raises(ValueError, match=f"trainers_per_layer=2 splits .*{words}"):
         ClusterConfig(trainers_per_layer=2, **how)
+
+
+def test_a_model_that_no_nodes_gpus_hold_is_refused_with_what_to_set(monkeypatch, parent_folder):
+    wanted = ([str(parent_folder)], ClusterConfig(num_shards=4, gpus_per_shard=1), "a reader", "quality")
+    monkeypatch.setattr(memory, "gpus_of_a_node", lambda timeout_s: (10_000, 4))
+    with pytest.raises(
+        ClusterError, match="quality: a whole model takes [0-9]+ GPUs, and no node has more than 4; set evaluate.num"
+    ):
+        whole_model(*wanted)
+    monkeypatch.setattr(memory, "gpus_of_a_node", lambda timeout_s: (1 << 30, 4))
+    assert whole_model(*wanted)[1] == 1
+
+
+@pytest.mark.parametrize(("gpus", "shards"), [(8.0, 3), (1.0, 1)])
+def test_shards_are_as_many_as_find_a_gpu_beside_who_asks_them(monkeypatch, parent_folder, gpus, shards):
+    node = {**NODE, "Resources": {"CPU": 2.0, "GPU": gpus}}
+    monkeypatch.setattr(ray, "nodes", lambda: [node])
+    found = placed([str(parent_folder)], ClusterConfig(gpus_per_shard=0.5), 9, "evaluate")
+    assert [len(layers) for layers in found.layers] == [3 // shards] * shards  # of three layers
+    assert found.shard["num_gpus"] == found.asking["num_gpus"] == 0.5 and found.shard["num_cpus"] == pytest.approx(
+        1 / 2 if shards == 3 else 1
+    )
+    monkeypatch.setattr(ray, "nodes", lambda: [{**NODE, "Resources": {"CPU": 2.0, "GPU": 0.5}}])
+    with pytest.raises(
+        ClusterError, match="evaluate: shards and who asks them take 0.5 GPU each, and there is room for 1; set evaluate"
+    ):
+        placed([str(parent_folder)], ClusterConfig(gpus_per_shard=0.5), 9, "evaluate")

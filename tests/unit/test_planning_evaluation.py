@@ -17,8 +17,16 @@ from puzzle_ray.evaluation.evaluate import Reference
 from puzzle_ray.models import head as heads
 from puzzle_ray.models.child import load_model, new_child, read_config
 from puzzle_ray.models.head import Head
-from puzzle_ray.planning.evaluating import bytes_per_logit, evaluation_demand, evaluation_phases, forward_bytes
+from puzzle_ray.models.shards import ModelShard, ShardedModel, in_this_process, runs_of_layers
+from puzzle_ray.planning.evaluating import (
+    bytes_per_logit,
+    evaluation_demand,
+    evaluation_phases,
+    forward_bytes,
+    sharded_demands,
+)
 from puzzle_ray.planning.sizes import Sizes
+from puzzle_ray.profiling.batch_sizes import with_batch_sizes
 from puzzle_ray.profiling.memory import peak_bytes, peak_of
 from puzzle_ray.scoring.metrics import measures_of_heads
 from puzzle_ray.variants.space import search_space
@@ -133,3 +141,61 @@ def test_a_process_grows_by_what_a_plan_says(tmp_path, name, timed_in):
     assert not done.returncode, done.stderr
     planned = evaluation_demand(RunConfig.model_validate(settings), sizes_of(read_config(folders[0])), 0).total
     assert int(done.stdout) == pytest.approx(planned, rel=0.1)
+
+
+def test_shards_and_who_asks_them_hold_what_a_plan_says(tmp_path):
+    """The weights to the byte, and the activations of a shard of as many layers as are counted."""
+    shape = {
+        "num_hidden_layers": 5,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+        "hidden_size": 64,
+        "intermediate_size": 256,
+    }
+    folder = save_parent(tmp_path, **shape)
+    load_model(folder, torch.bfloat16).save_pretrained(folder)
+    settings = {"num_shards": 2, "tokens": 640, "micro_batch_tokens": 256, "batch_tokens": 128, "window_tokens": 32}
+    config = RunConfig.model_validate({"evaluate": settings, "data": {"sequence_length": 64}})
+    found = {(d.stage, d.process): d for d in sharded_demands(config, sizes_of(read_config(folder)))}
+    assert [d.count for d in found.values()] == [2, 1, 2, 1] and not any(d.gpu_share for d in found.values())
+    for stage, dtype, ids in (("evaluation", torch.bfloat16, (4, 64)), ("quality", torch.float32, (4, 32))):
+        shards = [ModelShard(layers) for layers in runs_of_layers(5, 2)]
+        weights = [sum(p.nbytes for p in shard.load(str(folder), dtype).parameters()) for shard in shards]
+        planned = found[stage, "shard"].parts
+        assert planned["weights"] == max(weights) == weights[1]
+        with torch.inference_mode():
+            hidden = torch.randn(*ids, 64).to(dtype)
+            held = peak_of(lambda: shards[1].run(str(folder), dtype, hidden, None))  # noqa: B023
+        assert held <= planned["activations"] <= 2 * held
+        model = ShardedModel(str(folder), in_this_process(2), dtype)
+        worker = found[stage, "worker"].parts
+        assert worker["ends of a model"] == sum(p.nbytes for p in model.ends.parameters())
+    batches = [torch.zeros(4, 64, dtype=torch.long)] * 2 + [torch.zeros(2, 64, dtype=torch.long)]
+    with torch.inference_mode():
+        reference = Reference(ShardedModel(str(folder), in_this_process(2)), batches)
+    worker = found["evaluation", "worker"].parts
+    assert worker["parent's final states"] == sum(final.nbytes for final in reference.finals)
+    assert worker["parent's head"] == reference.head.linear.weight.nbytes
+    on_gpus = RunConfig.model_validate(config.model_dump(mode="json") | {"cluster": {"gpus_per_shard": 0.5}})
+    beside = sharded_demands(on_gpus, sizes_of(read_config(folder)))[1]
+    assert beside.host == {"parent's final states": worker["parent's final states"]}, "a GPU has no room for those of much text"
+    assert set(beside.parts) == {"ends of a model", "parent's head", "logits"} and beside.gpu_share == 0.5
+    with torch.inference_mode():
+        ids = torch.zeros(4, 32, dtype=torch.long)
+        logits = ShardedModel(str(folder), in_this_process(2), torch.float32)(ids, use_cache=False).logits
+    assert found["quality", "worker"].parts["logits"] == 2 * logits.nbytes
+
+
+def test_timing_counts_the_batch_size_that_auto_will_find():
+    config = tiny_config(num_hidden_layers=4)
+    sizes = sizes_of(config)
+    profile = {"scenario": {"batch_size": "auto", "input_tokens": 32, "output_tokens": 16}, "max_batch_size": 64}
+    each = 4 * 2 * config.num_key_value_heads * config.head_dim * 48 * 4
+    for memory_mib, batch in ((1000.0, 64), (1.6, 16), (None, 1)):
+        own = RunConfig.model_validate({"profile": profile | {"memory_mib": memory_mib}})
+        if memory_mib:
+            assert with_batch_sizes(own.profile, config, sizes.space, None).scenario.batch_size == batch
+        assert evaluation_phases(own, sizes, 0)["models are timed"]["KV cache"] == batch * each
+    on_gpu = RunConfig.model_validate({"profile": profile | {"num_gpus": 1}})
+    assert evaluation_phases(on_gpu, sizes, 1 << 30)["models are timed"]["KV cache"] == 64 * each
+    assert "lower profile.max_batch_size" in evaluation_demand(on_gpu, sizes, 1 << 30).remedy

@@ -10,7 +10,20 @@ from dataclasses import replace
 
 import pytest
 from html_page import Page
-from report_inputs import CHOSEN, LAYERS, PROFILE, SAMPLE, SCORES, SPACE, SWEEP, Trained, measured_run, whole_run
+from report_inputs import (
+    CHOSEN,
+    LAYERS,
+    PROFILE,
+    SAMPLE,
+    SCORES,
+    SPACE,
+    SWEEP,
+    WHY_UNTIMED,
+    Trained,
+    measured_run,
+    untimed,
+    whole_run,
+)
 
 from puzzle_ray.artifacts import (
     KINDS,
@@ -103,6 +116,16 @@ def test_nothing_is_called_measured_that_was_not():
     assert "Estimated, not measured: torch 2.13.0" in page.text
     assert "Speed-up, measured" not in page.text
     assert "predicted" not in page.text.lower()
+
+
+def test_speeds_of_a_model_in_shards_are_said_not_to_be_measured():
+    run = measured_run()
+    page = Page(render(replace(run, evaluation=untimed(run.evaluation))))
+    assert page.faults == [] and "Speed-up, measured" not in page.text and "Prefill, tokens/s" not in page.text
+    assert page.text.count(WHY_UNTIMED) == 2, "in the headline and under the figures"
+    assert "Parameters" in page.text and "Memory: weights and KV cache, MiB" in page.text
+    found = summary(replace(run, evaluation=untimed(run.evaluation)))
+    assert found["measured_speedup"] is None and found["not_measured"] == WHY_UNTIMED
 
 
 def test_boxes_are_as_wide_as_what_is_kept():

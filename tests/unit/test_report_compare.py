@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 from html_page import Page
-from report_inputs import CHOSEN, SWEEP, measured_run, whole_run
+from report_inputs import CHOSEN, SWEEP, WHY_UNTIMED, measured_run, untimed, whole_run
 
 from jobs.app import run as run_command
 from puzzle_ray.artifacts import LayerChoice
@@ -50,6 +50,14 @@ def test_a_run_beside_itself_differs_in_nothing():
     assert "0 of 8 layers differ" in page.text and "All settings and versions are the same." in page.text
     assert "Parent: KL" not in page.text, "the parent beside itself"
     assert page.text.count("0\u00a0%") > 10 and not re.search(r"[+−][\d.]+\s%", page.text)
+
+
+def test_a_run_without_measured_speeds_is_laid_beside_one_with():
+    run = measured_run()
+    page = Page(compare([A, through_json(replace(run, evaluation=untimed(run.evaluation)))], ["a", "b"]))
+    assert page.faults == [] and WHY_UNTIMED in page.text and "Speed-up, measured" in page.text
+    neither = Page(compare([through_json(replace(run, evaluation=untimed(run.evaluation)))] * 2, ["a", "b"]))
+    assert neither.faults == [] and "Speed-up, measured" not in neither.text and neither.text.count(WHY_UNTIMED) == 2
 
 
 def test_runs_that_lack_a_part_are_compared_by_the_rest():

@@ -9,6 +9,7 @@ from types import ModuleType
 import pyarrow.parquet as pq
 import pytest
 import torch
+from report_inputs import WHY_UNTIMED, untimed
 from search_inputs import LAYERS, SCENARIO, SCORES, SPACE, make_profile
 from small_models import OF_FAMILY, tiny_config
 from torch import nn
@@ -348,6 +349,10 @@ def test_the_evaluations_comparison_says_what_each_column_is():
     wanted = ("prefill ms", "decode ms a step", "runtime ms", "tok/s", "MiB")
     assert shown.keys() == {f"{who} {what}" for who in ("parent", "child") for what in wanted} | {"speed-up"}
     assert shown["parent prefill ms"] == ["100.00", "2.00", "+4900.0%"]  # 12.5 units of 8 ms
+    bare = untimed(evaluation)
+    spread = comparison(bare, ESTIMATE)
+    assert spread[-1].endswith(f"; speed is {WHY_UNTIMED}") and len(spread) == len(lines)
+    assert spread[1].split() == ["parent", "prefill", "ms", "100.00", "-"], "nothing is made up"
     measured = comparison(evaluation | {"estimated": False}, make_profile(4))
     assert measured[0].split()[0] == "predicted" and "ESTIMATED" not in "".join(measured)
     assert len(found.choices) == LAYERS
