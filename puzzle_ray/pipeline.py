@@ -362,7 +362,7 @@ def evaluation_of(
         batches = parts.test.first(config.tokens, config.sequences(s.config.data.sequence_length))
         questions = load_questions(str(s.parent), scoring, s.model_config, "test", s.config.trust_remote_code)
         how = (profile.scenario, config, profile.dtype, s.progress, profile.num_gpus, questions, s.separator)
-        found = evaluate(folders, batches, read_architecture(architecture), *how, s.config.trust_remote_code)
+        found = evaluate(folders, batches, read_architecture(architecture), *how, s.config.trust_remote_code, profile.engine)
         artifact.write_json(EVALUATION, found | {"heldout": parts.ranges})
         artifact.finish({name: found[name] for name in ("measured_speedup", "predicted_speedup")})
 

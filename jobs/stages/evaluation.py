@@ -48,6 +48,7 @@ def compare(run: Run, folders: Mapping[str, str]) -> dict[str, Any]:
         load_questions(run.parent.address, config.scoring, run.parent.model_config, "test", config.trust_remote_code),
         tokens.separator(run),
         config.trust_remote_code,
+        profile.engine,
         cluster=config.cluster,
         what="evaluate",
         profile=profile,

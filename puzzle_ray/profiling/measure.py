@@ -308,10 +308,12 @@ def _profile_rows(result: Measurement, scenario: Scenario, estimated: bool) -> l
     return rows
 
 
-def _one_fixed(rows: Sequence[ProfileRow]) -> ProfileRow:
-    """The mean of the measurements of `fixed`, which every layer type has."""
+def _one_fixed(rows: Sequence[ProfileRow], request_ms: float) -> ProfileRow:
+    """The mean of the measurements of `fixed`, which every layer type has, and what a batch's requests cost besides."""
     times = ("prefill_ms", "decode_ms", "prefill_spread_ms", "decode_spread_ms")
-    return ProfileRow(**asdict(rows[0]) | {name: fmean(getattr(row, name) for row in rows) for name in times})
+    means = {name: fmean(getattr(row, name) for row in rows) for name in times}
+    means["prefill_ms"] += rows[0].batch_size * request_ms
+    return ProfileRow(**asdict(rows[0]) | means)
 
 
 def profile_of(results: Iterable[Measurement], config: ProfileConfig) -> Profile:
@@ -326,7 +328,7 @@ def profile_of(results: Iterable[Measurement], config: ProfileConfig) -> Profile
     rows = [row for result in results for row in _profile_rows(result, config.scenario, estimated)]
     measured = [row for row in rows if row.subblock != FIXED]
     fixed = [
-        _one_fixed([row for row in rows if row.subblock == FIXED and row.batch_size == batch_size])
+        _one_fixed([row for row in rows if row.subblock == FIXED and row.batch_size == batch_size], config.request_ms)
         for batch_size in sorted({row.batch_size for row in rows})
     ]
     device, version = sources.pop()
