@@ -3,8 +3,8 @@
 For every parent two children of random weights are made: of narrow FFNs, fewer KV heads and no-ops, and one with linear blocks besides.
 First comes the prediction, by a profile of the shapes alone. Then one server has the parent, its children and an empty model (of
 nothing but no-ops). It says what a request costs beside its model: the prediction's `request_ms`. Last, 16 users at once ask parent and
-children for streams, one model after the other, turn after turn. The ratios are those within a turn, where the machine is the same for
-all, and of them the median counts.
+children for streams, one model after the other, in many short turns. Of each model's turns the lower quartile counts: other work on the
+machine only adds to a turn. Standard errors are those of drawing the turns again.
 
 - `torch`, `puzzle`: the prediction by a profile of that engine, in CPU time of the process, as the measurement is of the replica.
 - `puzzle with HTTP`: with `profile.request_ms` besides, which is what HTTP and Ray Serve add to a request in the replica.
@@ -44,7 +44,7 @@ from puzzle_ray.store import Store
 from puzzle_ray.variants.space import search_space
 
 PARENT, EMPTY, WITH_HTTP = "parent", "empty", "puzzle with HTTP"
-EACH, FEW_TOKENS = 2, 8
+EACH, FEW_TOKENS, QUANTILE = 1, 8, 0.25
 Predictions = Mapping[str, Mapping[str, float]]  # engine -> model -> CPU milliseconds of a token of the answers
 
 
@@ -109,7 +109,7 @@ def request_ms(target: Target, empty: Any, load: Load, rounds: int) -> float:
     scenario = Scenario(BATCH, len(load.prompts[0].token_ids), FEW_TOKENS)
     added = []
     for _ in range(rounds):
-        seen = timed(lambda: asyncio.run(closed_loop(target, few, BATCH, EACH * 2)), PROCESSES[PARENT])
+        seen = timed(lambda: asyncio.run(closed_loop(target, few, BATCH, 2)), PROCESSES[PARENT])
         prefill_ms, decode_ms = PUZZLE.time_once(empty, scenario)
         own_ms = (prefill_ms + (FEW_TOKENS - 1) * decode_ms) / BATCH
         added.append(FEW_TOKENS * seen["engine_cpu_ms_per_token"] - own_ms)
@@ -126,23 +126,28 @@ def turns_of(targets: Mapping[str, Target], load: Load, number: int, each: int) 
     return found[1:]
 
 
+def ratio_of(parent: Any, child: Any) -> float:
+    """Other work on the machine only adds to a turn's time. So the lower quartile of the turns counts."""
+    return float(np.quantile(parent, QUANTILE) / np.quantile(child, QUANTILE))
+
+
 def row_of(
     name: str, by: Predictions, added_ms: float, turns: Sequence[Mapping[str, Mapping[str, Any]]], answer: int
 ) -> dict[str, Any]:
     """A child beside its parent. `added_ms`: of a request."""
     cpu_ms = {each: np.array([turn[each]["engine_cpu_ms_per_token"] for turn in turns]) for each in (PARENT, name)}
-    ratios = cpu_ms[PARENT] / cpu_ms[name]
-    walls = [turn[name]["tokens_per_s"] / turn[PARENT]["tokens_per_s"] for turn in turns]
+    measured, again = ratio_of(cpu_ms[PARENT], cpu_ms[name]), np.random.default_rng(0)
+    drawn = [again.integers(len(turns), size=len(turns)) for _ in range(500)]
+    ratios = [ratio_of(cpu_ms[PARENT][which], cpu_ms[name][which]) for which in drawn]
+    walls = {each: np.array([1e3 / turn[each]["tokens_per_s"] for turn in turns]) for each in cpu_ms}
     said = {engine: each[PARENT] / each[name] for engine, each in by.items()}
     said[WITH_HTTP] = (by["puzzle"][PARENT] + added_ms / answer) / (by["puzzle"][name] + added_ms / answer)
-    measured = float(np.median(ratios))
     return {
         "child": name, "answer_tokens": answer, "turns": len(turns), "request_ms": added_ms,
         "predicted": said, "measured_by_cpu_time": measured,
-        "measured_by_cpu_time_stderr": float(1.25 * np.std(ratios, ddof=1) / len(ratios) ** 0.5),
-        "measured_by_wall": float(np.median(walls)),
+        "measured_by_cpu_time_stderr": float(np.std(ratios)), "measured_by_wall": ratio_of(walls[PARENT], walls[name]),
         "off": {engine: value / measured - 1 for engine, value in said.items()},
-        "served_cpu_ms_per_token": {each: float(np.median(values)) for each, values in cpu_ms.items()},
+        "served_cpu_ms_per_token": {each: float(np.quantile(values, QUANTILE)) for each, values in cpu_ms.items()},
         "predicted_cpu_ms_per_token": {engine: {PARENT: each[PARENT], name: each[name]} for engine, each in by.items()},
     }  # fmt: skip
 
@@ -154,7 +159,7 @@ def measure(parent: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     by = {
         answer: {
             engine: predicted(config, architectures, Scenario(BATCH, options.prompt_tokens, answer), engine, options.repeats)
-            for engine in BY_CPU_TIME
+            for engine in options.engines
         }
         for answer in options.answers
     }
@@ -188,17 +193,20 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="what prompts are cut from")
     parser.add_argument("--answers", type=int, nargs="+", default=[64, 256], help="lengths in tokens")
     parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--turns", type=int, default=12)
+    parser.add_argument("--engines", nargs="+", choices=tuple(BY_CPU_TIME), default=list(BY_CPU_TIME), help="puzzle among them")
+    parser.add_argument("--turns", type=int, default=20)
     parser.add_argument("--each", type=int, default=EACH, help="requests of a user in a turn")
     parser.add_argument("--repeats", type=int, default=7, help="of the profile")
     options = parser.parse_args()
+    if "puzzle" not in options.engines:
+        parser.error("--engines needs puzzle, which request_ms is added to")
     compute_with(1)
     rows: list[dict[str, Any]] = []
     for parent in options.parent:
         rows += measure(parent, options)
         off = {
             f"largest_error_by_{name.replace(' ', '_')}": max(abs(row["off"][name]) for row in rows)
-            for name in (*BY_CPU_TIME, WITH_HTTP)
+            for name in (*options.engines, WITH_HTTP)
         }
         write(options.out, rows, off)
     print(json.dumps(off, indent=1))

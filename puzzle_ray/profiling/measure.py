@@ -14,7 +14,7 @@ Where requests differ in length (`Scenario.lengths`), every run has one request 
 
 All stacks of a task are timed in turn, round after round, each round in another order. Costs are computed within a round, where the
 machine is the same for all stacks. Then the median over rounds is kept.
-An engine may have to put every stack on a layer of the parent's own. Then `fixed` contains that layer's cost, and it is subtracted.
+An engine may put layers of the parent's own into every stack. Then `fixed` contains their cost, and it is subtracted.
 This module says what is independent (tasks, measuring, merging). It does not say where it runs.
 """
 
@@ -139,7 +139,7 @@ class Measurement:
     engine_version: str
     device: str
     machine: Mapping[str, Any] = field(default_factory=dict)
-    base_layers: int = 0  # layers of the parent's own under every stack
+    base_layers: int = 0  # layers of the parent's own in every stack besides
     activation_bytes: int = 0  # of the parent's prefill, see the function `activation_bytes`
 
     def to_json(self) -> bytes:
@@ -208,7 +208,7 @@ def measure_task(task: ProfileTask, model_config: Any, config: ProfileConfig, ba
         ) from None
     timed = [StackTiming(c.attention, c.ffn, d, timings[f"{c.label} x {d}"]) for c, d in stacks]
     about = (engine.version(), engine.device_name(use_gpu), engine.facts(use_gpu))
-    return Measurement(task, tuple(timed), sizes, *about, 0, activations)
+    return Measurement(task, tuple(timed), sizes, *about, getattr(engine, "base_layers", 0), activations)
 
 
 def _check_length(model_config: Any, scenario: Scenario) -> None:

@@ -8,10 +8,11 @@ from small_models import tiny_config
 
 from puzzle_ray.artifacts import LayerChoice, Scenario
 from puzzle_ray.errors import ConfigError, ProfileError
-from puzzle_ray.models.child import new_child
+from puzzle_ray.models.child import choices_of, new_child
+from puzzle_ray.profiling import measure
 from puzzle_ray.profiling.engine import find_engine
-from puzzle_ray.profiling.engines.puzzle_engine import PuzzleEngine, word_tokenizer
-from puzzle_ray.profiling.measure import Measurement, check_shapes, profile_of, profile_serially, profile_tasks
+from puzzle_ray.profiling.engines.puzzle_engine import PuzzleEngine, among_parents, word_tokenizer
+from puzzle_ray.profiling.measure import Measurement, check_shapes, measure_task, profile_of, profile_serially, profile_tasks
 from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.progress import Quiet
 from puzzle_ray.search.tables import predicted_costs
@@ -50,6 +51,35 @@ def test_answers_of_one_token_need_no_decode_step():
 def test_its_tokenizer_has_a_text_for_every_token():
     tokenizer = word_tokenizer(96)
     assert len(tokenizer) == 96 and tokenizer.decode([0, 95]) == "w0 w95"
+
+
+def test_every_stack_has_layers_of_the_parents_own_and_costs_are_those_of_the_rest():
+    """On a machine where costs add up, they are found whatever stands among them."""
+    choice, own = LayerChoice("noop", "linear"), LayerChoice()
+    for depth, base in ((1, 0), (2, 1), (4, 2), (8, 2), (3, 3)):
+        layers = among_parents(choice, depth, base)
+        assert layers[0] == choice and layers.count(own) == base and len(layers) == depth + base
+    costs = {own: 7.0, choice: 1.5, LayerChoice("noop", "noop"): 1.0, LayerChoice("noop"): 3.0}
+
+    class Additive(PuzzleEngine):
+        name = "additive"
+
+        def time_once(self, model, scenario):
+            cost = 20.0 + sum(costs[each] for each in choices_of(model.config))
+            return cost, 2 * cost
+
+    additive = Additive()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "engine_of", lambda config: additive)
+        space = search_space(tiny_config(), ("noop",), ("linear", "noop"), 8)
+        (task,) = profile_tasks(space, CONFIG)
+        measured = measure_task(task, tiny_config(), CONFIG)
+    assert measured.base_layers == 2
+    profile = profile_of([measured], CONFIG)
+    for choices in ((own,) * 3, (own, choice, LayerChoice("noop", "noop")), (choice,) * 3):
+        assert predicted_costs(space, profile, SCENARIO, choices).prefill_ms == pytest.approx(
+            20.0 + sum(costs[each] for each in choices)
+        )
 
 
 def test_what_a_request_costs_besides_is_a_constant_of_every_prediction(tmp_path):
