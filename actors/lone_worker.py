@@ -43,6 +43,7 @@ def evaluate(
     questions: Sequence[QuestionBatch] = (),
     separator: int | None = None,
     trusted: bool = False,
+    engine: str = "torch",
 ) -> dict[str, Any]:
     """Measures the parent and its children side by side."""
     import torch
@@ -52,7 +53,7 @@ def evaluate(
 
     compute_with(num_threads)
     tensors = [torch.from_numpy(batch.copy()) for batch in batches]
-    how = (Quiet(), num_gpus, questions, separator, trusted)
+    how = (Quiet(), num_gpus, questions, separator, trusted, engine)
     return library.evaluate(folders, tensors, architecture, scenario, config, dtype, *how)
 
 

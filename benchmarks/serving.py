@@ -164,11 +164,13 @@ def transformers_serve(python: str, model: Path, threads: int, dtype: DType) -> 
         process.wait(30)
 
 
-def predicted_speedup(config: Any, choices: Sequence[LayerChoice], scenario: Scenario, dtype: DType, repeats: int) -> float:
-    """Throughput of the child over the parent's, by a profile of the shapes they are made of."""
+def predicted_speedup(
+    config: Any, choices: Sequence[LayerChoice], scenario: Scenario, dtype: DType, repeats: int, request_ms: float
+) -> float:
+    """Throughput of the child over the parent's, by engine `puzzle`'s profile of the shapes they are made of."""
     names = {kind: tuple(dict.fromkeys(choice.variant(kind) for choice in choices)) for kind in ("attention", "ffn")}  # type: ignore[arg-type]
     space = search_space(config, ("noop", *names["attention"]), ("noop", *names["ffn"]), 8)
-    settings = ProfileConfig(scenario=scenario, dtype=dtype, repeats=repeats)
+    settings = ProfileConfig(engine="puzzle", scenario=scenario, dtype=dtype, repeats=repeats, request_ms=request_ms)
     with tempfile.TemporaryDirectory() as folder:
         profile = profile_serially(config, space, settings, Store(folder).artifact("profile", {}, {}), Display())
     child, parent = (
@@ -297,7 +299,8 @@ def measure(child: Path, options: argparse.Namespace) -> None:
     scenario = Scenario(BATCH, options.prompt_tokens, options.new_tokens)
     predicted = None  # the profile that it takes is for the comparison of parent and child
     if not options.only_batches:
-        predicted = predicted_speedup(config, choices_of(read_config(child)), scenario, options.dtype, 5)
+        choices = choices_of(read_config(child))
+        predicted = predicted_speedup(config, choices, scenario, options.dtype, 5, options.request_ms)
         print(f"predicted speedup {predicted:.3f}", flush=True)
     reference = load_model(child, getattr(torch, options.dtype))
     with ExitStack() as stack:
@@ -339,6 +342,9 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--poisson-tokens", type=int, default=128, help="mean length of an answer to a Poisson arrival")
+    parser.add_argument(
+        "--request-ms", type=float, default=0.0, help="for the prediction, as benchmarks.serving_prediction found it"
+    )
     parser.add_argument("--only-batches", action="store_true", help="only 16 users beside generate() on batches of 16")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of all ways, and of the profile")

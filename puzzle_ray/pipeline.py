@@ -373,7 +373,7 @@ def evaluation_of(
             shards = min(config.num_shards, s.model_config.num_hidden_layers)
             found = evaluate_in_shards(folders, in_this_process(shards), shards, *what, CPU, *how)
         else:
-            found = evaluate(folders, *what, profile.num_gpus, *how)
+            found = evaluate(folders, *what, profile.num_gpus, *how, profile.engine)
         artifact.write_json(EVALUATION, found | {"heldout": parts.ranges})
         artifact.finish({name: found[name] for name in ("measured_speedup", "predicted_speedup")})
 

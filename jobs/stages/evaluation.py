@@ -49,7 +49,7 @@ def compare(run: Run, folders: Mapping[str, str]) -> dict[str, Any]:
         print(f"  speed is {found['not_measured']}", file=sys.stderr, flush=True)
         return found
     where: dict[str, Any] = {"cluster": config.cluster, "what": "evaluate", "profile": profile}
-    found = run_alone(evaluate, *what, profile.num_gpus, *how, **where)
+    found = run_alone(evaluate, *what, profile.num_gpus, *how, profile.engine, **where)
     return found
 
 

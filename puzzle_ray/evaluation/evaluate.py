@@ -25,8 +25,7 @@ from puzzle_ray.models.shards import LayersOf, ShardedModel, states_of_batches
 from puzzle_ray.models.spread import load_on
 from puzzle_ray.models.tokenizer import tokenizer_of
 from puzzle_ray.process import available_bytes, devices_for, give_back_freed_memory
-from puzzle_ray.profiling.engine import Timing, measure_side_by_side
-from puzzle_ray.profiling.engines.torch_engine import ENGINE
+from puzzle_ray.profiling.engine import Engine, Timing, find_engine, measure_side_by_side
 from puzzle_ray.profiling.memory import kv_cache_bytes, model_memory_mib
 from puzzle_ray.progress import Bar, Progress
 from puzzle_ray.scoring.downstream import QuestionBatch, answer_questions
@@ -193,16 +192,18 @@ def evaluate(
     questions: Sequence[QuestionBatch] = (),
     separator: int | None = None,
     trusted: bool = False,
+    engine: str = "torch",
 ) -> dict[str, Any]:
     """Evaluates the named models (`parent`, `child_before_gkd`, `child`, ...), read one at a time in their own dtype.
 
     With several GPUs every model is spread over them.
 
     The parent is timed at the scenario's batch size, children at the batch size that their architecture was chosen for, alternately
-    where all of them fit into memory together. The torch engine times them, in bfloat16 where `dtype` is fp8. Returns JSON-able
-    `models`, `samples` and `scenario`, and the predicted and the measured speed-up, both ratios of throughputs. `estimated` says that
-    the prediction was computed from a profile without measurements. With `questions`, every model also has its accuracy and the other
-    measures of its answers, as `downstream_*`. `separator`: see `Reference`. `trusted`: the tokenizer's own code may run.
+    where all of them fit into memory together. The profile's `engine` times them where it is `puzzle` and one device holds a model, and
+    engine `torch` otherwise, in bfloat16 where `dtype` is fp8. Returns JSON-able `models`, `samples` and `scenario`, and the predicted
+    and the measured speed-up, both ratios of throughputs. `estimated` says that the prediction was computed from a profile without
+    measurements. With `questions`, every model also has its accuracy and the other measures of its answers, as `downstream_*`.
+    `separator`: see `Reference`. `trusted`: the tokenizer's own code may run.
     """
     dtype = "bfloat16" if dtype == "fp8" else dtype
     devices = devices_for(num_gpus)
@@ -211,13 +212,14 @@ def evaluate(
         scenarios = scenarios_of(folders, architecture, scenario)
         timed = Models({name: folder for name, folder in folders.items() if name != BEFORE}, devices, getattr(torch, dtype))
         together = _fit_together(timed, scenarios)
-        rates = _rates(timed, scenarios, config.repeats, together)
+        timer = find_engine(engine if engine == "puzzle" and len(devices) == 1 else "torch")
+        rates = _rates(timed, scenarios, config.repeats, together, timer)
         bar.advance()
     results = answered["models"]
     for name in folders:
         results[name] |= rates["child" if name == BEFORE and "child" in rates else name]
         results[name]["measured_speedup"] = results[name]["throughput_tokens_per_s"] / results[PARENT]["throughput_tokens_per_s"]
-    by = f"{ENGINE.name} on {_in_words(len(devices), ENGINE.device_name(num_gpus > 0))}, {dtype}"
+    by = f"{timer.name} on {_in_words(len(devices), timer.device_name(num_gpus > 0))}, {dtype}"
     how = "alternately" if together else "one after the other: they do not fit into memory together"
     return answered | _speedups(architecture, scenario) | {
         "measured_by": by,
@@ -320,7 +322,7 @@ def _fit_together(models: Models, scenarios: Mapping[str, Scenario]) -> bool:
 
 
 def _rates(
-    models: Mapping[str, Any], scenarios: Mapping[str, Scenario], repeats: int, together: bool
+    models: Mapping[str, Any], scenarios: Mapping[str, Scenario], repeats: int, together: bool, engine: Engine
 ) -> dict[str, dict[str, float]]:
     """Measured rates, and sizes.
 
@@ -332,7 +334,7 @@ def _rates(
         groups.setdefault(scenarios[name] if together else name, []).append(name)
     for names in groups.values():
         loaded, scenario = {name: models[name] for name in names}, scenarios[names[0]]
-        rates |= speeds(measure_side_by_side(loaded, scenario, repeats), scenario)
+        rates |= speeds(measure_side_by_side(loaded, scenario, repeats, engine), scenario)
         for name, model in loaded.items():
             rates[name] |= sizes_of(model, scenario)
         del loaded, model

@@ -64,6 +64,7 @@ class Engine(Protocol):
     - `configured(config)`, where the engine has settings. It returns the engine for these settings, or raises ConfigError.
     - `time_stacks(task, model_config, config, bar)` in place of `build` and `time_once`, where the engine runs one model at a time. It
       returns the StackTimings of stacks that stand on one layer of the parent's own.
+    - `base_layers`, where `build` adds so many layers of the parent's own to those that it is asked for.
     - `check(task, model_config)`, where the engine cannot run every shape. It raises ConfigError or ParentError, and is called before
       a run begins.
     """

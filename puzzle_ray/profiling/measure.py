@@ -14,7 +14,7 @@ Where requests differ in length (`Scenario.lengths`), every run has one request 
 
 All stacks of a task are timed in turn, round after round, each round in another order. Costs are computed within a round, where the
 machine is the same for all stacks. Then the median over rounds is kept.
-An engine may have to put every stack on a layer of the parent's own. Then `fixed` contains that layer's cost, and it is subtracted.
+An engine may put layers of the parent's own into every stack. Then `fixed` contains their cost, and it is subtracted.
 This module says what is independent (tasks, measuring, merging). It does not say where it runs.
 """
 
@@ -139,7 +139,7 @@ class Measurement:
     engine_version: str
     device: str
     machine: Mapping[str, Any] = field(default_factory=dict)
-    base_layers: int = 0  # layers of the parent's own under every stack
+    base_layers: int = 0  # layers of the parent's own in every stack besides
     activation_bytes: int = 0  # of the parent's prefill, see the function `activation_bytes`
 
     def to_json(self) -> bytes:
@@ -208,7 +208,7 @@ def measure_task(task: ProfileTask, model_config: Any, config: ProfileConfig, ba
         ) from None
     timed = [StackTiming(c.attention, c.ffn, d, timings[f"{c.label} x {d}"]) for c, d in stacks]
     about = (engine.version(), engine.device_name(use_gpu), engine.facts(use_gpu))
-    return Measurement(task, tuple(timed), sizes, *about, 0, activations)
+    return Measurement(task, tuple(timed), sizes, *about, getattr(engine, "base_layers", 0), activations)
 
 
 def _check_length(model_config: Any, scenario: Scenario) -> None:
@@ -308,10 +308,12 @@ def _profile_rows(result: Measurement, scenario: Scenario, estimated: bool) -> l
     return rows
 
 
-def _one_fixed(rows: Sequence[ProfileRow]) -> ProfileRow:
-    """The mean of the measurements of `fixed`, which every layer type has."""
+def _one_fixed(rows: Sequence[ProfileRow], request_ms: float) -> ProfileRow:
+    """The mean of the measurements of `fixed`, which every layer type has, and what a batch's requests cost besides."""
     times = ("prefill_ms", "decode_ms", "prefill_spread_ms", "decode_spread_ms")
-    return ProfileRow(**asdict(rows[0]) | {name: fmean(getattr(row, name) for row in rows) for name in times})
+    means = {name: fmean(getattr(row, name) for row in rows) for name in times}
+    means["prefill_ms"] += rows[0].batch_size * request_ms
+    return ProfileRow(**asdict(rows[0]) | means)
 
 
 def profile_of(results: Iterable[Measurement], config: ProfileConfig) -> Profile:
@@ -326,7 +328,7 @@ def profile_of(results: Iterable[Measurement], config: ProfileConfig) -> Profile
     rows = [row for result in results for row in _profile_rows(result, config.scenario, estimated)]
     measured = [row for row in rows if row.subblock != FIXED]
     fixed = [
-        _one_fixed([row for row in rows if row.subblock == FIXED and row.batch_size == batch_size])
+        _one_fixed([row for row in rows if row.subblock == FIXED and row.batch_size == batch_size], config.request_ms)
         for batch_size in sorted({row.batch_size for row in rows})
     ]
     device, version = sources.pop()

@@ -19,9 +19,11 @@ class ProfileConfig(Section):
     `scenario`: see `puzzle_ray.profiling.scenarios`. `batch_sizes: auto` (or `scenario.batch_size: auto`) stands for the powers of two
     at which some child fits in `memory_mib` (or `search.limits.memory_mib`). The parent is compared at the largest that it fits.
     Engine `roofline` estimates instead of measuring. Its `device` is a name, figures, or `cpu` (see `puzzle_ray.profiling.devices`).
+    Engine `puzzle` measures with what `serve-child` serves with, HTTP left out. `request_ms` is what HTTP adds: the server's time for a
+    request besides that (`benchmarks.serving_prediction` measures it). It counts in every prediction, for parent and child alike.
     """
 
-    engine: str = "torch"  # or roofline, vllm, tensorrt_llm, or package.module:ATTRIBUTE
+    engine: str = "torch"  # or puzzle, roofline, vllm, tensorrt_llm, or package.module:ATTRIBUTE
     device: str | dict[str, Any] | None = None  # the one that roofline estimates for
     scenario: Annotated[Scenario, BeforeValidator(scenario_of)] = DEFAULT_SCENARIO
     batch_sizes: tuple[Count, ...] | Literal["auto"] = ()  # in addition to the scenario's own
@@ -29,6 +31,7 @@ class ProfileConfig(Section):
     memory_mib: Positive | None = None  # of the device; no child needs more. With `auto`, a known device's own by default
     reserved_mib: NonNegative = 0.0  # part of it that the engine itself needs; activations are counted apart
     dtype: Literal["float32", "bfloat16", "float16", "fp8"] = "float32"
+    request_ms: NonNegative = 0.0
     repeats: Annotated[int, Field(ge=2)] = 5
     stack: Count = 4  # stacks have twice as many layers; the second no-op stack has this many
     num_profilers: Count = 1
@@ -64,8 +67,9 @@ class ProfileConfig(Section):
         elif self.device is not None and ":" not in self.engine:
             problem = f"device is for engine roofline, and engine is {self.engine}, which measures where it runs"
             raise ValueError(f"{problem}; drop profile.device, or set profile.engine=roofline")
-        if self.dtype == "fp8" and self.engine == "torch":
-            raise ValueError("dtype fp8 is for engines roofline, vllm and tensorrt_llm; torch takes float32, bfloat16 or float16")
+        if self.dtype == "fp8" and self.engine in ("torch", "puzzle"):
+            problem = "dtype fp8 is for engines roofline, vllm and tensorrt_llm"
+            raise ValueError(f"{problem}; {self.engine} takes float32, bfloat16 or float16")
         return self
 
     def identity(self) -> dict[str, Any]:
@@ -73,6 +77,8 @@ class ProfileConfig(Section):
         aside = {"num_profilers", "resources", "label_selector", "memory_mib", "reserved_mib"}
         if self.batch_sizes != AUTO:
             aside.add("max_batch_size")
+        if not self.request_ms:
+            aside.add("request_ms")
         return self.model_dump(mode="json", exclude=aside)
 
     def memory(self) -> dict[str, float]:

@@ -101,6 +101,10 @@ class Engine:
         self._beat = time.monotonic()  # when the engine's thread was last seen at work, or got work
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
+    def make_room(self, num_requests: int, length: int) -> bool:
+        """Takes memory for so many requests of `length` tokens now, before the start. Returns False where there is none for them."""
+        return self._rows.room(num_requests, length)
+
     def start(self) -> Engine:
         """Start the engine's threads. Requests that were submitted before are served then."""
         self._beat = time.monotonic()

@@ -303,6 +303,17 @@ class ChatRequest(GenerationRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_tools_not_to_be_called(cls, fields: Any) -> Any:
+        """A model that must not call any tool answers in text, as this one does."""
+        if not isinstance(fields, dict):
+            return fields
+        unused = {
+            tools for tools, choice in (("tools", "tool_choice"), ("functions", "function_call")) if fields.get(choice) == "none"
+        }
+        return {name: value for name, value in fields.items() if name not in unused}
+
     @model_validator(mode="after")
     def _check_own(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:

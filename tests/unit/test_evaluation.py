@@ -103,6 +103,13 @@ def test_models_are_timed_together_where_they_fit_and_else_alone(folders, room, 
     assert found["models"]["parent"]["measured_speedup"] == 1 and after["num_params"] == found["models"]["parent"]["num_params"]
 
 
+@pytest.mark.parametrize(("of_profile", "timer"), [("puzzle", "puzzle"), ("torch", "torch"), ("roofline", "torch")])
+def test_the_profiles_engine_times_models_where_it_is_the_servers(folders, of_profile, timer):
+    scenario, config = Scenario(2, 4, 3), EvaluateConfig(tokens=96, repeats=1, prompt="ab", sample_tokens=2)
+    found = evaluate(folders, BATCHES, None, scenario, config, "float32", Quiet(), engine=of_profile)
+    assert found["measured_by"].startswith(f"{timer} on ") and found["measured_speedup"] > 0
+
+
 @pytest.mark.parametrize(("less", "together"), [(0, True), (1, False)])
 def test_models_whose_cache_has_no_room_beside_both_are_timed_alone(folders, less, together, monkeypatch):
     """As with a batch size that was chosen to fill the memory behind one of them."""

@@ -39,6 +39,8 @@ def test_null_and_neutral_fields_change_nothing():
     part = {"type": "text", "text": "hello", "prompt_cache_breakpoint": {"mode": "explicit"}}
     (turn,) = ChatRequest(**CHAT | {"messages": [{"role": "user", "content": [part]}]}).messages
     assert turn.turn() == CHAT["messages"][0]
+    unused = {"tools": [{"type": "function"}], "tool_choice": "none", "functions": [{"name": "f"}], "function_call": "none"}
+    assert ChatRequest(**CHAT, **unused) == ChatRequest(**CHAT)  # tools that must not be called
     asked = {"stream": True, "stream_options": {"include_usage": None, "include_obfuscation": False}}
     assert not CompletionRequest(**ASK, **asked).stream_options.include_usage
 
@@ -51,7 +53,9 @@ UNSUPPORTED = [
     (CompletionRequest, {"presence_penalty": float("nan")}), (CompletionRequest, {"stop": ["a"] * 33}),
     (CompletionRequest, {"stop_token_ids": [5] * 1025}),
     (ChatRequest, {"response_format": {"type": "json_object"}}), (ChatRequest, {"tool_choice": "required"}),
-    (ChatRequest, {"tools": [{"type": "function"}]}), (ChatRequest, {"top_logprobs": 2}), (ChatRequest, {"max_tokens": 0}),
+    (ChatRequest, {"tools": [{"type": "function"}]}), (ChatRequest, {"tools": [{"type": "function"}], "tool_choice": "auto"}),
+    (ChatRequest, {"functions": [{"name": "f"}], "tool_choice": "none"}), (ChatRequest, {"top_logprobs": 2}),
+    (ChatRequest, {"max_tokens": 0}),
 ]  # fmt: skip
 
 
