@@ -7,7 +7,8 @@ For every parent a library is trained and scored, and its profile measured. At e
 three answers: what measured children say leaves answers out, and corrects scores; `rivals_if_far`, the three answers, and the simpler
 searchers' where the least KL is far above its sum of scores; `never`, the three answers alone; `first`, the best answer, of which nothing
 is measured. KL is on the tokens that the pick is made by, and on others that nothing was chosen by.
-Cases that are in the output already are not made again, and may have been made with other settings.
+A case is a parent, a seed, a library's tokens and a budget; those that are in the output already are not made again, and may have been
+made with other settings.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def rows_of(bench: Bench, speeds: Sequence[float]) -> list[dict[str, Any]]:
                     continue
                 asked = 0 if way == "first" else len(measure.asked)
                 (own,), (other,) = measure([found.choices]), elsewhere([found.choices])
-                row = {"parent": bench.parent, "seed": bench.seed, "speed": speed, "way": way, "children": asked, "kl": own.kl}
+                row = {"parent": bench.parent, "seed": bench.seed, "library_tokens": bench.s.config.library.tokens}
+                row |= {"speed": speed, "way": way, "children": asked, "kl": own.kl}
                 row |= {"kl_stderr": own.stderr, "kl_unseen": other.kl, "kl_unseen_stderr": other.stderr}
                 row |= {
                     "origin": report["picked"]["origin"],
@@ -86,9 +88,9 @@ def rows_of(bench: Bench, speeds: Sequence[float]) -> list[dict[str, Any]]:
 
 
 def summary_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """`not_above_always`: at how many cases (parent, seed, budget) the KL of a way's pick is not above that of `always`."""
-    by = {(r["parent"], r["seed"], r["speed"], r["way"]): r for r in rows}
-    cases = [key[:3] for key in by if key[3] == "always"]
+    """`not_above_always`: at how many cases the KL of a way's pick is not above that of `always`."""
+    by = {(r["parent"], r["seed"], r["library_tokens"], r["speed"], r["way"]): r for r in rows}
+    cases = [key[:4] for key in by if key[4] == "always"]
 
     def mean_ratio(way: str, column: str) -> float:
         return math.exp(statistics.mean(math.log(by[(*c, way)][column] / by[(*c, "always")][column]) for c in cases))
@@ -115,11 +117,12 @@ def summary_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             for c in cases
             if by[(*c, "always")]["kl"] != by[(*c, "default")]["kl"]
         ],
-        "by_parent_and_seed": {
-            f"{parent}, seed {seed}": counts([c for c in cases if c[:2] == (parent, seed)])
-            for parent, seed in dict.fromkeys(c[:2] for c in cases)
-        },
+        "by_library": {_name(*one): counts([c for c in cases if c[:3] == one]) for one in dict.fromkeys(c[:3] for c in cases)},
     }
+
+
+def _name(parent: str, seed: int, library_tokens: int) -> str:
+    return f"{parent}, seed {seed}, {library_tokens} tokens"
 
 
 def main() -> None:
@@ -137,11 +140,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for parent in given.parents:
             for seed in given.seeds:
-                there = {r["speed"] for r in rows if (r["parent"], r["seed"]) == (parent, seed)}
+                bench = Bench(parent, given.data, seed, given.store or scratch, given.overrides)
+                library = (parent, seed, bench.s.config.library.tokens)
+                there = {r["speed"] for r in rows if (r["parent"], r["seed"], r["library_tokens"]) == library}
                 speeds = [speed for speed in given.speeds if speed not in there]
                 if speeds:
-                    rows += rows_of(Bench(parent, given.data, seed, given.store or scratch, given.overrides), speeds)
-                    settings[f"{parent}, seed {seed}"] = given.overrides
+                    rows += rows_of(bench, speeds)
+                    settings[_name(*library)] = given.overrides
                     write(given.out, rows, summary_of(rows) | {"settings": settings})
     for name, value in summary_of(rows).items():
         print(f"{name}: {value}")

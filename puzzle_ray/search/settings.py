@@ -49,7 +49,7 @@ class SearchConfig(Section):
     min_different_layers: Count = 1
     rivals: tuple[str, ...] = ("greedy", "depth", "uniform", "max_params")
     rivals_from: NonNegative = 2.0  # 0: rivals are always asked
-    predicted_within: Annotated[float, Field(ge=1)] | None = 1.15  # predictions are about 10 % off
+    predicted_within: Annotated[float, Field(ge=1)] | None = 1.15  # twice what predictions were off: 7 % (root mean square)
     corrections: Annotated[int, Field(ge=0)] = 4
     without: tuple[str, ...] = ()
     distil_tokens: Annotated[int, Field(ge=0)] = 0
