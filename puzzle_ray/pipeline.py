@@ -276,8 +276,9 @@ def architecture_of(s: Setting, tokens: Artifact, library: Artifact, profile: Ar
 
 def distilled_kl(s: Setting, tokens: Artifact, library: Artifact, choices: Choices) -> float:
     """A candidate's held-out KL after a short distillation."""
-    config = s.config.model_copy(update={"gkd": s.config.gkd_before_pick})
+    config, threads = s.config.model_copy(update={"gkd": s.config.gkd_before_pick}), torch.get_num_threads()
     short = distilled_of(replace(s, config=config), tokens, child_with(s, library, choices))
+    compute_with(threads)  # more is measured
     return float(short.facts()["heldout_kl"])
 
 
@@ -289,7 +290,7 @@ def raced(
     compute_with(threads_of_gkd(s))
     jobs = [distillation_of(s, tokens, child_with(s, library, choices)) for choices in children]
     rows = race_here(jobs, s.config.gkd.race_steps(s.config.search.race_rungs), artifact, s.progress)
-    compute_with(threads)
+    compute_with(threads)  # more is measured
     return [[to_json(row) for row in rows[job.artifact.key]] for job in jobs]
 
 

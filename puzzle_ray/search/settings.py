@@ -94,11 +94,9 @@ class SearchConfig(Section):
             raise ValueError(f"{problem}; set one of them to 0")
         if self.race_rungs == 1:
             raise ValueError("race_rungs=1 is the end alone, where nobody stops; set search.race_rungs to 2 or more, or to 0")
-        if self.race_own > self.candidates + bool(self.local_search_steps):
-            problem = (
-                f"race_own={self.race_own} of the searcher's answers are to race, and candidates={self.candidates} are measured"
-            )
-            raise ValueError(f"{problem}; raise search.candidates, or lower search.race_own")
+        if self.race_own > (own := self.candidates + self.second_order[1] + bool(self.local_search_steps)):
+            problem = f"race_own={self.race_own} of the searcher's answers are to race, and at most {own} are measured"
+            raise ValueError(f"{problem}; raise search.candidates={self.candidates}, or lower search.race_own")
         if self.most_racing < 2:
             problem = f"race_rungs={self.race_rungs} lets children race, and there is one"
             raise ValueError(f"{problem}; raise search.race_own and search.candidates, or name search.rivals or search.without")
