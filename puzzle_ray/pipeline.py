@@ -21,10 +21,10 @@ import torch
 
 from puzzle_ray.artifacts import Architecture, Choices, Measure, Profile, Scores
 from puzzle_ray.checks import check, check_asked
-from puzzle_ray.compression import Round, Setting, assignment
+from puzzle_ray.compression import Round, Setting, assignment, original_source, questions_source
 from puzzle_ray.config import TINY, RunConfig, load
 from puzzle_ray.data.parts import HeldoutParts, heldout_parts
-from puzzle_ray.data.sources import source_fingerprint, source_inputs
+from puzzle_ray.data.sources import source_inputs
 from puzzle_ray.data.splits import load_tokens, save_tokens, train_tokens_source
 from puzzle_ray.distill.gkd import GkdJob, distill_child
 from puzzle_ray.distill.library import Library, build_serially, carry_over, starting_library
@@ -205,18 +205,8 @@ def limits_of(s: Setting, profile: Profile) -> Limits:
     return limits_of_round(s.config.search.limits, s.number, s.config.rounds, s.space, profile, s.profile_config.scenario)
 
 
-def original_source(s: Setting) -> dict[str, str]:
-    """The model that children are distilled towards and compared with, where that is not the parent."""
-    return {"original": s.original.parent_key} if s.after else {}
-
-
 def read_profile(s: Setting, profile: Artifact) -> Profile:
     return Profile.from_parquet(profile.read(PROFILE_TABLE)).with_details(s.profile_config.memory())
-
-
-def questions_source(s: Setting) -> dict[str, str]:
-    questions = s.config.scoring.downstream
-    return {} if questions is None else {"questions": source_fingerprint(questions)}
 
 
 def scoring_texts(s: Setting, tokens: Artifact) -> list[torch.Tensor]:
