@@ -171,7 +171,7 @@ class RunConfig(Section):
             problem = (
                 f"search.race_rungs={rungs} finds no look at held-out text before the last of {gkd.total_steps} steps of GKD"
             )
-            raise ValueError(f"{problem}, of which there are {gkd.heldout_looks}; raise gkd.heldout_looks or gkd.tokens")
+            raise ValueError(f"{problem}, with gkd.heldout_looks={gkd.heldout_looks}; raise gkd.heldout_looks or gkd.tokens")
         if gkd.parallel == AUTO and gkd.use_gpu and gkd.num_workers > 1:
             problem = f"search.race_rungs={rungs} begins distillations that go on from checkpoints of whole children, and gkd.parallel auto"
             raise ValueError(
