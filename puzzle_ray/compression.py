@@ -15,6 +15,7 @@ from puzzle_ray.artifacts import Choices, SearchSpace
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.config import TINY, RunConfig
 from puzzle_ray.data.packing import masked_by
+from puzzle_ray.data.sources import source_fingerprint
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.export.target import configured_space
 from puzzle_ray.models.blocks import LayerStack, load_stack
@@ -136,3 +137,13 @@ class Round:
     library: Artifact
     choices: Choices
     child: Artifact
+
+
+def original_source(s: Setting) -> dict[str, str]:
+    """The model that children are distilled towards and compared with, where that is not the parent."""
+    return {"original": s.original.parent_key} if s.after else {}
+
+
+def questions_source(s: Setting) -> dict[str, str]:
+    questions = s.config.scoring.downstream
+    return {} if questions is None else {"questions": source_fingerprint(questions)}

@@ -124,8 +124,8 @@ class RunConfig(Section):
                 problem = f"gkd.stages[{number}].sequence_length={stage.sequence_length} is neither a multiple nor a part of"
                 raise ValueError(f"{problem} data.sequence_length={length}")
         if self.gkd.parallel == "fsdp" and (self.search.sweep_rungs > 1 or self.search.distils):
-            name, off = ("sweep_rungs", 1) if self.search.sweep_rungs > 1 else ("distil_tokens", 0)
-            name = "race_rungs" if self.search.race_rungs else name
+            name, off = ("race_rungs" if self.search.race_rungs else "distil_tokens", 0)
+            name, off = (name, off) if self.search.distils else ("sweep_rungs", 1)
             problem = f"search.{name} distils every child in one process, and gkd.parallel fsdp shards it over several"
             raise ValueError(f"{problem}; set search.{name} to {off}, or gkd.parallel to ddp")
         if self.library.mode == "coupled" and self.scoring.granularity == "subblock":
@@ -171,7 +171,7 @@ class RunConfig(Section):
             problem = (
                 f"search.race_rungs={rungs} finds no look at held-out text before the last of {gkd.total_steps} steps of GKD"
             )
-            raise ValueError(f"{problem}, of which there are {gkd.heldout_looks}; raise gkd.heldout_looks or gkd.tokens")
+            raise ValueError(f"{problem}, with gkd.heldout_looks={gkd.heldout_looks}; raise gkd.heldout_looks or gkd.tokens")
         if gkd.parallel == AUTO and gkd.use_gpu and gkd.num_workers > 1:
             problem = f"search.race_rungs={rungs} begins distillations that go on from checkpoints of whole children, and gkd.parallel auto"
             raise ValueError(

@@ -21,10 +21,10 @@ import torch
 
 from puzzle_ray.artifacts import Architecture, Choices, Measure, Profile, Scores
 from puzzle_ray.checks import check, check_asked
-from puzzle_ray.compression import Round, Setting, assignment
+from puzzle_ray.compression import Round, Setting, assignment, original_source, questions_source
 from puzzle_ray.config import TINY, RunConfig, load
 from puzzle_ray.data.parts import HeldoutParts, heldout_parts
-from puzzle_ray.data.sources import source_fingerprint, source_inputs
+from puzzle_ray.data.sources import source_inputs
 from puzzle_ray.data.splits import load_tokens, save_tokens, train_tokens_source
 from puzzle_ray.distill.gkd import GkdJob, distill_child
 from puzzle_ray.distill.library import Library, build_serially, carry_over, starting_library
@@ -205,18 +205,8 @@ def limits_of(s: Setting, profile: Profile) -> Limits:
     return limits_of_round(s.config.search.limits, s.number, s.config.rounds, s.space, profile, s.profile_config.scenario)
 
 
-def original_source(s: Setting) -> dict[str, str]:
-    """The model that children are distilled towards and compared with, where that is not the parent."""
-    return {"original": s.original.parent_key} if s.after else {}
-
-
 def read_profile(s: Setting, profile: Artifact) -> Profile:
     return Profile.from_parquet(profile.read(PROFILE_TABLE)).with_details(s.profile_config.memory())
-
-
-def questions_source(s: Setting) -> dict[str, str]:
-    questions = s.config.scoring.downstream
-    return {} if questions is None else {"questions": source_fingerprint(questions)}
 
 
 def scoring_texts(s: Setting, tokens: Artifact) -> list[torch.Tensor]:
@@ -276,8 +266,9 @@ def architecture_of(s: Setting, tokens: Artifact, library: Artifact, profile: Ar
 
 def distilled_kl(s: Setting, tokens: Artifact, library: Artifact, choices: Choices) -> float:
     """A candidate's held-out KL after a short distillation."""
-    config = s.config.model_copy(update={"gkd": s.config.gkd_before_pick})
+    config, threads = s.config.model_copy(update={"gkd": s.config.gkd_before_pick}), torch.get_num_threads()
     short = distilled_of(replace(s, config=config), tokens, child_with(s, library, choices))
+    compute_with(threads)  # more is measured
     return float(short.facts()["heldout_kl"])
 
 
@@ -289,7 +280,7 @@ def raced(
     compute_with(threads_of_gkd(s))
     jobs = [distillation_of(s, tokens, child_with(s, library, choices)) for choices in children]
     rows = race_here(jobs, s.config.gkd.race_steps(s.config.search.race_rungs), artifact, s.progress)
-    compute_with(threads)
+    compute_with(threads)  # more is measured
     return [[to_json(row) for row in rows[job.artifact.key]] for job in jobs]
 
 

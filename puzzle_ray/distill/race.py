@@ -59,7 +59,7 @@ def at_rungs(count: int, num_rungs: int) -> list[int]:
 
 
 def losers_steps(count: int, steps: Sequence[int]) -> int:
-    """Steps that the losers of a race of `count` children take in all, with rungs after so many steps."""
+    """Steps that the losers of a race of `count` children take in all, with rungs after so many steps; or tokens, by rungs' tokens."""
     there = [*at_rungs(count, len(steps)), 1]
     return sum((here - ahead) * step for here, ahead, step in zip(there, there[1:], steps, strict=False))
 

@@ -98,8 +98,7 @@ def climb(
         looks, facts = read_looks(job.artifact), job.artifact.facts()
         every = max(1, facts["steps"] // job.config.heldout_looks)  # as it was watched
         steps = rung_steps(facts["steps"], every, rungs) if isinstance(rungs, int) else rungs
-        whole = facts["steps"], facts["tokens"]
-        yield from (_row(looks, steps, number, *whole) for number in range(len(known), len(steps)))
+        yield from (_row(looks, steps, number, facts["steps"], job) for number in range(len(known), len(steps)))
         return
     trainer = load_gkd_trainer(job, device=device)
     assert trainer.guard is not None, "children are compared by held-out KL"
@@ -119,15 +118,15 @@ def _train(
         if steps[number] == total:
             guard.restore_best()
             publish_distilled(trainer, job)
-        yield _row(guard.rows, steps, number, total, trainer.text.tokens)
+        yield _row(guard.rows, steps, number, total, job)
 
 
-def _row(looks: Sequence[HeldoutRow], steps: Sequence[int], number: int, total: int, tokens: int) -> RungRow:
+def _row(looks: Sequence[HeldoutRow], steps: Sequence[int], number: int, total: int, job: GkdJob) -> RungRow:
     """By the looks until the child first came there: training that went back from further on looks again at steps below."""
     step = steps[number]
     came = next((n for n, look in enumerate(looks) if look.step == step and not look.returned), len(looks) - 1)
     kl = min(look.kl for look in looks[: came + 1])
-    return RungRow(number + 1, step, round(tokens * step / total), kl, is_last=step == total)
+    return RungRow(number + 1, step, job.config.tokens_until(step), kl, is_last=step == total)
 
 
 def read_looks(artifact: Artifact) -> list[HeldoutRow]:

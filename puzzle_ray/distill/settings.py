@@ -313,9 +313,22 @@ class GkdConfig(Section):
     @property
     def total_steps(self) -> int:
         """Optimizer steps until all tokens are used, rounded up in every stage; 0 for 0 tokens."""
+        return sum(steps for steps, _ in self._steps)
+
+    @property
+    def _steps(self) -> list[tuple[int, int]]:
+        """Of every stage its optimizer steps, and the tokens of one."""
         parts = [(s.tokens, s.micro_batch_tokens) for s in self.stages] or [(self.tokens, self.micro_batch_tokens)]
-        micro_batches = self.num_workers * self.gradient_accumulation
-        return sum(math.ceil(tokens / (micro_batch * micro_batches)) for tokens, micro_batch in parts)
+        each = [micro_batch * self.num_workers * self.gradient_accumulation for _, micro_batch in parts]
+        return [(math.ceil(tokens / step), step) for (tokens, _), step in zip(parts, each, strict=True)]
+
+    def tokens_until(self, step: int) -> int:
+        """Tokens that the first `step` optimizer steps read."""
+        read = 0
+        for steps, tokens in self._steps:
+            read += min(step, steps) * tokens
+            step -= min(step, steps)
+        return read
 
     def race_steps(self, rungs: int) -> tuple[int, ...]:
         """The steps after which finalists of the pick are compared (`search.race_rungs`). The last rung, which is the end, is left out."""

@@ -112,5 +112,4 @@ def tokens_before_pick(config: RunConfig) -> int:
     search, gkd = config.search, config.gkd
     if not search.race_rungs:
         return search.distil_tokens * search.most_candidates
-    steps = losers_steps(search.most_racing, gkd.race_steps(search.race_rungs))
-    return round(gkd.total_tokens * steps / gkd.total_steps)
+    return losers_steps(search.most_racing, [gkd.tokens_until(step) for step in gkd.race_steps(search.race_rungs)])

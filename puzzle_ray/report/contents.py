@@ -86,7 +86,7 @@ class ReportData:
     `measured_kls` are of: in a later one they are about the child of the one before, while sweep and evaluation are about the original.
     `bld_curves`: (layer, kind, variant) -> loss per micro-batch. `gkd_curve`: rows with `step` and any of `loss`, `kl`, `cosine`, `lm`.
     `measured_kls`: the choices of a whole child -> its KL, as far as the pick measured it. `race`: the pick's finalists, where they raced:
-    rows with `origin`, `kl` and `rungs`.
+    rows with `origin`, `also`, `kl` and `rungs`.
     `gkd_facts` are those of its artifact, `gkd_looks` the looks at held-out text: rows with `step`, `kl` and `returned`.
     `evaluation` is what `puzzle_ray.evaluation.evaluate` returns: `models` (`parent`, `child_before_gkd`, `child` ... -> figures),
     `predicted_speedup`, `measured_speedup`, `prompt` and `samples` (model -> text), and `heldout` (part -> which of the held-out

@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 
 from puzzle_ray.artifacts import Choices
+from puzzle_ray.errors import ConfigError
 from puzzle_ray.search.limits import Limits
 from puzzle_ray.search.problem import Floats, Problem
 from puzzle_ray.search.searcher import Options
@@ -68,11 +70,15 @@ def best_unmeasured(
 ) -> Answer:
     """The searcher's answer to the corrected scores that is not among `known`. Its objective is the sum of the scores themselves.
 
-    Raises Infeasible where there is no other answer, or OutOfTime.
+    Raises Infeasible where there is no other answer, OutOfTime, or ConfigError where the searcher gives answers again.
     """
     corrected = tuple(replace(t, problem=replace(t.problem, score=correction.scores(t.problem))) for t in tables.tables)
     answers = replace(tables, tables=corrected).answers(limits, searcher, 1, options)
-    found = next(answer for answer in answers if answer.architecture.choices not in known)
+    new = (answer for answer in islice(answers, len(known) + 1) if answer.architecture.choices not in known)
+    found = next(new, None)
+    if found is None:
+        problem = f"{searcher!r} gave {len(known) + 1} answers, of which none is new, though each is to differ from all before it"
+        raise ConfigError("search.searcher", problem, "let it keep to all limits of the problem")
     plain = next(t for t in tables.within(limits) if t.scenario == found.table.scenario)
     objective = plain.problem.objective(found.choice)
     return Answer(replace(found.architecture, objective=objective), plain, found.choice)

@@ -40,7 +40,6 @@ def finalists(found: Sequence[MeasuredAnswer], searcher: str, own: int, within: 
     """Who races, by KL: the `own` of least KL among the searcher's answers and what a local search found, and every answer of another
     kind, whoever else gave it. None whose KL is above `within` times the least of all.
     """
-
     names = {LOCAL_SEARCH, searcher, corrected_by(searcher)}
 
     def is_own(one: MeasuredAnswer) -> bool:

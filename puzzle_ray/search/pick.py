@@ -180,7 +180,8 @@ class _Candidates:
 
     def worth_it(self, answers: Found, left_out: dict[str, str]) -> Found:
         """Those whose predicted KL is not far above the least. The reason is added to `left_out` for the others."""
-        within, correction = self.picking.predicted_within, self.correction()
+        within = self.picking.predicted_within
+        correction = None if within is None else self.correction()
         if within is None or correction is None:
             return answers
         least, kls = self.best.measured.kl, {name: correction.kl(answer) for name, answer in answers.items()}
@@ -210,7 +211,7 @@ def _measure_corrected(search: _Search, measured: _Candidates) -> None:
         name = origin_of(corrected_by(search.picking.searcher), number)
         try:
             answer = search.corrected(correction, [c.answer.architecture.choices for c in measured.found])
-        except (Infeasible, OutOfTime) as error:
+        except (Infeasible, OutOfTime, ConfigError) as error:
             search.left_out[name] = str(error)
             return
         predicted = correction.kl(answer)
@@ -274,7 +275,7 @@ class _Search:
         return found
 
     def corrected(self, correction: Correction, known: Sequence[Choices]) -> Answer:
-        """The searcher's best answer to corrected scores that is not `known`. Raises Infeasible or OutOfTime."""
+        """The searcher's best answer to corrected scores that is not `known`. Raises Infeasible, OutOfTime or ConfigError."""
         return best_unmeasured(self.tables, self.limits, self.picking.searcher, self.searching, correction, known)
 
     def _add(self, found: Found, name: str, answer: Answer, known: Iterable[Answer]) -> None:
@@ -309,7 +310,7 @@ def _pick_options(search: SearchConfig) -> PickOptions:
         search.searcher,
         search.candidates,
         search.min_different_layers,
-        search.rivals,
+        tuple(name for name in dict.fromkeys(search.rivals) if name != search.searcher),
         search.rivals_from,
         search.without,
         search.local_search_steps,

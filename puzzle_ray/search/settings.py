@@ -25,12 +25,13 @@ class SearchConfig(Section):
     the local search found are distilled by so many tokens, and the one is picked that is best then: how far a child is from the parent
     before distillation says little of what distillation makes of it. A least squares fit has little to learn, a narrow FFN much. So
     none is left out there, and no scores are corrected.
-    With `race_rungs` children race instead: each begins the distillation that the child of this run is to have, all of `gkd.tokens` in
-    one schedule, and pauses at so many rungs, each with three times the tokens of the one below. The last rung is the end. The best third
-    by held-out KL goes on from each, and from the last but one only the best. It is the pick, and stage `gkd` goes on from where it is:
-    only what the others read is read besides. There race the `race_own` of least KL of the searcher's answers, those to corrected scores
-    and what the local search found, and the answers of `without` and of `rivals`, of which none is left out then; but none whose KL
-    before distillation is above `race_within` times the least. One that is left alone begins no race.
+    With `race_rungs` children race instead: each begins the distillation that the child of this run is to have, all of `gkd.tokens` in one
+    schedule, and pauses at so many rungs, each with three times the tokens of the one below. The last rung is the end. The best third by
+    held-out KL goes on from each, and from the last but one only the best. It is the pick, and stage `gkd` goes on from where it is: only
+    what the others read is read besides (and, with `gkd.learning_rate: auto`, what their range tests do). There race the `race_own` of
+    least KL of the searcher's answers, those to corrected scores and what the local search found, and the answers of `without` and of
+    `rivals`, of which none is left out then; but none whose KL before distillation is above `race_within` times the least. One that is left
+    alone begins no race.
     With `target_format: nemotron_nas` the search space has only what vLLM runs in that format: no linear, no windows, no no-op
     attention in the first layer, and FFN widths that are multiples of 256.
     `sweep` maps an axis to a list of values. An axis is a limit's name, `batch_size`, `input_tokens` or `output_tokens`. All
@@ -94,11 +95,9 @@ class SearchConfig(Section):
             raise ValueError(f"{problem}; set one of them to 0")
         if self.race_rungs == 1:
             raise ValueError("race_rungs=1 is the end alone, where nobody stops; set search.race_rungs to 2 or more, or to 0")
-        if self.race_own > self.candidates + bool(self.local_search_steps):
-            problem = (
-                f"race_own={self.race_own} of the searcher's answers are to race, and candidates={self.candidates} are measured"
-            )
-            raise ValueError(f"{problem}; raise search.candidates, or lower search.race_own")
+        if self.race_own > (own := self.candidates + self.second_order[1] + bool(self.local_search_steps)):
+            problem = f"race_own={self.race_own} of the searcher's answers are to race, and at most {own} are measured"
+            raise ValueError(f"{problem}; raise search.candidates={self.candidates}, or lower search.race_own")
         if self.most_racing < 2:
             problem = f"race_rungs={self.race_rungs} lets children race, and there is one"
             raise ValueError(f"{problem}; raise search.race_own and search.candidates, or name search.rivals or search.without")

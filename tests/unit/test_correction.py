@@ -17,6 +17,7 @@ from puzzle_ray.search.limits import Limits
 from puzzle_ray.search.pick import PickOptions, pick
 from puzzle_ray.search.searcher import Options
 from puzzle_ray.search.settings import SearchConfig
+from puzzle_ray.search.tables import Tables
 
 (WITHIN,) = TABLES.within(LIMITS)
 
@@ -148,6 +149,13 @@ def test_a_child_whose_kl_is_no_number_corrects_nothing():
 
     _, report, meter = run(Broken(), count=3, corrections=4, predicted_within=1.15)
     assert len(meter.asked) == 3 and not report["left_out"]
+
+
+def test_a_searcher_that_gives_its_answers_again_is_not_asked_for_ever(monkeypatch):
+    first, second = some_answers(2)
+    monkeypatch.setattr(Tables, "answers", lambda *_: itertools.cycle([first, second]))
+    _, report, meter = run(count=2, corrections=4)
+    assert len(meter.asked) == 2 and "gave 3 answers, of which none is new" in report["left_out"]["mip, corrected"]
 
 
 def test_the_key_says_what_may_change_the_pick():

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from picking_problem import LAYERS, LIMITS, SCORES, SPACE, TABLES, Meter, cost, true_kl
+from picking_problem import LAYERS, LIMITS, PROFILE, SCENARIO, SCORES, SPACE, TABLES, Meter, cost, true_kl
 from search_problems import random_problem
 from torch.nn import functional as F
 
@@ -24,8 +24,10 @@ from puzzle_ray.models.describe import describe
 from puzzle_ray.progress import Quiet
 from puzzle_ray.search.limits import Limits
 from puzzle_ray.search.local_search import describe_exchanges, neighbouring_choices
-from puzzle_ray.search.pick import PickOptions, measure_interactions, pick, prediction_error
+from puzzle_ray.search.pick import PickOptions, measure_interactions, pick, pick_as_configured, prediction_error
 from puzzle_ray.search.searcher import Options
+from puzzle_ray.search.settings import SearchConfig
+from puzzle_ray.search.setup import SearchSetup
 from puzzle_ray.store import Store
 from puzzle_ray.variants.space import search_space
 
@@ -291,6 +293,15 @@ def test_an_answer_to_corrected_scores_races_as_the_searchers_own():
     own = len(measured["candidates"])
     _, report, racing = race(lambda c: true_kl(c) == best, count=2, corrections=4, race_own=own, race_within=1e9)
     assert {row["origin"] for row in report["race"]} >= {row["origin"] for row in corrected}
+
+
+def test_the_searcher_is_no_rival_of_itself():
+    setup = SearchSetup(SPACE, SCORES, PROFILE, SCENARIO, "kl", "mip", 60.0, LIMITS, 0)
+    search = SearchConfig(limits=LIMITS, candidates=3, rivals=("mip", "greedy", "greedy"), race_rungs=2, race_within=1e9)
+    racing = RaceOf(lambda choices: choices == racing.asked[0])
+    _, report = pick_as_configured(setup, search, Meter(), race=racing)
+    assert len(racing.asked) <= search.most_racing == 2
+    assert all(set(row["also"]) <= {"greedy"} and len(row["also"]) <= 1 for row in report["race"])
 
 
 def test_one_that_is_alone_within_the_limit_begins_no_race():

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from gkd_jobs import CHOICES, gkd_jobs
 from report_inputs import whole_run
 
 from jobs.search_architecture import race_lines
+from puzzle_ray import pipeline
 from puzzle_ray.artifacts import LayerChoice
 from puzzle_ray.config import RunConfig, load, validated
+from puzzle_ray.data.order import Tokens
 from puzzle_ray.distill import race as racing
+from puzzle_ray.distill.curriculum import Curriculum
 from puzzle_ray.distill.gkd import CHILD, CURVE, LOOKS, distill_child, steps_saved
 from puzzle_ray.distill.race import at_rungs, losers_steps, race, race_here
 from puzzle_ray.distill.rungs import RungRow, climb, read_rows
@@ -22,6 +28,7 @@ from puzzle_ray.planning.distilling import tokens_before_pick
 from puzzle_ray.progress import Quiet
 from puzzle_ray.report.page import render
 from puzzle_ray.search.settings import SearchConfig
+from puzzle_ray.store import Store
 
 CONFIG = GkdConfig(
     tokens=18 * 64, micro_batch_tokens=32, num_workers=2, learning_rate=1e-3, checkpoint_every=4, heldout_looks=9
@@ -72,6 +79,21 @@ def test_rungs_are_at_looks_from_a_third_of_the_rung_above_on():
     assert config.model_copy(update={"heldout_looks": 1}).race_steps(3) == ()
     stages = [{"sequence_length": 128, "tokens": 512 * n, "micro_batch_tokens": 256} for n in (10, 20)]
     assert GkdConfig(stages=stages, num_workers=2).race_steps(2) == (12,)
+
+
+def test_tokens_until_a_step_are_those_that_its_batches_have():
+    text = Tokens(np.zeros((64, 16), dtype=np.int32))
+    stages = [
+        {"sequence_length": 16, "tokens": 300, "micro_batch_tokens": 32},
+        {"sequence_length": 32, "tokens": 500, "micro_batch_tokens": 64},
+    ]
+    shared = {"num_workers": 2, "gradient_accumulation": 2, "micro_batch_tokens": 32}
+    for config in (GkdConfig(stages=stages, **shared), GkdConfig(tokens=700, **shared)):
+        read, found = 0, Curriculum.of(text, config, 0)
+        for step in range(found.total_steps):
+            assert config.tokens_until(step) == read
+            read += sum(found.batch(step, rank, round_).numel() for rank in range(2) for round_ in range(2))
+        assert config.tokens_until(found.total_steps) == read == found.tokens
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +154,30 @@ def test_a_row_counts_the_looks_until_a_child_first_came_there(jobs, monkeypatch
     assert [row.kl for row in climb(jobs[1][0], (2, 6), Quiet())] == [0.9, 0.5]
 
 
+def test_a_row_says_what_was_read_where_stages_have_steps_of_other_sizes(jobs):
+    stages = [
+        {"sequence_length": 16, "tokens": 64 * 4, "micro_batch_tokens": 32},
+        {"sequence_length": 32, "tokens": 128 * 14, "micro_batch_tokens": 64},
+    ]
+    staged = replace(jobs[1][0], config=CONFIG.model_validate(CONFIG.model_dump() | {"stages": stages}))
+    assert [row.tokens for row in climb(staged, (2, 6), Quiet())] == [2 * 64, 4 * 64 + 2 * 128]
+
+
+def test_distilled_before_the_pick_children_are_measured_on_by_as_many_threads_as_before(monkeypatch, tmp_path):
+    def distilled_of(*_):
+        torch.set_num_threads(threads + 1)
+        return SimpleNamespace(facts=lambda: {"heldout_kl": 0.5})
+
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(pipeline, "distilled_of", distilled_of)
+    monkeypatch.setattr(pipeline, "child_with", lambda *_: None)
+    s = pipeline.Setting(RunConfig(search={"candidates": 2, "distil_tokens": 64}), Store(str(tmp_path)), Quiet())
+    try:
+        assert pipeline.distilled_kl(s, None, None, ()) == 0.5 and torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_a_race_stands_in_no_key_where_there_is_none():
     names = {"race_rungs", "race_own", "race_within"}
     plain = SearchConfig(candidates=3)
@@ -147,13 +193,18 @@ def test_a_race_stands_in_no_key_where_there_is_none():
     [
         ({"search": {"race_rungs": 3, "candidates": 2, "distil_tokens": 64}}, "set one of them to 0"),
         ({"search": {"race_rungs": 1}}, "race_rungs=1 is the end alone.*2 or more, or to 0"),
-        ({"search": {"race_rungs": 3, "race_own": 2}}, "race_own=2 .* candidates=1 are measured; raise search.candidates"),
+        ({"search": {"race_rungs": 3, "race_own": 6}}, "race_own=6 .* at most 5 are measured; raise search.candidates=1"),
+        ({"search": {"race_rungs": 3, "race_own": 2, "corrections": 0}}, "race_own=2 .* at most 1 are measured"),
         ({"search": {"race_rungs": 3, "rivals": []}}, "lets children race, and there is one; raise search.race_own"),
         ({"search": {"race_rungs": 3, "rivals": ["mip"]}}, "lets children race, and there is one"),
         ({"search": {"race_rungs": 3}, "gkd": {"tokens": 0}}, "gkd.tokens is 0; set gkd.tokens, or leave out search.race_rungs"),
         ({"search": {"race_rungs": 3}, "gkd": {"heldout_tokens": 0}}, "gkd.heldout_tokens is 0; set gkd.heldout_tokens"),
         ({"search": {"race_rungs": 3}, "gkd": {"heldout_looks": 1}}, "no look at held-out text before the last of 489 steps"),
         ({"search": {"race_rungs": 3}, "gkd": {"parallel": "fsdp"}}, "set search.race_rungs to 0, or gkd.parallel to ddp"),
+        (
+            {"search": {"race_rungs": 3, "sweep_gkd": True, "sweep_rungs": 2}, "gkd": {"parallel": "fsdp"}},
+            "set search.race_rungs to 0, or gkd.parallel to ddp",
+        ),
         (
             {"search": {"race_rungs": 3}, "gkd": {"use_gpu": True, "num_workers": 2}},
             "set gkd.parallel to ddp, or search.race_rungs",
@@ -179,6 +230,10 @@ def test_what_losers_read_is_planned():
         None, None, ("search.race_rungs=3", "search.rivals=[greedy]", "gkd.tokens=2048000", "gkd.micro_batch_tokens=2048")
     )
     assert config.gkd.race_steps(3) == (200, 400) and tokens_before_pick(config) == 200 * 2048
+    stages = [{"sequence_length": n * 128, "tokens": n * 1_024_000, "micro_batch_tokens": n * 2048} for n in (1, 2)]
+    search, data = {"race_rungs": 2, "rivals": ["greedy"]}, {"sequence_length": 128}
+    staged = validated({"parent": "x", "search": search, "gkd": {"stages": stages}, "data": data})
+    assert staged.gkd.race_steps(2) == (400,) and tokens_before_pick(staged) == 400 * 2048, "of short sequences"
     short = RunConfig(search={"candidates": 2, "distil_tokens": 640, "rivals": []})
     assert tokens_before_pick(short) == 2 * 640
 
