@@ -16,7 +16,7 @@ from ray.exceptions import GetTimeoutError, RayTaskError
 
 from actors.memory import with_memory
 from actors.names import actor_name, layers_in_words
-from actors.placement import cluster_cpus, require
+from actors.placement import cluster_cpus, require, runs
 from actors.transport import Container, find_transport, packed_positions, unpacked_positions
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.errors import ClusterError, PuzzleError
@@ -202,7 +202,7 @@ def placed(folders: Iterable[str], cluster: ClusterConfig, num_shards: int, stag
             words = f"one process finds {gpus:g} GPU: it reads {count} shards one after the other, for every token that it generates, too"
             print(f"  {stage}: {words}", file=sys.stderr, flush=True)
             only = {"num_cpus": 1, "num_gpus": gpus}
-            return Placement(_runs(depth, count), only, only, cluster, stage, alone=True)
+            return Placement(runs(depth, count), only, only, cluster, stage, alone=True)
         fewer = min(count, room - 1) if room > 1 else count
         if fewer < count:
             print(f"  {stage}: {fewer} shards in place of {count}: so many find a GPU", file=sys.stderr, flush=True)
@@ -211,18 +211,12 @@ def placed(folders: Iterable[str], cluster: ClusterConfig, num_shards: int, stag
     options: dict[str, Any] = {"num_cpus": share, "num_gpus": gpus}
     shard, asking = options, options
     if not gpus:  # else the weights are in a GPU's memory
-        shard = with_memory(options, max(held(own) for own in _runs(depth, count)), "a shard", stage, count)
+        shard = with_memory(options, max(held(own) for own in runs(depth, count)), "a shard", stage, count)
         asking = with_memory(options, at_the_ends, "the process that asks them", stage)
         together = count * shard.get("memory", 0) + asking.get("memory", 0)
         if together > ray.available_resources().get("memory", 0):
             asking = options
-    return Placement(_runs(depth, count), shard, asking, cluster, stage)
-
-
-def _runs(depth: int, count: int) -> list[range]:
-    from puzzle_ray.models.shards import runs_of_layers
-
-    return runs_of_layers(depth, count)
+    return Placement(runs(depth, count), shard, asking, cluster, stage)
 
 
 def _sizes(folders: Iterable[str], dtype: str | None) -> tuple[int, Callable[[range], int], int]:
