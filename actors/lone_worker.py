@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from actors.model_shards import Placement, Shards, Started
+from actors.model_shards import OneAfterTheOther, Placement, Shards, Started
 from actors.names import actor_name
 from actors.placement import node_cpus, require
 from actors.pool import Pool, Terms
@@ -59,7 +59,7 @@ def evaluate(
 
 def evaluate_in_shards(
     num_threads: int,
-    shards: Shards,
+    shards: Shards | OneAfterTheOther,
     num_gpus: float,
     folders: Mapping[str, str],
     batches: Sequence[Container],
@@ -80,12 +80,12 @@ def evaluate_in_shards(
     compute_with(num_threads)
     tensors = [torch.from_numpy(batch.copy()) for batch in batches]
     what = (tensors, architecture, scenario, config, dtype, Quiet(), device_for(num_gpus), questions, separator, trusted)
-    return library.evaluate_in_shards(folders, shards.layers_of, len(shards.actors), *what)
+    return library.evaluate_in_shards(folders, shards.layers_of, shards.num_shards, *what)
 
 
 def predict_in_shards(
     num_threads: int,
-    shards: Shards,
+    shards: Shards | OneAfterTheOther,
     num_gpus: float,
     folders: Mapping[str, str],
     batches: Sequence[Container],

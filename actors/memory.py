@@ -21,6 +21,8 @@ ROOM = 1.25  # times a model's weights, that it needs of a GPU: it has activatio
 ALLOWANCE_BYTES = (
     512 << 20
 )  # of a worker beside its weights: Python, torch and its libraries, and the activations of a small batch
+IN_SHARDS = "set evaluate.num_shards, or hardware: auto: layers then lie in so many processes"
+UNKNOWN = "nobody knows what GPUs the nodes have"
 LARGEST_SHARE = 0.8  # of a node's memory that one worker asks for: Ray counts what was free at its start, which varies a little
 
 
@@ -64,6 +66,26 @@ def gpus_of_a_node(timeout_s: float) -> tuple[int, int]:
     return min((gpus.memory_bytes for gpus in found), default=0), max((gpus.count for gpus in found), default=0)
 
 
+def check_who_evaluates(parent: str, cluster: ClusterConfig, num_gpus: float, where: str) -> None:
+    """Raises ClusterError where a CPU would read a whole parent (`profile.num_gpus` is 0) whose shards compute on GPUs that are smaller."""
+    from puzzle_ray.models.checkpoint import locate
+    from puzzle_ray.models.child import read_config
+    from puzzle_ray.models.shards import own_dtype
+
+    if num_gpus or not cluster.gpus_per_shard:
+        return
+    folder, (each, _) = locate(parent), gpus_of_a_node(cluster.placement_timeout_s)
+    size = ROOM * weight_bytes(folder, own_dtype(folder, read_config(folder)).itemsize)
+    if each and size > each:
+        why = f"which takes {size / GIB:.1f} GiB, and a GPU has {each / GIB:.1f}"
+    elif not each and cluster.num_shards * cluster.gpus_per_shard > 1:
+        why = f"and {UNKNOWN}"
+    else:
+        return
+    problem = f"with profile.num_gpus=0 a CPU would read the whole parent, {why}"
+    raise ClusterError(where, problem, f"{IN_SHARDS}; or set profile.num_gpus")
+
+
 def with_memory(options: Mapping[str, Any], held_bytes: int, what: str, where: str, count: int = 1) -> dict[str, Any]:
     """Ray options that ask for `held_bytes` and the allowance, for each of `count` workers that must all have room.
 
@@ -88,21 +110,22 @@ def with_memory(options: Mapping[str, Any], held_bytes: int, what: str, where: s
 def whole_model(folders: Iterable[str], cluster: ClusterConfig, what: str, where: str) -> tuple[dict[str, Any], float]:
     """Ray options of a worker that holds one whole model at a time, in float32, and its share of a GPU.
 
-    It has the GPU shares of all the parent's shards together; where those are more than one GPU, as many GPUs of a node as the largest
-    model takes, over which it is spread; else one CPU and that model's memory. Raises ClusterError where no node has so many.
+    It has the GPU shares of all the parent's shards together; where those, or the largest model, are more than one GPU, as many GPUs of a
+    node as that model takes, over which it is spread; without GPUs one CPU and that model's memory. Raises ClusterError where no node has
+    so many, or nobody knows how large several are.
     """
     from puzzle_ray.models.checkpoint import locate
 
     gpus = cluster.num_shards * cluster.gpus_per_shard
-    largest = 0 if 0 < gpus <= 1 else max(weight_bytes(locate(folder), FLOAT32_BYTES) for folder in folders)
-    if gpus > 1:
+    largest = max(weight_bytes(locate(folder), FLOAT32_BYTES) for folder in folders)
+    if gpus:
         each, most = gpus_of_a_node(cluster.placement_timeout_s)
-        gpus = float(math.ceil(ROOM * largest / each)) if each else 0.0
-        if not gpus:
-            print(f"  {where}: what GPUs the nodes have is not known; {what} computes on a CPU", file=sys.stderr, flush=True)
-        if gpus > most:
-            problem = f"a whole model takes {gpus:g} GPUs, and no node has more than {most}"
-            raise ClusterError(where, problem, "set evaluate.num_shards, or hardware: auto: layers then lie in so many processes")
+        if gpus > 1 and not each:
+            raise ClusterError(where, f"a whole model may take several GPUs, and {UNKNOWN}", IN_SHARDS)
+        if gpus > 1 or largest > each > 0:
+            gpus = float(math.ceil(ROOM * largest / each))
+        if gpus > 1 and gpus > most:
+            raise ClusterError(where, f"a whole model takes {gpus:g} GPUs, and no node has more than {most}", IN_SHARDS)
     options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus}
     if not gpus:
         options = with_memory(options, largest, what, where)

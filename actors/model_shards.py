@@ -16,7 +16,7 @@ from ray.exceptions import GetTimeoutError, RayTaskError
 
 from actors.memory import with_memory
 from actors.names import actor_name, layers_in_words
-from actors.placement import cluster_cpus, require
+from actors.placement import cluster_cpus, require, runs
 from actors.transport import Container, find_transport, packed_positions, unpacked_positions
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.errors import ClusterError, PuzzleError
@@ -75,9 +75,28 @@ class Shards:
     timeout_s: float
     stage: str
 
+    @property
+    def num_shards(self) -> int:
+        return len(self.actors)
+
     def layers_of(self, folder: str, dtype: Any, num_layers: int) -> LayersInActors:
         """A `puzzle_ray.models.shards.LayersOf`. All shards begin to read at once."""
         return LayersInActors(self, folder, dtype)
+
+
+@dataclass(frozen=True)
+class OneAfterTheOther:
+    """Shards where one process alone has a GPU: whoever asks reads one after the other itself, every time it asks."""
+
+    num_shards: int
+    num_gpus: float
+
+    def layers_of(self, folder: str, dtype: Any, num_layers: int) -> Any:
+        """A `puzzle_ray.models.shards.LayersOf`."""
+        from puzzle_ray.models.shards import in_this_process
+        from puzzle_ray.process import device_for
+
+        return in_this_process(self.num_shards, device_for(self.num_gpus))(folder, dtype, num_layers)
 
 
 class LayersInActors:
@@ -120,7 +139,8 @@ class LayersInActors:
             return ray.get(ref, timeout=self.shards.timeout_s)
         except GetTimeoutError:
             problem = f"a shard of {self.folder} has not {what} within {self.shards.timeout_s:g} s"
-            raise ClusterError(self.shards.stage, problem, "raise cluster.step_timeout_s") from None
+            remedy = "raise cluster.step_timeout_s; where shards die for want of memory, raise evaluate.num_shards"
+            raise ClusterError(self.shards.stage, problem, remedy) from None
         except RayTaskError as error:
             if isinstance(error.cause, PuzzleError):
                 raise error.cause from None
@@ -136,6 +156,7 @@ class Placement:
     asking: Mapping[str, Any]
     cluster: ClusterConfig
     stage: str
+    alone: bool = False  # no shard is a process of its own
 
     @property
     def num_gpus(self) -> float:
@@ -145,6 +166,8 @@ class Placement:
     def start(self, asking: Callable[[Mapping[str, Any]], ActorHandle[Any]]) -> Started:
         """Asks Ray for all of them. `asking` starts the process that asks, by its options."""
         cluster, shards = self.cluster, []
+        if self.alone:
+            return Started(asking(self.asking), OneAfterTheOther(len(self.layers), self.num_gpus))
         for own in self.layers:
             named = ModelShardActor.options(**self.shard, **actor_name(f"{self.stage} shard, {layers_in_words(own)}"))  # type: ignore[attr-defined]
             shards.append(named.remote(own.start, own.stop, 1, cluster.transport, cluster.gpus_per_shard))
@@ -157,26 +180,29 @@ class Started:
     """A process that asks, and the shards that it asks."""
 
     worker: ActorHandle[Any]
-    shards: Shards | None = None  # None: it holds whole models itself
+    shards: Shards | OneAfterTheOther | None = None  # None: it holds whole models itself
 
     @property
     def actors(self) -> list[ActorHandle[Any]]:
-        return [self.worker, *(self.shards.actors if self.shards else ())]
+        return [self.worker, *(self.shards.actors if isinstance(self.shards, Shards) else ())]
 
 
 def placed(folders: Iterable[str], cluster: ClusterConfig, num_shards: int, stage: str, dtype: str | None = None) -> Placement:
     """Shards for models in `dtype`, by default each in its own, of which each is asked about in turn.
 
     On GPUs every process has the share of a parent's shard, and there are as many shards as find one, up to `num_shards`: where shards end
-    changes no bit. On CPUs they ask Ray for the memory of their layers. Raises ClusterError.
+    changes no bit. Where one process alone finds one, it reads the shards one after the other. On CPUs they ask Ray for the memory of their
+    layers. Raises ClusterError.
     """
     depth, held, at_the_ends = _sizes(folders, dtype)
     gpus, count = cluster.gpus_per_shard, min(num_shards, depth)
     if gpus:
         room = require({"num_gpus": gpus}, "a shard", stage, cluster.autoscaling)
-        if room < 2 and not cluster.autoscaling:
-            problem = f"shards and who asks them take {gpus:g} GPU each, and there is room for {room}"
-            raise ClusterError(stage, problem, "set evaluate.num_shards to 0, give shards a smaller share, or add GPUs")
+        if room == 1 and not cluster.autoscaling:
+            words = f"one process finds {gpus:g} GPU: it reads {count} shards one after the other, for every token that it generates, too"
+            print(f"  {stage}: {words}", file=sys.stderr, flush=True)
+            only = {"num_cpus": 1, "num_gpus": gpus}
+            return Placement(runs(depth, count), only, only, cluster, stage, alone=True)
         fewer = min(count, room - 1) if room > 1 else count
         if fewer < count:
             print(f"  {stage}: {fewer} shards in place of {count}: so many find a GPU", file=sys.stderr, flush=True)
@@ -185,18 +211,12 @@ def placed(folders: Iterable[str], cluster: ClusterConfig, num_shards: int, stag
     options: dict[str, Any] = {"num_cpus": share, "num_gpus": gpus}
     shard, asking = options, options
     if not gpus:  # else the weights are in a GPU's memory
-        shard = with_memory(options, max(held(own) for own in _runs(depth, count)), "a shard", stage, count)
+        shard = with_memory(options, max(held(own) for own in runs(depth, count)), "a shard", stage, count)
         asking = with_memory(options, at_the_ends, "the process that asks them", stage)
         together = count * shard.get("memory", 0) + asking.get("memory", 0)
         if together > ray.available_resources().get("memory", 0):
             asking = options
-    return Placement(_runs(depth, count), shard, asking, cluster, stage)
-
-
-def _runs(depth: int, count: int) -> list[range]:
-    from puzzle_ray.models.shards import runs_of_layers
-
-    return runs_of_layers(depth, count)
+    return Placement(runs(depth, count), shard, asking, cluster, stage)
 
 
 def _sizes(folders: Iterable[str], dtype: str | None) -> tuple[int, Callable[[range], int], int]:

@@ -9,7 +9,7 @@ import ray
 from ray.actor import ActorHandle
 
 from actors.memory import whole_model
-from actors.model_shards import Shards, Started, placed
+from actors.model_shards import OneAfterTheOther, Shards, Started, placed
 from actors.placement import require
 from actors.pool import Pool, Terms
 from puzzle_ray.cluster import ClusterConfig
@@ -43,7 +43,7 @@ class ReaderProcess:
         """The id of the node this runs on."""
         return ray.get_runtime_context().get_node_id()
 
-    def answer(self, asked: Asked, shards: Shards | None = None) -> Answer:
+    def answer(self, asked: Asked, shards: Shards | OneAfterTheOther | None = None) -> Answer:
         """With `shards`, the model's layers lie there."""
         name, chunk = asked
         if name != self.name or self.reader is None:

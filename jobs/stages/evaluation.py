@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from jobs.run import Run, Stage
+from jobs.run import NotDone, Run, Stage
 from jobs.stages import architecture, gkd, scores, tokens
 from puzzle_ray.store import Artifact
 
@@ -23,6 +23,25 @@ def settings(run: Run) -> dict[str, Any]:
 
 def sources(run: Run) -> dict[str, str]:
     return tokens.parts(run).sources(test=run.config.evaluate.tokens) | scores.downstream_source(run) | gkd.original_source(run)
+
+
+def foreseen(run: Run) -> None:
+    """Raises ClusterError where one CPU would evaluate a parent that is larger than a GPU, when all other work is still to be done."""
+    try:
+        finished = run.artifact(STAGE.name).finished
+    except NotDone:
+        finished = False
+    if not finished:
+        check_who_evaluates(run)
+
+
+def check_who_evaluates(run: Run) -> None:
+    """Raises ClusterError."""
+    from actors import memory
+
+    config = run.config
+    if not config.evaluate.num_shards and not config.cluster.autoscaling:
+        memory.check_who_evaluates(run.original.parent.address, config.cluster, run.profile_config.num_gpus, STAGE.name)
 
 
 def _batches(run: Run) -> list[Any]:
@@ -98,4 +117,5 @@ STAGE = Stage(
     reads=("tokens",),
     settings=settings,
     sources=sources,
+    foreseen=foreseen,
 )

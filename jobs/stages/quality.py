@@ -27,7 +27,7 @@ def sources(run: Run) -> dict[str, str]:
 
 
 def foreseen(run: Run) -> None:
-    """Raises ClusterError for a parent that no node's GPUs hold whole, when all other work is still to be done."""
+    """Raises ClusterError where no node's GPUs hold a whole parent, or nobody knows them, when all other work is still to be done."""
     from actors.memory import whole_model
 
     if run.config.evaluate.num_shards or run.config.cluster.autoscaling:

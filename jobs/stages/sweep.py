@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jobs.run import Run, Stage
+from jobs.run import NotDone, Run, Stage
 from jobs.stages import architecture, assembly, evaluation, gkd, scores, tokens
 from puzzle_ray.artifacts import Choices
 from puzzle_ray.search.searcher import searcher_sources
@@ -39,6 +39,16 @@ def sources(run: Run) -> dict[str, str]:
     if search.sweep_gkd:
         found |= tokens.parts(run).sources(test=run.config.evaluate.tokens)
     return found
+
+
+def foreseen(run: Run) -> None:
+    """Raises ClusterError where one CPU would evaluate a parent that is larger than a GPU, before children are distilled."""
+    try:
+        finished = run.artifact(STAGE.name).finished
+    except NotDone:
+        finished = False
+    if run.config.search.sweep_gkd and not finished:
+        evaluation.check_who_evaluates(run)
 
 
 def work(run: Run, artifact: Artifact) -> None:
@@ -111,4 +121,6 @@ def read(run: Run) -> tuple[SweepPoint, ...]:
     return tuple(read_sweep(run.content("sweep")))
 
 
-STAGE = Stage("sweep", work, inputs=("scores",), reads=("tokens", "profile"), settings=settings, sources=sources)
+STAGE = Stage(
+    "sweep", work, inputs=("scores",), reads=("tokens", "profile"), settings=settings, sources=sources, foreseen=foreseen
+)

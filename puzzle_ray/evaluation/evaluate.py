@@ -256,7 +256,7 @@ def evaluate_in_shards(
     for name, folder in folders.items():
         shape = model_without_weights(locate(folder), getattr(torch, dtype))
         answered["models"][name] |= sizes_of(shape, scenarios[name]) | {"measured_speedup": None}
-    why = f"not measured: the model is spread over {num_shards} shards"
+    why = f"not measured: the model is spread over {num_shards} shard{'s' * (num_shards > 1)}"
     return answered | _speedups(architecture, scenario) | {
         "measured_by": why,
         "timed": why,

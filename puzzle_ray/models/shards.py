@@ -81,17 +81,17 @@ class ModelShard:
 
 
 class SerialLayers:
-    """In this process, one shard after the other: all batches go through one before the next is read."""
+    """In this process, one shard after the other: all batches go through one before the next is read, and wait in the host's memory."""
 
     def __init__(self, folder: str, dtype: torch.dtype, num_shards: int, num_layers: int, device: torch.device = CPU) -> None:
         self.folder, self.dtype = folder, dtype
         self.shards = [ModelShard(layers, device) for layers in runs_of_layers(num_layers, num_shards)]
 
     def run(self, entering: Iterable[Entering]) -> Iterator[Tensor]:
-        states = list(entering)
+        states = [(hidden.to(CPU), known) for hidden, known in entering]
         for shard in self.shards:
             for number, (hidden, known) in enumerate(states):
-                states[number] = (shard.run(self.folder, self.dtype, hidden, known), known)
+                states[number] = (shard.run(self.folder, self.dtype, hidden, known).to(CPU), known)
             if len(self.shards) > 1:
                 shard.drop()
         for hidden, _ in states:

@@ -109,7 +109,7 @@ def _shards_and_worker(
     smaller = "evaluate.micro_batch_tokens" if stage == "evaluation" else "evaluate.batch_tokens"
     more, larger = f"raise evaluate.num_shards, or lower {smaller}", f"lower {smaller}, or raise cluster.gpus_per_shard"
     return [
-        Demand(stage, "shard", len(runs), shard, share, more, "lower evaluate.num_shards"),
+        Demand(stage, "shard", len(runs), shard, share, more, "lower evaluate.num_shards", in_turn=True),
         Demand(stage, "worker", 1, ends, share, larger, host=host or {}),
     ]
 

@@ -101,7 +101,8 @@ def problems(demands: Sequence[Demand], cluster: Cluster) -> list[str]:
             room = room_bytes(cluster, demand.gpu_share)
             what = f"{demand.stage}: a {demand.process} needs {demand.total / 2**30:.1f} GiB"
             found.append(f"{what}, its share of a {cluster.name} has {room / 2**30:.1f} GiB; {demand.remedy}")
-        if not demand.waits and demand.gpu_share * demand.count > cluster.num_gpus * (1 + 1e-6):
+        one_by_one = demand.waits or (demand.in_turn and cluster.num_gpus <= demand.gpu_share)
+        if not one_by_one and demand.gpu_share * demand.count > cluster.num_gpus * (1 + 1e-6):
             what = f"{demand.stage}: {demand.count} x {demand.process} take {demand.gpu_share * demand.count:g} GPUs"
             found.append(f"{what}, the cluster has {cluster.num_gpus}; {demand.fewer}")
     return found

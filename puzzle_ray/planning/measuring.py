@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from puzzle_ray.config import RunConfig
 from puzzle_ray.planning.draft import Draft, fitting
@@ -16,6 +17,7 @@ from puzzle_ray.profiling.scenarios import AUTO
 
 SHARE_OF_A_NODE = 0.4  # of its memory that a shard on CPUs may take
 _NOT_WHOLE = "no node's GPUs hold a whole model"
+_ON_A_CPU = "no GPU holds a whole model, and nothing is measured on GPUs"
 
 
 def decide_profile(draft: Draft, sizes: Sizes, gpus: Seen, bfloat16: bool) -> None:
@@ -48,26 +50,36 @@ def _with_gpus(config: RunConfig, count: int) -> RunConfig:
 
 
 def decide_evaluation(draft: Draft, sizes: Sizes, gpus: Seen) -> None:
-    """Models that no node's GPUs hold are evaluated in as few shards as have room, with a GPU's share for each and for who asks them."""
+    """Models that no node's GPUs hold are evaluated in as few shards as have room, with a GPU's share for each and for who asks them.
+
+    So are those that no GPU holds, and that a CPU would read whole. Where a single process finds a GPU, it reads one shard after the other.
+    """
     name, share, depth = "evaluate.num_shards", draft.config.cluster.gpus_per_shard, len(sizes.layers)
-    if not draft.open(name) or _gpus_of_a_whole_model(draft, sizes, gpus):
+    whole = _gpus_of_a_whole_model(draft, sizes, gpus)
+    if not draft.open(name) or whole == 1 or (whole and draft.config.profile.num_gpus):
         return
+    reason = _ON_A_CPU if whole else _NOT_WHOLE
     if not share:
-        draft.decide(name, min(depth, draft.config.cluster.num_shards), f"{_NOT_WHOLE}, and shards compute on CPUs")
+        draft.decide(name, min(depth, draft.config.cluster.num_shards), f"{reason}, and shards compute on CPUs")
         return
     places = gpus.num_gpus * max(1, round(1 / share)) - 1
+    together = places < 1  # who asks holds the shards, too
 
     def shards(config: RunConfig) -> list[Demand]:
-        return [demand for demand in sharded_demands(config, sizes) if demand.process == "shard"]
+        found = sharded_demands(config, sizes)
+        each = [demand for demand in found if demand.process == "shard"]
+        asking = [demand for demand in found if demand.process != "shard"]
+        return [sharing(*pair) for pair in zip(each, asking, strict=True)] if together else each
 
-    found = next(fitting(draft, [(name, n) for n in range(1, min(depth, places) + 1)], shards, gpus), None)
+    def sharing(shard: Demand, asking: Demand) -> Demand:
+        return replace(asking, parts={**shard.parts, **asking.parts})
+
+    most = depth if together else min(depth, places)
+    found = next(fitting(draft, [(name, n) for n in range(1, most + 1)], shards, gpus), None)
     draft.put(name, 0)
-    if found is None and places < 1:
-        words = f"evaluation: {_NOT_WHOLE}, a single one is there for shards and who asks them, and a CPU computes"
-        draft.warnings.append(f"{words}; add GPUs, or set cluster.gpus_per_shard to a smaller share")
-        return
-    why = "the fewest that have room" if found else "as many as find a GPU"
-    draft.decide(name, found or min(depth, places), f"{_NOT_WHOLE}; {why}, and no speed is measured")
+    why = "the fewest that have room" if found else "as many as there are layers" if together else "as many as find a GPU"
+    why += ", one after the other in the one process that finds a GPU" if together else ""
+    draft.decide(name, found or most, f"{reason}; {why}, and no speed is measured")
 
 
 def decide_evaluation_on_cpus(draft: Draft, sizes: Sizes, nodes: Sequence[Node]) -> None:

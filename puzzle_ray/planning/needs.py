@@ -11,7 +11,8 @@ class Demand:
     """What each of `count` equal processes holds, in bytes by kind. With `gpu_share` it is in a GPU's memory, else in the host's.
 
     `host` is what it has in the host's memory beside that. `remedy` is for a process that does not fit, `fewer` for too many of them.
-    Where `waits`, those that find no room wait for their turn.
+    Where `waits`, those that find no room wait for their turn. Where `in_turn`, and a single process finds a GPU, it does the work of all,
+    one after the other.
     """
 
     stage: str
@@ -23,6 +24,7 @@ class Demand:
     fewer: str = "ask for fewer or for smaller shares"
     host: Mapping[str, int] = field(default_factory=dict)
     waits: bool = False
+    in_turn: bool = False
 
     @property
     def total(self) -> int:

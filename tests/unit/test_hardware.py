@@ -177,6 +177,25 @@ def test_a_model_that_no_node_holds_is_evaluated_in_as_few_shards_as_have_room()
     assert decided(estimated, nodes, model_config=big).config.evaluate.num_shards == count, "whoever says what blocks cost"
 
 
+def test_what_no_gpu_holds_is_evaluated_in_shards_where_a_cpu_would_read_it_whole():
+    big, nodes = tiny_config(**BIG), [Node(gpus=Gpus(4, "card", 4 * GIB))]
+    shared = {"gpus_per_shard": 1, "gpus_per_trainer": 0}
+    for profile in ({"engine": "roofline", "device": "H100"}, {"num_gpus": 0}):
+        found = decided(config(**LITTLE, cluster=shared, profile=profile), nodes, model_config=big)
+        (line,) = (line for line in found.lines if line.startswith("evaluate.num_shards"))
+        assert found.config.evaluate.num_shards > 1 and "no GPU holds a whole model, and nothing is measured on GPUs" in line
+        held = [Node(gpus=Gpus(4, "card", 40 * GIB))]
+        assert decided(config(**LITTLE, cluster=shared, profile=profile), held, model_config=big).config.evaluate.num_shards == 0
+
+
+def test_where_one_process_finds_a_gpu_it_has_room_for_one_shard_at_a_time():
+    big, asked = tiny_config(**BIG), config(**LITTLE, cluster={"gpus_per_shard": 1, "gpus_per_trainer": 0})
+    found = decided(asked, [Node(gpus=Gpus(1, "card", 3 * GIB))], model_config=big)
+    count = found.config.evaluate.num_shards
+    assert count > 1 and any("one after the other in the one process that finds a GPU" in line for line in found.lines)
+    assert not [words for words in found.warnings if words.startswith(("evaluation", "quality"))]
+
+
 def test_without_gpus_too_where_no_nodes_memory_is_enough():
     big = tiny_config(**BIG)
     small = decided(config(**LITTLE), [Node(4, 5 * GIB)] * 3, model_config=big).config.evaluate

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import ray
+import torch
 
 from actors import memory
-from actors.memory import GIB, whole_model, with_memory
+from actors.memory import GIB, check_who_evaluates, weight_bytes, whole_model, with_memory
 from actors.model_shards import placed
 from actors.placement import CLAIMS, cluster_cpus, places, require, room_beside_profile
 from actors.reservation import plan_shards
@@ -20,6 +21,10 @@ from puzzle_ray.artifacts import LayerSpace, SearchSpace
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.config import load
 from puzzle_ray.errors import ClusterError
+from puzzle_ray.models.blocks import CPU
+from puzzle_ray.models.child import load_model
+from puzzle_ray.models.head import final_states
+from puzzle_ray.models.shards import ShardedModel
 from puzzle_ray.profiling.settings import ProfileConfig
 
 NODE = {
@@ -219,6 +224,60 @@ def test_a_model_that_no_nodes_gpus_hold_is_refused_with_what_to_set(monkeypatch
         whole_model(*wanted)
     monkeypatch.setattr(memory, "gpus_of_a_node", lambda timeout_s: (1 << 30, 4))
     assert whole_model(*wanted)[1] == 1
+    monkeypatch.setattr(memory, "gpus_of_a_node", lambda timeout_s: (0, 0))
+    with pytest.raises(
+        ClusterError, match="quality: a whole model may take several GPUs, and nobody knows what .*; set evaluate.num"
+    ):
+        whole_model(*wanted)
+
+
+def test_a_model_larger_than_the_one_gpu_that_holds_all_shards_is_spread_or_refused(monkeypatch, parent_folder):
+    wanted = ([str(parent_folder)], ClusterConfig(num_shards=1, gpus_per_shard=0.5), "a reader", "quality")
+    size = weight_bytes(parent_folder, 4)
+    for each, most, gpus in ((size, 1, 0.5), (size - 1, 2, 2), (0, 0, 0.5)):
+        monkeypatch.setattr(memory, "gpus_of_a_node", lambda timeout_s, found=(each, most): found)
+        assert whole_model(*wanted)[1] == gpus
+    monkeypatch.setattr(memory, "gpus_of_a_node", lambda timeout_s: (size - 1, 1))
+    with pytest.raises(ClusterError, match="takes 2 GPUs, and no node has more than 1; set evaluate.num_shards"):
+        whole_model(*wanted)
+
+
+def test_no_cpu_evaluates_a_parent_whole_that_is_larger_than_a_gpu(monkeypatch, parent_folder):
+    size = int(memory.ROOM * weight_bytes(parent_folder, 4))
+    on_gpus = ClusterConfig(num_shards=2, gpus_per_shard=1)
+
+    def checked(gpus, cluster=on_gpus, num_gpus=0.0):
+        monkeypatch.setattr(memory, "gpus_of_a_node", lambda timeout_s: gpus)
+        check_who_evaluates(str(parent_folder), cluster, num_gpus, "evaluation")
+
+    checked((size, 1))
+    checked((size - 1, 1), num_gpus=1)
+    checked((size - 1, 1), cluster=ClusterConfig())
+    checked((0, 0), cluster=ClusterConfig(num_shards=1, gpus_per_shard=1))
+    with pytest.raises(
+        ClusterError, match="evaluation: with profile.num_gpus=0 a CPU .* and a GPU has 0.0; set evaluate.num_shards"
+    ):
+        checked((size - 1, 1))
+    with pytest.raises(ClusterError, match="whole parent, and nobody knows what GPUs .*; or set profile.num_gpus"):
+        checked((0, 0))
+
+
+def test_stages_foresee_who_evaluates(monkeypatch):
+    asked = []
+    monkeypatch.setattr(memory, "check_who_evaluates", lambda *how: asked.append(how[2:]))
+    for name, words, expected in (
+        ("evaluation", ("evaluate.num_shards=0",), [(0, "evaluation")]),
+        ("evaluation", ("evaluate.num_shards=2",), []),
+        ("evaluation", ("cluster.autoscaling=true",), []),
+        ("sweep", ("search.sweep_gkd=true",), [(0, "evaluation")]),
+        ("sweep", ("search.sweep_gkd=false",), []),
+    ):
+        config, parent = load("tiny", None, words), SimpleNamespace(address="parent")
+        known = {"config": config, "profile_config": config.profile, "original": SimpleNamespace(parent=parent)}
+        for finished in (True, False):
+            asked.clear()
+            stages()[name].foreseen(SimpleNamespace(artifact=lambda _, is_so=finished: SimpleNamespace(finished=is_so), **known))
+            assert asked == ([] if finished else expected), (name, words)
 
 
 @pytest.mark.parametrize(("gpus", "shards"), [(8.0, 3), (1.0, 1)])
@@ -231,7 +290,13 @@ def test_shards_are_as_many_as_find_a_gpu_beside_who_asks_them(monkeypatch, pare
         1 / 2 if shards == 3 else 1
     )
     monkeypatch.setattr(ray, "nodes", lambda: [{**NODE, "Resources": {"CPU": 2.0, "GPU": 0.5}}])
-    with pytest.raises(
-        ClusterError, match="evaluate: shards and who asks them take 0.5 GPU each, and there is room for 1; set evaluate"
-    ):
-        placed([str(parent_folder)], ClusterConfig(gpus_per_shard=0.5), 9, "evaluate")
+    alone = placed([str(parent_folder)], ClusterConfig(gpus_per_shard=0.5), 9, "evaluate")
+    started = alone.start(lambda options: options)
+    assert started.worker == {"num_cpus": 1, "num_gpus": 0.5} and started.actors == [started.worker]
+    assert started.shards.num_shards == 3, "whoever asks reads them one after the other"
+    monkeypatch.setattr("puzzle_ray.process.device_for", lambda num_gpus: CPU)
+    model = ShardedModel(str(parent_folder), started.shards.layers_of)
+    ids = torch.arange(2, 8)[None]
+    with torch.inference_mode():
+        (found,) = model.final_states([ids], [None])
+        assert torch.equal(found, final_states(load_model(parent_folder), ids))
