@@ -154,6 +154,8 @@ def row_of(
 
 def measure(parent: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of one parent."""
+    options.poisson_tokens, options.arrivals, options.new_tokens = 8, 1, options.answers[0]
+    load, _ = loads(parent, options.text, options)
     config = read_config(parent)
     architectures = {PARENT: (LayerChoice(),) * config.num_hidden_layers, **children_of(config)}
     by = {
@@ -163,8 +165,6 @@ def measure(parent: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
         }
         for answer in options.answers
     }
-    options.poisson_tokens, options.arrivals, options.new_tokens = 8, 1, options.answers[0]
-    load, _ = loads(parent, options.text, options)
     rows = []
     with tempfile.TemporaryDirectory() as root, ExitStack() as stack:
         folders = {PARENT: parent}
@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument(
         "--parent", type=Path, action="append", required=True, help="a model folder with a tokenizer; several by several"
     )
-    parser.add_argument("--text", type=Path, required=True, help="what prompts are cut from")
+    parser.add_argument("--text", type=Path, required=True, help="a file that prompts are cut from")
     parser.add_argument("--answers", type=int, nargs="+", default=[64, 256], help="lengths in tokens")
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--engines", nargs="+", choices=tuple(BY_CPU_TIME), default=list(BY_CPU_TIME), help="puzzle among them")
