@@ -44,7 +44,7 @@ from puzzle_ray.store import Store
 from puzzle_ray.variants.space import search_space
 
 PARENT, EMPTY, WITH_HTTP = "parent", "empty", "puzzle with HTTP"
-EACH, FEW_TOKENS, QUANTILE = 1, 8, 0.25
+EACH, FEW_TOKENS, QUANTILE = 4, 8, 0.25  # with one request a user, not all are at work at the ends of a turn
 Predictions = Mapping[str, Mapping[str, float]]  # engine -> model -> CPU milliseconds of a token of the answers
 
 
