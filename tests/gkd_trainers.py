@@ -61,8 +61,8 @@ def weights(trainer):
 def summing_over_two(rank, tensors, barrier):
     def all_reduce(tensor):
         tensors[rank] = tensor.clone()
-        barrier.wait(timeout=60)
+        barrier.wait(timeout=240)
         tensor.copy_(tensors[0] + tensors[1])
-        barrier.wait(timeout=60)
+        barrier.wait(timeout=240)
 
     return all_reduce

@@ -253,7 +253,9 @@ def test_losing_a_node_with_a_shard_and_its_trainers_changes_nothing(several_nod
 
     def nodes():
         stream = streams[-1]
-        shards, trainers = (ray.get([a.node.remote() for a in actors], timeout=60) for actors in (stream.shards, stream.trainers))
+        shards, trainers = (
+            ray.get([a.node.remote() for a in actors], timeout=240) for actors in (stream.shards, stream.trainers)
+        )
         return [(shard, *trainers[2 * n : 2 * n + 2]) for n, shard in enumerate(shards)]
 
     def kill():
@@ -450,7 +452,7 @@ def test_an_interrupt_while_room_is_waited_for_leaves_nothing_reserved(several_n
     several_nodes.add(num_cpus=1)
 
     def interrupted(group, timeout_s):
-        assert ray.get(group.ready(), timeout=60)
+        assert ray.get(group.ready(), timeout=240)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(PlacementGroup, "wait", interrupted)

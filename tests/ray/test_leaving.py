@@ -65,13 +65,13 @@ def test_shards_and_trainers_move_before_a_drained_node_goes(several_nodes, tmp_
         starts.append(stream.last() + 1)
         if len(streams) == 2:
             actors = [*stream.shards, *stream.trainers]
-            then.append(ray.get([actor.node.remote() for actor in actors], timeout=60))
+            then.append(ray.get([actor.node.remote() for actor in actors], timeout=240))
         return run(stream, *more)
 
     monkeypatch.setattr(library_stream, "_run", noted)
 
     def leave():
-        drained.append(ray.get(streams[0].trainers[0].node.remote(), timeout=60))
+        drained.append(ray.get(streams[0].trainers[0].node.remote(), timeout=240))
         assert not is_leaving(drained[0])
         drain(drained[0])
         until(lambda: drained[0] in LEAVING, "it is seen")

@@ -162,7 +162,7 @@ def test_killing_a_shard_and_a_trainer_and_stopping_the_driver_change_nothing(lo
         raise Stop
 
     def kill(actors):
-        killed.append(ray.get(actors[0].pid.remote(), timeout=30))
+        killed.append(ray.get(actors[0].pid.remote(), timeout=240))
         os.kill(killed[-1], signal.SIGKILL)
 
     carry_over(setting[-1].artifact, [0, 1, 2], setting[1], setting[3].artifact("library", {"by": "all die"}, {}))
@@ -184,7 +184,7 @@ def test_shards_with_their_trainers_in_one_process_and_one_of_them_killed_change
     def kill():
         (stream,) = streams
         assert stream.shards == stream.trainers and len(stream.shards) == 2
-        os.kill(ray.get(stream.shards[0].pid.remote(), timeout=30), signal.SIGKILL)
+        os.kill(ray.get(stream.shards[0].pid.remote(), timeout=240), signal.SIGKILL)
 
     seen = At(15, kill)
     assert_same(setting[-1], build(setting, "colocated", seen, colocate=True))
@@ -205,7 +205,7 @@ def test_killing_a_shard_while_scoring_changes_nothing(local_ray, setting, monke
     monkeypatch.setattr(ParentPipelines, "_start_one", started)
 
     def kill():
-        os.kill(ray.get(pipelines[0][1][-1].pid.remote(), timeout=30), signal.SIGKILL)
+        os.kill(ray.get(pipelines[0][1][-1].pid.remote(), timeout=240), signal.SIGKILL)
 
     assert score(setting, "killed", config, At(3, kill)) == score_in_one_process(setting, config, "serial, in doubt")
     assert pipelines

@@ -11,7 +11,7 @@ from waiting import until
 from actors.pool import Pool, Terms
 from puzzle_ray.errors import ClusterError
 
-TERMS = Terms("test", "workers", placement_timeout_s=240, step_timeout_s=60)
+TERMS = Terms("test", "workers", placement_timeout_s=240, step_timeout_s=240)
 
 
 @ray.remote(num_cpus=0, max_restarts=0)

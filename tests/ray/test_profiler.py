@@ -111,7 +111,7 @@ def test_killing_a_profiler_loses_at_most_the_item_it_was_at(local_ray, setting,
         kept.update({name: step.read(f"items/{name}") for name in step.names("items")})
         ((worker, _),) = pools[0].running.values()
         status = worker.handle.pid.options(concurrency_group="status")
-        os.kill(ray.get(status.remote(), timeout=30), signal.SIGKILL)
+        os.kill(ray.get(status.remote(), timeout=240), signal.SIGKILL)
 
     heard = Heard(num_runs(profile_tasks(space, long)[0], long) + 1, kill)
     profile = profile_blocks(folder, space, long, CLUSTER, step, heard)

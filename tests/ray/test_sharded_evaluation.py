@@ -39,7 +39,7 @@ from puzzle_ray.store import Store
 
 IDS = torch.randint(2, VOCAB_SIZE, (6, 24), generator=torch.Generator().manual_seed(0))
 BATCHES = list(IDS.split(2))
-CLUSTER = ClusterConfig(step_timeout_s=60.0)
+CLUSTER = ClusterConfig(step_timeout_s=240.0)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_who_dies_is_started_again_and_no_figure_changes(local_ray, folders, tmp
             found = arrived(self, ref)
             if not marker.exists():
                 marker.touch()
-                os.kill(os.getpid() if who == "asks" else ray.get(shards.actors[1].pid.remote(), timeout=30), signal.SIGKILL)
+                os.kill(os.getpid() if who == "asks" else ray.get(shards.actors[1].pid.remote(), timeout=240), signal.SIGKILL)
             return found
 
         LayersInActors._arrived = killed_first
