@@ -7,9 +7,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import PretrainedConfig
+try:
+    from transformers.integrations.heterogeneity import HeterogeneousConfigMixin as _Heterogeneous
+except ImportError:
+    _Heterogeneous = None
 
-HETEROGENEOUS = hasattr(PretrainedConfig, "is_heterogeneous")  # transformers from 5.15 knows per_layer_config
+HETEROGENEOUS = _Heterogeneous is not None  # transformers from 5.15 knows per_layer_config
 OURS = {
     "linear": (),
     "window": None,
@@ -53,10 +56,16 @@ class ChildSettings:
         if not HETEROGENEOUS and per_layer_config is not None:
             self.per_layer_config = per_layer_config
 
-    def __getattribute__(self, name: str) -> Any:
-        """Every layer is built from the settings of the whole first, so these can be read; transformers 5 would refuse."""
-        other_names = object.__getattribute__(self, "attribute_map") if name != "attribute_map" else {}
-        return object.__getattribute__(self, other_names.get(name, name))
+    if HETEROGENEOUS:
+
+        def __getattribute__(self, name: str) -> Any:
+            """Every layer is built from the settings of the whole first, so these can be read; transformers 5 would refuse.
+
+            `super` in place of `object`: torch.compile, and so vLLM, can read on in this form alone.
+            """
+            if name != "attribute_map":
+                name = super(_Heterogeneous, self).__getattribute__("attribute_map").get(name, name)
+            return super(_Heterogeneous, self).__getattribute__(name)
 
     def to_dict(self) -> dict[str, Any]:
         settings: dict[str, Any] = super().to_dict()  # type: ignore[misc]
