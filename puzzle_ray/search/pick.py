@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from puzzle_ray.artifacts import Architecture, Choices, LayerChoice, Measure
+from puzzle_ray.artifacts import Architecture, Choices, Measure
 from puzzle_ray.errors import ConfigError, Infeasible, OutOfTime
 from puzzle_ray.search.correction import Correction, best_unmeasured
 from puzzle_ray.search.finalists import (
@@ -320,12 +320,6 @@ def _pick_options(search: SearchConfig) -> PickOptions:
         search.race_own,
         search.race_within,
     )
-
-
-def measured_kls(report: Mapping[str, Any] | None) -> dict[Choices, float]:
-    """The KL of every whole child in the report of a pick, by its choices. Nothing without a report."""
-    rows = [*report["candidates"], report["picked"]] if report else []
-    return {tuple(LayerChoice(*label.split(" + ")) for label in row["choices"]): row["kl"] for row in rows}
 
 
 def _distance(candidate: MeasuredAnswer, first: Architecture) -> int:

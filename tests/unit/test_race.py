@@ -250,5 +250,6 @@ def test_the_tables_say_who_stopped_where():
         "13,824" in lines[1] and "mip #2 = greedy, won" in lines[2] and "mip, stopped after 27 steps, 13,824 tokens" in lines[3]
     )
     assert race_lines([]) == []
-    page = render(replace(whole_run(), race=RACED))
-    assert "stopped at step 27" in page and ">won<" in page and "The pick is by a race" not in render(whole_run())
+    run = whole_run()
+    page = render(replace(run, picked={**run.picked, "race": RACED}))
+    assert "stopped at step 27" in page and ">won<" in page and "The pick is by a race" not in render(run)
