@@ -19,11 +19,12 @@ def check(config: RunConfig, store: Store) -> None:
     """Looks at settings, store, text, parent and search space. Raises a PuzzleError with one clear line."""
     from puzzle_ray.distill.layer_weights import layer_weights
     from puzzle_ray.profiling.engine import engine_of
-    from puzzle_ray.search.searcher import find_searcher
+    from puzzle_ray.search.searcher import RIVALS, find_searcher
 
     store.check()
-    for name in (config.search.searcher, *config.search.rivals):
-        find_searcher(name)
+    find_searcher(config.search.searcher)
+    for name in config.search.rivals:
+        find_searcher(name, RIVALS)
     engine_of(config.profile)
     data = config.data
     for where, source in named_sources(data):

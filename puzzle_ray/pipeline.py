@@ -256,10 +256,10 @@ def architecture_of(s: Setting, tokens: Artifact, library: Artifact, profile: Ar
             replace(chosen, architecture=counted_from_original(chosen.architecture, setup)) if s.after else chosen, artifact
         )
 
-    inputs = {"profile": profile.key, "scores": scores.key} | searcher_sources([search.searcher])
+    inputs = {"profile": profile.key, "scores": scores.key} | searcher_sources(search.searcher)
     if search.measures:
         read = max(search.measure_tokens, config.gkd.heldout_tokens if search.distils else 0)
-        inputs |= searcher_sources(search.rivals) | parts_of(s, tokens).sources(pick=read)
+        inputs |= searcher_sources(search.searcher, search.rivals) | parts_of(s, tokens).sources(pick=read)
     inputs |= train_tokens_source(tokens) | original_source(s) if search.distils else {}
     return once(s.store.artifact("architecture", settings, inputs), work)
 
