@@ -190,7 +190,9 @@ def load_gkd_trainer(
 
 
 def say_epochs(job: GkdJob) -> None:
-    """Says so where the text is read more than once."""
+    """Says so where the text is read more than once, when a training begins: one that goes on, as the winner of a race, has said it."""
+    if steps_saved(job.artifact):
+        return
     train, _ = load_tokens(job.data)
     asked = Curriculum.of(train, job.config, job.seed).tokens
     told_if_read_again("gkd", epochs(asked, train.num_tokens), train.num_tokens)

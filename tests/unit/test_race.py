@@ -238,6 +238,21 @@ def test_what_losers_read_is_planned():
     assert tokens_before_pick(short) == 2 * 640
 
 
+def test_it_is_said_once_that_the_text_is_read_again_in_a_race_and_behind_it(tmp_path, capsys):
+    """100 sequences of 16 tokens. A child that is alone does not race, and says it itself."""
+    config = CONFIG.model_copy(update={"tokens": 36 * 64})
+    here = gkd_jobs(tmp_path, config, (CHOICES, WORSE))
+    pick = here[0].artifact.store.artifact("architecture", {}, {})
+    rows = race_here(here, (2,), pick, Quiet())
+    (winner,) = [job for job in here if rows[job.artifact.key][-1].goes_on]
+    distill_child(winner, Quiet())
+    said = "  gkd: its text is read 1.4 times over: there are 1600 tokens to train on\n"
+    assert capsys.readouterr().err.count(said) == 1
+    (alone,) = gkd_jobs(tmp_path / "alone", config)
+    distill_child(alone, Quiet())
+    assert capsys.readouterr().err.count(said) == 1
+
+
 RACED = [
     {"origin": "mip", "also": [], "kl": 0.3, "rungs": [{"step": 27, "tokens": 13824, "kl": 0.25, "goes_on": False}]},
     {"origin": "mip #2", "also": ["greedy"], "kl": 0.4, "rungs": [{"step": 27, "tokens": 13824, "kl": 0.24, "goes_on": True}]},
