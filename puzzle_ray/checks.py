@@ -179,10 +179,9 @@ def check_asked(config: RunConfig, tokenizer: Any, model_config: Any) -> None:
     positions = getattr(model_config, "max_position_embeddings", None)
     check_prompt(config.evaluate, tokenizer, positions, model_config.vocab_size)
     if lengths := config.evaluate.retrieval_tokens:
-        from puzzle_ray.evaluation.retrieval import make_questions
+        from puzzle_ray.evaluation.retrieval import check_lengths
 
-        of_length = config.evaluate.retrieval_depths, config.evaluate.retrieval_questions
-        make_questions(tokenizer, [min(lengths)], *of_length, config.seed)
+        check_lengths(tokenizer, lengths, config.evaluate.retrieval_depths, config.evaluate.retrieval_questions, config.seed)
     if config.evaluate.tasks and tokenizer.eos_token_id is None:
         problem = "the parent's tokenizer has no token that ends a text, which the harness asks for"
         raise ConfigError("evaluate.tasks", problem, "leave them out, or save the tokenizer with its eos_token")

@@ -94,7 +94,10 @@ BAD = {
     "no architecture": (words("--set", f"{NARROW}=FOLDER/nowhere.json"), "library.narrow_from: "),
     "no such filesystem": (words("--set", f"{NARROW}=nowhere://a.json"), "library.narrow_from: "),
     "a library that is none": (words("--set", "library.start_from=FOLDER"), "is no finished library"),
-    "numbers hidden in too little": (words("--set", "evaluate.retrieval_tokens=[100, 40]"), "40 tokens do not hold a question"),
+    "numbers hidden in too little": (
+        words("--set", "evaluate.retrieval_tokens=[100, 40]"),
+        "40 and 100 tokens do not hold a question of",
+    ),
     "a rival that is none": (
         words("--set", "search.rivals=[gredy]"),
         "search.rivals: unknown searcher 'gredy'; did you mean 'greedy'? known: ",
