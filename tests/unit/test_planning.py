@@ -19,6 +19,7 @@ from puzzle_ray.config import RunConfig
 from puzzle_ray.data.order import Tokens
 from puzzle_ray.distill.bld import LayerTrainer
 from puzzle_ray.distill.gkd_trainer import GkdTrainer
+from puzzle_ray.distill.range_test import MOST_TRIALS
 from puzzle_ray.distill.settings import GkdConfig
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.models.blocks import LayerStack, load_stack
@@ -287,6 +288,10 @@ def test_candidates_that_are_distilled_before_the_pick_are_counted():
     assert candidate.parts == worker.parts, "a whole child each, with what trains it"
     assert work["architecture"].flops == 8 * (sum(sizes.layers) + sizes.head) * 3000 * 5 and work["architecture"].gpus == 5
     assert not problems([candidate], Hardware.parse("1x1 H100")), "those that find no GPU wait for their turn"
+    tested = planned(tiny_config(), **settings | {"gkd": gkd | {"learning_rate": "auto"}})[1]
+    trials = [MOST_TRIALS * 256 * steps for steps in (12, 20)]  # of 12 and of 40 steps in all
+    assert tested["architecture"].flops == 8 * (sum(sizes.layers) + sizes.head) * (3000 + trials[0]) * 5
+    assert tested["gkd"].flops == 8 * (sum(sizes.layers) + sizes.head) * (10_000 + trials[1])
     without = planned(tiny_config(), **settings | {"search": search | {"distil_tokens": 0}})
     assert ("architecture", "candidate") not in without[0] and "architecture" not in without[1]
 

@@ -20,11 +20,12 @@ from puzzle_ray.distill import race as racing
 from puzzle_ray.distill.curriculum import Curriculum
 from puzzle_ray.distill.gkd import CHILD, CURVE, LOOKS, distill_child, steps_saved
 from puzzle_ray.distill.race import at_rungs, losers_steps, race, race_here
+from puzzle_ray.distill.range_test import MOST_TRIALS
 from puzzle_ray.distill.rungs import RungRow, climb, read_rows
 from puzzle_ray.distill.settings import GkdConfig
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.models.child import load_model
-from puzzle_ray.planning.distilling import tokens_before_pick
+from puzzle_ray.planning.distilling import tokens_before_pick, tokens_of_gkd
 from puzzle_ray.progress import Quiet
 from puzzle_ray.report.page import render
 from puzzle_ray.search.settings import SearchConfig
@@ -236,6 +237,20 @@ def test_what_losers_read_is_planned():
     assert staged.gkd.race_steps(2) == (400,) and tokens_before_pick(staged) == 400 * 2048, "of short sequences"
     short = RunConfig(search={"candidates": 2, "distil_tokens": 640, "rivals": []})
     assert tokens_before_pick(short) == 2 * 640
+
+
+def test_every_childs_test_of_learning_rates_is_planned():
+    """1000 steps of 2048 tokens: a trial takes 50. Of two that race, the winner's test counts for stage `gkd`."""
+    words = ("search.race_rungs=3", "search.rivals=[greedy]", "gkd.tokens=2048000", "gkd.micro_batch_tokens=2048")
+    plain, auto = load(None, None, words), load(None, None, (*words, "gkd.learning_rate=auto"))
+    test = MOST_TRIALS * 50 * 2048
+    assert tokens_before_pick(auto) == tokens_before_pick(plain) + test
+    assert (tokens_of_gkd(plain), tokens_of_gkd(auto)) == (2048000, 2048000 + test)
+    three = auto.model_copy(update={"search": auto.search.model_copy(update={"rivals": ("greedy", "depth")})})
+    fixed = three.model_copy(update={"gkd": plain.gkd})
+    assert tokens_before_pick(three) == tokens_before_pick(fixed) + 2 * test
+    short = RunConfig(search={"candidates": 2, "distil_tokens": 4096, "rivals": []}, gkd={"learning_rate": "auto"})
+    assert tokens_before_pick(short) == 2 * (4096 + MOST_TRIALS * 4096), "two steps each, and as many in a trial"
 
 
 def test_it_is_said_once_that_the_text_is_read_again_in_a_race_and_behind_it(tmp_path, capsys):
