@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,10 +59,11 @@ from puzzle_ray.search.limits import Limits
 from puzzle_ray.search.rounds import counted_from_original, limits_of_round, unchanged_layers
 from puzzle_ray.search.searcher import searcher_sources
 from puzzle_ray.search.setup import SearchSetup
-from puzzle_ray.store import Artifact, Store, adding_items, do_once
+from puzzle_ray.store import Artifact, StillToDo, Store, adding_items, do_once, only_looking
 from puzzle_ray.variants.space import space_sources
 from puzzle_ray.version import torch_series
 
+AFTER_GKD = ("evaluation", "quality")  # stages
 EVALUATION, QUALITY = "evaluation.json", "quality.json"
 SEQUENCES = 8  # of a batch of held-out text that distillation is watched on
 
@@ -101,10 +103,25 @@ def compress(
     place = Store(config.store)
     if config.hardware is not None:
         config = for_this_machine(config, place)
-    if config.gkd.use_gpu and config.gkd.trains and not torch.cuda.is_available():
-        raise ConfigError("gkd.use_gpu", "a GPU is asked for, but PyTorch sees none here", "set gkd.use_gpu: false")
+    no_gpu = ConfigError("gkd.use_gpu", "a GPU is asked for, but PyTorch sees none here", "set gkd.use_gpu: false")
+    is_missing = config.gkd.use_gpu and config.gkd.trains and not torch.cuda.is_available()
+    if is_missing and place.is_local and not Path(place.root).exists():
+        raise no_gpu
     check(config, place)
-    return run(Setting(config, place, progress or Display()))
+    s = Setting(config, place, progress or Display())
+    if is_missing and still_distils(s):
+        raise no_gpu
+    return run(s)
+
+
+def still_distils(s: Setting) -> bool:
+    """Whether the store lacks the distilled child of any round, or what comes before it."""
+    try:
+        with only_looking():
+            run(s)
+    except StillToDo as found:
+        return found.artifact.stage not in AFTER_GKD
+    return False
 
 
 def for_this_machine(config: RunConfig, store: Store) -> RunConfig:
