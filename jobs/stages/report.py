@@ -12,9 +12,9 @@ import yaml
 
 from jobs.run import Run, Stage
 from jobs.stages import architecture, evaluation, library, profile, quality, scores, sweep
-from puzzle_ray.artifacts import rows_from_parquet
 from puzzle_ray.config import TINY
 from puzzle_ray.report.contents import ReportData, SweepPoint
+from puzzle_ray.rows import rows_from_parquet
 from puzzle_ray.search.sweep import SweepPoint as SearchedPoint
 from puzzle_ray.store import Artifact
 from puzzle_ray.version import __version__
