@@ -13,12 +13,11 @@ from actors.names import actor_name
 from actors.placement import node_cpus, require
 from actors.pool import Pool, Terms
 from actors.transport import Container
-from puzzle_ray.artifacts import Architecture, LayerChoice, Scenario
+from puzzle_ray.artifacts import LayerChoice
 from puzzle_ray.cluster import ClusterConfig
-from puzzle_ray.evaluation.settings import EvaluateConfig
+from puzzle_ray.evaluation.comparison import Comparison
 from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.progress import Quiet
-from puzzle_ray.scoring.downstream import QuestionBatch
 from puzzle_ray.store import Artifact
 
 
@@ -32,18 +31,7 @@ def realize(num_threads: int, parent: str, choices: Sequence[LayerChoice], libra
 
 
 def evaluate(
-    num_threads: int,
-    folders: Mapping[str, str],
-    batches: Sequence[Container],
-    architecture: Architecture | None,
-    scenario: Scenario,
-    config: EvaluateConfig,
-    dtype: str,
-    num_gpus: float,
-    questions: Sequence[QuestionBatch] = (),
-    separator: int | None = None,
-    trusted: bool = False,
-    engine: str = "torch",
+    num_threads: int, folders: Mapping[str, str], batches: Sequence[Container], how: Comparison, num_gpus: float
 ) -> dict[str, Any]:
     """Measures the parent and its children side by side."""
     import torch
@@ -52,9 +40,7 @@ def evaluate(
     from puzzle_ray.process import compute_with
 
     compute_with(num_threads)
-    tensors = [torch.from_numpy(batch.copy()) for batch in batches]
-    how = (Quiet(), num_gpus, questions, separator, trusted, engine)
-    return library.evaluate(folders, tensors, architecture, scenario, config, dtype, *how)
+    return library.evaluate(folders, [torch.from_numpy(batch.copy()) for batch in batches], how, Quiet(), num_gpus)
 
 
 def evaluate_in_shards(
@@ -63,13 +49,7 @@ def evaluate_in_shards(
     num_gpus: float,
     folders: Mapping[str, str],
     batches: Sequence[Container],
-    architecture: Architecture | None,
-    scenario: Scenario,
-    config: EvaluateConfig,
-    dtype: str,
-    questions: Sequence[QuestionBatch] = (),
-    separator: int | None = None,
-    trusted: bool = False,
+    how: Comparison,
 ) -> dict[str, Any]:
     """The same, with the models' layers in shards, and nothing timed."""
     import torch
@@ -78,9 +58,8 @@ def evaluate_in_shards(
     from puzzle_ray.process import compute_with, device_for
 
     compute_with(num_threads)
-    tensors = [torch.from_numpy(batch.copy()) for batch in batches]
-    what = (tensors, architecture, scenario, config, dtype, Quiet(), device_for(num_gpus), questions, separator, trusted)
-    return library.evaluate_in_shards(folders, shards.layers_of, shards.num_shards, *what)
+    tensors, where = [torch.from_numpy(batch.copy()) for batch in batches], (shards.layers_of, shards.num_shards)
+    return library.evaluate_in_shards(folders, tensors, how, Quiet(), *where, device_for(num_gpus))
 
 
 def predict_in_shards(

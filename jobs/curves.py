@@ -41,9 +41,9 @@ class Curves:
 
     def add_gkd(self, artifact: Artifact) -> None:
         """The losses of a finished global distillation."""
-        from puzzle_ray.artifacts import rows_from_parquet
         from puzzle_ray.distill.gkd import CURVE
         from puzzle_ray.distill.gkd_trainer import GkdRow
+        from puzzle_ray.rows import rows_from_parquet
 
         rows, _ = rows_from_parquet(artifact.read(CURVE), GkdRow)
         for _, row in thinned(rows):

@@ -18,7 +18,7 @@ GIB = 1 << 30
 
 def table(demands: Sequence[Demand], works: Sequence[Work], hardware: Hardware, mfu: float) -> list[str]:
     """The plan in lines: processes, then stages, then what does not fit."""
-    from puzzle_ray.planning.hardware import problems
+    from puzzle_ray.planning.hardware import host_bytes, problems
 
     lines = [f"{'stage':<12}{'process':<16}{'count':>6}{'GiB each':>10}  {'of which GiB'}"]
     for demand in demands:
@@ -41,8 +41,10 @@ def table(demands: Sequence[Demand], works: Sequence[Work], hardware: Hardware, 
     words = f"so many {hardware.name} of {hardware.num_gpus}, busy at {mfu:.0%} of their peak rate"
     words += "" if all(work.on_gpus for work in works) else "; how long CPUs take is not known"
     lines.append(f"hours: {words}; every stage apart; the child counts as large as the parent")
+    hosts = ", ".join(f"{stage} {held / GIB:.2f}" for stage, held in host_bytes(demands).items() if held)
+    lines += [f"GiB of all hosts' memory together, beside what libraries take: {hosts}"] if hosts else []
     found = problems(demands, hardware)
-    return [*lines, "", *(found or ["every process fits"])]
+    return [*lines, "", *(found or ["every process fits the GPUs that it is given"])]
 
 
 def call(

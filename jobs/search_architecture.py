@@ -9,6 +9,7 @@ from jobs.command import STAGES, stage_verb
 from jobs.run import Run
 from puzzle_ray.artifacts import Architecture
 from puzzle_ray.search.finalists import outcome
+from puzzle_ray.search.interactions import NOT_MEASURED
 
 
 def describe(architecture: Architecture) -> str:
@@ -54,6 +55,8 @@ def candidates(report: Mapping[str, Any]) -> str:
         lines[-1] += f", rank correlation {off['rank_correlation']:.2f}"
     if report["interactions"]:
         lines.append("  pairs of much-used blocks: KL with both, less the sum of each alone")
+    else:
+        lines.append(f"  {NOT_MEASURED}")
     for row in sorted(report["interactions"], key=lambda row: -abs(row["interaction"])):
         lines.append(f"    {row['interaction']:+.5f} = {row['kl_both']:.5f} - {row['kl_a']:.5f} - {row['kl_b']:.5f}  "
                      f"{row['a']} with {row['b']}")  # fmt: skip

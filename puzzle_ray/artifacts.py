@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+from puzzle_ray.rows import rows_from_parquet, rows_to_parquet
 
 SubblockKind = Literal["attention", "ffn"]
 KINDS: tuple[SubblockKind, ...] = ("attention", "ffn")
@@ -19,28 +17,11 @@ PARENT = "parent"
 NOOP = "noop"
 BLOCK = "block"  # the kind of a coupled pair
 MIB = 1024.0 * 1024.0
-Row = TypeVar("Row")
 
 
 def to_json(value: object) -> bytes:
     """A dataclass as readable JSON."""
     return json.dumps(asdict(value), indent=1).encode()  # type: ignore[call-overload]
-
-
-def rows_to_parquet(rows: Sequence[object], kind: type[object], metadata: Mapping[str, object]) -> bytes:
-    """Rows of one flat dataclass as a parquet file. `metadata` is stored as JSON in the file's schema."""
-    columns = {f.name: [getattr(row, f.name) for row in rows] for f in fields(kind)}  # type: ignore[arg-type]
-    table = pa.table(columns).replace_schema_metadata({"puzzle_ray": json.dumps(metadata)})
-    sink = io.BytesIO()
-    pq.write_table(table, sink)
-    return sink.getvalue()
-
-
-def rows_from_parquet(data: bytes, kind: type[Row]) -> tuple[tuple[Row, ...], dict[str, Any]]:
-    """The inverse of `rows_to_parquet`."""
-    table = pq.read_table(io.BytesIO(data))
-    metadata = json.loads((table.schema.metadata or {}).get(b"puzzle_ray", b"{}"))
-    return tuple(kind(**row) for row in table.to_pylist()), metadata
 
 
 @dataclass(frozen=True)

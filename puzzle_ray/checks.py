@@ -19,11 +19,12 @@ def check(config: RunConfig, store: Store) -> None:
     """Looks at settings, store, text, parent and search space. Raises a PuzzleError with one clear line."""
     from puzzle_ray.distill.layer_weights import layer_weights
     from puzzle_ray.profiling.engine import engine_of
-    from puzzle_ray.search.searcher import find_searcher
+    from puzzle_ray.search.searcher import RIVALS, find_searcher
 
     store.check()
-    for name in (config.search.searcher, *config.search.rivals):
-        find_searcher(name)
+    find_searcher(config.search.searcher)
+    for name in config.search.rivals:
+        find_searcher(name, RIVALS)
     engine_of(config.profile)
     data = config.data
     for where, source in named_sources(data):
@@ -178,10 +179,9 @@ def check_asked(config: RunConfig, tokenizer: Any, model_config: Any) -> None:
     positions = getattr(model_config, "max_position_embeddings", None)
     check_prompt(config.evaluate, tokenizer, positions, model_config.vocab_size)
     if lengths := config.evaluate.retrieval_tokens:
-        from puzzle_ray.evaluation.retrieval import make_questions
+        from puzzle_ray.evaluation.retrieval import check_lengths
 
-        of_length = config.evaluate.retrieval_depths, config.evaluate.retrieval_questions
-        make_questions(tokenizer, [min(lengths)], *of_length, config.seed)
+        check_lengths(tokenizer, lengths, config.evaluate.retrieval_depths, config.evaluate.retrieval_questions, config.seed)
     if config.evaluate.tasks and tokenizer.eos_token_id is None:
         problem = "the parent's tokenizer has no token that ends a text, which the harness asks for"
         raise ConfigError("evaluate.tasks", problem, "leave them out, or save the tokenizer with its eos_token")

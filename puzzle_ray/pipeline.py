@@ -10,11 +10,11 @@ finished the other finds. A run that was interrupted goes on where it was.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ import torch
 from puzzle_ray.artifacts import Architecture, Choices, Measure, Profile, Scores
 from puzzle_ray.checks import check, check_asked
 from puzzle_ray.compression import Round, Setting, assignment, original_source, questions_source
-from puzzle_ray.config import TINY, RunConfig, load
+from puzzle_ray.config import TINY, load
 from puzzle_ray.data.parts import HeldoutParts, heldout_parts
 from puzzle_ray.data.sources import source_inputs
 from puzzle_ray.data.splits import load_tokens, save_tokens, train_tokens_source
@@ -34,19 +34,18 @@ from puzzle_ray.distill.rungs import to_json
 from puzzle_ray.distill.text import LibraryText
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.evaluation.child_meter import ChildMeter
+from puzzle_ray.evaluation.comparison import Comparison
 from puzzle_ray.evaluation.evaluate import evaluate, evaluate_in_shards
 from puzzle_ray.evaluation.quality import Quality, quality_facts
 from puzzle_ray.evaluation.reader import AskHere
 from puzzle_ray.evaluation.requests import ANSWERS
 from puzzle_ray.evaluation.task_names import task_sources
-from puzzle_ray.models.blocks import CPU
 from puzzle_ray.models.shards import in_this_process
 from puzzle_ray.models.tokenizer import read_tokenizer
-from puzzle_ray.planning.settled import config_of_parent, settle
-from puzzle_ray.process import compute_with, num_cores
+from puzzle_ray.planning.settled import for_this_machine
+from puzzle_ray.process import compute_with, computing_with, num_cores
 from puzzle_ray.profiling.engine import engine_source, target_here
 from puzzle_ray.profiling.measure import PROFILE_TABLE, profile_serially
-from puzzle_ray.profiling.nodes import this_machine
 from puzzle_ray.progress import Display, Progress
 from puzzle_ray.scoring.downstream import load_questions
 from puzzle_ray.scoring.exact import exact_where_used
@@ -58,10 +57,11 @@ from puzzle_ray.search.limits import Limits
 from puzzle_ray.search.rounds import counted_from_original, limits_of_round, unchanged_layers
 from puzzle_ray.search.searcher import searcher_sources
 from puzzle_ray.search.setup import SearchSetup
-from puzzle_ray.store import Artifact, Store, adding_items, do_once
+from puzzle_ray.store import Artifact, StillToDo, Store, adding_items, do_once, only_looking
 from puzzle_ray.variants.space import space_sources
 from puzzle_ray.version import torch_series
 
+AFTER_GKD = ("evaluation", "quality")  # stages
 EVALUATION, QUALITY = "evaluation.json", "quality.json"
 SEQUENCES = 8  # of a batch of held-out text that distillation is watched on
 
@@ -101,18 +101,25 @@ def compress(
     place = Store(config.store)
     if config.hardware is not None:
         config = for_this_machine(config, place)
-    if config.gkd.use_gpu and config.gkd.trains and not torch.cuda.is_available():
-        raise ConfigError("gkd.use_gpu", "a GPU is asked for, but PyTorch sees none here", "set gkd.use_gpu: false")
+    no_gpu = ConfigError("gkd.use_gpu", "a GPU is asked for, but PyTorch sees none here", "set gkd.use_gpu: false")
+    is_missing = config.gkd.use_gpu and config.gkd.trains and not torch.cuda.is_available()
+    if is_missing and place.is_local and not Path(place.root).exists():
+        raise no_gpu
     check(config, place)
-    return run(Setting(config, place, progress or Display()))
+    s = Setting(config, place, progress or Display())
+    if is_missing and still_distils(s):
+        raise no_gpu
+    return run(s)
 
 
-def for_this_machine(config: RunConfig, store: Store) -> RunConfig:
-    """With what this machine decides of the config (`hardware: auto`): this process computes on its CPU."""
-    store.check()
-    found = settle(config, config_of_parent(config), [this_machine(gpus=False)], store)
-    print("\n".join(f"  {line}" for line in found.told()), file=sys.stderr, flush=True)
-    return found.config
+def still_distils(s: Setting) -> bool:
+    """Whether the store lacks the distilled child of any round, or what comes before it."""
+    try:
+        with only_looking():
+            run(s)
+    except StillToDo as found:
+        return found.artifact.stage not in AFTER_GKD
+    return False
 
 
 def run(s: Setting) -> Compressed:
@@ -231,13 +238,8 @@ def scores_of(s: Setting, tokens: Artifact, library: Artifact) -> Artifact:
 
 def architecture_of(s: Setting, tokens: Artifact, library: Artifact, profile: Artifact, scores: Artifact) -> Artifact:
     config, search, scoring = s.config, s.config.search, s.config.scoring
-    settings: dict[str, Any] = {
-        "search": search.identity(),
-        "metric": scoring.metric,
-        "exact": scoring.makes_exact,
-        "seed": config.seed,
-    }
-    settings |= {"memory": s.profile_config.memory()}
+    settings: dict[str, Any] = {"search": search.identity(), "metric": scoring.metric, "exact": scoring.makes_exact}
+    settings |= {"seed": config.seed, "memory": s.profile_config.memory()}
     settings |= {"round": [s.number, config.rounds]} if config.rounds > 1 else {}
     settings |= {"gkd": config.gkd_before_pick.identity(), "torch": torch_series()} if search.distils else {}
     settings |= config.data.mask_identity() if search.measures else {}
@@ -252,23 +254,22 @@ def architecture_of(s: Setting, tokens: Artifact, library: Artifact, profile: Ar
         distilled = lambda children: [distilled_kl(s, tokens, library, choices) for choices in children]  # noqa: E731
         race = lambda children: raced(s, tokens, library, children, artifact)  # noqa: E731
         chosen = choose(setup, asked, make_exact, lambda: measuring(s, tokens, library), distilled, race)
-        save_choice(
-            replace(chosen, architecture=counted_from_original(chosen.architecture, setup)) if s.after else chosen, artifact
-        )
+        counted = counted_from_original(chosen.architecture, setup) if s.after else chosen.architecture
+        save_choice(replace(chosen, architecture=counted), artifact)
 
-    inputs = {"profile": profile.key, "scores": scores.key} | searcher_sources([search.searcher])
+    inputs = {"profile": profile.key, "scores": scores.key} | searcher_sources(search.searcher)
     if search.measures:
         read = max(search.measure_tokens, config.gkd.heldout_tokens if search.distils else 0)
-        inputs |= searcher_sources(search.rivals) | parts_of(s, tokens).sources(pick=read)
+        inputs |= searcher_sources(search.searcher, search.rivals) | parts_of(s, tokens).sources(pick=read)
     inputs |= train_tokens_source(tokens) | original_source(s) if search.distils else {}
     return once(s.store.artifact("architecture", settings, inputs), work)
 
 
 def distilled_kl(s: Setting, tokens: Artifact, library: Artifact, choices: Choices) -> float:
     """A candidate's held-out KL after a short distillation."""
-    config, threads = s.config.model_copy(update={"gkd": s.config.gkd_before_pick}), torch.get_num_threads()
-    short = distilled_of(replace(s, config=config), tokens, child_with(s, library, choices))
-    compute_with(threads)  # more is measured
+    config = s.config.model_copy(update={"gkd": s.config.gkd_before_pick})
+    with computing_with(threads_of_gkd(s)):
+        short = distilled_of(replace(s, config=config), tokens, child_with(s, library, choices))
     return float(short.facts()["heldout_kl"])
 
 
@@ -276,11 +277,9 @@ def raced(
     s: Setting, tokens: Artifact, library: Artifact, children: Sequence[Choices], artifact: Artifact
 ) -> list[list[dict[str, Any]]]:  # fmt: skip
     """What candidates were at every rung of a race. Each begins the distillation that it would have if it were picked."""
-    threads = torch.get_num_threads()
-    compute_with(threads_of_gkd(s))
-    jobs = [distillation_of(s, tokens, child_with(s, library, choices)) for choices in children]
-    rows = race_here(jobs, s.config.gkd.race_steps(s.config.search.race_rungs), artifact, s.progress)
-    compute_with(threads)  # more is measured
+    with computing_with(threads_of_gkd(s)):
+        jobs = [distillation_of(s, tokens, child_with(s, library, choices)) for choices in children]
+        rows = race_here(jobs, s.config.gkd.race_steps(s.config.search.race_rungs), artifact, s.progress)
     return [[to_json(row) for row in rows[job.artifact.key]] for job in jobs]
 
 
@@ -358,13 +357,14 @@ def evaluation_of(
         compute_with(1 if config.num_shards else num_cores())  # as every shard computes
         batches = parts.test.first(config.tokens, config.sequences(s.config.data.sequence_length))
         questions = load_questions(str(s.parent), scoring, s.model_config, "test", s.config.trust_remote_code)
-        what = (batches, read_architecture(architecture), profile.scenario, config, profile.dtype, s.progress)
-        how = (questions, s.separator, s.config.trust_remote_code)
+        timed = (config, profile.scenario, profile.dtype)
+        trusted = s.config.trust_remote_code
+        how = Comparison(*timed, read_architecture(architecture), questions, s.separator, trusted, profile.engine)
         if config.num_shards:
             shards = min(config.num_shards, s.model_config.num_hidden_layers)
-            found = evaluate_in_shards(folders, in_this_process(shards), shards, *what, CPU, *how)
+            found = evaluate_in_shards(folders, batches, how, s.progress, in_this_process(shards), shards)
         else:
-            found = evaluate(folders, *what, profile.num_gpus, *how, profile.engine)
+            found = evaluate(folders, batches, how, s.progress, profile.num_gpus)
         artifact.write_json(EVALUATION, found | {"heldout": parts.ranges})
         artifact.finish({name: found[name] for name in ("measured_speedup", "predicted_speedup")})
 

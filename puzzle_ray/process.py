@@ -169,6 +169,19 @@ def compute_with(num_threads: int) -> None:
     keep_freed_memory()
 
 
+@contextmanager
+def computing_with(num_threads: int) -> Iterator[None]:
+    """`compute_with`, and afterwards as many threads as before."""
+    import torch
+
+    before = torch.get_num_threads()
+    compute_with(num_threads)
+    try:
+        yield
+    finally:
+        compute_with(before)
+
+
 def device_for(num_gpus: float) -> torch.device:
     """The GPU that is reserved for this process, or the CPU where none is.
 

@@ -108,6 +108,34 @@ SWEEP = (
     SweepPoint(2.0, _architecture(*[LayerChoice("gqa:1", "ffn:128")] * 6, *[LayerChoice("gqa:2", "ffn:384")] * 2)),
     SweepPoint(9.0, None, "no architecture in this search space meets speedup >= 9; the best reachable is 7.4"),
 )
+
+
+def _measured(origin: str, ffn: str, kl: float, **more: object) -> dict[str, object]:
+    """A child that is on no frontier."""
+    choices = [LayerChoice("noop", ffn)] * LAYERS
+    predicted = _architecture(*choices).objective
+    return {"origin": origin, "predicted": predicted, "kl": kl, "stderr": 0.004, **more, "choices": [c.label for c in choices]}
+
+
+_CANDIDATES = [
+    _measured("mip", "ffn:384", 0.541),
+    _measured("mip #2", "ffn:128", 0.892),
+    _measured("mip, corrected", "ffn:256", 0.687, predicted_corrected=0.6173),
+]
+PICK = {
+    "metric": "kl", "tokens": 8192, "picked": _CANDIDATES[0], "candidates": _CANDIDATES, "local_search": [],
+    "left_out": {}, "prediction": {"mean_predicted_over_measured": 0.9, "rank_correlation": 0.5}, "interactions": [],
+}  # fmt: skip
+PAIRS = [
+    {
+        "a": "layer 3: linear + ffn:128",
+        "b": "layer 4: gqa:1 + linear",
+        "kl_a": 0.1234,
+        "kl_b": 0.2345,
+        "kl_both": 0.4321,
+        "interaction": 0.0742,
+    }
+]
 _TEXT = {"where": "data.train[0]", "left_out": [], "dropped_rows": 0}
 TEXT_SOURCES = (
     _TEXT | {"name": "train", "source": "books/<b>.txt", "weight": 3.0, "documents": 1200, "times_read": 0, "share": 0.751,
@@ -204,7 +232,7 @@ def whole_run() -> ReportData:
     return ReportData(
         "tiny-llama-8x192", scenario=SCENARIO, num_key_value_heads=4, intermediate_size=512, space=SPACE, profile=PROFILE,
         scores=SCORES, architecture=CHOSEN, sweep=SWEEP, library=library, bld_curves=curves, evaluation=evaluation, gkd_curve=gkd,
-        quality=_quality(), text_sources=TEXT_SOURCES,
+        quality=_quality(), text_sources=TEXT_SOURCES, picked=PICK,
         stage_seconds={"library": 142.0, "profile": 18.4, "score": 25.1, "search": 0.3, "gkd": 96.0, "evaluate": 12.7},
         config_yaml="parent: tiny\nsearch:\n  limits: {speedup: 1.5}  # <b>not bold</b>\n",
         versions={"puzzle_ray": "0.1.0", "torch": "2.13.0"}, machine={"cores": 2, "memory": "8 GiB"},

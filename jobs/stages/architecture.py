@@ -161,9 +161,9 @@ def measurements(run: Run) -> dict[str, Any] | None:
 def sources(run: Run) -> dict[str, str]:
     search = run.config.search
     if not search.measures:
-        return searcher_sources([search.searcher])
+        return searcher_sources(search.searcher)
     read = max(search.measure_tokens, run.config.gkd.heldout_tokens if search.distils else 0)
-    found = searcher_sources([search.searcher, *search.rivals]) | tokens.parts(run).sources(pick=read)
+    found = searcher_sources(search.searcher, search.rivals) | tokens.parts(run).sources(pick=read)
     return found | (tokens.train_source(run) | gkd.original_source(run) if search.distils else {})
 
 

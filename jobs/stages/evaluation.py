@@ -55,20 +55,21 @@ def compare(run: Run, folders: Mapping[str, str]) -> dict[str, Any]:
     the half of the downstream questions that no block was scored by."""
     from actors.lone_worker import evaluate, evaluate_in_shards, run_alone, run_beside_shards
     from actors.model_shards import placed
+    from puzzle_ray.evaluation.comparison import Comparison
     from puzzle_ray.scoring.downstream import load_questions
 
-    profile, config = run.profile_config, run.config
-    what = (folders, _batches(run), architecture.read(run), profile.scenario, config.evaluate, profile.dtype)
-    questions = load_questions(run.parent.address, config.scoring, run.parent.model_config, "test", config.trust_remote_code)
-    how = (questions, tokens.separator(run), config.trust_remote_code)
+    profile, config, trusted = run.profile_config, run.config, run.config.trust_remote_code
+    questions = load_questions(run.parent.address, config.scoring, run.parent.model_config, "test", trusted)
+    timed = (config.evaluate, profile.scenario, profile.dtype)
+    how = Comparison(*timed, architecture.read(run), questions, tokens.separator(run), trusted, profile.engine)
     found: dict[str, Any]
     if config.evaluate.num_shards:
         placement = placed(folders.values(), config.cluster, config.evaluate.num_shards, "evaluate")
-        found = run_beside_shards(evaluate_in_shards, *what, *how, placement=placement, what="evaluate")
+        found = run_beside_shards(evaluate_in_shards, folders, _batches(run), how, placement=placement, what="evaluate")
         print(f"  speed is {found['not_measured']}", file=sys.stderr, flush=True)
         return found
     where: dict[str, Any] = {"cluster": config.cluster, "what": "evaluate", "profile": profile}
-    found = run_alone(evaluate, *what, profile.num_gpus, *how, profile.engine, **where)
+    found = run_alone(evaluate, folders, _batches(run), how, profile.num_gpus, **where)
     return found
 
 

@@ -12,10 +12,9 @@ import yaml
 
 from jobs.run import Run, Stage
 from jobs.stages import architecture, evaluation, library, profile, quality, scores, sweep
-from puzzle_ray.artifacts import rows_from_parquet
 from puzzle_ray.config import TINY
 from puzzle_ray.report.contents import ReportData, SweepPoint
-from puzzle_ray.search.pick import measured_kls
+from puzzle_ray.rows import rows_from_parquet
 from puzzle_ray.search.sweep import SweepPoint as SearchedPoint
 from puzzle_ray.store import Artifact
 from puzzle_ray.version import __version__
@@ -67,8 +66,7 @@ def _of_library(run: Run) -> dict[str, Any]:
 
 def _of_architecture(run: Run) -> dict[str, Any]:
     found = {"scores": architecture.searched_scores(run), "architecture": architecture.read(run)}
-    picked = architecture.measurements(run)
-    return found | {"measured_kls": measured_kls(picked), "race": picked.get("race", ()) if picked else ()}
+    return found | {"picked": architecture.measurements(run) or {}}
 
 
 def _of_gkd(run: Run) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def contexts(run: Run) -> dict[Context, Run]:
 def sources(run: Run) -> dict[str, str]:
     search = run.config.search
     found = {f"profile {c[0]}+{c[1]}": other.artifact("profile").key for c, other in contexts(run).items()}
-    found |= searcher_sources([search.searcher])
+    found |= searcher_sources(search.searcher)
     picked = [search.measure_tokens] * search.sweep_measure + [run.config.gkd.heldout_tokens] * (search.sweep_rungs > 1)
     if picked:
         found |= tokens.parts(run).sources(pick=max(picked))

@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from puzzle_ray.artifacts import rows_to_parquet
 from puzzle_ray.data.order import epochs, told_if_read_again
 from puzzle_ray.data.splits import load_tokens
 from puzzle_ray.distill.child_loss import computes_in_half
@@ -31,6 +30,7 @@ from puzzle_ray.models.checkpoint import locate
 from puzzle_ray.models.child import load_model, model_without_weights, quiet_transformers, read_config, save_child
 from puzzle_ray.models.child_files import write_model
 from puzzle_ray.progress import Bar, Progress
+from puzzle_ray.rows import rows_to_parquet
 from puzzle_ray.store import Artifact
 
 CHILD = "child"  # a folder of the artifact
@@ -190,7 +190,9 @@ def load_gkd_trainer(
 
 
 def say_epochs(job: GkdJob) -> None:
-    """Says so where the text is read more than once."""
+    """Says so where the text is read more than once, when a training begins: one that goes on, as the winner of a race, has said it."""
+    if steps_saved(job.artifact):
+        return
     train, _ = load_tokens(job.data)
     asked = Curriculum.of(train, job.config, job.seed).tokens
     told_if_read_again("gkd", epochs(asked, train.num_tokens), train.num_tokens)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puzzle_ray.artifacts import BLOCK, LayerChoice, SearchSpace, SubblockKind, rows_from_parquet, rows_to_parquet
+from puzzle_ray.artifacts import BLOCK, LayerChoice, SearchSpace, SubblockKind
 from puzzle_ray.data.order import Tokens
 from puzzle_ray.distill.bld import LayerTrainer, LibraryRow, Schedule
 from puzzle_ray.distill.candidate import states_by_kind
@@ -34,6 +34,7 @@ from puzzle_ray.models.child import read_config
 from puzzle_ray.models.describe import describe
 from puzzle_ray.process import compute_with, give_back_freed_memory
 from puzzle_ray.progress import Progress
+from puzzle_ray.rows import rows_from_parquet, rows_to_parquet
 from puzzle_ray.store import RECORD, Artifact, Store
 from puzzle_ray.store.record import OTHER_VERSION
 

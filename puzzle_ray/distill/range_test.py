@@ -19,6 +19,7 @@ SHARE = 20  # a trial takes this part of the steps of the whole training,
 LEAST, MOST = 20, 100  # within these bounds
 WARMUP = 0.25  # of a trial: Adam's first steps are as large as the rate whatever the gradient, and a trial has few others
 WITHIN = 0.05
+MOST_TRIALS = 2 + FIRST  # the first rate, one above it that is no better, and all below
 
 
 @dataclass(frozen=True)

@@ -131,19 +131,10 @@ class ShardMeter:
 
 
 class ChildMeter(ShardMeter):
-    """A meter that holds the whole parent."""
-
-    def __init__(
-        self,
-        stack: LayerStack,
-        library: Library,
-        batches: Sequence[Tensor],
-        kept_bytes: int = KEPT_BYTES,
-        separator: int | None = None,
-    ) -> None:
-        super().__init__(stack, library, batches, kept_bytes, separator)
-        self.remember_parent()
+    """A meter that holds the whole parent, and runs it before the first child."""
 
     def measure(self, choices: Choices) -> Measured:
         """Compares one child with the parent; see `Measured`."""
+        if not self.parent_final:
+            self.remember_parent()
         return self.compare(self.run(choices))

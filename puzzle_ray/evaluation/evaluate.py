@@ -16,6 +16,7 @@ from torch import Tensor
 from puzzle_ray.artifacts import Architecture, Scenario
 from puzzle_ray.data.packing import positions_in_documents
 from puzzle_ray.errors import ConfigError
+from puzzle_ray.evaluation.comparison import Comparison
 from puzzle_ray.evaluation.settings import EvaluateConfig
 from puzzle_ray.models.blocks import CPU
 from puzzle_ray.models.checkpoint import Checkpoint, locate
@@ -28,7 +29,7 @@ from puzzle_ray.process import available_bytes, devices_for, give_back_freed_mem
 from puzzle_ray.profiling.engine import Engine, Timing, find_engine, measure_side_by_side
 from puzzle_ray.profiling.memory import kv_cache_bytes, model_memory_mib
 from puzzle_ray.progress import Bar, Progress
-from puzzle_ray.scoring.downstream import QuestionBatch, answer_questions
+from puzzle_ray.scoring.downstream import answer_questions
 from puzzle_ray.scoring.metrics import PredictionMetrics, compare_heads, mean, parents_own
 
 PARENT = "parent"
@@ -181,18 +182,7 @@ def greedy_sample(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> s
 
 
 def evaluate(
-    folders: Mapping[str, str],
-    batches: Sequence[Tensor],
-    architecture: Architecture | None,
-    scenario: Scenario,
-    config: EvaluateConfig,
-    dtype: str,
-    progress: Progress,
-    num_gpus: float = 0,
-    questions: Sequence[QuestionBatch] = (),
-    separator: int | None = None,
-    trusted: bool = False,
-    engine: str = "torch",
+    folders: Mapping[str, str], batches: Sequence[Tensor], how: Comparison, progress: Progress, num_gpus: float = 0
 ) -> dict[str, Any]:
     """Evaluates the named models (`parent`, `child_before_gkd`, `child`, ...), read one at a time in their own dtype.
 
@@ -203,61 +193,45 @@ def evaluate(
     engine `torch` otherwise, in bfloat16 where `dtype` is fp8. Returns JSON-able `models`, `samples` and `scenario`, and the predicted
     and the measured speed-up, both ratios of throughputs. `estimated` says that the prediction was computed from a profile without
     measurements. With `questions`, every model also has its accuracy and the other measures of its answers, as `downstream_*`.
-    `separator`: see `Reference`. `trusted`: the tokenizer's own code may run.
     """
-    dtype = "bfloat16" if dtype == "fp8" else dtype
-    devices = devices_for(num_gpus)
+    dtype, devices = how.timed_in, devices_for(num_gpus)
     with quiet_transformers(), progress.stage("evaluate", len(folders) + 1, "step") as bar:
-        answered = _answered(Models(folders, devices), folders[PARENT], batches, config, questions, separator, trusted, bar)
-        scenarios = scenarios_of(folders, architecture, scenario)
+        answered = _answered(Models(folders, devices), folders[PARENT], batches, how, bar)
+        scenarios = scenarios_of(folders, how.architecture, how.scenario)
         timed = Models({name: folder for name, folder in folders.items() if name != BEFORE}, devices, getattr(torch, dtype))
         together = _fit_together(timed, scenarios)
-        timer = find_engine(engine if engine == "puzzle" and len(devices) == 1 else "torch")
-        rates = _rates(timed, scenarios, config.repeats, together, timer)
+        timer = find_engine(how.engine if how.engine == "puzzle" and len(devices) == 1 else "torch")
+        rates = _rates(timed, scenarios, how.config.repeats, together, timer)
         bar.advance()
     results = answered["models"]
     for name in folders:
         results[name] |= rates["child" if name == BEFORE and "child" in rates else name]
         results[name]["measured_speedup"] = results[name]["throughput_tokens_per_s"] / results[PARENT]["throughput_tokens_per_s"]
     by = f"{timer.name} on {_in_words(len(devices), timer.device_name(num_gpus > 0))}, {dtype}"
-    how = "alternately" if together else "one after the other: they do not fit into memory together"
-    return answered | _speedups(architecture, scenario) | {
+    return answered | _speedups(how.architecture, how.scenario) | {
         "measured_by": by,
-        "timed": how,
+        "timed": "alternately" if together else "one after the other: they do not fit into memory together",
         "measured_speedup": results["child"]["measured_speedup"] if "child" in results else None,
     }  # fmt: skip
 
 
 def evaluate_in_shards(
-    folders: Mapping[str, str],
-    layers_of: LayersOf,
-    num_shards: int,
-    batches: Sequence[Tensor],
-    architecture: Architecture | None,
-    scenario: Scenario,
-    config: EvaluateConfig,
-    dtype: str,
-    progress: Progress,
-    device: torch.device = CPU,
-    questions: Sequence[QuestionBatch] = (),
-    separator: int | None = None,
-    trusted: bool = False,
-) -> dict[str, Any]:
+    folders: Mapping[str, str], batches: Sequence[Tensor], how: Comparison, progress: Progress,
+    layers_of: LayersOf, num_shards: int, device: torch.device = CPU,
+) -> dict[str, Any]:  # fmt: skip
     """The same of models whose layers lie in so many shards: figures, samples and sizes.
 
     A speed is that of a whole model on one node, so none is measured: what `evaluate` says of speeds is None or missing, and
     `not_measured` says why.
     """
-    dtype = "bfloat16" if dtype == "fp8" else dtype
     with quiet_transformers(), progress.stage("evaluate", len(folders), "step") as bar:
-        models = ShardedModels(folders, layers_of, device)
-        answered = _answered(models, folders[PARENT], batches, config, questions, separator, trusted, bar)
-    scenarios = scenarios_of(folders, architecture, scenario)
+        answered = _answered(ShardedModels(folders, layers_of, device), folders[PARENT], batches, how, bar)
+    scenarios = scenarios_of(folders, how.architecture, how.scenario)
     for name, folder in folders.items():
-        shape = model_without_weights(locate(folder), getattr(torch, dtype))
+        shape = model_without_weights(locate(folder), getattr(torch, how.timed_in))
         answered["models"][name] |= sizes_of(shape, scenarios[name]) | {"measured_speedup": None}
     why = f"not measured: the model is spread over {num_shards} shard{'s' * (num_shards > 1)}"
-    return answered | _speedups(architecture, scenario) | {
+    return answered | _speedups(how.architecture, how.scenario) | {
         "measured_by": why,
         "timed": why,
         "not_measured": why,
@@ -265,26 +239,17 @@ def evaluate_in_shards(
     }  # fmt: skip
 
 
-def _answered(
-    models: Mapping[str, Any],
-    parent: str,
-    batches: Sequence[Tensor],
-    config: EvaluateConfig,
-    questions: Sequence[QuestionBatch],
-    separator: int | None,
-    trusted: bool,
-    bar: Bar,
-) -> dict[str, Any]:
+def _answered(models: Mapping[str, Any], parent: str, batches: Sequence[Tensor], how: Comparison, bar: Bar) -> dict[str, Any]:
     """What models predict, answer and write: `models`, `samples` and `prompt`."""
-    tokenizer, samples = tokenizer_of(parent, trusted), {}
+    config, tokenizer, samples = how.config, tokenizer_of(parent, how.trusted), {}
 
     def also(name: str, model: Any) -> Mapping[str, float]:
         samples[name] = greedy_sample(model, tokenizer, config.prompt, config.sample_tokens)
         bar.advance()
-        found = answer_questions(model, questions).summary() if questions else {}
+        found = answer_questions(model, how.questions).summary() if how.questions else {}
         return {f"downstream_{key}": value for key, value in found.items()}
 
-    return {"models": predictions(models, batches, also, separator), "samples": samples, "prompt": config.prompt}
+    return {"models": predictions(models, batches, also, how.separator), "samples": samples, "prompt": config.prompt}
 
 
 def scenarios_of(names: Iterable[str], architecture: Architecture | None, scenario: Scenario) -> dict[str, Scenario]:

@@ -7,7 +7,7 @@ The choice is whether the right number is the most likely one of four, which say
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,23 +50,70 @@ class Needles:
     choices: tuple[Ids, ...]  # one number asked for is the first of them; the others are not asked for
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """What one question hides and asks for, before it has a text."""
+
+    lines: tuple[str, ...]
+    question: str
+    expected: tuple[str, ...]
+    others: tuple[str, ...]  # numbers that are not asked for
+
+    def text(self, sentences: int, depth: float) -> str:
+        """With so many sentences of noise."""
+        return f"{_hidden_in(sentences, self.lines, depth)}\n{self.question}"
+
+    def least(self, tokenizer: Any) -> int:
+        """Tokens that it takes without any noise, the answer's included."""
+        return len(_ids(tokenizer, self.text(0, 0.0))) + ANSWER_TOKENS * len(self.expected)
+
+
 def make_questions(tokenizer: Any, lengths: Sequence[int], depths: int, each: int, seed: int) -> list[Needles]:
     """`each` questions of every kind, length (tokens of prompt and answer together) and depth.
 
-    Every question is a function of the seed and its place in the list. Raises DataError for a length that not even the question fits.
+    Every question is a function of the seed and its place in the list. Raises DataError as `check_lengths`.
     """
+    check_lengths(tokenizer, lengths, depths, each, seed)
     found = []
     for kind in KINDS:
         for tokens in lengths:
-            for step in range(depths):
-                for number in range(each):
-                    generator = np.random.default_rng([seed, KINDS.index(kind), tokens, step, number])
-                    depth = step / (depths - 1) if depths > 1 else 0.5
-                    found.append(_question(tokenizer, kind, tokens, depth, generator))
+            for (step, _), drawn in _all_drawn(kind, tokens, depths, each, seed):
+                depth = step / (depths - 1) if depths > 1 else 0.5
+                found.append(_question(tokenizer, kind, tokens, depth, drawn))
     return found
 
 
-def _question(tokenizer: Any, kind: Kind, tokens: int, depth: float, generator: np.random.Generator) -> Needles:
+def check_lengths(tokenizer: Any, lengths: Sequence[int], depths: int, each: int, seed: int) -> None:
+    """Raises DataError for lengths that not even the questions fit, with what every such kind takes, and what holds all of them."""
+
+    def takes(kind: Kind, tokens: int) -> int:
+        return max(drawn.least(tokenizer) for _, drawn in _all_drawn(kind, tokens, depths, each, seed))
+
+    takes_most: dict[str, int] = {}
+    failing = set()
+    for kind in KINDS:
+        found = {tokens: takes(kind, tokens) for tokens in lengths}
+        if too_small := [tokens for tokens in found if found[tokens] > tokens]:
+            takes_most[kind.name] = max(found[tokens] for tokens in too_small)
+            failing.update(too_small)
+    if not failing:
+        return
+    enough = max(takes_most.values())
+    while any(takes(kind, enough) > enough for kind in KINDS):  # every length draws its own numbers
+        enough += 1
+    kinds = ", ".join(f"{name} takes {needed}" for name, needed in takes_most.items())
+    problem = f"{' and '.join(map(str, sorted(failing)))} tokens do not hold a question of every kind: {kinds}"
+    raise DataError("evaluate.retrieval_tokens", problem, f"ask for at least {enough} tokens, which hold all kinds")
+
+
+def _all_drawn(kind: Kind, tokens: int, depths: int, each: int, seed: int) -> Iterator[tuple[tuple[int, int], _Drawn]]:
+    """All questions of a kind and length, by (depth, number)."""
+    for step in range(depths):
+        for number in range(each):
+            yield (step, number), _drawn(kind, np.random.default_rng([seed, KINDS.index(kind), tokens, step, number]))
+
+
+def _drawn(kind: Kind, generator: np.random.Generator) -> _Drawn:
     order = generator.permutation(len(ADJECTIVES) * len(NOUNS))[: kind.keys]
     keys = [f"{ADJECTIVES[i // len(NOUNS)]}-{NOUNS[i % len(NOUNS)]}" for i in order]
     least_number = 10 ** (DIGITS - 1)
@@ -75,27 +122,29 @@ def _question(tokenizer: Any, kind: Kind, tokens: int, depth: float, generator: 
     hidden = [(key, numbers[i * kind.values + v]) for i, key in enumerate(keys) for v in range(kind.values)]
     asked = keys[: kind.asked]
     expected = tuple(value for key, value in hidden if key in asked)
-    lines = [f"One of the special magic numbers for {key} is: {value}." for key, value in hidden]
+    lines = tuple(f"One of the special magic numbers for {key} is: {value}." for key, value in hidden)
     others = [value for _, value in hidden if value not in expected] + numbers[-CHOICES:]
     plural, names = ("s", ", ".join(asked)) if len(expected) > 1 else ("", asked[0])
     are = "are" if plural else "is"
     question = f"What {are} the special magic number{plural} for {names} mentioned in the text above?"
     question += f" The special magic number{plural} for {names} mentioned in the text above {are}"
-    room = tokens - ANSWER_TOKENS * len(expected)
+    return _Drawn(lines, question, expected, tuple(others))
+
+
+def _question(tokenizer: Any, kind: Kind, tokens: int, depth: float, drawn: _Drawn) -> Needles:
+    """With as much noise as there is room for. `tokens` hold the question."""
+    room = tokens - ANSWER_TOKENS * len(drawn.expected)
 
     def prompt(sentences: int) -> Ids:
-        return _ids(tokenizer, f"{_hidden_in(sentences, lines, depth)}\n{question}")
+        return _ids(tokenizer, drawn.text(sentences, depth))
 
-    least, per_sentence = len(prompt(0)), len(_ids(tokenizer, " ".join(NOISE))) / len(NOISE)
-    if least > room:
-        problem = f"{tokens} tokens do not hold a question of kind {kind.name}: it takes {least + tokens - room}"
-        raise DataError("evaluate.retrieval_tokens", problem, "ask for more tokens")
-    sentences = int((room - least) / per_sentence) + 1
+    per_sentence = len(_ids(tokenizer, " ".join(NOISE))) / len(NOISE)
+    sentences = int((room - len(prompt(0))) / per_sentence) + 1
     while len(prompt(sentences)) > room:
         sentences -= max(1, int((len(prompt(sentences)) - room) / per_sentence))
-    text = f"{_hidden_in(sentences, lines, depth)}\n{question}"
-    choices = tuple(_continuation(tokenizer, text, value) for value in (expected[0], *others[: CHOICES - 1]))
-    return Needles(kind.name, tokens, depth, _ids(tokenizer, text), expected, choices)
+    text = drawn.text(sentences, depth)
+    choices = tuple(_continuation(tokenizer, text, value) for value in (drawn.expected[0], *drawn.others[: CHOICES - 1]))
+    return Needles(kind.name, tokens, depth, _ids(tokenizer, text), drawn.expected, choices)
 
 
 def _hidden_in(sentences: int, lines: Sequence[str], depth: float) -> str:

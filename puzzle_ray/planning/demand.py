@@ -18,7 +18,7 @@ from puzzle_ray.distill.settings import AUTO
 from puzzle_ray.models.shards import runs_of_layers
 from puzzle_ray.planning.activations import masks_of
 from puzzle_ray.planning.block_training import group_parts, trainer_of, trainers_of_layers
-from puzzle_ray.planning.distilling import candidates_demand, gkd_demand, tokens_before_pick
+from puzzle_ray.planning.distilling import candidates_demand, gkd_demand, tokens_before_pick, tokens_of_gkd
 from puzzle_ray.planning.evaluating import evaluation_demands
 from puzzle_ray.planning.needs import Demand, Work
 from puzzle_ray.planning.sizes import FLOAT32_BYTES, Sizes
@@ -137,7 +137,7 @@ def works(config: RunConfig, model_config: Any, sizes: Sizes) -> list[Work]:
     ]
     if config.search.distils:
         stages.append(_distillation("architecture", config, sizes, tokens_before_pick(config), config.search.most_distilled))
-    return [*stages, _distillation("gkd", config, sizes, config.gkd.total_tokens, config.gkd.num_workers)]
+    return [*stages, _distillation("gkd", config, sizes, tokens_of_gkd(config), config.gkd.num_workers)]
 
 
 def _distillation(stage: str, config: RunConfig, sizes: Sizes, tokens: int, processes: int) -> Work:

@@ -9,6 +9,7 @@ import torch
 from puzzle_ray.config import RunConfig
 from puzzle_ray.distill.parallel import is_sharded
 from puzzle_ray.distill.race import losers_steps
+from puzzle_ray.distill.range_test import MOST_TRIALS, trial_steps
 from puzzle_ray.distill.settings import AUTO, GkdConfig
 from puzzle_ray.models.head import chunk_tokens
 from puzzle_ray.planning.activations import computes_in_half, kept_bytes_per_token, masks_of
@@ -107,9 +108,26 @@ def candidates_demand(config: RunConfig, model_config: Any, sizes: Sizes) -> Dem
     return Demand("architecture", "candidate", count, parts, float(gkd.use_gpu), remedy, waits=True)
 
 
+def range_test_tokens(gkd: GkdConfig) -> int:
+    """What a child's test of learning rates reads, at the most; 0 where the rate is given."""
+    if gkd.learning_rate != AUTO or not gkd.trains:
+        return 0
+    return MOST_TRIALS * gkd.tokens_until(trial_steps(gkd.total_steps))
+
+
+def tokens_of_gkd(config: RunConfig) -> int:
+    """Of the child's distillation, the test of its learning rate among them."""
+    return config.gkd.total_tokens + range_test_tokens(config.gkd)
+
+
 def tokens_before_pick(config: RunConfig) -> int:
-    """Of all candidates that are distilled before one is picked, at the most; of a race what the losers read, for the winner goes on."""
-    search, gkd = config.search, config.gkd
+    """Of all candidates that are distilled before one is picked, at the most; of a race what the losers read, for the winner goes on.
+
+    Each candidate tests its own learning rates.
+    """
+    search, gkd = config.search, config.gkd_before_pick
     if not search.race_rungs:
-        return search.distil_tokens * search.most_candidates
-    return losers_steps(search.most_racing, [gkd.tokens_until(step) for step in gkd.race_steps(search.race_rungs)])
+        return (gkd.total_tokens + range_test_tokens(gkd)) * search.most_candidates
+    steps = gkd.race_steps(search.race_rungs)
+    losers = search.most_racing - 1 if steps else 0
+    return losers * range_test_tokens(gkd) + losers_steps(search.most_racing, [gkd.tokens_until(step) for step in steps])

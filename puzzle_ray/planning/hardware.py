@@ -1,4 +1,4 @@
-"""A cluster described in words, and which processes of a plan its GPUs cannot hold."""
+"""A cluster described in words, and which processes of a plan its GPUs, or its hosts, cannot hold."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Protocol
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.planning.needs import Demand, Work
 from puzzle_ray.profiling.devices import Device
-from puzzle_ray.profiling.nodes import REMEDY, Node, described, gpus_of
+from puzzle_ray.profiling.nodes import GIB, REMEDY, Node, described, gpus_of
 
 CONTEXT_BYTES = 1 << 30  # of a GPU's memory that the CUDA context of a process and the allocator's gaps take; a rule of thumb
 
@@ -94,15 +94,44 @@ class Hardware:
 
 
 def problems(demands: Sequence[Demand], cluster: Cluster) -> list[str]:
-    """What does not fit, each with the setting that would mend it."""
+    """What the GPUs do not hold, each with the setting that would mend it. All kinds of processes of a stage run at the same time."""
     found = []
     for demand in demands:
         if demand.gpu_share and demand.total > room_bytes(cluster, demand.gpu_share):
             room = room_bytes(cluster, demand.gpu_share)
             what = f"{demand.stage}: a {demand.process} needs {demand.total / 2**30:.1f} GiB"
             found.append(f"{what}, its share of a {cluster.name} has {room / 2**30:.1f} GiB; {demand.remedy}")
-        one_by_one = demand.waits or (demand.in_turn and cluster.num_gpus <= demand.gpu_share)
-        if not one_by_one and demand.gpu_share * demand.count > cluster.num_gpus * (1 + 1e-6):
-            what = f"{demand.stage}: {demand.count} x {demand.process} take {demand.gpu_share * demand.count:g} GPUs"
-            found.append(f"{what}, the cluster has {cluster.num_gpus}; {demand.fewer}")
+    for stage, kinds in _by_stage(demands).items():
+        asking = [d for d in kinds if d.gpu_share and not d.waits]
+        in_one_process = any(d.in_turn and cluster.num_gpus <= d.gpu_share for d in asking)
+        asked = sum(d.gpu_share * d.count for d in asking if not (in_one_process and d.in_turn))
+        if asked > cluster.num_gpus * (1 + 1e-6):
+            fewer = "; or ".join(dict.fromkeys(d.fewer for d in asking))
+            words = " and ".join(d.words for d in asking)
+            found.append(f"{stage}: {words} take {asked:g} GPUs, the cluster has {cluster.num_gpus}; {fewer}")
     return found
+
+
+def host_bytes(demands: Sequence[Demand]) -> dict[str, int]:
+    """What every stage's processes hold in the memory of all hosts together, in bytes; of those that wait for their turn, one."""
+    return {stage: sum(d.host_bytes * d.at_once for d in kinds) for stage, kinds in _by_stage(demands).items()}
+
+
+def host_problems(demands: Sequence[Demand], nodes: Sequence[Node]) -> list[str]:
+    """What the nodes' own memory, which is known, does not hold: one process, or all of a stage's on all nodes."""
+    memory = [node.memory_bytes for node in nodes]
+    found, stages = [], _by_stage(demands)
+    for demand in demands:
+        if demand.host_bytes > max(memory):
+            what = f"{demand.stage}: a {demand.process} needs {demand.host_bytes / GIB:.1f} GiB of a host's memory"
+            found.append(f"{what}, the largest node has {max(memory) / GIB:.1f} GiB; {demand.remedy}")
+    for stage, needed in host_bytes(demands).items():
+        if needed > sum(memory) and not any(line.startswith(f"{stage}: ") for line in found):
+            largest = max(stages[stage], key=lambda d: d.host_bytes * d.at_once)
+            what = f"{stage}: {' and '.join(d.words for d in stages[stage])} need {needed / GIB:.1f} GiB of the hosts' memory together"
+            found.append(f"{what}, the nodes have {sum(memory) / GIB:.1f} GiB; {largest.remedy}")
+    return found
+
+
+def _by_stage(demands: Sequence[Demand]) -> dict[str, list[Demand]]:
+    return {stage: [d for d in demands if d.stage == stage] for stage in dict.fromkeys(d.stage for d in demands)}

@@ -30,6 +30,20 @@ class Demand:
     def total(self) -> int:
         return sum(self.parts.values())
 
+    @property
+    def host_bytes(self) -> int:
+        """Of each in the host's memory."""
+        return sum(self.host.values()) + (0 if self.gpu_share else self.total)
+
+    @property
+    def at_once(self) -> int:
+        """How many there are at the least at the same time."""
+        return 1 if self.waits else self.count
+
+    @property
+    def words(self) -> str:
+        return f"{self.count} x {self.process}"
+
 
 @dataclass(frozen=True)
 class Work:

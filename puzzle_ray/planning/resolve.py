@@ -29,7 +29,7 @@ from puzzle_ray.planning.block_training import trainers_of_layers
 from puzzle_ray.planning.demand import demands, library_demands, scores_demand
 from puzzle_ray.planning.distilling import gkd_demand
 from puzzle_ray.planning.draft import AS_SHARES, IN_KEYS, STEP, Draft, fitting, is_set, value_of
-from puzzle_ray.planning.hardware import Seen, problems
+from puzzle_ray.planning.hardware import Seen, host_problems, problems
 from puzzle_ray.planning.measuring import SHARE_OF_A_NODE, decide_evaluation, decide_evaluation_on_cpus, decide_profile
 from puzzle_ray.planning.needs import Demand
 from puzzle_ray.planning.sizes import Sizes
@@ -87,6 +87,9 @@ def resolve(
         started = with_workers_that_start(found, gpus.num_gpus)
         draft.warnings += problems(demands(started, model_config, sizes, gpus.gpu_bytes), gpus)
         draft.warnings += idle(found, gpus.num_gpus)
+    if all(node.memory_bytes for node in nodes):
+        started = _with_trainers_that_start(found, sizes, nodes)
+        draft.warnings += host_problems(demands(started, model_config, sizes, gpus.gpu_bytes if gpus else 0), nodes)
     noted = {name: value_of(found, name) for name in IN_KEYS if name in draft.decided and _is_used(draft, name, gpus)}
     return Resolved(found, (f"found {in_words(nodes)}", *draft.lines), tuple(draft.warnings), noted)
 
@@ -137,6 +140,15 @@ def with_workers_that_start(config: RunConfig, num_gpus: int) -> RunConfig:
         return config
     workers = max(gkd.min_workers, min(gkd.num_workers, num_gpus))
     return config.model_copy(update={"gkd": gkd.model_copy(update={"num_workers": workers})})
+
+
+def _with_trainers_that_start(config: RunConfig, sizes: Sizes, nodes: Sequence[Node]) -> RunConfig:
+    """With as many layers for each block trainer as there are for every place that the nodes' CPUs have."""
+    cluster, places = config.cluster, sum(node.cpus for node in nodes) // config.cluster.cpus_per_trainer
+    if cluster.colocate or cluster.blocks_per_trainer != AUTO or cluster.trainers_per_layer > 1 or not places:
+        return config
+    each = -(-len(sizes.layers) // places)
+    return config.model_copy(update={"cluster": cluster.model_copy(update={"blocks_per_trainer": each})})
 
 
 def idle(config: RunConfig, num_gpus: float) -> list[str]:

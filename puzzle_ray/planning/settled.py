@@ -18,6 +18,7 @@ where things are placed is decided by the cluster that is there: shards, shares 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +30,7 @@ from puzzle_ray.models.checkpoint import locate
 from puzzle_ray.models.child import read_config
 from puzzle_ray.planning.draft import IN_KEYS
 from puzzle_ray.planning.resolve import Resolved, resolve
-from puzzle_ray.profiling.nodes import Node, in_words, nodes_of
+from puzzle_ray.profiling.nodes import Node, in_words, nodes_of, this_machine
 from puzzle_ray.recipes import tiny_parent
 from puzzle_ray.store import Artifact, Store, do_once
 
@@ -101,3 +102,11 @@ def settle(config: RunConfig, model_config: Any, nodes: Sequence[Node], store: S
 
 def _write(note: Artifact, values: Mapping[str, Any], nodes: Sequence[Node]) -> None:
     note.finish({"values": dict(values), "cluster": in_words(nodes)})
+
+
+def for_this_machine(config: RunConfig, store: Store) -> RunConfig:
+    """With what this machine decides of the config (`hardware: auto`): this process computes on its CPU."""
+    store.check()
+    found = settle(config, config_of_parent(config), [this_machine(gpus=False)], store)
+    print("\n".join(f"  {line}" for line in found.told()), file=sys.stderr, flush=True)
+    return found.config

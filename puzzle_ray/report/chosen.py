@@ -73,7 +73,7 @@ def frontier(data: ReportData) -> list[Html] | None:
         rows.append([point.asked, tag("td", f"none: {reason}", colspan=len(header) - 1, class_="text")])
     sweep = html_table(header, rows) if rows else None
     chart = _frontier_chart(data, answers) if answers or data.architecture else None
-    drawn = tag("div", chart, tag("div", sweep, _search_facts(data), _race(data)), class_="columns")
+    drawn = tag("div", chart, tag("div", sweep, _search_facts(data)), class_="columns")
     return [drawn, *([details] if (details := _point_details(data, answers)) else [])]
 
 
@@ -201,22 +201,6 @@ def _search_facts(data: ReportData) -> Html | None:
     took = f" in {duration(a.solve_s)}" + (f"; asked: {asked}" if asked else "")
     against = f", against the child of round {data.round - 1}" if data.round > 1 else ""
     return note(f"Chosen by {a.searcher}", *size, took, f". Sum of scores {damage(a.objective, a.metric, 4)}{against}: {proof}.")
-
-
-def _race(data: ReportData) -> Html | None:
-    """The finalists of the pick: held-out KL before distillation and at every rung, and where each stopped."""
-    if not data.race:
-        return None
-    rungs = max((row["rungs"] for row in data.race), key=len)
-    header = ["finalist", "at the start", *(f"{count(rung['tokens'])} tokens" for rung in rungs), "ended"]
-    rows = []
-    for row in sorted(data.race, key=lambda row: (-len(row["rungs"]), row["rungs"][-1]["kl"])):
-        kls = [nats(rung["kl"]) for rung in row["rungs"]] + [""] * (len(rungs) - len(row["rungs"]))
-        last = row["rungs"][-1]
-        ended = "won" if last["goes_on"] else f"stopped at step {last['step']}"
-        rows.append([" = ".join([row["origin"], *row["also"]]), nats(row["kl"]), *kls, ended])
-    words = "The pick is by a race: finalists begin the distillation of the whole schedule, and the best ones at a rung go on."
-    return tag("div", note(words, " Held-out KL, by the tokens that each has read:"), html_table(header, rows))
 
 
 def architecture(data: ReportData) -> list[Html] | None:

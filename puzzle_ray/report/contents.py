@@ -22,6 +22,7 @@ from puzzle_ray.artifacts import (
     SubblockKind,
 )
 from puzzle_ray.distill.outliers import Conditioned
+from puzzle_ray.search.measured import measured_kls
 
 KIND_NAMES: Mapping[str, str] = {"attention": "Attention", "ffn": "FFN", "fixed": "Embedding, head, overhead"}
 MODEL_NAMES: Mapping[str, str] = {"parent": "Parent", "child_before_gkd": "Child before GKD", "child": "Child"}
@@ -83,10 +84,9 @@ class ReportData:
     """The data of one run.
 
     `num_key_value_heads` and `intermediate_size` are the parent's. `round` is the one that `space`, `scores`, `library`, `architecture` and
-    `measured_kls` are of: in a later one they are about the child of the one before, while sweep and evaluation are about the original.
+    `picked` are of: in a later one they are about the child of the one before, while sweep and evaluation are about the original.
     `bld_curves`: (layer, kind, variant) -> loss per micro-batch. `gkd_curve`: rows with `step` and any of `loss`, `kl`, `cosine`, `lm`.
-    `measured_kls`: the choices of a whole child -> its KL, as far as the pick measured it. `race`: the pick's finalists, where they raced:
-    rows with `origin`, `also`, `kl` and `rungs`.
+    `picked`: what the pick measured, see `puzzle_ray.search.pick.pick`; empty where it measured nothing.
     `gkd_facts` are those of its artifact, `gkd_looks` the looks at held-out text: rows with `step`, `kl` and `returned`.
     `evaluation` is what `puzzle_ray.evaluation.evaluate` returns: `models` (`parent`, `child_before_gkd`, `child` ... -> figures),
     `predicted_speedup`, `measured_speedup`, `prompt` and `samples` (model -> text), and `heldout` (part -> which of the held-out
@@ -105,8 +105,7 @@ class ReportData:
     scores: Scores | None = None
     architecture: Architecture | None = None
     sweep: Sequence[SweepPoint] = ()
-    measured_kls: Mapping[Choices, float] = field(default_factory=dict)
-    race: Sequence[Mapping[str, Any]] = ()
+    picked: Mapping[str, Any] = field(default_factory=dict)
     library: Sequence[TrainedVariant] = ()
     bld_curves: Mapping[tuple[int, str, str], Sequence[float]] = field(default_factory=dict)
     gkd_curve: Sequence[Mapping[str, float]] = ()
@@ -124,6 +123,11 @@ class ReportData:
         """The figures of evaluated models, by name. Empty before the evaluation."""
         models: Mapping[str, Mapping[str, float]] = (self.evaluation or {}).get("models", {})
         return models
+
+    @cached_property
+    def measured_kls(self) -> dict[Choices, float]:
+        """The choices of a whole child -> its KL, as far as the pick measured it."""
+        return measured_kls(self.picked)
 
     def kl(self, point: SweepPoint) -> float | None:
         """The KL of the whole child that answers a budget, where the sweep or the pick measured it.

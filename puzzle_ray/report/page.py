@@ -6,7 +6,7 @@ import base64
 import hashlib
 from collections.abc import Callable, Sequence
 
-from puzzle_ray.report import blocks, chosen, kept, outcome, text, training
+from puzzle_ray.report import blocks, chosen, kept, outcome, picking, text, training
 from puzzle_ray.report.contents import ReportData, SweepPoint, TrainedVariant
 from puzzle_ray.report.markup import Html, tag
 from puzzle_ray.report.style import SCRIPT, STYLE
@@ -18,6 +18,7 @@ Section = Callable[[ReportData], Sequence[Html] | None]
 # id, title, what makes it, and what has to be run to get it
 SECTIONS: tuple[tuple[str, str, Section, str], ...] = (
     ("frontier", "Accuracy against speed", chosen.frontier, "a search, or a sweep over budgets"),
+    ("pick", "Measured children", picking.measured_children, "a search that measures children: search.candidates of 2 or more"),
     ("architecture", "Architecture", chosen.architecture, "a search"),
     ("scores", "Replace-one damage", blocks.replace_one_damage, "scoring"),
     ("costs", "Costs", blocks.subblock_costs, "a profile"),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from puzzle_ray.artifacts import Choices, Measured
+from puzzle_ray.artifacts import Choices, LayerChoice, Measured
 from puzzle_ray.search.tables import Answer
 
 RungRows = Sequence[Mapping[str, Any]]  # of one child, see `puzzle_ray.distill.rungs.RungRow`
@@ -57,3 +57,9 @@ class MeasuredAnswer:
             "batch_size": a.predicted.batch_size,
             "choices": [choice.label for choice in a.choices],
         }
+
+
+def measured_kls(report: Mapping[str, Any] | None) -> dict[Choices, float]:
+    """The KL of every whole child in the report of a pick, by its choices. Nothing without a report."""
+    rows = [*report["candidates"], report["picked"]] if report else []
+    return {tuple(LayerChoice(*label.split(" + ")) for label in row["choices"]): row["kl"] for row in rows}

@@ -11,15 +11,14 @@ what is best then is picked. The report says how far the sums of scores were off
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations, islice
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from puzzle_ray.artifacts import Architecture, Choices, LayerChoice, Measure
+from puzzle_ray.artifacts import Architecture, Choices, Measure
 from puzzle_ray.errors import ConfigError, Infeasible, OutOfTime
 from puzzle_ray.search.correction import Correction, best_unmeasured
 from puzzle_ray.search.finalists import (
@@ -31,6 +30,7 @@ from puzzle_ray.search.finalists import (
     origin_of,
     raced_best,
 )
+from puzzle_ray.search.interactions import measure_interactions
 from puzzle_ray.search.limits import Limits
 from puzzle_ray.search.local_search import local_search
 from puzzle_ray.search.measured import MeasuredAnswer
@@ -322,12 +322,6 @@ def _pick_options(search: SearchConfig) -> PickOptions:
     )
 
 
-def measured_kls(report: Mapping[str, Any] | None) -> dict[Choices, float]:
-    """The KL of every whole child in the report of a pick, by its choices. Nothing without a report."""
-    rows = [*report["candidates"], report["picked"]] if report else []
-    return {tuple(LayerChoice(*label.split(" + ")) for label in row["choices"]): row["kl"] for row in rows}
-
-
 def _distance(candidate: MeasuredAnswer, first: Architecture) -> int:
     return sum(a != b for a, b in zip(candidate.answer.architecture.choices, first.choices, strict=True))
 
@@ -352,30 +346,3 @@ def _ranks(values: Sequence[float]) -> Floats:
     _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
     middle: Floats = np.cumsum(sizes) - (sizes - 1) / 2
     return middle[group]
-
-
-def measure_interactions(candidates: Sequence[Choices], picked: Choices, count: int, measure: Measure) -> list[dict[str, Any]]:
-    """Measures how damages of two layers add up, for all pairs of the `count` blocks that candidates use most.
-
-    For every pair: the KL with both blocks replaced, and with each alone. `interaction` is the pair's KL less the sum of the two
-    single KLs. A sum of replace-one scores assumes that it is 0.
-    """
-    used = Counter(block for choices in (picked, *candidates) for block in enumerate(choices) if block[1] != LayerChoice())
-    blocks = sorted((block for block, _ in used.most_common(count)), key=lambda block: (block[0], block[1].label))
-    pairs = [(a, b) for a, b in combinations(blocks, 2) if a[0] != b[0]]  # a layer holds only one block
-    if not pairs:
-        return []
-    whole: list[Mapping[int, LayerChoice]] = [*(dict([block]) for block in blocks), *(dict(pair) for pair in pairs)]
-    measured = measure([tuple(x.get(layer, LayerChoice()) for layer in range(len(picked))) for x in whole])
-    alone = {block: m.kl for block, m in zip(blocks, measured, strict=False)}
-    return [
-        {
-            "a": f"layer {a[0]}: {a[1].label}",
-            "b": f"layer {b[0]}: {b[1].label}",
-            "kl_a": alone[a],
-            "kl_b": alone[b],
-            "kl_both": both.kl,
-            "interaction": both.kl - alone[a] - alone[b],
-        }
-        for (a, b), both in zip(pairs, measured[len(blocks) :], strict=True)
-    ]

@@ -15,6 +15,8 @@ from puzzle_ray.errors import ConfigError
 from puzzle_ray.plugins import declared, did_you_mean, load_plugin, plugin_source
 from puzzle_ray.search.problem import Problem, Solution
 
+SEARCHER, RIVALS = "search.searcher", "search.rivals"  # the settings that name searchers
+
 
 @dataclass(frozen=True)
 class Options:
@@ -41,23 +43,21 @@ def searchers() -> dict[str, Searcher]:
     return {searcher.name: searcher for searcher in all_declared}
 
 
-def searcher_sources(names: Iterable[str]) -> dict[str, str]:
+def searcher_sources(searcher: str, rivals: Iterable[str] = ()) -> dict[str, str]:
     """What identifies those of the searchers that are not of this package, by their source."""
     found: dict[str, str] = {}
-    for name in names:
-        found |= plugin_source(name, find_searcher(name), where="search.searcher")
+    for where, name in ((SEARCHER, searcher), *((RIVALS, rival) for rival in rivals)):
+        found |= plugin_source(name, find_searcher(name, where), where=where)
     return found
 
 
-def find_searcher(name: str) -> Searcher:
-    """The searcher of that name, or at that dotted path. Raises ConfigError."""
+def find_searcher(name: str, where: str = SEARCHER) -> Searcher:
+    """The searcher of that name, or at that dotted path; `where` is the setting that names it. Raises ConfigError."""
     if name in searchers():
         return searchers()[name]
     if ":" not in name:
-        raise ConfigError("search.searcher", f"unknown searcher {name!r}", did_you_mean(name, searchers()))
-    searcher: Searcher = load_plugin(name, "search.searcher", "searcher")
+        raise ConfigError(where, f"unknown searcher {name!r}", did_you_mean(name, searchers()))
+    searcher: Searcher = load_plugin(name, where, "searcher")
     if not hasattr(searcher, "solve"):
-        raise ConfigError(
-            "search.searcher", f"{name!r} is no searcher: it lacks solve", "see puzzle_ray.search.searcher.Searcher"
-        )
+        raise ConfigError(where, f"{name!r} is no searcher: it lacks solve", "see puzzle_ray.search.searcher.Searcher")
     return searcher

@@ -21,6 +21,8 @@ class SearchConfig(Section):
     the least KL, or where that is above `rivals_from` times its sum of scores (such sums say little, as where whole layers go) and the
     one before it was the best. In that second case one answer of each searcher in `rivals` is measured too, unless `predicted_within`
     leaves it out. Then a local search exchanges blocks as long as the measured KL falls.
+    `interaction_blocks: 4` also measures each of the 4 most used blocks alone and every pair of them, up to 10 children more: the report
+    then shows how damages of pairs add up. No pick depends on that.
     `without: [linear]` also measures the best answer that has no variant of this family. With `distil_tokens` all candidates and what
     the local search found are distilled by so many tokens, and the one is picked that is best then: how far a child is from the parent
     before distillation says little of what distillation makes of it. A least squares fit has little to learn, a narrow FFN much. So
@@ -58,7 +60,7 @@ class SearchConfig(Section):
     race_own: Count = 1
     race_within: Annotated[float, Field(ge=1)] = 1.5
     local_search_steps: Annotated[int, Field(ge=0)] = 0
-    interaction_blocks: Annotated[int, Field(ge=0)] = 4  # KLs of all pairs of this many of the most used blocks are measured
+    interaction_blocks: Annotated[int, Field(ge=0)] = 0  # pairs of so many blocks are measured, for the report alone
     measure_tokens: Count = 8_192
     sweep: dict[str, tuple[Positive, ...] | None] = {"speedup": (1.1, 1.25, 1.5, 1.75, 2.0)}
     sweep_measure: bool = False
@@ -164,6 +166,7 @@ class SearchConfig(Section):
         without_effect = {"sweep", "sweep_measure", "sweep_gkd", "sweep_rungs", "target_format"}
         without_effect |= set() if self.measures else only_measured
         without_effect |= set() if self.race_rungs else racing
+        without_effect |= set() if self.interaction_blocks else {"interaction_blocks"}
         second_order = zip(("predicted_within", "corrections"), self.second_order, strict=True)
         without_effect |= {name for name, value in second_order if not (self.measures and value)}
         return self.model_dump(mode="json", exclude=without_effect)

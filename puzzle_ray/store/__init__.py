@@ -10,7 +10,7 @@ from puzzle_ray.store.address import artifact_at, verified_folder
 from puzzle_ray.store.artifact import Artifact, Store
 from puzzle_ray.store.cache import local_copy
 from puzzle_ray.store.lease import Lease
-from puzzle_ray.store.once import adding_items, do_once
+from puzzle_ray.store.once import StillToDo, adding_items, do_once, only_looking
 from puzzle_ray.store.record import RECORD, SCHEMA_VERSION, Problem, content_key
 from puzzle_ray.store.scratch import clear_abandoned
 
@@ -20,6 +20,7 @@ __all__ = [
     "Artifact",
     "Lease",
     "Problem",
+    "StillToDo",
     "Store",
     "adding_items",
     "artifact_at",
@@ -27,5 +28,6 @@ __all__ = [
     "content_key",
     "do_once",
     "local_copy",
+    "only_looking",
     "verified_folder",
 ]

@@ -15,7 +15,6 @@ from pickles import pickles_in
 from ray.exceptions import RayActorError
 
 from actors.gkd import STORAGE, Failures, preempted, run_gkd
-from puzzle_ray.artifacts import rows_from_parquet
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.distill.gkd import CHILD, CURVE, LOOKS, distill_child, steps_saved
 from puzzle_ray.distill.gkd_trainer import Diverged, GkdRow
@@ -24,6 +23,7 @@ from puzzle_ray.distill.sharded_checkpoint import RUN
 from puzzle_ray.errors import ClusterError
 from puzzle_ray.models.child import load_model
 from puzzle_ray.progress import Quiet
+from puzzle_ray.rows import rows_from_parquet
 
 STEPS = 140
 CONFIG = GkdConfig(

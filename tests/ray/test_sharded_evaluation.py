@@ -25,6 +25,7 @@ from puzzle_ray.compression import Setting
 from puzzle_ray.config import validated
 from puzzle_ray.errors import ClusterError, ParentError
 from puzzle_ray.evaluation import evaluate as library
+from puzzle_ray.evaluation.comparison import Comparison
 from puzzle_ray.evaluation.reader import AskHere
 from puzzle_ray.evaluation.requests import Continuations, Likelihoods, Predictions
 from puzzle_ray.evaluation.settings import EvaluateConfig
@@ -57,11 +58,11 @@ def test_on_ray_an_evaluation_is_that_of_one_process(local_ray, folders):
     compute_with(1)
     questions = question_batches([Question("a b", ("c", "d e"), 0), Question("f", ("g", "h"), 1)], byte_tokenizer(), 32)
     config, scenario = EvaluateConfig(tokens=144, prompt="ab", sample_tokens=3), Scenario(2, 4, 2)
-    what = (None, scenario, config, "float32")
-    expected = library.evaluate_in_shards(folders, in_this_process(3), 3, BATCHES, *what, Quiet(), CPU, questions, 0)
+    comparison = Comparison(config, scenario, questions=questions, separator=0)
+    expected = library.evaluate_in_shards(folders, BATCHES, comparison, Quiet(), in_this_process(3), 3)
     placement = placed(folders.values(), CLUSTER, 3, "evaluate")
     assert len(placement.layers) == 3
-    how = (folders, [ids.numpy() for ids in BATCHES], *what, questions, 0)
+    how = (folders, [ids.numpy() for ids in BATCHES], comparison)
     assert run_beside_shards(evaluate_in_shards, *how, placement=placement, what="evaluate") == expected
 
 

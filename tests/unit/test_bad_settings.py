@@ -94,8 +94,16 @@ BAD = {
     "no architecture": (words("--set", f"{NARROW}=FOLDER/nowhere.json"), "library.narrow_from: "),
     "no such filesystem": (words("--set", f"{NARROW}=nowhere://a.json"), "library.narrow_from: "),
     "a library that is none": (words("--set", "library.start_from=FOLDER"), "is no finished library"),
-    "numbers hidden in too little": (words("--set", "evaluate.retrieval_tokens=[100, 40]"), "40 tokens do not hold a question"),
-    "a rival that is none": (words("--set", "search.rivals=[gredy]"), "unknown searcher 'gredy'; did you mean 'greedy'?"),
+    "numbers hidden in too little": (
+        words("--set", "evaluate.retrieval_tokens=[100, 40]"),
+        "40 and 100 tokens do not hold a question of",
+    ),
+    "a rival that is none": (
+        words("--set", "search.rivals=[gredy]"),
+        "search.rivals: unknown searcher 'gredy'; did you mean 'greedy'? known: ",
+    ),
+    "a rival at no path": (words("--set", "search.rivals=['nowhere.ours:X']"), "search.rivals: searcher 'nowhere.ours:X' cannot"),
+    "a searcher that is none": (words("--set", "search.searcher=gredy"), "search.searcher: unknown searcher 'gredy'; did you"),
     "held-out text that is trained on": (words("--set", "data.heldout=TEXT"), "text.txt is text of data.train, too; name other"),
     "a store among the text": (words("--data", "FOLDER"), "all of which is read as data.train; name a store elsewhere"),
     "a store of no filesystem": (words("--store", "nowhere://store"), "store: 'nowhere://store' cannot be"),

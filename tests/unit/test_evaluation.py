@@ -14,6 +14,7 @@ from small_models import save_parent
 from puzzle_ray.artifacts import Scenario
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.evaluation import evaluate as evaluation
+from puzzle_ray.evaluation.comparison import Comparison
 from puzzle_ray.evaluation.evaluate import Models, check_prompt, evaluate, greedy_sample, predictions
 from puzzle_ray.evaluation.settings import EvaluateConfig
 from puzzle_ray.models.checkpoint import Checkpoint
@@ -94,7 +95,7 @@ def test_models_are_timed_together_where_they_fit_and_else_alone(folders, room, 
     monkeypatch.setattr(evaluation, "measure_side_by_side", lambda m, *a: (groups.append(list(m)), inner(m, *a))[1])
     config = EvaluateConfig(tokens=96, repeats=1, prompt="ab", sample_tokens=2)
     scenario = Scenario(batch_size=1, input_tokens=4, output_tokens=2)
-    found = evaluate(folders, BATCHES, None, scenario, config, "float32", Quiet())
+    found = evaluate(folders, BATCHES, Comparison(config, scenario), Quiet())
     assert groups == ([["parent"], ["child"]] if room == 1 else [["parent", "child"]])
     assert found["timed"].startswith("one after" if room == 1 else "alternately")
     assert set(found["models"]) == set(found["samples"]) == set(folders)
@@ -106,7 +107,7 @@ def test_models_are_timed_together_where_they_fit_and_else_alone(folders, room, 
 @pytest.mark.parametrize(("of_profile", "timer"), [("puzzle", "puzzle"), ("torch", "torch"), ("roofline", "torch")])
 def test_the_profiles_engine_times_models_where_it_is_the_servers(folders, of_profile, timer):
     scenario, config = Scenario(2, 4, 3), EvaluateConfig(tokens=96, repeats=1, prompt="ab", sample_tokens=2)
-    found = evaluate(folders, BATCHES, None, scenario, config, "float32", Quiet(), engine=of_profile)
+    found = evaluate(folders, BATCHES, Comparison(config, scenario, engine=of_profile), Quiet())
     assert found["measured_by"].startswith(f"{timer} on ") and found["measured_speedup"] > 0
 
 

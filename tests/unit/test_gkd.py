@@ -10,7 +10,6 @@ import pytest
 import torch
 from gkd_trainers import CONFIG, new_parent, new_trainer, random_child, random_tokens, summing_over_two
 
-from puzzle_ray.artifacts import rows_from_parquet
 from puzzle_ray.data.splits import TOKENS
 from puzzle_ray.distill.child_loss import layer_outputs
 from puzzle_ray.distill.curriculum import gkd_steps
@@ -32,6 +31,7 @@ from puzzle_ray.distill.summary import gkd_summary
 from puzzle_ray.errors import StoreError
 from puzzle_ray.models.child import load_model, save_child
 from puzzle_ray.progress import Quiet
+from puzzle_ray.rows import rows_from_parquet
 from puzzle_ray.store import Store
 
 

@@ -1,6 +1,7 @@
 """Global distillation may choose its learning rate itself."""
 
 import dataclasses
+import itertools
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ import torch
 from gkd_trainers import CONFIG, heldout, new_trainer, summing_over_two, watched, weights
 
 from puzzle_ray.distill.gkd import train_to_end
-from puzzle_ray.distill.range_test import FIRST, RATES, Trial, best_rate, range_test, trial_facts, trial_steps
+from puzzle_ray.distill.range_test import FIRST, MOST_TRIALS, RATES, Trial, best_rate, range_test, trial_facts, trial_steps
 from puzzle_ray.distill.settings import GkdConfig
 from puzzle_ray.distill.summary import gkd_summary
 from puzzle_ray.progress import Quiet
@@ -26,6 +27,16 @@ def test_the_best_rate_of_a_curve_with_one_valley_is_found(best):
     trials = range_test(lambda rate: Trial(rate, abs(RATES.index(rate) - best), 5), math.inf)
     assert best_rate(trials) == RATES[best]
     assert len(trials) == len({trial.rate for trial in trials}) <= abs(best - FIRST) + 3
+
+
+def test_no_test_takes_more_trials_than_a_plan_counts():
+    """Of all orders of the first rate's KL, its neighbour's above and the start's, with KLs that fall or rise on both sides."""
+    most = 0
+    for above, below, start in itertools.product((-1, 1, math.inf), (-1, 1, math.inf), (0.5, 100.0, math.inf)):
+        kl = [50 + (below if n < FIRST else above) * abs(n - FIRST) for n in range(len(RATES))]
+        kl[FIRST] = 50.0
+        most = max(most, len(range_test(lambda rate, kl=kl: Trial(rate, kl[RATES.index(rate)], 5), start)))
+    assert most == MOST_TRIALS
 
 
 @pytest.mark.parametrize("finite", [0, 3, FIRST])

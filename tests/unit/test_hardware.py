@@ -200,6 +200,10 @@ def test_without_gpus_too_where_no_nodes_memory_is_enough():
     big = tiny_config(**BIG)
     small = decided(config(**LITTLE), [Node(4, 5 * GIB)] * 3, model_config=big).config.evaluate
     assert small.num_shards > 1 and small.identity()["sharded"]
+    assert any(
+        "of the hosts' memory together" in words
+        for words in decided(config(**LITTLE), [Node(4, GIB)] * 3, model_config=big).warnings
+    )
     alone = decided(config(**LITTLE), [Node(4, 9 * GIB)], model_config=big).config.evaluate
     assert alone.num_shards == 0, "two models of 5.3 GiB in float32 are timed one after the other"
 

@@ -69,6 +69,7 @@ def test_everybody_sees_the_parents_own_logits(parent):
     scorer = ShardScorer(stack, TEXTS)
     scorer.run_parent(TEXTS)
     meter = ChildMeter(stack, States(config, stack.descriptor), TEXTS)
+    meter.remember_parent()
     loaded = load_model(folder, torch.float32)  # GKD's teacher, and evaluation's parent
     losses = []
     for number, ids in enumerate(TEXTS):

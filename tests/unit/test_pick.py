@@ -13,6 +13,7 @@ from picking_problem import LAYERS, LIMITS, PROFILE, SCENARIO, SCORES, SPACE, TA
 from search_problems import random_problem
 from torch.nn import functional as F
 
+from jobs.search_architecture import candidates
 from puzzle_ray.artifacts import LayerChoice, Measured
 from puzzle_ray.distill.library import build_serially
 from puzzle_ray.distill.settings import LibraryConfig
@@ -22,9 +23,10 @@ from puzzle_ray.models.blocks import load_stack
 from puzzle_ray.models.child import assemble, load_model, read_config
 from puzzle_ray.models.describe import describe
 from puzzle_ray.progress import Quiet
+from puzzle_ray.search.interactions import measure_interactions
 from puzzle_ray.search.limits import Limits
 from puzzle_ray.search.local_search import describe_exchanges, neighbouring_choices
-from puzzle_ray.search.pick import PickOptions, measure_interactions, pick, pick_as_configured, prediction_error
+from puzzle_ray.search.pick import PickOptions, pick, pick_as_configured, prediction_error
 from puzzle_ray.search.searcher import Options
 from puzzle_ray.search.settings import SearchConfig
 from puzzle_ray.search.setup import SearchSetup
@@ -97,6 +99,20 @@ def test_interactions_are_the_pairs_less_their_parts():
     (row,) = measure_interactions([picked], picked, 2, Meter())
     assert row["interaction"] == pytest.approx(5.0) and row["a"].startswith("layer 1") and row["b"].startswith("layer 2")
     assert measure_interactions([picked], picked, 0, Meter()) == []
+
+
+def test_as_configured_no_child_is_measured_for_a_picture_alone():
+    """The children are the candidates; asked for pairs, the pick is the same, and blocks alone and in pairs are measured besides."""
+    setup = SearchSetup(SPACE, SCORES, PROFILE, SCENARIO, "kl", "mip", 60.0, LIMITS, 0)
+    plain, meter = SearchConfig(limits=LIMITS, candidates=3), Meter()
+    picked, report = pick_as_configured(setup, plain, meter)
+    assert len(meter.asked) == len(report["candidates"]) <= plain.most_candidates and report["interactions"] == []
+    assert "search.interaction_blocks=4" in candidates(report)
+    drawn, more = plain.model_copy(update={"interaction_blocks": 4}), Meter()
+    same, report = pick_as_configured(setup, drawn, more)
+    assert same.choices == picked.choices and len(meter.asked) < len(more.asked) <= len(meter.asked) + 10
+    assert report["interactions"] and "interaction_blocks" not in candidates(report)
+    assert drawn.identity() == plain.identity() | {"interaction_blocks": 4}
 
 
 def test_two_blocks_of_one_layer_do_not_interact():

@@ -1,6 +1,7 @@
 """A plan's bytes are those of the real objects at small size, and hand arithmetic at the size of Llama-3.1-8B and Llama-3.3-70B."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -19,15 +20,17 @@ from puzzle_ray.config import RunConfig
 from puzzle_ray.data.order import Tokens
 from puzzle_ray.distill.bld import LayerTrainer
 from puzzle_ray.distill.gkd_trainer import GkdTrainer
+from puzzle_ray.distill.range_test import MOST_TRIALS
 from puzzle_ray.distill.settings import GkdConfig
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.models.blocks import LayerStack, load_stack
 from puzzle_ray.models.child import new_child, read_config
 from puzzle_ray.models.describe import describe
 from puzzle_ray.planning.block_training import calibration_bytes, trainer_parts
-from puzzle_ray.planning.demand import Sizes, demands, works
+from puzzle_ray.planning.demand import Demand, Sizes, demands, works
 from puzzle_ray.planning.distilling import worker_parts
-from puzzle_ray.planning.hardware import CONTEXT_BYTES, Hardware, problems, room_bytes
+from puzzle_ray.planning.hardware import CONTEXT_BYTES, Hardware, host_bytes, host_problems, problems, room_bytes
+from puzzle_ray.profiling.nodes import Node
 from puzzle_ray.variants.space import SpaceConfig, search_space
 
 GIB = 1 << 30
@@ -287,8 +290,38 @@ def test_candidates_that_are_distilled_before_the_pick_are_counted():
     assert candidate.parts == worker.parts, "a whole child each, with what trains it"
     assert work["architecture"].flops == 8 * (sum(sizes.layers) + sizes.head) * 3000 * 5 and work["architecture"].gpus == 5
     assert not problems([candidate], Hardware.parse("1x1 H100")), "those that find no GPU wait for their turn"
+    tested = planned(tiny_config(), **settings | {"gkd": gkd | {"learning_rate": "auto"}})[1]
+    trials = [MOST_TRIALS * 256 * steps for steps in (12, 20)]  # of 12 and of 40 steps in all
+    assert tested["architecture"].flops == 8 * (sum(sizes.layers) + sizes.head) * (3000 + trials[0]) * 5
+    assert tested["gkd"].flops == 8 * (sum(sizes.layers) + sizes.head) * (10_000 + trials[1])
     without = planned(tiny_config(), **settings | {"search": search | {"distil_tokens": 0}})
     assert ("architecture", "candidate") not in without[0] and "architecture" not in without[1]
+
+
+def test_kinds_of_processes_that_run_together_share_the_gpus_and_the_hosts_memory():
+    """Each kind alone would fit: 8 shards and 32 trainers of 8 GPUs each, 8 GiB and 9 GiB of a host of 16."""
+    shard = Demand("library", "parent shard", 8, {"weights": GIB}, 1, "more shards", "fewer shards")
+    trainer = Demand("library", "block trainer", 32, {"variants": GIB}, 0.25, "smaller batches", "fewer shards")
+    hardware = Hardware.parse("1x8 H100-80GB")
+    assert not problems([shard], hardware) and not problems([trainer], hardware)
+    assert problems([shard, trainer], hardware) == [
+        "library: 8 x parent shard and 32 x block trainer take 16 GPUs, the cluster has 8; fewer shards"
+    ]
+    assert not problems([shard, replace(trainer, stage="scores")], hardware), "stages do not run together"
+    assert not problems([shard, replace(trainer, waits=True)], hardware)
+    alone = [replace(shard, in_turn=True), replace(trainer, process="worker", count=1, gpu_share=1)]
+    assert not problems(alone, Hardware.parse("1x1 H100-80GB")), "the one process that finds a GPU does the work of all"
+    assert problems(alone, hardware), "shards, and who asks them"
+
+    held = [replace(shard, gpu_share=0), replace(trainer, count=9, host={"copies": GIB})]
+    node = Node(8, 16 * GIB)
+    assert host_bytes(held) == {"library": 17 * GIB} and not host_problems(held, [node, node])
+    assert host_problems(held, [node]) == [
+        "library: 8 x parent shard and 9 x block trainer need 17.0 GiB of the hosts' memory together, the nodes have 16.0 GiB; "
+        "smaller batches"
+    ]
+    assert not host_problems(held[:1], [node]) and not host_problems(held[1:], [node])
+    assert "a parent shard needs 1.0 GiB of a host's memory" in host_problems(held[:1], [Node(8, GIB // 2)] * 99)[0]
 
 
 def test_stages_of_gkd_are_planned_by_their_own_tokens_and_micro_batches():

@@ -100,6 +100,7 @@ import json, sys
 import torch
 from benchmarks.rehearsal import KINDS, idle_here
 from puzzle_ray.config import RunConfig
+from puzzle_ray.evaluation.comparison import Comparison
 from puzzle_ray.evaluation.evaluate import evaluate
 from puzzle_ray.progress import Quiet
 from pathlib import Path
@@ -110,7 +111,7 @@ Path("/proc/self/clear_refs").write_text("5")
 ids = torch.randint(300, (config.evaluate.tokens // 64, 64), generator=torch.Generator().manual_seed(0))
 batches = list(ids.split(config.evaluate.sequences(64)))
 profile = config.profile
-evaluate({"parent": parent, "child": child}, batches, None, profile.scenario, config.evaluate, profile.dtype, Quiet())
+evaluate({"parent": parent, "child": child}, batches, Comparison(config.evaluate, profile.scenario, profile.dtype), Quiet())
 print((int(line()) << 10) - idle)
 """
 SHAPES = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from puzzle_ray.errors import ClusterError
-from puzzle_ray.process import cpu_quota, device_for
+from puzzle_ray.process import computing_with, cpu_quota, device_for
 
 
 def test_without_a_gpu_of_its_own_a_process_computes_on_the_cpu():
@@ -144,3 +144,14 @@ compute_with(1)
 assert gc.get_threshold() == usual, gc.get_threshold()
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_afterwards_there_are_as_many_threads_as_before_whatever_happened():
+    before = torch.get_num_threads()
+    try:
+        with pytest.raises(ZeroDivisionError), computing_with(before + 1):
+            assert torch.get_num_threads() == before + 1
+            1 / 0  # noqa: B018
+        assert torch.get_num_threads() == before
+    finally:
+        torch.set_num_threads(before)

@@ -1,6 +1,7 @@
 """What models are asked: answers are those of each request alone; the same bits however often they are asked for; a run is resumed."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from puzzle_ray.evaluation.retrieval import (
     ANSWER_TOKENS,
     CHOICES,
     KINDS,
+    check_lengths,
     make_questions,
     retrieval_chunks,
     retrieval_scores,
@@ -211,8 +213,21 @@ def test_retrieval_finds_what_a_model_can_reach(folders):
     assert far["single", None] == {"recall": 1.0, "choice": 1.0} == far["multi_key", None]
     assert far["multi_query", None]["recall"] == 1.0 and far["multi_value", None]["recall"] == 0.25, "it says one of four"
     assert near["single", 1.0]["recall"] == 1.0 and near["single", 0.0]["recall"] == 0.0
-    with pytest.raises(DataError, match="evaluate.retrieval_tokens: 100 tokens do not hold a question of kind single: it takes"):
-        make_questions(tokenizer, (100,), 1, 1, 0)
+
+
+def test_lengths_that_are_too_small_are_told_at_once_with_what_holds_every_kind(folders):
+    tokenizer, of_length = read_tokenizer(Path(folders["parent"])), (3, 2, 0)
+    with pytest.raises(DataError) as error:
+        check_lengths(tokenizer, (500, 4096, 40), *of_length)
+    said = str(error.value)
+    assert said.startswith("evaluate.retrieval_tokens: 40 and 500 tokens do not hold a question of every kind: single takes ")
+    assert [name for name in re.findall(r"(\w+) takes", said)] == [kind.name for kind in KINDS]
+    enough = int(re.search(r"ask for at least (\d+) tokens, which hold all kinds", said)[1])
+    made = make_questions(tokenizer, (enough,), *of_length)
+    assert {needle.kind for needle in made} == {kind.name for kind in KINDS}
+    assert all(len(needle.prompt) + ANSWER_TOKENS * len(needle.expected) <= enough for needle in made)
+    with pytest.raises(DataError, match=f"{enough - 30} tokens do not hold a question of every kind: multi_query takes"):
+        make_questions(tokenizer, (enough - 30,), *of_length)
 
 
 def test_a_model_that_tells_no_number_from_another_is_right_of_none(folders):

@@ -20,11 +20,12 @@ from puzzle_ray.distill import race as racing
 from puzzle_ray.distill.curriculum import Curriculum
 from puzzle_ray.distill.gkd import CHILD, CURVE, LOOKS, distill_child, steps_saved
 from puzzle_ray.distill.race import at_rungs, losers_steps, race, race_here
+from puzzle_ray.distill.range_test import MOST_TRIALS
 from puzzle_ray.distill.rungs import RungRow, climb, read_rows
 from puzzle_ray.distill.settings import GkdConfig
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.models.child import load_model
-from puzzle_ray.planning.distilling import tokens_before_pick
+from puzzle_ray.planning.distilling import tokens_before_pick, tokens_of_gkd
 from puzzle_ray.progress import Quiet
 from puzzle_ray.report.page import render
 from puzzle_ray.search.settings import SearchConfig
@@ -238,6 +239,35 @@ def test_what_losers_read_is_planned():
     assert tokens_before_pick(short) == 2 * 640
 
 
+def test_every_childs_test_of_learning_rates_is_planned():
+    """1000 steps of 2048 tokens: a trial takes 50. Of two that race, the winner's test counts for stage `gkd`."""
+    words = ("search.race_rungs=3", "search.rivals=[greedy]", "gkd.tokens=2048000", "gkd.micro_batch_tokens=2048")
+    plain, auto = load(None, None, words), load(None, None, (*words, "gkd.learning_rate=auto"))
+    test = MOST_TRIALS * 50 * 2048
+    assert tokens_before_pick(auto) == tokens_before_pick(plain) + test
+    assert (tokens_of_gkd(plain), tokens_of_gkd(auto)) == (2048000, 2048000 + test)
+    three = auto.model_copy(update={"search": auto.search.model_copy(update={"rivals": ("greedy", "depth")})})
+    fixed = three.model_copy(update={"gkd": plain.gkd})
+    assert tokens_before_pick(three) == tokens_before_pick(fixed) + 2 * test
+    short = RunConfig(search={"candidates": 2, "distil_tokens": 4096, "rivals": []}, gkd={"learning_rate": "auto"})
+    assert tokens_before_pick(short) == 2 * (4096 + MOST_TRIALS * 4096), "two steps each, and as many in a trial"
+
+
+def test_it_is_said_once_that_the_text_is_read_again_in_a_race_and_behind_it(tmp_path, capsys):
+    """100 sequences of 16 tokens. A child that is alone does not race, and says it itself."""
+    config = CONFIG.model_copy(update={"tokens": 36 * 64})
+    here = gkd_jobs(tmp_path, config, (CHOICES, WORSE))
+    pick = here[0].artifact.store.artifact("architecture", {}, {})
+    rows = race_here(here, (2,), pick, Quiet())
+    (winner,) = [job for job in here if rows[job.artifact.key][-1].goes_on]
+    distill_child(winner, Quiet())
+    said = "  gkd: its text is read 1.4 times over: there are 1600 tokens to train on\n"
+    assert capsys.readouterr().err.count(said) == 1
+    (alone,) = gkd_jobs(tmp_path / "alone", config)
+    distill_child(alone, Quiet())
+    assert capsys.readouterr().err.count(said) == 1
+
+
 RACED = [
     {"origin": "mip", "also": [], "kl": 0.3, "rungs": [{"step": 27, "tokens": 13824, "kl": 0.25, "goes_on": False}]},
     {"origin": "mip #2", "also": ["greedy"], "kl": 0.4, "rungs": [{"step": 27, "tokens": 13824, "kl": 0.24, "goes_on": True}]},
@@ -250,5 +280,6 @@ def test_the_tables_say_who_stopped_where():
         "13,824" in lines[1] and "mip #2 = greedy, won" in lines[2] and "mip, stopped after 27 steps, 13,824 tokens" in lines[3]
     )
     assert race_lines([]) == []
-    page = render(replace(whole_run(), race=RACED))
-    assert "stopped at step 27" in page and ">won<" in page and "The pick is by a race" not in render(whole_run())
+    run = whole_run()
+    page = render(replace(run, picked={**run.picked, "race": RACED}))
+    assert "stopped at step 27" in page and ">won<" in page and "The pick is by a race" not in render(run)

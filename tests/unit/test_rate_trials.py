@@ -8,7 +8,6 @@ import torch
 from layer_trainers import CONFIG, assert_same, changed, restored, run, trainer
 from small_models import save_parent, tiny_config
 
-from puzzle_ray.artifacts import rows_from_parquet
 from puzzle_ray.config import RunConfig
 from puzzle_ray.data.order import Tokens
 from puzzle_ray.distill import bld, candidate, rate_trials, schedule
@@ -19,6 +18,7 @@ from puzzle_ray.distill.settings import LibraryConfig
 from puzzle_ray.models.child import read_config
 from puzzle_ray.planning.demand import Sizes, works
 from puzzle_ray.progress import Quiet
+from puzzle_ray.rows import rows_from_parquet
 from puzzle_ray.store import Store
 from puzzle_ray.variants.space import search_space
 

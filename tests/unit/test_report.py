@@ -13,6 +13,8 @@ from html_page import Page
 from report_inputs import (
     CHOSEN,
     LAYERS,
+    PAIRS,
+    PICK,
     PROFILE,
     SAMPLE,
     SCORES,
@@ -38,7 +40,8 @@ from puzzle_ray.report.contents import UNITS
 from puzzle_ray.report.markup import number, percent
 from puzzle_ray.report.page import SECTIONS, ReportData, SweepPoint, render
 from puzzle_ray.report.summary import summary
-from puzzle_ray.search.pick import measured_kls
+from puzzle_ray.search.interactions import NOT_MEASURED
+from puzzle_ray.search.measured import measured_kls
 
 WHOLE = render(whole_run())
 PAGE = Page(WHOLE)
@@ -217,14 +220,41 @@ def test_noise_in_scores_and_in_their_sum_is_zero():
     assert "8.51" in text, "a rise of the loss may be negative"
 
 
+def picked_run(kls):
+    """A run whose pick has measured these KLs; the last one is the pick."""
+    row = PICK["candidates"][0]
+    rows = [row | {"kl": kl, "choices": [c.label for c in choices]} for choices, kl in kls.items()]
+    return replace(whole_run(), picked=PICK | {"candidates": rows[:-1], "picked": rows[-1]})
+
+
+def section_of(page, name):
+    section = page[page.index(f'id="{name}"') :]
+    return section[: section.index("</section>")]
+
+
+def test_every_measured_child_stands_beside_what_was_predicted_of_it():
+    """The sum of scores, the prediction by the children measured before, where there was one, and the measured KL; by KL."""
+    section = section_of(WHOLE, "pick")
+    rows = [re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", row) for row in section.split("<tr>")[2:]]
+    sums = [number(row["predicted"]) for row in PICK["candidates"]]
+    assert [row[:4] for row in rows] == [
+        ["mip, picked", sums[0], "–", "0.541"],
+        ["mip, corrected", sums[2], "0.617", "0.687"],
+        ["mip #2", sums[1], "–", "0.892"],
+    ]
+    assert section.count("The corrected prediction of a child was made before it was measured") == 1
+    assert NOT_MEASURED in section and "Not measured:" not in section
+    plain = [{k: v for k, v in row.items() if k != "predicted_corrected"} for row in PICK["candidates"]]
+    assert "orrected prediction" not in render(replace(whole_run(), picked=PICK | {"candidates": plain}))
+    drawn = section_of(render(replace(whole_run(), picked=PICK | {"interactions": PAIRS, "left_out": {"greedy": "why"}})), "pick")
+    assert NOT_MEASURED not in drawn and "layer 3: linear + ffn:128, layer 4: gqa:1 + linear" in drawn and "0.0742" in drawn
+    assert "greedy: why" in drawn
+
+
 def test_what_the_pick_measured_stands_on_the_frontier_too():
-    report = {
-        "candidates": [{"kl": 0.25, "choices": [c.label for c in SWEEP[3].architecture.choices]}],
-        "picked": {"kl": 0.0625, "choices": [c.label for c in CHOSEN.choices]},
-    }
-    kls = measured_kls(report)
-    assert kls == {SWEEP[3].architecture.choices: 0.25, CHOSEN.choices: 0.0625} and measured_kls(None) == {}
-    run = replace(whole_run(), measured_kls=kls)
+    run = picked_run({SWEEP[3].architecture.choices: 0.25, CHOSEN.choices: 0.0625})
+    assert measured_kls({}) == {} and measured_kls(run.picked) == run.measured_kls
+    assert run.measured_kls == {SWEEP[3].architecture.choices: 0.25, CHOSEN.choices: 0.0625}
     page = Page(render(run))
     assert page.faults == []
     assert len(page.all("circle", "point")) == len(page.all("circle", "predicted")) == 2
@@ -236,11 +266,13 @@ def test_what_the_pick_measured_stands_on_the_frontier_too():
 
 def test_what_a_later_round_measured_is_not_said_of_the_originals_children():
     """Names of variants are counted from each round's parent: the same choices are another child, and its KL is to another model."""
-    run = whole_run()
     kls = {point.architecture.choices: 0.004321 for point in SWEEP if point.architecture} | {CHOSEN.choices: 0.004321}
     plain = tuple(replace(point, measured_kl=None, distilled_kl=None) for point in SWEEP)
-    first, later = (replace(run, sweep=plain, measured_kls=kls, round=number) for number in (1, 2))
-    assert "0.00432" in render(first) and "0.00432" not in render(later)
+    run = picked_run(kls)
+    first, later = (replace(run, sweep=plain, round=number) for number in (1, 2))
+    on_chart = [section_of(render(one), "frontier") for one in (first, later)]
+    assert "0.00432" in on_chart[0] and "0.00432" not in on_chart[1]
+    assert "KL to the child of round 1" in section_of(render(later), "pick")
     assert all(point["kl"] is None for point in summary(later)["frontier"])
     before, after = (run.models[name]["kl"] for name in ("child_before_gkd", "child"))
     page = Page(render(later)).text

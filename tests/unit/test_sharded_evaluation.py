@@ -13,6 +13,7 @@ from small_runs import make_run, save_parent_with_text
 
 from jobs.stages import evaluation, quality
 from puzzle_ray.artifacts import LayerChoice, Scenario
+from puzzle_ray.evaluation.comparison import Comparison
 from puzzle_ray.evaluation.evaluate import Models, ShardedModels, evaluate, evaluate_in_shards, greedy_sample, predictions
 from puzzle_ray.evaluation.reader import Reader
 from puzzle_ray.evaluation.requests import Continuations, Likelihoods, Predictions
@@ -109,9 +110,9 @@ def test_an_evaluation_in_shards_has_all_but_speeds(folders):
     batches = [packed_ids(2, 24)]
     config = EvaluateConfig(tokens=48, repeats=1, prompt="ab", sample_tokens=4)
     questions = question_batches(QUESTIONS, byte_tokenizer(), 64)
-    whole = evaluate(folders, batches, None, SCENARIO, config, "bfloat16", Quiet(), questions=questions)
-    how = (None, SCENARIO, config, "bfloat16", Quiet(), CPU, questions)
-    found = evaluate_in_shards(folders, in_this_process(2), 2, batches, *how)
+    how = Comparison(config, SCENARIO, "bfloat16", questions=questions)
+    whole = evaluate(folders, batches, how, Quiet())
+    found = evaluate_in_shards(folders, batches, how, Quiet(), in_this_process(2), 2)
     assert found["samples"] == whole["samples"] and found.keys() == whole.keys() | {"not_measured"}
     for name, figures in found["models"].items():
         timed = {key for key in whole["models"][name] if key.endswith(("_ms", "_per_s"))} | {"measured_speedup"}
