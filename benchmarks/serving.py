@@ -9,7 +9,8 @@
 - `transformers serve` with the parent's checkpoint (it loads no class of which transformers does not know): `--transformers-serve`.
 - A server that runs already on the same checkpoint as the child: `--other NAME=URL`. One called vllm gives `server_over_vllm_16`.
 
-The ways take turns, round after round, since the machine's speed drifts. CPU time is told apart: replica, Serve's proxy, and client.
+The ways take turns, round after round, since the machine's speed drifts. CPU time is told apart: replica (which listens itself, as
+`serve-child` has it), Serve's proxy where RAY_SERVE_ENABLE_HA_PROXY=0 asks for it, and client.
 """
 
 from __future__ import annotations

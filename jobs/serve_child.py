@@ -248,6 +248,9 @@ def deployed(
     status = serve.status()
     if status.proxies:
         typer.echo("Serve runs on this cluster already: the host and port it was started with hold", err=True)
+    elif status.applications and not itself:
+        problem = f"Serve there has no proxy: {', '.join(status.applications)} listens itself"
+        raise ClusterError("address", problem, "give --address local, for a Ray of its own")
     elif not own_cluster:
         check_port(host, port)
     if name in status.applications:

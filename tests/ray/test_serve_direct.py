@@ -57,6 +57,9 @@ def test_after_a_replica_was_killed_another_listens_on_the_same_port_and_in_the_
     with deployed(settings, NAME, "/", ("127.0.0.1", port), True, Stops()):
         assert wait_until_running(NAME, WAIT_S, threading.Event(), proxied=False)
         assert not serve.status().proxies and ask(port) == 200
+        second = deployed(settings, "second", "/second", ("127.0.0.1", port + 1), False, Stops())
+        with pytest.raises(ClusterError, match=f"no proxy: {NAME} listens itself"), second:
+            pass
         with socket.create_connection(("127.0.0.1", port)) as open_one:
             replica = next(
                 each
