@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from actors.direct_http import DirectHttp, Where
 from puzzle_ray.errors import PuzzleError
 from puzzle_ray.serving.access import KeyCheck, read_body, without_end_slash
 from puzzle_ray.serving.api_errors import error_body, error_headers, error_response, validation_body
@@ -77,7 +78,7 @@ async def _fault(request: Request, error: Exception) -> JSONResponse:
 
 
 class _EventStream(StreamingResponse):
-    """Sends and does not listen: Serve itself cancels the task when the client is gone, and that frees the slot."""
+    """Sends and does not listen: whatever receives the requests cancels the task when the client is gone, and that frees the slot."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self.stream_response(send)
@@ -86,15 +87,21 @@ class _EventStream(StreamingResponse):
 @serve.deployment(name="ChildServer", max_constructor_retry_count=1, graceful_shutdown_wait_loop_s=0.5)
 @serve.ingress(app)
 class ChildServer:
-    """One replica: the models in memory, their engines, and the routes. `settings`: the fields of ServeSettings."""
+    """One replica: the models in memory, their engines, and the routes. `settings`: the fields of ServeSettings.
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    It listens at `where` itself; without that, Serve's proxy passes requests on to it.
+    """
+
+    def __init__(self, settings: dict[str, Any], where: Where | None = None) -> None:
         self._engines: list[Any] = []
+        self._http: DirectHttp | None = None
         self.settings = ServeSettings.model_validate(settings)
         self.service = OpenAIService(
             [self._load(name, folder) for name, folder in self.settings.models.items()],
             self.settings.stream_interval_ms / 1000,
         )
+        if where is not None:
+            self._http = DirectHttp(where, self.settings)
 
     def _load(self, name: str, model: str) -> ServedModel:
         import torch
@@ -129,13 +136,17 @@ class ChildServer:
         self._engines.append(engine)
         return ServedModel(name, engine, tokenizer, defaults)
 
-    def __del__(self) -> None:
+    async def __del__(self) -> None:
+        if self._http is not None:
+            await self._http.stop()
         for engine in self._engines:
             engine.close()
 
     def check_health(self) -> None:
-        """Serve replaces the replica when this raises: an engine has stopped, or a forward pass does not end."""
+        """Serve replaces the replica when this raises: an engine or the HTTP server has stopped, or a forward pass does not end."""
         self.service.check()
+        if self._http is not None:
+            self._http.check()
 
     @app.api_route("/health", methods=_READ)
     async def health(self) -> dict[str, Any]:

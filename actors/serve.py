@@ -14,13 +14,20 @@ The settings are the fields of `puzzle_ray.serving.settings.ServeSettings`.
 
 from typing import Any
 
+from ray import serve
 from ray.serve import Application
 
+from actors.direct_http import KEEP_ALIVE_S, Where
 from puzzle_ray.serving.settings import ServeSettings
 
 
 def build(args: ServeSettings) -> Application:
     """The application that the settings describe. Raises ConfigError where its engine is not installed."""
+    return application(args)
+
+
+def application(args: ServeSettings, where: Where | None = None) -> Application:
+    """As `build` makes it; with `where`, its replica listens there itself (see `direct_http.listens_itself`)."""
     options = deployment_options(args)
     if args.engine == "vllm":
         from actors.other_engines import build_vllm
@@ -32,7 +39,14 @@ def build(args: ServeSettings) -> Application:
         return build_tensorrt_llm(args, options)
     from actors.child_server import ChildServer
 
-    return ChildServer.options(**options).bind(args.model_dump(mode="json"))  # type: ignore[attr-defined]
+    return ChildServer.options(**options).bind(args.model_dump(mode="json"), where)  # type: ignore[attr-defined]
+
+
+def start_serve(host: str, port: int, proxied: bool) -> None:
+    """Serve on the cluster that this process is connected to, if it is not there yet. Its proxy listens, or nothing of its own does."""
+    http = {"host": host, "port": port, "keep_alive_timeout_s": KEEP_ALIVE_S}
+    location = "EveryNode" if proxied else "Disabled"
+    serve.start(proxy_location=location, http_options=http, logging_config={"log_level": "WARNING"})
 
 
 def deployment_options(settings: ServeSettings) -> dict[str, Any]:

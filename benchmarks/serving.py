@@ -9,7 +9,8 @@
 - `transformers serve` with the parent's checkpoint (it loads no class of which transformers does not know): `--transformers-serve`.
 - A server that runs already on the same checkpoint as the child: `--other NAME=URL`. One called vllm gives `server_over_vllm_16`.
 
-The ways take turns, round after round, since the machine's speed drifts. CPU time is told apart: replica, Serve's proxy, and client.
+The ways take turns, round after round, since the machine's speed drifts. CPU time is told apart: replica (which listens itself, as
+`serve-child` has it), Serve's proxy where RAY_SERVE_ENABLE_HA_PROXY=0 asks for it, and client.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ import ray
 import torch
 from ray import serve
 
-from actors.serve import build
+from actors.direct_http import Where, listens_itself
+from actors.serve import application, start_serve
 from benchmarks.record import write
 from benchmarks.serving_clients import Asked, Load, Prompt, Target, closed_loop, open_loop, times_of
 from jobs.session import SERVE_ENVIRONMENT, start_here, unless_set
@@ -135,15 +137,16 @@ def free_port() -> int:
 
 @contextmanager
 def served(models: dict[str, str], threads: int, dtype: DType) -> Iterator[str]:
-    """One server with these models, on a Ray of its own."""
-    port = free_port()
+    """One server with these models, on a Ray of its own, as `serve-child` starts it."""
+    where = Where("127.0.0.1", free_port())
     with unless_set(SERVE_ENVIRONMENT):
         start_here(num_cpus=threads + 1, object_store_memory=256 << 20)
-    serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})
     settings = ServeSettings(models=models, num_cpus=threads, dtype=dtype, max_batch_size=BATCH, prefix_cache=False)
-    serve.run(build(settings), name="benchmark")
+    itself = listens_itself(settings)
+    start_serve(where.host, where.port, proxied=not itself)
+    serve.run(application(settings, where if itself else None), name="benchmark")
     try:
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://{where.host}:{where.port}"
     finally:
         serve.shutdown()
         ray.shutdown()

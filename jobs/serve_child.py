@@ -32,7 +32,6 @@ APPLICATION = "puzzle-ray-child"
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Serve ends by killing its controller in the middle of the call that asks for it, and Ray prints on stdout that this call failed.
 _SERVES_END = "ServeController.graceful_shutdown failed"
-_KEEP_ALIVE_S = 60  # a connection without a request ends after this
 
 Children = Annotated[
     list[str],
@@ -98,7 +97,7 @@ def serve_child(
     with unless_set(environment), printed, connected(ClusterConfig(address=address)), stop_signals() as stopped:
         check_resources(settings)
         with deployed(settings, name, route_prefix, (host, port), own_cluster, stopped):
-            if wait_until_running(name, start_timeout_s, stopped.first):
+            if wait_until_running(name, start_timeout_s, stopped.first, proxied=not direct(settings, own_cluster)):
                 announce(host, port, route_prefix, list(models))
                 watch(name, stopped.first)
 
@@ -241,21 +240,26 @@ def deployed(
     from ray import serve
     from ray.serve.exceptions import RayServeException
 
-    from actors.serve import build
+    from actors.direct_http import Where
+    from actors.serve import application, start_serve
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    quiet, (host, port) = {"log_level": "WARNING"}, where
+    quiet, (host, port), itself = {"log_level": "WARNING"}, where, direct(settings, own_cluster)
     status = serve.status()
     if status.proxies:
         typer.echo("Serve runs on this cluster already: the host and port it was started with hold", err=True)
+    elif status.applications and not itself:
+        problem = f"Serve there has no proxy: {', '.join(status.applications)} listens itself"
+        raise ClusterError("address", problem, "give --address local, for a Ray of its own")
     elif not own_cluster:
         check_port(host, port)
     if name in status.applications:
         raise ConfigError("name", f"an application {name!r} runs on this cluster already", "give another --name, or end that one")
     ended_well = False
     try:
-        serve.start(http_options={"host": host, "port": port, "keep_alive_timeout_s": _KEEP_ALIVE_S}, logging_config=quiet)
-        target = serve.RunTarget(target=build(settings), name=name, route_prefix=route_prefix, logging_config=quiet)
+        start_serve(host, port, proxied=not itself)
+        server = application(settings, Where(host, port, route_prefix) if itself else None)
+        target = serve.RunTarget(target=server, name=name, route_prefix=route_prefix, logging_config=quiet)
         try:
             serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
         except RayServeException as error:  # such as a prefix that another application has
@@ -289,7 +293,14 @@ def end_application(name: str, grace_period_s: float, cut: threading.Event) -> N
             said = True
 
 
-def wait_until_running(name: str, timeout_s: float, stopped: threading.Event) -> bool:
+def direct(settings: ServeSettings, own_cluster: bool) -> bool:
+    """Whether the replica listens itself, without Serve's proxy."""
+    from actors.direct_http import listens_itself
+
+    return own_cluster and listens_itself(settings)
+
+
+def wait_until_running(name: str, timeout_s: float, stopped: threading.Event, proxied: bool = True) -> bool:
     """True once requests are answered, False if stopped before. Raises ClusterError."""
     from ray import serve
 
@@ -302,7 +313,7 @@ def wait_until_running(name: str, timeout_s: float, stopped: threading.Event) ->
             message = next((part for part in reversed(parts) if part), "")
             if application.status == "DEPLOY_FAILED":
                 raise ClusterError("child", f"the server did not start ({cause(message)})")
-            if application.status == "RUNNING" and set(status.proxies.values()) == {"HEALTHY"}:
+            if application.status == "RUNNING" and (not proxied or set(status.proxies.values()) == {"HEALTHY"}):
                 return True
         if stopped.wait(0.2):
             return False

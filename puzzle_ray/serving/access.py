@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from puzzle_ray.errors import ConfigError
-from puzzle_ray.serving.api_errors import BodyRefused, KeyRefused, error_headers, error_response
+from puzzle_ray.serving.api_errors import BodyRefused, Json, KeyRefused, error_headers, error_response
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -63,6 +63,15 @@ async def read_body(headers: Mapping[str, str], receive: Receive, most_bytes: in
             return b"".join(parts)
 
 
+async def send_json(send: Send, status: int, body: Json) -> None:
+    """An answer on its own, with the headers that belong to its status."""
+    content = json.dumps(body).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(content)), **(error_headers(status) or {})}
+    encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": status, "headers": encoded})
+    await send({"type": "http.response.body", "body": content})
+
+
 class KeyCheck:
     """Lets requests with a known key through to `app`, answers 401 to others. Without digests everybody may ask.
 
@@ -75,12 +84,7 @@ class KeyCheck:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._digests and not self._may_pass(scope):
-            status, body = error_response(KeyRefused())
-            content = json.dumps(body).encode()
-            headers = {"content-type": "application/json", "content-length": str(len(content)), **(error_headers(status) or {})}
-            encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-            await send({"type": "http.response.start", "status": status, "headers": encoded})
-            await send({"type": "http.response.body", "body": content})
+            await send_json(send, *error_response(KeyRefused()))
             return
         await self._app(scope, receive, send)
 

@@ -21,8 +21,10 @@ import torch
 from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
 from ray import serve
 from small_models import tiny_config
+from waiting import until
 
-from actors.serve import build
+from actors.direct_http import Where
+from actors.serve import application, start_serve
 from jobs import app
 from jobs.serve_child import Stops, deployed, wait_until_running
 from puzzle_ray.artifacts import LayerChoice
@@ -53,17 +55,18 @@ def child_folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def url(local_ray, child_folder):
-    port = free_port()
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
+@pytest.fixture(scope="module", params=["proxied", "direct"])
+def url(request, local_ray, child_folder):
+    """Of a server behind Serve's proxy, and of one whose replica listens itself."""
+    proxied, where = request.param == "proxied", Where("127.0.0.1", free_port(), "/here")
+    start_serve(where.host, where.port, proxied)
     key = hashlib.sha256(b"secret").hexdigest()
     settings = ServeSettings(
         models={"tiny": str(child_folder), "twin": str(child_folder)},
         max_batch_size=4, max_waiting=8, kv_cache_mib=64, max_body_mib=0.5, api_key_sha256=(key,), allowed_origins=("http://page",),
     )  # fmt: skip
-    serve.run(build(settings), name="under-test", route_prefix="/here")
-    yield f"http://127.0.0.1:{port}/here"
+    serve.run(application(settings, None if proxied else where), name="under-test", route_prefix="/here")
+    yield f"http://127.0.0.1:{where.port}/here"
     serve.shutdown()
 
 
@@ -189,6 +192,7 @@ def test_a_client_that_leaves_frees_its_slot(client, url, stream):
     assert after["generated_tokens"] - before["generated_tokens"] < MAX_LENGTH - 1
 
 
+@pytest.mark.parametrize("url", ["proxied"], indirect=True)
 def test_a_second_application_leaves_the_first_alone(client, url, child_folder):
     settings = ServeSettings(models={"second": str(child_folder)}, max_batch_size=2, kv_cache_mib=32, grace_period_s=5)
     where = ("127.0.0.1", int(url.split(":")[2].partition("/")[0]))
@@ -210,6 +214,7 @@ def test_a_second_application_leaves_the_first_alone(client, url, child_folder):
 
 
 @pytest.mark.wide
+@pytest.mark.parametrize("url", ["proxied"], indirect=True)
 def test_a_replica_that_is_killed_takes_only_its_own_requests_with_it(client, url, child_folder):
     """Of the streams that run while one of two replicas is killed some end early; those that begin afterwards are whole."""
     settings = ServeSettings(models={"pair": str(child_folder)}, max_batch_size=8, kv_cache_mib=32, num_replicas=2)
@@ -244,6 +249,28 @@ def test_a_replica_that_is_killed_takes_only_its_own_requests_with_it(client, ur
         assert 0 < sum(in_progress) < 8 and all(later)
 
 
+def assert_loopback_alone(pid: int, port: int) -> None:
+    """Nothing of the server listens elsewhere but for the port by which Serve's replicas call each other, which wants Ray's token."""
+    at_port, elsewhere = [], []
+    for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
+        who = " ".join(process.cmdline())
+        for each in process.net_connections("inet"):
+            if each.status == psutil.CONN_LISTEN:
+                at_port += [who] if each.laddr.port == port else []
+                elsewhere += [] if each.laddr.ip.removeprefix("::ffff:") == "127.0.0.1" else [who]
+    assert len(at_port) == 1 and "ServeReplica" in at_port[0]
+    assert len(elsewhere) <= 1 and all("ServeReplica" in who for who in elsewhere)
+
+
+def refuses(port: int) -> bool:
+    """Whether nothing listens there any more."""
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
 def command(*options: str) -> list[str]:
     return [sys.executable, "-m", "jobs.serve_child", *options]
 
@@ -261,7 +288,9 @@ def test_the_job_serves_until_it_is_told_to_stop_and_finishes_what_is_in_progres
             asked = {"model": "mine", "prompt": "x", "max_tokens": 1000, "stream": True, "extra_body": {"ignore_eos": True}}
             stream = iter(client.completions.create(**asked, stream_options={"include_usage": True}))
             next(stream)
+            assert_loopback_alone(job.pid, port)
             job.send_signal(signal.SIGINT)
+            until(lambda: refuses(port), "nothing new is accepted")
             *_, last = stream
             assert last.usage.completion_tokens == 1000
         assert job.wait(WAIT_S) == 0
