@@ -131,9 +131,7 @@ def run(s: Setting) -> Compressed:
     costs = read_profile(s, profile)
     wanted = s.config.search.limits if s.after is None else limits_of(s, costs)  # of all rounds, before the first one
     check_budget(s.space, costs, s.profile_config.scenario, wanted)  # can it be met at all?
-    library = told(
-        library_of(s, tokens), library_summary
-    )  # every variant of every layer, trained to mimic its parent block (BLD)
+    library = told(library_of(s, tokens), library_summary)  # every variant of every layer, trained to mimic its parent (BLD)
     scores = scores_of(s, tokens, library)  # the damage of every replacement
     architecture = architecture_of(s, tokens, library, profile, scores)  # one variant per layer within the budget (MIP)
     child = child_of(s, library, architecture)  # put together from parent and library
