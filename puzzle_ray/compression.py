@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike, fspath
@@ -30,6 +32,13 @@ from puzzle_ray.progress import Progress
 from puzzle_ray.recipes import tiny_parent
 from puzzle_ray.search.narrow import library_space
 from puzzle_ray.store import Artifact, Store, do_once
+
+
+def told(artifact: Artifact, said: Callable[[Mapping[str, Any]], str]) -> Artifact:
+    """A finished artifact, of which one line is said: `said` of its facts, nothing where that is empty."""
+    if words := said(artifact.facts()):
+        print(f"  {words}", file=sys.stderr, flush=True)
+    return artifact
 
 
 def assignment(name: str, value: Any) -> str:

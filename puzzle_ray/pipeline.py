@@ -21,16 +21,17 @@ import torch
 
 from puzzle_ray.artifacts import Architecture, Choices, Measure, Profile, Scores
 from puzzle_ray.checks import check, check_asked
-from puzzle_ray.compression import Round, Setting, assignment, original_source, questions_source
+from puzzle_ray.compression import Round, Setting, assignment, original_source, questions_source, told
 from puzzle_ray.config import TINY, load
 from puzzle_ray.data.parts import HeldoutParts, heldout_parts
 from puzzle_ray.data.sources import source_inputs
-from puzzle_ray.data.splits import load_tokens, save_tokens, train_tokens_source
+from puzzle_ray.data.splits import load_tokens, save_tokens, tokens_summary, train_tokens_source
 from puzzle_ray.distill.gkd import GkdJob, distill_child
-from puzzle_ray.distill.library import Library, build_serially, carry_over, starting_library
+from puzzle_ray.distill.library import Library, build_serially, carry_over, library_summary, starting_library
 from puzzle_ray.distill.race import race_here
 from puzzle_ray.distill.realize import realize
 from puzzle_ray.distill.rungs import to_json
+from puzzle_ray.distill.summary import gkd_summary
 from puzzle_ray.distill.text import LibraryText
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.evaluation.child_meter import ChildMeter
@@ -44,7 +45,7 @@ from puzzle_ray.models.shards import in_this_process
 from puzzle_ray.models.tokenizer import read_tokenizer
 from puzzle_ray.planning.settled import for_this_machine
 from puzzle_ray.process import compute_with, computing_with, num_cores
-from puzzle_ray.profiling.engine import engine_source, target_here
+from puzzle_ray.profiling.engine import engine_source, profile_summary, target_here
 from puzzle_ray.profiling.measure import PROFILE_TABLE, profile_serially
 from puzzle_ray.progress import Display, Progress
 from puzzle_ray.scoring.downstream import load_questions
@@ -130,18 +131,18 @@ def run(s: Setting) -> Compressed:
     check_asked(
         s.config, read_tokenizer(s.parent, s.config.trust_remote_code), s.model_config
     )  # can it read prompt and questions?
-    tokens = tokens_of(s)  # the text in the parent's tokens
+    tokens = told(tokens_of(s), tokens_summary)  # the text in the parent's tokens
     of_library = s.config.library.for_parent(s.model_config)
     LibraryText.of(load_tokens(tokens)[0], s.config.seed, of_library)  # is there enough of it?
-    profile = profile_of(s)  # what every variant costs on the target
+    profile = told(profile_of(s), profile_summary)  # what every variant costs on the target
     costs = read_profile(s, profile)
     wanted = s.config.search.limits if s.after is None else limits_of(s, costs)  # of all rounds, before the first one
     check_budget(s.space, costs, s.profile_config.scenario, wanted)  # can it be met at all?
-    library = library_of(s, tokens)  # every variant of every layer, trained to mimic its parent block (BLD)
+    library = told(library_of(s, tokens), library_summary)  # every variant of every layer, trained to mimic its parent (BLD)
     scores = scores_of(s, tokens, library)  # the damage of every replacement
     architecture = architecture_of(s, tokens, library, profile, scores)  # one variant per layer within the budget (MIP)
     child = child_of(s, library, architecture)  # put together from parent and library
-    distilled = distilled_of(s, tokens, child)  # trained as a whole towards the parent (GKD)
+    distilled = told(distilled_of(s, tokens, child), gkd_summary)  # trained as a whole towards the parent (GKD)
     if s.number < s.config.rounds:
         return run(replace(s, after=Round(s, library, read_architecture(architecture).choices, distilled)))
     quality = quality_of(s, tokens, child, distilled)  # what it kept of the parent's answers

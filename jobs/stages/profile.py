@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from jobs.run import Run, Stage
@@ -44,10 +45,10 @@ def beside(run: Run) -> bool:
     return room_beside_profile(run.profile_config, run.config.cluster)
 
 
-def said(facts: Any) -> str:
-    if facts["estimated"]:
-        return f"costs are ESTIMATED by {facts['engine']} for {facts['device']}, not measured"
-    return ""
+def said(facts: Mapping[str, Any]) -> str:
+    from puzzle_ray.profiling.engine import profile_summary
+
+    return profile_summary(facts)
 
 
 def check_budget(run: Run) -> None:

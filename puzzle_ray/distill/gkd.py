@@ -209,7 +209,7 @@ def publish_distilled(trainer: GkdTrainer, job: GkdJob, *, writes: bool = True) 
             pass
         return
     kept = trainer.guard.best_row.step if trainer.guard else trainer.total_steps  # of the weights that are published
-    source, made = job.child.local_folder(CHILD), {"distilled": "globally, from its parent", "steps": kept}
+    config, source, made = job.config, job.child.local_folder(CHILD), {"distilled": "globally, from its parent", "steps": kept}
     dtype = read_config(source).dtype or torch.float32
     with quiet_transformers(), job.artifact.folder_to_publish(CHILD) as folder:
         if gathered is not None:
@@ -221,6 +221,8 @@ def publish_distilled(trainer: GkdTrainer, job: GkdJob, *, writes: bool = True) 
     facts: dict[str, Any] = {"steps": trainer.total_steps, "tokens": trainer.text.tokens, **last}
     if trainer.next_step < trainer.total_steps:
         facts["ended_after"] = trainer.next_step
+    if config.lm_weight and config.lm_tokens is not None and trainer.curve and not any(row.lm for row in trainer.curve):
+        facts["lm_tokens_found"] = False
     if trainer.trials:
         facts |= {"learning_rate": trainer.learning_rate.peak, "range_test": trial_facts(trainer.trials)}
     if trainer.guard is not None:

@@ -148,7 +148,7 @@ class HeldoutGuard:
         self.best = {name: torch.zeros_like(p.detach()) for name, p in self.parameters.items()} if self.rows else {}
 
     def facts(self) -> dict[str, Any]:
-        """What the artifact says about it."""
+        """What the artifact says about it. `not_finite` of the returns are from a loss, gradient or KL that was no number."""
         first, best = self.rows[0], self.best_row
         kept = "start" if best.step == 0 else f"step {best.step}"
         return {
@@ -157,4 +157,5 @@ class HeldoutGuard:
             "heldout_kl": best.kl,
             "heldout_loss": best.loss,
             "returns": self.num_returns,
+            "not_finite": sum(row.returned for row in self.rows if not math.isfinite(row.kl)),
         }

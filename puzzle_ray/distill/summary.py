@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 
 def gkd_summary(facts: Mapping[str, Any]) -> str:
-    """One line about a finished distillation, from the facts of its artifact; empty where it was not watched."""
+    """One line about a finished distillation, from the facts of its artifact; empty where there is nothing to say."""
+    return "; ".join([*_watched(facts), *_lm_tokens(facts)])
+
+
+def _watched(facts: Mapping[str, Any]) -> Iterator[str]:
+    """What came of it on held-out text, where it was watched."""
     if "kept" not in facts:
-        return ""
-    before, after = facts["heldout_kl_before"], facts["heldout_kl"]
-    if facts["kept"] == "start":
-        words = f"distillation did not improve the child (held-out KL {before:.4g}): it is published as it was"
+        return
+    before, after, kept_start = facts["heldout_kl_before"], facts["heldout_kl"], facts["kept"] == "start"
+    if kept_start:
+        yield f"distillation did not improve the child (held-out KL {before:.4g}): it is published as it was"
     else:
-        words = f"held-out KL {before:.4g} -> {after:.4g}, weights of {facts['kept']}"
-    went_back = facts["returns"]
-    if went_back:
-        words += (
-            f"; the KL rose above the start's {went_back} time{'s' * (went_back != 1)}, each with half the learning rate after it"
-        )
+        yield f"held-out KL {before:.4g} -> {after:.4g}, weights of {facts['kept']}"
+    if facts["returns"]:
+        yield f"{_why_back(facts)}, each with half the learning rate after it"
     if "ended_after" in facts:
-        words += f"; it ended after step {facts['ended_after']} of {facts['steps']}"
+        yield f"it ended after step {facts['ended_after']} of {facts['steps']}"
     if facts.get("range_test"):
-        words += f"; learning rate {facts['learning_rate']:g}, the best of {len(facts['range_test'])} in a range test"
-    elif facts["kept"] == "start" and went_back:
-        words += "; lower gkd.learning_rate, or set it to auto"
-    return words
+        yield f"learning rate {facts['learning_rate']:g}, the best of {len(facts['range_test'])} in a range test"
+    elif kept_start and facts.get("ended_after") == 0 and facts.get("not_finite"):
+        yield "no step was taken, so it is not the learning rate; lower the weights of the losses, or raise gkd.temperature"
+    elif kept_start and facts["returns"]:
+        yield "lower gkd.learning_rate, or set it to auto"
+
+
+def _why_back(facts: Mapping[str, Any]) -> str:
+    """Why training went back, and how often for each reason."""
+    broken = facts.get("not_finite", 0)  # earlier versions did not count them
+    reasons = {"the KL rose above the start's": facts["returns"] - broken, "loss, gradient or KL was not finite": broken}
+    return " and ".join(f"{why} {count} time{'s' * (count != 1)}" for why, count in reasons.items() if count)
+
+
+def _lm_tokens(facts: Mapping[str, Any]) -> Iterator[str]:
+    if facts.get("lm_tokens_found") is False:
+        never = "its markers are not in the text, or the parent gives no token so high a probability"
+        yield f"gkd.lm_tokens chose no token of the text, so the next-token loss was 0 throughout: {never}"

@@ -323,6 +323,7 @@ def tied(config: Any, checkpoint: Checkpoint) -> bool:
     import transformers
 
     from puzzle_ray.families.registry import descriptor_of
+    from puzzle_ray.models.describe import describe
 
     said = bool(getattr(config, "tie_word_embeddings", False))
     names = getattr(getattr(transformers, descriptor_of(config).model_class), "_tied_weights_keys", None) or {}
@@ -332,6 +333,7 @@ def tied(config: Any, checkpoint: Checkpoint) -> bool:
     if head not in checkpoint:
         if said:
             return True
+        describe(config)  # another family's head may have another name in the file
         problem = f"{checkpoint.folder} has no {head}, and its config.json says tie_word_embeddings=false"
         remedy = "write true if the embedding is the head, or save the model with its head"
         raise ParentError("parent", problem, remedy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -28,3 +29,17 @@ def _ropes(parameters: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         yield parameters
     else:
         yield from (each for each in parameters.values() if isinstance(each, Mapping))
+
+
+@contextmanager
+def never_growing(model: Any) -> Iterator[None]:
+    """While this is open, frequencies of type `dynamic` stay as they are. Otherwise they look at positions, and where a model has only
+    shapes there are none to look at."""
+    found = [(module, module.rope_type) for module in model.modules() if "dynamic" in str(getattr(module, "rope_type", ""))]
+    for module, kind in found:
+        module.rope_type = "default" if isinstance(kind, str) else dict.fromkeys(kind, "default")
+    try:
+        yield
+    finally:
+        for module, kind in found:
+            module.rope_type = kind

@@ -165,6 +165,13 @@ def is_estimate(engine: Engine) -> bool:
     return bool(getattr(engine, "estimated", False))
 
 
+def profile_summary(facts: Mapping[str, Any]) -> str:
+    """One line about a finished profile, from the facts of its artifact; empty where it was measured."""
+    if not facts["estimated"]:
+        return ""
+    return f"costs are ESTIMATED by {facts['engine']} for {facts['device']}, not measured"
+
+
 def mean_over_lengths(scenario: Scenario, samples: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """(prefill_ms, decode_ms) of a mean request, from a sample for every kind of request in `scenario.shapes`.
 

@@ -19,7 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from puzzle_ray.artifacts import KINDS, MIB, Scenario, SubblockKind
+from puzzle_ray.errors import ParentError
 from puzzle_ray.families.descriptor import Descriptor
+from puzzle_ray.models.checkpoint import first_line
+from puzzle_ray.models.rope import never_growing
 from puzzle_ray.surgery.kv_cache import cache_from
 
 _PROBE_TOKENS = 2
@@ -82,9 +85,19 @@ class KeptTokens:
 
 @torch.inference_mode()
 def kept_tokens(model: Any) -> tuple[KeptTokens, ...]:
-    """What every layer keeps, read from the model's own cache after a forward. Any device will do, `meta` too."""
+    """What every layer keeps, read from the model's own cache after a forward. Any device will do, `meta` too.
+
+    Raises ParentError for a model of shapes only that cannot run: its config's sizes contradict each other.
+    """
     ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device=model.device)
-    layers = cache_from(model(ids, use_cache=True, logits_to_keep=1)).layers
+    try:
+        with never_growing(model):
+            layers = cache_from(model(ids, use_cache=True, logits_to_keep=1)).layers
+    except RuntimeError as error:
+        if model.device.type != "meta":
+            raise
+        problem = f"a model of its config.json cannot run ({first_line(error)})"
+        raise ParentError("parent", problem, "take config.json as the model was published") from error
     return tuple(_kept(layer) for layer in layers)
 
 
@@ -142,7 +155,8 @@ def peak_bytes(build: Callable[[], Any], batch_size: int, tokens: int) -> int:
     """
     with FakeTensorMode(), torch.inference_mode():
         model, ids = build(), torch.zeros(batch_size, tokens, dtype=torch.long)
-        return peak_of(lambda: model(ids, use_cache=False, logits_to_keep=1))
+        with never_growing(model):
+            return peak_of(lambda: model(ids, use_cache=False, logits_to_keep=1))
 
 
 def peak_of(work: Callable[[], object]) -> int:

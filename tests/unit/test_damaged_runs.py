@@ -12,6 +12,7 @@ from safetensors import safe_open
 from small_models import save_parent
 from small_runs import SMALL, save_parent_with_text
 
+from jobs.run import stages
 from puzzle_ray.errors import ConfigError, Damaged
 from puzzle_ray.models.checkpoint import locate
 from puzzle_ray.pipeline import compress
@@ -64,6 +65,16 @@ def written(monkeypatch):
     monkeypatch.setattr(Artifact, "_put", noted_put)
     monkeypatch.setattr(Artifact, "folder_to_publish", noted_publish)
     return found
+
+
+def test_one_process_says_of_its_stages_what_the_command_says(run, capsys):
+    """What was dropped, what is only estimated, what stands out, and that a child was not improved."""
+    again, store = run
+    again()
+    said, with_lines = capsys.readouterr().err.splitlines(), ("tokens", "profile", "library", "gkd")
+    lines = {name: stages()[name].said(artifact_at(str(of(store, name)))[0].facts()) for name in with_lines}
+    assert [line for line in said if line.startswith("  ")] == [f"  {line}" for line in lines.values() if line]
+    assert lines["tokens"] and lines["library"] and lines["gkd"]
 
 
 def of(store, stage):

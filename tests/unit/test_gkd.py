@@ -27,6 +27,7 @@ from puzzle_ray.distill.gkd import (
 )
 from puzzle_ray.distill.losses import cosine_distance
 from puzzle_ray.distill.schedule import LearningRate
+from puzzle_ray.distill.settings import LmTokens
 from puzzle_ray.distill.summary import gkd_summary
 from puzzle_ray.errors import StoreError
 from puzzle_ray.models.child import load_model, save_child
@@ -207,6 +208,15 @@ def test_facts_and_card_say_which_steps_the_published_weights_had(job, rate):
         assert "ended_after" not in facts
     else:
         assert made["steps"] == facts["ended_after"] == 1 and "it ended after step 1 of 6" in gkd_summary(facts)
+
+
+def test_it_is_said_where_no_token_is_chosen_for_the_next_token_loss(job):
+    """That loss was never taken; and nothing else is said of a training that is not watched."""
+    for least, said in ((0.9999, "gkd.lm_tokens chose no token of the text"), (1e-9, "")):
+        config = CONFIG.model_copy(update={"lm_weight": 1.0, "lm_tokens": LmTokens(min_parent_probability=least)})
+        own = dataclasses.replace(job, config=config, artifact=job.artifact.store.artifact("gkd", {"least": least}, {}))
+        distill_child(own, Quiet())
+        assert gkd_summary(own.artifact.facts())[:40] == said
 
 
 def test_it_is_said_how_often_the_text_is_read(job, capsys):

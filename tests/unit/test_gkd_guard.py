@@ -56,6 +56,17 @@ def test_an_absurd_learning_rate_ends_well_with_the_starts_weights(tmp_path, rat
     assert "did not improve the child" in line and "published as it was" in line and "lower gkd.learning_rate" in line
 
 
+def test_a_loss_that_is_no_number_is_not_called_a_rise(tmp_path):
+    trainer = watched(LONG.model_copy(update={"kl_weight": 1e39}))
+    train(trainer, tmp_path)
+    facts = trainer.guard.facts() | {"steps": 40, "ended_after": trainer.next_step}
+    assert facts["not_finite"] == facts["returns"] == MAX_RETURNS + 1
+    line = gkd_summary(facts)
+    assert "loss, gradient or KL was not finite 4 times" in line and "rose" not in line
+    assert "no step was taken" in line and "gkd.learning_rate" not in line
+    assert "rose above the start's 1 time and loss" in gkd_summary(facts | {"returns": 2, "not_finite": 1})
+
+
 def test_a_child_whose_kl_is_no_number_is_the_worst_of_all():
     """NaN would be below everything that it is compared with: rungs and rivals take the least."""
     trainer = watched()

@@ -9,8 +9,8 @@ import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
 from safetensors.torch import load_file, save_file
-from small_models import save_parent
-from transformers import AutoModelForCausalLM
+from small_models import save_parent, tiny_config
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from puzzle_ray.artifacts import LayerChoice
 from puzzle_ray.errors import ParentError
@@ -20,7 +20,9 @@ from puzzle_ray.models.checkpoint import Checkpoint, as_stored, broken, fingerpr
 from puzzle_ray.models.child import assemble, load_model, new_child, read_config, save_child
 from puzzle_ray.models.describe import describe
 from puzzle_ray.models.manifest import check_weights
+from puzzle_ray.models.rope import never_growing
 from puzzle_ray.models.tokenizer import check_tokenizer, read_tokenizer
+from puzzle_ray.profiling.memory import kept_tokens, peak_bytes
 
 IDS = torch.arange(40).remainder(96).reshape(2, 20)
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -365,6 +367,50 @@ def test_a_head_beside_a_tied_config_is_read_as_transformers_does_and_said(tmp_p
     assert all(torch.equal(found, expected) for found in readings(folder, tmp_path / "child"))
     assert not read_config(folder).tie_word_embeddings and not read_config(tmp_path / "child").tie_word_embeddings
     assert checked(tmp_path / "child") == ()
+
+
+def test_a_family_that_is_not_supported_is_said_before_its_head_is_missed(tmp_path):
+    """In files of GPT-NeoX the head has another name; `tie_word_embeddings=true` would make another model of it."""
+    settings = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_neox", **settings)).save_pretrained(tmp_path)
+    with pytest.raises(ParentError, match="family 'gpt_neox' is not supported"):
+        as_stored(read_config(tmp_path), Checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize("layered", [False, True])
+def test_frequencies_that_grow_with_the_text_need_no_text_where_only_sizes_are_asked(layered):
+    changes = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}} if not layered else {}
+    plain, config = (
+        tiny_config("gemma3_text" if layered else "llama"),
+        tiny_config("gemma3_text" if layered else "llama", **changes),
+    )
+    if layered:
+        for rope in config.rope_parameters.values():
+            rope.update(rope_type="dynamic", factor=2.0)
+
+    def build(settings):
+        return new_child(settings, [LayerChoice()] * 3, torch.float32).eval()
+
+    kept = []
+    for settings in (config, plain):
+        with torch.device("meta"):
+            kept.append(kept_tokens(build(settings)))
+    assert kept[0] == kept[1] and all(layer.bytes_each for layer in kept[0])
+    assert peak_bytes(lambda: build(config), 2, 16) == peak_bytes(lambda: build(plain), 2, 16) > 0
+    model = build(config)
+    with never_growing(model):
+        pass
+    assert "dynamic" in str(model.model.rotary_emb.rope_type), "as it was"
+
+
+def test_a_config_whose_sizes_contradict_each_other_is_said():
+    with torch.device("meta"):
+        model = new_child(tiny_config(), [LayerChoice()] * 3, torch.float32)
+        model.model.layers[1].self_attn.o_proj = torch.nn.Linear(24, 32)
+    with pytest.raises(
+        ParentError, match="a model of its config.json cannot run .*; take config.json as the model was published"
+    ):
+        kept_tokens(model)
 
 
 def test_a_head_that_is_the_embedding_once_more_stays_tied(tmp_path):
