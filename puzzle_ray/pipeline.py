@@ -10,8 +10,9 @@ finished the other finds. A run that was interrupted goes on where it was.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -116,7 +117,7 @@ def compress(
 def still_distils(s: Setting) -> bool:
     """Whether the store lacks the distilled child of any round, or what comes before it."""
     try:
-        with only_looking():
+        with only_looking(), redirect_stderr(io.StringIO()):  # what is finished is told when it is run
             run(s)
     except StillToDo as found:
         return found.artifact.stage not in AFTER_GKD
