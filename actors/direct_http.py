@@ -20,7 +20,7 @@ import uvicorn
 from ray import serve
 
 from puzzle_ray.errors import ClusterError, ConfigError
-from puzzle_ray.serving.access import OPEN_PATHS, Application, Receive, Scope, Send, send_json
+from puzzle_ray.serving.access import OPEN_PATHS, Application, Receive, Scope, Send, send_json, without_end_slash
 from puzzle_ray.serving.api_errors import error_body
 from puzzle_ray.serving.settings import ServeSettings
 
@@ -97,7 +97,7 @@ class Requests:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         client = _Client(scope, receive, send)
         path = str(scope["path"])
-        below = path.removeprefix(self._prefix)
+        below = without_end_slash(path, self._prefix).removeprefix(self._prefix)
         if self._prefix and path != self._prefix and not path.startswith(f"{self._prefix}/"):
             await send_json(
                 client.send, 404, error_body(f"{scope['method']} {path}: Not Found; paths here begin with {self._prefix}/")

@@ -9,6 +9,7 @@ import pytest
 
 from actors.direct_http import Requests, Where, _listening, listens_itself
 from puzzle_ray.errors import ConfigError
+from puzzle_ray.serving.access import read_body
 from puzzle_ray.serving.settings import ServeSettings
 
 
@@ -91,8 +92,9 @@ def test_more_requests_than_there_may_be_are_told_to_come_back_and_those_who_wat
     *_, more = asked(echo, *several("/v1/completions"), most=2)
     status, headers, body = more.answer()
     assert (status, headers[b"retry-after"], body["error"]["code"]) == (503, b"1", "engine_busy")
-    *two, watching = asked(echo, *several("/here/health"), most=2, route_prefix="/here")
-    assert watching.answer()[0] == 200
+    for path in ("/here/health", "/here/health/"):
+        *two, watching = asked(echo, *several(path), most=2, route_prefix="/here")
+        assert watching.answer()[0] == 200
     assert [one.answer()[0] for one in asked(echo, *[Connection] * 2, most=2)] == [200, 200]
 
 
@@ -119,6 +121,31 @@ def test_the_work_of_a_client_that_leaves_is_cancelled_and_its_place_is_free(str
         assert ended and requests._running == 0
 
     asyncio.run(run())
+
+
+def test_the_leaving_of_a_client_is_not_lost_though_it_comes_at_once_after_its_request():
+    """Wherever in the reading of the body it comes, in turns of the event loop."""
+    ended = []
+
+    async def work(scope, receive, send):
+        try:
+            await read_body({}, receive, 100, 30.0)
+            await asyncio.Event().wait()
+        finally:
+            ended.append(scope["path"])
+
+    async def run(turns):
+        connection = Connection()
+        task = asyncio.create_task(Requests(work, "/", 1)(connection.scope, connection.receive, connection.send))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        connection.left.set()
+        done, _ = await asyncio.wait([task], timeout=10)
+        assert done
+
+    for turns in range(8):
+        asyncio.run(run(turns))
+    assert len(ended) == 8
 
 
 def test_a_cancellation_by_the_server_itself_is_one():
