@@ -28,7 +28,7 @@ from lm_eval.tasks import TaskManager
 from puzzle_ray.data.files import find_files
 from puzzle_ray.data.foreign import reading, reason_of
 from puzzle_ray.data.formats import rows
-from puzzle_ray.errors import ConfigError, DataError
+from puzzle_ray.errors import ConfigError, DataError, ParentError
 from puzzle_ray.evaluation.reader import Reader
 from puzzle_ray.evaluation.requests import Answer, Chunk, Continuations, Ids, Likelihoods, chunked, joined
 from puzzle_ray.evaluation.settings import EvaluateConfig
@@ -71,6 +71,9 @@ class PuzzleLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        if self.tokenizer.eos_token_id is None:
+            problem = "an empty context is asked, and the tokenizer has no token that begins or ends a text"
+            raise ParentError("parent", problem, "name eos_token in tokenizer_config.json, or leave such tasks out")
         return int(self.tokenizer.eos_token_id)
 
     @property
@@ -84,7 +87,8 @@ class PuzzleLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """As lm_eval's `hf`: the tokenizer's own special tokens, but no second one at the beginning."""
-        begin = self.tokenizer.decode(self.prefix_token_id)
+        specials = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        begin = "" if specials == (None, None) else self.tokenizer.decode(self.prefix_token_id)
         if add_special_tokens is None and begin and string.startswith(begin):
             add_special_tokens = False
         how = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}

@@ -11,7 +11,7 @@ from small_models import save_parent
 from puzzle_ray.artifacts import LayerChoice
 from puzzle_ray.config import load
 from puzzle_ray.data.order import Tokens
-from puzzle_ray.errors import ConfigError, DataError
+from puzzle_ray.errors import ConfigError, DataError, ParentError
 from puzzle_ray.evaluation.settings import EvaluateConfig
 from puzzle_ray.models.child import new_child, read_config, save_child
 from puzzle_ray.progress import Quiet
@@ -164,6 +164,18 @@ def test_what_is_no_question_is_said_before_work(tmp_path, lines, words):
     path.write_text(lines)
     with pytest.raises(DataError, match=words):
         check_tasks([str(path)])
+
+
+@installed
+def test_a_tokenizer_without_a_token_for_beginning_or_end_asks_what_has_a_context(tmp_path):
+    parent = save_parent(tmp_path / "parent", vocab_size=VOCAB_SIZE)
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token = None
+    tokenizer.save_pretrained(parent)
+    model = PuzzleLM(str(parent))
+    assert model.tok_encode("ab") == byte_tokenizer().encode("ab")
+    with pytest.raises(ParentError, match="an empty context is asked, .*; name eos_token"):
+        _ = model.prefix_token_id
 
 
 @installed
