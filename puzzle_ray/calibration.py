@@ -27,7 +27,7 @@ WITHIN = 0.03
 
 def largest_damping(error_of: Callable[[float], float]) -> tuple[float, float]:
     """(damping, its error). `error_of(damping)` is the relative error on unseen tokens of what is fitted with it."""
-    errors = {damping: error_of(damping) for damping in DAMPINGS}
+    errors = {damping: max(0.0, error_of(damping)) for damping in DAMPINGS}  # rounding may leave less than 0
     bound = min(errors.values()) * (1 + WITHIN) + 1e-9
     damping = max(damping for damping, error in errors.items() if error <= bound)
     return damping, errors[damping]

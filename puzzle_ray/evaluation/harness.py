@@ -28,7 +28,7 @@ from lm_eval.tasks import TaskManager
 from puzzle_ray.data.files import find_files
 from puzzle_ray.data.foreign import reading, reason_of
 from puzzle_ray.data.formats import rows
-from puzzle_ray.errors import ConfigError, DataError
+from puzzle_ray.errors import ConfigError, DataError, ParentError
 from puzzle_ray.evaluation.reader import Reader
 from puzzle_ray.evaluation.requests import Answer, Chunk, Continuations, Ids, Likelihoods, chunked, joined
 from puzzle_ray.evaluation.settings import EvaluateConfig
@@ -42,6 +42,8 @@ from puzzle_ray.scoring.halves import Half, halves, question_digest
 
 AskChunks = Callable[[Sequence[Chunk]], list[Answer]]
 NEW_TOKENS = 256  # of an answer, where a task says nothing
+_TEXTS = {"query", "context", "continuation"}  # fields of questions in files that hold a text,
+_OPTIONS = {"choices", "context_options"}  # and a list of texts to choose from
 NO_POSITIONS = 2048  # tokens that are read of a model without a limit, as lm_eval has it
 
 
@@ -69,6 +71,9 @@ class PuzzleLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        if self.tokenizer.eos_token_id is None:
+            problem = "an empty context is asked, and the tokenizer has no token that begins or ends a text"
+            raise ParentError("parent", problem, "name eos_token in tokenizer_config.json, or leave such tasks out")
         return int(self.tokenizer.eos_token_id)
 
     @property
@@ -82,7 +87,8 @@ class PuzzleLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """As lm_eval's `hf`: the tokenizer's own special tokens, but no second one at the beginning."""
-        begin = self.tokenizer.decode(self.prefix_token_id)
+        specials = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        begin = "" if specials == (None, None) else self.tokenizer.decode(self.prefix_token_id)
         if add_special_tokens is None and begin and string.startswith(begin):
             add_special_tokens = False
         how = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
@@ -297,7 +303,8 @@ def _questions_task(path: str) -> Any:
         problem = f"{path!r} has lines of {', '.join(sorted(keys))}"
         remedy = "write query, choices, gold; or context_options, continuation, gold; or context, continuation"
         raise DataError(WHERE, problem, remedy)
-    dataset = DatasetDict({"test": Dataset.from_list(found)})
+    asked = [{name: row[name] for name in sorted(keys & (_TEXTS | _OPTIONS | {"gold"}))} for row in found]
+    dataset = DatasetDict({"test": Dataset.from_list(asked)})
     splits = {"test_split": "test", "fewshot_split": "test"}
     return ConfigurableTask(config={"task": entry_name(path), "custom_dataset": lambda **_: dataset, **splits, **kind})
 
@@ -317,12 +324,23 @@ def _read(path: str) -> list[dict[str, Any]]:
     for number, row in found:
         if not isinstance(row, dict) or set(row) != set(found[0][1]):
             raise DataError(WHERE, f"{path}:{number} has other fields than the first line", "write the same fields in every line")
-        options = row.get("choices", row.get("context_options"))
-        if options is not None and not (isinstance(row.get("gold"), int) and 0 <= row["gold"] < len(options)):
-            raise DataError(WHERE, f"{path}:{number}: gold {row.get('gold')!r} among {len(options)} choices", "count gold from 0")
+        _check_question(row, f"{path}:{number}")
     if not found:
         raise DataError(WHERE, f"{path!r} holds no question", "write one in every line")
     return [row for _, row in found]
+
+
+def _check_question(row: Mapping[str, Any], where: str) -> None:
+    """Raises DataError for values that lm_eval would stumble over, or take for something else."""
+    for name in _TEXTS & set(row):
+        if not isinstance(row[name], str):
+            raise DataError(WHERE, f"{where}: {name} is {row[name]!r}", "write it as a text")
+    for name in _OPTIONS & set(row):
+        options, gold = row[name], row.get("gold")
+        if not isinstance(options, list) or len(options) < 2 or not all(isinstance(o, str) and o for o in options):
+            raise DataError(WHERE, f"{where}: {name} are {options!r}", "write a list of two texts or more, none of them empty")
+        if type(gold) is not int or not 0 <= gold < len(options):
+            raise DataError(WHERE, f"{where}: gold {gold!r} among {len(options)} choices", "count gold from 0")
 
 
 @contextlib.contextmanager

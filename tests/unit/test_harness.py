@@ -11,7 +11,7 @@ from small_models import save_parent
 from puzzle_ray.artifacts import LayerChoice
 from puzzle_ray.config import load
 from puzzle_ray.data.order import Tokens
-from puzzle_ray.errors import ConfigError, DataError
+from puzzle_ray.errors import ConfigError, DataError, ParentError
 from puzzle_ray.evaluation.settings import EvaluateConfig
 from puzzle_ray.models.child import new_child, read_config, save_child
 from puzzle_ray.progress import Quiet
@@ -148,6 +148,13 @@ def test_parent_and_child_are_compared_on_tasks(folders, files, tmp_path):
     [
         ("{}\n", "has lines of "),
         ('{"query": "a", "choices": ["b", "c"], "gold": 2}\n', "gold 2 among 2 choices"),
+        ('{"query": "a", "choices": ["b", "c"], "gold": true}\n', "gold True among 2 choices"),
+        ('{"query": "a", "choices": ["", "c"], "gold": 0}\n', r":1: choices are \['', 'c'\]; write a list of two texts"),
+        ('{"query": "a", "choices": "bc", "gold": 0}\n', ":1: choices are 'bc'; write a list of two texts"),
+        ('{"query": "a", "choices": ["b"], "gold": 0}\n', "write a list of two texts or more"),
+        ('{"query": "a", "choices": {"text": ["b", "c"]}, "gold": 0}\n', "write a list of two texts or more"),
+        ('{"query": ["a"], "choices": ["b", "c"], "gold": 0}\n', r"query is \['a'\]; write it as a text"),
+        ('{"context": "a", "continuation": null}\n', "continuation is None; write it as a text"),
         ('{"context": "a", "continuation": "b"}\n{"context": "a"}\n', ":2 has other fields than the first line"),
         ("\n", "holds no question"),
     ],
@@ -157,6 +164,26 @@ def test_what_is_no_question_is_said_before_work(tmp_path, lines, words):
     path.write_text(lines)
     with pytest.raises(DataError, match=words):
         check_tasks([str(path)])
+
+
+@installed
+def test_a_tokenizer_without_a_token_for_beginning_or_end_asks_what_has_a_context(tmp_path):
+    parent = save_parent(tmp_path / "parent", vocab_size=VOCAB_SIZE)
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token = None
+    tokenizer.save_pretrained(parent)
+    model = PuzzleLM(str(parent))
+    assert model.tok_encode("ab") == byte_tokenizer().encode("ab")
+    with pytest.raises(ParentError, match="an empty context is asked, .*; name eos_token"):
+        _ = model.prefix_token_id
+
+
+@installed
+def test_fields_of_ones_own_beside_a_question_may_hold_anything(tmp_path):
+    path = tmp_path / "q.jsonl"
+    question = {"query": "a", "choices": ["b", "c"], "gold": 0}
+    path.write_text("".join(json.dumps(question | {"source": source}) + "\n" for source in ("web", 3, [1, "a"], None)))
+    check_tasks([str(path)])
 
 
 @installed

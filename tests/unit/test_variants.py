@@ -383,3 +383,8 @@ def test_a_taken_name_is_refused(own_package, tmp_path):
     points.write_text("[puzzle_ray.variants]\ngqa = our_variants.low_rank:VARIANT\n")
     with pytest.raises(ConfigError, match="two variants are named 'gqa'"):
         find_variant("low_rank:4", "ffn")
+
+
+def test_a_damping_is_found_where_rounding_leaves_errors_below_zero():
+    """As on text of one token over and over, which any matrix of rank one fits."""
+    assert largest_damping(lambda damping: -1e-6) == (max(DAMPINGS), 0.0)
