@@ -7,12 +7,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-try:
-    from transformers.integrations.heterogeneity import HeterogeneousConfigMixin as _Heterogeneous
-except ImportError:
-    _Heterogeneous = None
+from transformers import PretrainedConfig
 
-HETEROGENEOUS = _Heterogeneous is not None  # transformers from 5.15 knows per_layer_config
+# transformers from 5.15 knows per_layer_config; this is the class that has it
+_Heterogeneous: Any = next((base for base in PretrainedConfig.__mro__ if "is_heterogeneous" in vars(base)), None)
+HETEROGENEOUS = _Heterogeneous is not None
 OURS = {
     "linear": (),
     "window": None,
