@@ -373,8 +373,9 @@ def test_a_family_that_is_not_supported_is_said_before_its_head_is_missed(tmp_pa
     """In files of GPT-NeoX the head has another name; `tie_word_embeddings=true` would make another model of it."""
     settings = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300}
     AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_neox", **settings)).save_pretrained(tmp_path)
+    config = as_stored(read_config(tmp_path), Checkpoint(tmp_path))
     with pytest.raises(ParentError, match="family 'gpt_neox' is not supported"):
-        as_stored(read_config(tmp_path), Checkpoint(tmp_path))
+        describe(config)
 
 
 @pytest.mark.parametrize("layered", [False, True])

@@ -5,6 +5,7 @@ from typer.testing import CliRunner
 
 from jobs.plan import table
 from puzzle_ray.config import load, recipes
+from puzzle_ray.distill.range_test import trial_steps
 from puzzle_ray.export.target import configured_space
 from puzzle_ray.planning.demand import Sizes, demands, works
 from puzzle_ray.planning.hardware import Hardware, problems
@@ -46,7 +47,7 @@ def test_a_large_recipe_has_the_papers_space_and_fits_its_cluster(recipe):
     layer = sizes.space.layers[0]
     assert len(layer.attention) * len(layer.ffn) == 6 * 9
     assert not problems(list(needed.values()), hardware) and not found.warnings
-    assert table(list(needed.values()), work, hardware, 0.4)[-1] == "every process fits"
+    assert table(list(needed.values()), work, hardware, 0.4)[-1] == "every process fits the GPUs that it is given"
     gkd = found.config.gkd
     assert gkd.num_workers == hardware.num_gpus
     assert gkd.num_workers * gkd.micro_batch_tokens * gkd.gradient_accumulation == load(recipe).gkd.step_tokens
@@ -91,7 +92,9 @@ def test_the_bytes_of_a_large_recipe_are_those_of_hand_arithmetic(recipe):
     assert worker["activations"] == config.gkd.micro_batch_tokens * layers * (2 * 2 * outputs + 16 * d) + logits
     batch, kept_tokens = {"llama31_8b": (128, 2048), "llama33_70b": (32, 1152)}[recipe]  # what auto finds on an H100
     assert needed["evaluation", "worker"].parts["KV cache"] == batch * kept_tokens * L * 2 * 8 * kv * 2
-    assert gkd.flops == (8 * (L * parent + v * d) + 2 * L * parent * config.gkd.activation_checkpointing) * config.gkd.tokens
+    trials = 7 * config.gkd.tokens_until(trial_steps(config.gkd.total_steps)) if config.gkd.learning_rate == "auto" else 0
+    a_token = 8 * (L * parent + v * d) + 2 * L * parent * config.gkd.activation_checkpointing
+    assert gkd.flops == a_token * (config.gkd.tokens + trials)
     through = 4 * (len(gqa) + 1) * (3 * d * f + d)  # the parent's FFN behind every attention that is trained, both ways
     once = 2 * parent + 2 * (parent - 3 * d * f - d)  # the parent, and in the trainers its attention
     assert library.flops == pytest.approx(L * (once + 6 * sum(variants) + through) * config.library.tokens, rel=2e-3)
