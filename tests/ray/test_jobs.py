@@ -72,7 +72,7 @@ def settings(tmp_path_factory):
     return SMALL | {"scoring.downstream": str(questions)}
 
 
-def run(*words, cwd=ROOT, timeout=400):
+def run(*words, cwd=ROOT, timeout=1200):
     return subprocess.run([*COMMAND, *words], cwd=cwd, capture_output=True, text=True, timeout=timeout)
 
 
@@ -92,7 +92,7 @@ def whole(settings, away, tmp_path_factory):
         command, cwd=away, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     ) as first:
         checkpoints = lambda: list(store.glob("library-*/checkpoints/*"))  # noqa: E731
-        until(lambda: checkpoints() or first.poll() is not None, "the library is in training", 300)
+        until(lambda: checkpoints() or first.poll() is not None, "the library is in training", 600)
         os.killpg(first.pid, signal.SIGKILL)
     killed_in = [path.name for path in store.iterdir()]
     return store, killed_in, run(*words, cwd=away)

@@ -52,7 +52,7 @@ def test_a_node_that_is_busy_is_waited_for_with_a_limit(several_nodes):
             return True
 
     busy = Busy.remote()
-    assert ray.get(busy.ready.remote(), timeout=120)
+    assert ray.get(busy.ready.remote(), timeout=240)
     with pytest.raises(ClusterError, match="the question what a profiler would measure did not start within 2 s"):
         ask_target(ProfileConfig(), CLUSTER.model_copy(update={"placement_timeout_s": 2.0}))
     ray.kill(busy)

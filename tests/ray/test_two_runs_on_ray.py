@@ -29,7 +29,7 @@ def test_two_libraries_at_once_are_built_once(tmp_path):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     runs = [subprocess.Popen(command, env=environment, **pipes) for _ in range(2)]
     try:
-        ended = [run.communicate(timeout=300) for run in runs]
+        ended = [run.communicate(timeout=900) for run in runs]
     finally:
         for run in runs:
             run.kill()

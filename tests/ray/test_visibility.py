@@ -16,7 +16,7 @@ from actors.names import actor_name
 def test_actors_have_names_that_say_what_they_are_for(local_ray):
     worker = LoneWorker.options(num_cpus=1, **actor_name("worker, evaluate")).remote("evaluate")
     try:
-        assert local_ray.get(worker.node.remote(), timeout=120)
+        assert local_ray.get(worker.node.remote(), timeout=240)
         view = cluster_view()
         assert view["workers"] == {"worker": 1} and view["nodes"] == 1 and view["resources"]["CPU"][0] == 4
     finally:

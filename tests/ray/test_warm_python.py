@@ -21,7 +21,7 @@ def test_a_fork_has_the_arguments_variables_folder_and_files_of_its_caller(warm_
     script = tmp_path / "says.py"
     script.write_text(SAYS)
     command, environment = [warm_python.executable, "-u", script, "a b"], os.environ | {"ANSWER": "42"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, input="given", capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, input="given", capture_output=True, text=True, timeout=240)
     assert done.returncode == 7 and not done.stderr
     assert json.loads(done.stdout) == [[str(script), "a b"], str(tmp_path), "42", True, "given", "__main__"]
 
@@ -32,7 +32,7 @@ def test_what_a_fork_cannot_be_is_a_new_process(warm_python, tmp_path):
     script.write_text(code)
     for words, job in ((["-c", code], "01000000"), ([script], "02000000")):
         environment = os.environ | {"RAY_JOB_ID": job}
-        done = subprocess.run([warm_python.executable, *words], env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run([warm_python.executable, *words], env=environment, capture_output=True, text=True, timeout=240)
         assert done.stdout == "False\n", done.stderr
 
 
@@ -46,4 +46,4 @@ def test_a_fork_is_killed_with_what_stands_for_it_and_the_next_one_begins(warm_p
         standing_in.kill()
     until(lambda: not fork.is_running(), "the fork is gone")
     script.write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-    assert subprocess.run([warm_python.executable, script], timeout=120).returncode == 128 + 9
+    assert subprocess.run([warm_python.executable, script], timeout=240).returncode == 128 + 9

@@ -56,7 +56,7 @@ def test_config_files_stand_on_top_of_each_other(tmp_path, capsys):
 
 
 def test_a_verb_runs_as_a_module_too():
-    done = subprocess.run([sys.executable, "-m", "jobs.status", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-m", "jobs.status", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0 and "puzzle-ray status" in done.stdout
 
 

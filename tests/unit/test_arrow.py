@@ -118,5 +118,5 @@ def test_a_circle_is_found_wherever_its_imports_stand(tmp_path, monkeypatch):
 
 def test_importing_the_library_loads_neither_torch_nor_ray_and_prints_nothing():
     code = "import sys, puzzle_ray, puzzle_ray.config, puzzle_ray.store; print(sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=240)
     assert (done.stdout.strip(), done.stderr) == ("[]", "")

@@ -110,7 +110,7 @@ def test_the_drivers_environment_does_not_count(parent_with_text, tmp_path):
     )
     words = [sys.executable, "-c", code, str(folder), str(text), str(tmp_path)]
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, check=True)
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600, check=True)
     here = make_run(parent_with_text, tmp_path)
     assert here.target.device.endswith(f"{num_cores()} threads")
     assert done.stdout.split() == f"{here.target.device} {here.artifact('profile').key}".split()

@@ -57,7 +57,7 @@ def changed(folder, target, **changes):
 
 def python(code, cwd):
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_MODULES_CACHE": str(cwd / "modules")}
-    done = subprocess.run([sys.executable, *code], capture_output=True, text=True, cwd=cwd, env=environment, timeout=300)
+    done = subprocess.run([sys.executable, *code], capture_output=True, text=True, cwd=cwd, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -42,7 +42,7 @@ document.body.dataset.probe = [
 def _opened(path: Path, folder: Path) -> tuple[str, list[str]]:
     """The page as chromium has it after loading, and what it wrote to the console."""
     command = [CHROMIUM, *FLAGS, f"--user-data-dir={folder}", path.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 

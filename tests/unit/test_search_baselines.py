@@ -153,7 +153,7 @@ def test_listing_the_searchers_loads_no_torch():
     code = (
         "import sys; from puzzle_ray.search.searcher import searchers; print('reinforce' in searchers(), 'torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True)
     assert done.stdout.split() == ["True", "False"]
 
 

@@ -251,7 +251,7 @@ def two_stages(monkeypatch):
 
 
 def test_independent_stages_run_at_the_same_time(two_stages, parent_with_text, tmp_path):
-    met = threading.Barrier(2, timeout=30)  # passed only where both are at work
+    met = threading.Barrier(2, timeout=240)  # passed only where both are at work
 
     def work(run, artifact):
         run.placed.set()

@@ -106,7 +106,7 @@ def test_scratch_of_a_killed_process_goes_and_that_of_a_living_one_stays(tmp_pat
         "import os, signal, sys; from puzzle_ray.store import Store; step = Store(sys.argv[1]).artifact('s', {}, {})\n"
         "with step.folder_to_publish('child') as folder: (folder / 'half').write_text('x'); os.kill(os.getpid(), signal.SIGKILL)"
     )
-    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60)
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=240)
     step = Store(str(tmp_path)).artifact("s", {}, {})
     (left,) = os.listdir(step.url)
     assert killed.returncode == -signal.SIGKILL and left.startswith(".child~")

@@ -94,7 +94,7 @@ def test_processes_at_once_fetch_once_and_a_dead_one_is_replaced(remote, tempora
 
     assert fetching("die").wait(60) == -9 and log.read_text() == "fetched\n"
     processes = [fetching("live") for _ in range(3)]
-    found = {process.communicate(timeout=60)[0] for process in processes}
+    found = {process.communicate(timeout=240)[0] for process in processes}
     assert len(found) == 1 and log.read_text() == "fetched\n" * 2
     assert [path for path in Path(found.pop().strip()).parent.iterdir() if "~" in path.name] == []
 

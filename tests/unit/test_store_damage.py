@@ -190,7 +190,7 @@ def test_another_process_verifies_and_remembers(tmp_path):
     with pytest.raises(Damaged):
         step.read_tensors("t.safetensors")
     code = "import sys; from puzzle_ray.store import Store; Store(sys.argv[1]).artifact('stage', {}, {}).read('t.safetensors')"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=240)
     assert "errors.Damaged: stage: " in done.stderr
 
 

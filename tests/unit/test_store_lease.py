@@ -289,7 +289,7 @@ def did(log):
 def test_two_runs_do_the_work_once(store, tmp_path):
     log = tmp_path / "log"
     runs = [started(RUN, store.root, log) for _ in range(2)]
-    assert [run.communicate(timeout=120)[1] for run in runs] == ["", ""]
+    assert [run.communicate(timeout=240)[1] for run in runs] == ["", ""]
     words = [word for _, word in did(log)]
     assert [word for word in words if word in WORK] == WORK, "each item once, in order"
     assert words.count("ends {'items': 4}") == 2 and "waits" in words
@@ -303,8 +303,8 @@ def test_a_run_takes_over_from_one_that_is_killed(store, tmp_path):
     victim = next(pid for pid, word in did(log) if word == "two 1")
     runs[victim].kill()
     (other,) = (run for pid, run in runs.items() if pid != victim)
-    assert other.communicate(timeout=120)[1] == "" and other.returncode == 0
-    runs[victim].communicate(timeout=30)
+    assert other.communicate(timeout=240)[1] == "" and other.returncode == 0
+    runs[victim].communicate(timeout=240)
     done = [(pid, word) for pid, word in did(log) if word in WORK]
     assert [word for pid, word in done if pid == str(other.pid) and word[:5] == "three"] == WORK[8:]
     assert sorted({word for _, word in done}) == sorted(WORK) and len(done) <= len(WORK) + 1, "all but the item it died in once"

@@ -88,7 +88,7 @@ def test_what_dead_processes_left(tmp_path):
         "    (folder / 'half').write_text('x'); open(sys.argv[1] + '/.probe~' + folder.name.split('~', 1)[1], 'w').write('ok')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, timeout=60)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, timeout=240)
     done = store.artifact("done", {}, {})
     done.write("a", b"1")
     done.finish({})

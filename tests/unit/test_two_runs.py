@@ -71,7 +71,7 @@ def lines(log):
 
 def ended(run):
     """What it printed, parsed, and its stderr."""
-    out, err = run.communicate(timeout=300)
+    out, err = run.communicate(timeout=900)
     assert run.returncode == 0, err
     return json.loads(out), err
 
