@@ -182,8 +182,9 @@ def load_gkd_trainer(
     tokens, _ = load_tokens(job.data, job.separator)
     markers = read_markers(config.lm_tokens, source, job.trusted)
     trainer = GkdTrainer(
-        child, parent, tokens, config, seed=job.seed, ranks=ranks, all_reduce=all_reduce, markers=markers, shards=shards
-    )
+        child, parent, tokens, config, seed=job.seed, ranks=ranks, all_reduce=all_reduce, markers=markers, shards=shards,
+        published=read_config(source).dtype or torch.float32,
+    )  # fmt: skip
     if job.heldout and trainer.total_steps:
         trainer.watch([torch.from_numpy(ids.copy()) for ids in job.heldout])
     return trainer

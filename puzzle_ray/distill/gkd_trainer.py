@@ -20,6 +20,7 @@ from puzzle_ray.distill.chosen_tokens import Markers
 from puzzle_ray.distill.curriculum import Curriculum
 from puzzle_ray.distill.gradients import AllReduce, FlatGradients, Gradients, ShardedGradients
 from puzzle_ray.distill.guard import HeldoutGuard
+from puzzle_ray.distill.published import as_published
 from puzzle_ray.distill.range_test import WARMUP as TRIAL_WARMUP
 from puzzle_ray.distill.range_test import Trial, best_rate, range_test, trial_steps
 from puzzle_ray.distill.schedule import LearningRate
@@ -70,14 +71,16 @@ class GkdTrainer:
     A step takes `gradient_accumulation` micro-batches per worker. This process computes those of `ranks`. By default these are all
     ranks, so that one process does the work of all workers. With fewer, `all_reduce` must sum a tensor over all processes, in place.
     Where both models come from `shards`, every process holds its shard of weights, gradients and optimizer, and all processes must
-    call the same methods. Raises ConfigError where a micro-batch is shorter than one sequence.
+    call the same methods. `published` is the dtype that the child will be written in. Raises ConfigError where a micro-batch is shorter
+    than one sequence.
     """
 
     def __init__(
         self, child: Any, parent: Any, tokens: Tokens, config: GkdConfig, *, seed: int, ranks: Sequence[int] | None = None,
         all_reduce: AllReduce | None = None, markers: Markers | None = None, shards: Shards | None = None,
+        published: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
-        self.child, self.parent = child.eval(), parent.eval().requires_grad_(False)
+        self.child, self.parent, self.published = child.eval(), parent.eval().requires_grad_(False), published
         self.config, self.text, self.separator = config, Curriculum.of(tokens, config, seed), tokens.separator
         self.loss = ChildLoss(config, child.config, markers)
         self.ranks = range(config.num_workers) if ranks is None else ranks
@@ -203,8 +206,10 @@ class GkdTrainer:
 
     @contextmanager
     def _heldout_states(self) -> Iterator[States]:
-        """How models are run that are not trained meanwhile. The child has the average of its weights, where there is one."""
-        with self.average.in_place() if self.average else nullcontext():
+        """How models are run that are not trained meanwhile. The child is as it would be published: it has the average of its weights,
+        where there is one, in its own dtype."""
+        average = self.average.in_place() if self.average else nullcontext()
+        with average, as_published(self.parameters, self.published):
             yield self._states
             if self.shards is not None:
                 self.shards.release(self.child)  # the parent's may stay gathered, for they never change

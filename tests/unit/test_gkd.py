@@ -5,6 +5,7 @@ import json
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +26,9 @@ from puzzle_ray.distill.gkd import (
     say_epochs,
     train_to_end,
 )
+from puzzle_ray.distill.guard import heldout_losses
 from puzzle_ray.distill.losses import cosine_distance
+from puzzle_ray.distill.published import as_published
 from puzzle_ray.distill.schedule import LearningRate
 from puzzle_ray.distill.settings import LmTokens
 from puzzle_ray.distill.summary import gkd_summary
@@ -208,6 +211,28 @@ def test_facts_and_card_say_which_steps_the_published_weights_had(job, rate):
         assert "ended_after" not in facts
     else:
         assert made["steps"] == facts["ended_after"] == 1 and "it ended after step 1 of 6" in gkd_summary(facts)
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_what_is_watched_is_the_child_as_it_is_published(job, average):
+    """This child is bfloat16: most of what steps of 1e-5 do to its weights is rounded away when it is written."""
+    heldout = tuple(batch.numpy() for batch in random_tokens().first(96, 2))
+    config = CONFIG.model_copy(update={"learning_rate": 1e-5, "average_weights": average, "heldout_looks": 6})
+    job = dataclasses.replace(job, config=config, heldout=heldout)
+    distill_child(job, Quiet())
+    facts, child = job.artifact.facts(), load_model(job.artifact.local_folder(CHILD), torch.float32)
+    parent = load_model(Path(job.parent), torch.float32)
+    kls = torch.cat([heldout_losses(child, parent, torch.from_numpy(ids))[0] for ids in heldout])
+    assert facts["heldout_kl"] == pytest.approx(float(kls.mean()), rel=1e-6) and facts["kept"] != "start"
+
+
+def test_weights_are_rounded_for_a_while_and_keep_their_bits():
+    trainer = new_trainer()
+    trainer.step()
+    before = snapshot(trainer)
+    with as_published(trainer.parameters, torch.bfloat16):
+        assert all(torch.equal(p, before[f"child.{name}"].bfloat16()) for name, p in trainer.parameters.items())
+    assert_same(snapshot(trainer), before)
 
 
 def test_it_is_said_where_no_token_is_chosen_for_the_next_token_loss(job):
