@@ -10,6 +10,7 @@ from jobs.run import Run
 from puzzle_ray.artifacts import Architecture
 from puzzle_ray.search.finalists import outcome
 from puzzle_ray.search.interactions import NOT_MEASURED
+from puzzle_ray.search.measured import kl_or_inf
 
 
 def describe(architecture: Architecture) -> str:
@@ -36,18 +37,22 @@ def unsolved(architecture: Architecture) -> str:
     return f"; not solved in time: batch size {sizes}" if sizes else ""
 
 
-def candidates(report: Mapping[str, Any]) -> str:
-    """What was measured: candidates by measured KL, how far the scores were off, the local search, interactions."""
-    lines = [f"  measured on {report['tokens']} held-out tokens:", "    sum of scores   true KL  +- stderr  top-1   from"]
-    for row in sorted(report["candidates"], key=lambda row: row["kl"]):
-        lines.append(_measured(row, f"{row['origin']}, {row['layers_unlike_first']} layers unlike the first"))
+def candidates(report: Mapping[str, Any], number: int = 1) -> str:
+    """What was measured in round `number`: candidates by measured KL, how far the scores were off, the local search, interactions."""
+    against = f", against the child of round {number - 1}" if number > 1 else ""
+    lines = [
+        f"  measured on {report['tokens']} held-out tokens{against}:",
+        "    sum of scores   true KL  +- stderr  top-1   from",
+    ]
+    for row in sorted(report["candidates"], key=lambda row: kl_or_inf(row["kl"])):
+        lines.append(_measured(row, f"{row['origin']}, {row['layers_unlike_first']} layers unlike the first", number))
     lines += [f"    {name} left out: {reason}" for name, reason in report["left_out"].items()]
     if report["local_search"]:
         accepted = sum(row["accepted"] for row in report["local_search"])
         lines.append(f"  local search: {len(report['local_search'])} children measured, {accepted} exchanges accepted")
         lines += [f"    {'; '.join(row['exchanges'])}" for row in report["local_search"] if row["accepted"]]
-    lines += race_lines(report.get("race", ()))
-    lines += ["  picked:", _measured(report["picked"], report["picked"]["origin"])]
+    lines += race_lines(report.get("race", ()), number)
+    lines += ["  picked:", _measured(report["picked"], report["picked"]["origin"], number)]
     off = report["prediction"]
     if off["mean_predicted_over_measured"] is not None:
         lines.append(f"  sum of scores over true KL: {off['mean_predicted_over_measured']:.2f} on average")
@@ -63,12 +68,14 @@ def candidates(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def race_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A table of a race: every finalist's held-out KL at each rung that it came to, and where it stopped; empty where none was run."""
+def race_lines(rows: Sequence[Mapping[str, Any]], number: int = 1) -> list[str]:
+    """A table of a race in round `number`: every finalist's held-out KL at each rung that it came to, and where it stopped; empty where
+    none was run."""
     if not rows:
         return []
     rungs = max((row["rungs"] for row in rows), key=len)
-    lines = ["  race on GKD's schedule, held-out KL by tokens read:"]
+    of = f" to the original (at the start to the child of round {number - 1})" if number > 1 else ""
+    lines = [f"  race on GKD's schedule, held-out KL{of} by tokens read:"]
     lines.append(f"    {'start':>9} " + " ".join(f"{rung['tokens']:>9,}" for rung in rungs) + "   from")
     for row in sorted(rows, key=lambda row: (-len(row["rungs"]), row["rungs"][-1]["kl"])):
         kls = [f"{rung['kl']:9.5f}" for rung in row["rungs"]] + [" " * 9] * (len(rungs) - len(row["rungs"]))
@@ -78,7 +85,9 @@ def race_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _measured(row: Mapping[str, Any], words: str) -> str:
+def _measured(row: Mapping[str, Any], words: str, number: int) -> str:
+    if (distilled := row.get("kl_distilled")) is not None:
+        words += f"; distilled for a while {distilled:.5f}{' to the original' if number > 1 else ''}"
     return f"    {row['predicted']:13.5f} {row['kl']:9.5f} {row['stderr']:10.5f} {row['top1_agreement']:6.3f}   {words}"
 
 
@@ -89,7 +98,7 @@ def work(run: Run) -> None:
     print(describe(architecture.read(run)))
     report = architecture.measurements(run)
     if report is not None:
-        print(candidates(report))
+        print(candidates(report, run.number))
 
 
 VERB = stage_verb("search-architecture", __doc__, STAGES, work)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from datetime import date
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -25,7 +25,7 @@ from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.scoring.halves import Half
 from puzzle_ray.scoring.settings import ScoringConfig
 from puzzle_ray.search.settings import SearchConfig
-from puzzle_ray.settings import Name, Section
+from puzzle_ray.settings import Name, Section, types_in
 from puzzle_ray.variants.space import SpaceConfig
 
 TINY = "tiny"
@@ -139,9 +139,8 @@ class RunConfig(Section):
             problem = f"library.{named} is about one parent, and every one of rounds={self.rounds} has another"
             raise ValueError(f"{problem}; leave it out, or set rounds: 1")
         if self.search.sweep_gkd and not self.gkd.trains:
-            raise ValueError(
-                "search.sweep_gkd distils the frontier, but gkd.tokens is 0; set gkd.tokens, or search.sweep_gkd=false"
-            )
+            nothing, remedy = self.gkd.why_none
+            raise ValueError(f"search.sweep_gkd distils the frontier, but {nothing}; {remedy}, or set search.sweep_gkd=false")
         families = {name.partition(":")[0] for name in (*self.space.attention, *self.space.ffn)} - {PARENT}
         for family in self.search.without:
             if family not in families:
@@ -149,11 +148,11 @@ class RunConfig(Section):
                     f"search.without names {family!r}, which space does not have; {did_you_mean(family, sorted(families))}"
                 )
         if self.search.distils and not (self.gkd.trains and self.gkd.heldout_tokens):
-            empty = "gkd.heldout_tokens" if self.gkd.trains else "gkd.tokens"
+            nothing, remedy = ("gkd.heldout_tokens is 0", "set gkd.heldout_tokens") if self.gkd.trains else self.gkd.why_none
             name = "race_rungs" if self.search.race_rungs else "distil_tokens"
             given = getattr(self.search, name)
-            problem = f"search.{name}={given} compares distilled children by held-out KL, but {empty} is 0"
-            raise ValueError(f"{problem}; set {empty}, or leave out search.{name}")
+            problem = f"search.{name}={given} compares distilled children by held-out KL, but {nothing}"
+            raise ValueError(f"{problem}; {remedy}, or leave out search.{name}")
         if self.search.sweep_rungs > 1 and not self.gkd.heldout_tokens:
             raise ValueError(
                 f"search.sweep_rungs={self.search.sweep_rungs} compares children by held-out KL, but gkd.heldout_tokens is 0; "
@@ -247,13 +246,12 @@ def _as_list(given: object) -> str:
 
 
 def _known(path: tuple[int | str, ...]) -> list[str]:
+    """The names of the settings at a place. Entries of lists and mappings, and kinds of value, have no names in it."""
     model: type[BaseModel] = RunConfig
     for part in path:
-        inner = model.model_fields[str(part)].annotation if str(part) in model.model_fields else None
-        sections = [x for x in (inner, *get_args(inner)) if isinstance(x, type) and issubclass(x, BaseModel)]
-        if not sections:
-            return []
-        model = sections[0]
+        field = model.model_fields.get(str(part))
+        types = () if field is None else types_in(field.annotation)
+        model = next((x for x in types if isinstance(x, type) and issubclass(x, BaseModel)), model)
     return list(model.model_fields)
 
 

@@ -45,7 +45,7 @@ class Section(BaseModel):
     @classmethod
     def _numbers_as_yaml_has_them(cls, given: Any, info: ValidationInfo) -> Any:
         """YAML reads `yes` and `on` as true, which would count as the number 1, and 1e6, without a point, as a text."""
-        types = set(_types_in(cls.model_fields[str(info.field_name)].annotation))
+        types = set(types_in(cls.model_fields[str(info.field_name)].annotation))
         if not types & {int, float} or types & {bool, Any}:
             return given
         if any(isinstance(value, bool) for value in _values_in(given)):
@@ -74,9 +74,9 @@ def _values_in(given: Any) -> Iterator[Any]:
         yield from _values_in(value)
 
 
-def _types_in(annotation: Any) -> Iterator[Any]:
+def types_in(annotation: Any) -> Iterator[Any]:
     parts = get_args(annotation)
     if not parts:
         yield annotation
     for part in parts:
-        yield from _types_in(part)
+        yield from types_in(part)

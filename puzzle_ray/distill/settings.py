@@ -301,6 +301,13 @@ class GkdConfig(Section):
         return bool(self.tokens or self.stages)
 
     @property
+    def why_none(self) -> tuple[str, str]:
+        """Why nothing is trained, and what to write instead."""
+        if self.preset == "none":
+            return "gkd.preset=none is no distillation", "name another preset"
+        return "gkd.tokens is 0", "set gkd.tokens"
+
+    @property
     def total_tokens(self) -> int:
         """Of the whole distillation."""
         return sum(stage.tokens for stage in self.stages) if self.stages else self.tokens

@@ -98,6 +98,14 @@ BAD = {
         words("--set", "evaluate.retrieval_tokens=[100, 40]"),
         "40 and 100 tokens do not hold a question of",
     ),
+    "a half of a fixed layer that is none": (
+        words("--set", "search.limits={speedup: 2, fixed: {0: {atention: noop}}}"),
+        "search.limits.fixed.0.atention: unknown setting; did you mean 'attention'? known: attention, ffn",
+    ),
+    "a setting of a stage that is none": (
+        words("--set", "gkd.stages=[{sequence_length: 256, tokens: 256, micro_batch_tokens: 256, token: 1}]"),
+        "gkd.stages.0.token: unknown setting; did you mean 'tokens'? known: ",
+    ),
     "a rival that is none": (
         words("--set", "search.rivals=[gredy]"),
         "search.rivals: unknown searcher 'gredy'; did you mean 'greedy'? known: ",

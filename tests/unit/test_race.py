@@ -11,7 +11,7 @@ import torch
 from gkd_jobs import CHOICES, gkd_jobs
 from report_inputs import whole_run
 
-from jobs.search_architecture import race_lines
+from jobs.search_architecture import candidates, race_lines
 from puzzle_ray import pipeline
 from puzzle_ray.artifacts import LayerChoice
 from puzzle_ray.config import RunConfig, load, validated
@@ -199,6 +199,7 @@ def test_a_race_stands_in_no_key_where_there_is_none():
         ({"search": {"race_rungs": 3, "rivals": []}}, "lets children race, and there is one; raise search.race_own"),
         ({"search": {"race_rungs": 3, "rivals": ["mip"]}}, "lets children race, and there is one"),
         ({"search": {"race_rungs": 3}, "gkd": {"tokens": 0}}, "gkd.tokens is 0; set gkd.tokens, or leave out search.race_rungs"),
+        ({"search": {"race_rungs": 3}, "gkd": {"preset": "none"}}, "gkd.preset=none is no distillation; name another preset, or"),
         ({"search": {"race_rungs": 3}, "gkd": {"heldout_tokens": 0}}, "gkd.heldout_tokens is 0; set gkd.heldout_tokens"),
         ({"search": {"race_rungs": 3}, "gkd": {"heldout_looks": 1}}, "no look at held-out text before the last of 489 steps"),
         ({"search": {"race_rungs": 3}, "gkd": {"parallel": "fsdp"}}, "set search.race_rungs to 0, or gkd.parallel to ddp"),
@@ -283,3 +284,20 @@ def test_the_tables_say_who_stopped_where():
     run = whole_run()
     page = render(replace(run, picked={**run.picked, "race": RACED}))
     assert "stopped at step 27" in page and ">won<" in page and "The pick is by a race" not in render(run)
+    assert "at the start<" in page and "to the original" not in page + lines[0]
+
+
+def test_a_later_rounds_tables_say_what_each_kl_is_to():
+    """Children are measured against the child of the round before, and distilled towards the original."""
+    run = replace(whole_run(), round=2)
+    plain = [row | {"layers_unlike_first": 1, "top1_agreement": 0.5} for row in run.picked["candidates"]]
+    rows = [row | {"kl_distilled": 0.125} for row in plain]
+    page = render(replace(run, picked={**run.picked, "candidates": rows, "race": RACED}))
+    assert "at the start, to the child of round 1<" in page and "Held-out KL, to the original, by the tokens" in page
+    assert "KL distilled for a while, to the original<" in page
+    assert "to the original (at the start to the child of round 1)" in race_lines(RACED, 2)[0]
+    printed = candidates(run.picked | {"candidates": rows, "picked": rows[0]}, 2)
+    assert "held-out tokens, against the child of round 1:" in printed
+    assert printed.count("; distilled for a while 0.12500 to the original") == len(rows) + 1
+    printed = candidates(run.picked | {"candidates": plain, "picked": plain[0]})
+    assert "original" not in printed and "distilled for" not in printed and "against" not in printed
