@@ -92,6 +92,15 @@ def _check_questions(scoring: ScoringConfig) -> None:
             read_questions(scoring.downstream, half, scoring.downstream_questions)
 
 
+def _parent_key(config: RunConfig) -> str | None:
+    """What identifies the parent, where a library is to be of it; None also for the tiny parent, which is there only when it is trained."""
+    from puzzle_ray.models.checkpoint import fingerprint, locate
+
+    if config.library.start_from is None or config.parent == TINY:
+        return None
+    return fingerprint(locate(config.parent, config.revision, config.trust_remote_code))
+
+
 def _check_space(config: RunConfig, model_config: Any) -> None:
     from puzzle_ray.distill.library import starting_library
     from puzzle_ray.export.target import configured_space
@@ -112,7 +121,7 @@ def _check_space(config: RunConfig, model_config: Any) -> None:
         )
         raise ConfigError("space", problem, "name variants that are smaller than the parent's, such as gqa:50%, ffn:50% or noop")
     check_limits(narrowed, config.search.limits)
-    starting_library(config.library, narrowed)
+    starting_library(config.library, narrowed, _parent_key(config))
     profile = with_batch_sizes(config.profile, model_config, space, config.search.limits.memory_mib)
     check_shapes(space, model_config, profile)
     check_sizes(narrowed, model_config, profile, config.search.limits)

@@ -1,10 +1,12 @@
 """What cannot be distilled is refused in one line before any work, with what to write instead."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 from small_runs import make_run, save_parent_with_text
 
+from puzzle_ray.distill.library_checkpoints import variant_file
 from puzzle_ray.errors import ConfigError, DataError
 from puzzle_ray.scoring.downstream import Question
 
@@ -35,6 +37,25 @@ def test_what_does_not_fit_the_parent_is_said_before_work_starts(parent_with_tex
     extra = ("library.micro_batch_tokens=256", "scoring.micro_batch_tokens=256", "gkd.micro_batch_tokens=256")
     with pytest.raises(ConfigError, match=words):
         make_run(parent_with_text, tmp_path, override, *extra).check()
+
+
+def test_a_start_from_another_parents_library_is_refused_before_the_profile_is_measured(parent_with_text, tmp_path):
+    """Of the same shape, so that it has all halves."""
+    halves = ("space.attention=['parent', 'noop']", "space.ffn=['parent']")
+    extra = ("library.micro_batch_tokens=256", "scoring.micro_batch_tokens=256", "gkd.micro_batch_tokens=256", *halves)
+    own = make_run(parent_with_text, tmp_path, *extra)
+    for parent, refused in ((own.parent.key, False), ("another", True)):
+        library = own.store.artifact("library", {}, {"parent": parent})
+        for entry in own.space.entries():
+            library.write(variant_file(*entry), b"")
+        library.finish({"coupled": False})
+        run = make_run(parent_with_text, tmp_path, f"library.start_from={library.url}", *extra)
+        with (
+            pytest.raises(ConfigError, match="was made for another parent; name a library of this one")
+            if refused
+            else nullcontext()
+        ):
+            run.check()
 
 
 def test_questions_of_which_none_is_left_to_test_the_child_on_are_refused(parent_with_text, tmp_path):
