@@ -7,15 +7,16 @@ from typing import Any
 
 from jobs.command import STAGES, stage_verb
 from jobs.run import Run
-from puzzle_ray.artifacts import Architecture
+from puzzle_ray.artifacts import Architecture, SearchSpace
 from puzzle_ray.search.finalists import outcome
 from puzzle_ray.search.interactions import NOT_MEASURED
 from puzzle_ray.search.measured import kl_or_inf
 
 
-def describe(architecture: Architecture) -> str:
-    """One line per layer, then cost and proof."""
-    lines = [f"  layer {i:3d}  {c.attention:<10} {c.ffn}" for i, c in enumerate(architecture.choices)]
+def describe(architecture: Architecture, space: SearchSpace) -> str:
+    """One line per layer, counted from the original in every round, then cost and proof."""
+    choices = [choice.on(layer.now) for choice, layer in zip(architecture.choices, space.layers, strict=True)]
+    lines = [f"  layer {i:3d}  {c.attention:<10} {c.ffn}" for i, c in enumerate(choices)]
     predicted, parent = architecture.predicted, architecture.parent_predicted
     own, other = "", ""
     if predicted.batch_size != parent.batch_size:
@@ -95,7 +96,7 @@ def work(run: Run) -> None:
     from jobs.stages import architecture
 
     run.done("architecture")
-    print(describe(architecture.read(run)))
+    print(describe(architecture.read(run), run.space))
     report = architecture.measurements(run)
     if report is not None:
         print(candidates(report, run.number))

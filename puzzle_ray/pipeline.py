@@ -70,8 +70,9 @@ SEQUENCES = 8  # of a batch of held-out text that distillation is watched on
 
 @dataclass(frozen=True)
 class Compressed:
-    """`child`: a Hugging Face folder, distilled. `evaluation`: what was kept and gained, see `puzzle_ray.evaluation.evaluate`. `quality`:
-    tasks, retrieval, where predictions differ and samples, see `puzzle_ray.evaluation.quality`."""
+    """`child`: a Hugging Face folder, distilled. `architecture`: with `rounds`, that of the last one, where `parent` is what the rounds
+    before have made of a layer. `evaluation`: what was kept and gained, see `puzzle_ray.evaluation.evaluate`. `quality`: tasks, retrieval,
+    where predictions differ and samples, see `puzzle_ray.evaluation.quality`."""
 
     child: str
     architecture: Architecture

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from gkd_jobs import CHOICES, gkd_jobs
-from report_inputs import whole_run
+from report_inputs import CHOSEN, SPACE, whole_run
 
-from jobs.search_architecture import candidates, race_lines
+from jobs.search_architecture import candidates, describe, race_lines
 from puzzle_ray import pipeline
 from puzzle_ray.artifacts import LayerChoice
 from puzzle_ray.config import RunConfig, load, validated
@@ -285,6 +285,15 @@ def test_the_tables_say_who_stopped_where():
     page = render(replace(run, picked={**run.picked, "race": RACED}))
     assert "stopped at step 27" in page and ">won<" in page and "The pick is by a race" not in render(run)
     assert "at the start<" in page and "to the original" not in page + lines[0]
+
+
+def test_a_later_rounds_answer_is_printed_as_it_is_counted_from_the_original():
+    """The child of the round before has a narrow FFN in its last layer, which this round leaves as it is."""
+    assert CHOSEN.choices[-1] == LayerChoice()
+    space = replace(SPACE, layers=(*SPACE.layers[:-1], replace(SPACE.layers[-1], now=LayerChoice("parent", "ffn:128"))))
+    lines, before = (describe(CHOSEN, own).splitlines() for own in (space, SPACE))
+    assert lines[-3].split() == ["layer", "7", "parent", "ffn:128"] and before[-3].split() == ["layer", "7", "parent", "parent"]
+    assert lines[:-3] == before[:-3]
 
 
 def test_a_later_rounds_tables_say_what_each_kl_is_to():
