@@ -33,7 +33,7 @@ from puzzle_ray.distill.race import race_here
 from puzzle_ray.distill.realize import realize
 from puzzle_ray.distill.rungs import to_json
 from puzzle_ray.distill.summary import gkd_summary
-from puzzle_ray.distill.text import LibraryText
+from puzzle_ray.distill.text import check_enough
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.evaluation.child_meter import ChildMeter
 from puzzle_ray.evaluation.comparison import Comparison
@@ -135,7 +135,7 @@ def run(s: Setting) -> Compressed:
     )  # can it read prompt and questions?
     tokens = told(tokens_of(s), tokens_summary)  # the text in the parent's tokens
     of_library = s.config.library.for_parent(s.model_config)
-    LibraryText.of(load_tokens(tokens)[0], s.config.seed, of_library)  # is there enough of it?
+    check_enough(load_tokens(tokens)[0], s.config.seed, of_library, s.config.gkd)  # is there enough of it?
     profile = told(profile_of(s), profile_summary)  # what every variant costs on the target
     costs = read_profile(s, profile)
     wanted = s.config.search.limits if s.after is None else limits_of(s, costs)  # of all rounds, before the first one

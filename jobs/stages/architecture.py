@@ -167,4 +167,12 @@ def sources(run: Run) -> dict[str, str]:
     return found | (tokens.train_source(run) | gkd.original_source(run) if search.distils else {})
 
 
-STAGE = Stage("architecture", work, inputs=("profile", "scores"), reads=("tokens",), settings=settings, sources=sources)
+def foreseen(run: Run) -> None:
+    """Raises ConfigError for what a race is refused for, which begins the distillation of the run."""
+    if run.config.search.race_rungs:
+        gkd.check_lengths(run)
+
+
+STAGE = Stage(
+    "architecture", work, inputs=("profile", "scores"), reads=("tokens",), settings=settings, sources=sources, foreseen=foreseen
+)

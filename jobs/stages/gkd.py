@@ -24,9 +24,9 @@ def settings(run: Run, config: GkdConfig | None = None) -> dict[str, Any]:
 
 
 def foreseen(run: Run) -> None:
-    """Raises ClusterError for GPUs that are missing when all other work is done.
+    """Raises ClusterError for GPUs that are missing when all other work is done, ConfigError for sequences longer than the text.
 
-    Not where this stage is finished, nor where `hardware` has said so: what is not finished then waits for such nodes.
+    Not where this stage is finished, nor, of GPUs, where `hardware` has said so: what is not finished then waits for such nodes.
     """
     from jobs.checks import check_gpus_of_gkd
 
@@ -34,8 +34,19 @@ def foreseen(run: Run) -> None:
         finished = run.artifact(STAGE.name).finished
     except NotDone:
         finished = False
-    if not finished and not run.original.decided:
+    if finished:
+        return
+    if not run.original.decided:
         check_gpus_of_gkd(run.config)
+    check_lengths(run)
+
+
+def check_lengths(run: Run) -> None:
+    """Raises ConfigError for a stage of distillation whose sequences are longer than the text."""
+    from puzzle_ray.distill.curriculum import Curriculum
+
+    if run.config.gkd.stages:
+        Curriculum.of(tokens.read(run)[0], run.config.gkd, run.config.seed)
 
 
 def said(facts: Mapping[str, Any]) -> str:

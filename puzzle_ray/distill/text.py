@@ -1,4 +1,4 @@
-"""Which tokens every position of block distillation reads."""
+"""Which tokens every position of block distillation reads, and whether there are enough for both distillations."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from torch import Tensor
 
 from puzzle_ray.data.order import Tokens, epochs, told_if_read_again
 from puzzle_ray.data.packing import positions_in_documents
+from puzzle_ray.distill.curriculum import Curriculum
 from puzzle_ray.distill.schedule import Schedule
-from puzzle_ray.distill.settings import LibraryConfig
+from puzzle_ray.distill.settings import GkdConfig, LibraryConfig
 
 
 @dataclass(frozen=True)
@@ -52,3 +53,10 @@ class LibraryText:
     def say_epochs(self) -> None:
         """Where some of the text is read again."""
         told_if_read_again("library", self.epochs, self.training.num_tokens)
+
+
+def check_enough(tokens: Tokens, seed: int, library: LibraryConfig, gkd: GkdConfig) -> None:
+    """Raises DataError where validation of blocks would leave nothing to train on, ConfigError where a stage of global distillation has
+    sequences that are longer than the text."""
+    LibraryText.of(tokens, seed, library)
+    Curriculum.of(tokens, gkd, seed)

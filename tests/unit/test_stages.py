@@ -13,6 +13,8 @@ from jobs.endings import handled
 from jobs.run import NotDone, Parent, Stage, in_order, stages
 from jobs.status import differences, rows
 from puzzle_ray.config import load
+from puzzle_ray.data.splits import load_tokens
+from puzzle_ray.distill.text import check_enough
 from puzzle_ray.errors import ConfigError, DataError, ProfileError
 from puzzle_ray.pipeline import compress
 
@@ -61,6 +63,20 @@ def test_too_little_text_for_the_library_is_said_before_the_profile(parent_with_
     with pytest.raises(DataError, match="sequences for validation leave nothing"):
         compress(folder, data=text, store=str(tmp_path / "serial"), settings=settings)
     assert sorted(path.name.partition("-")[0] for path in (tmp_path / "serial").glob("*-*")) == ["tokens"]
+
+
+@pytest.mark.parametrize("verb", ["evaluation", "architecture"])
+def test_a_length_of_distillation_that_the_text_has_not_is_said_before_the_profile(parent_with_text, tmp_path, verb):
+    """What only searches asks for it where candidates race."""
+    stage = "gkd.stages=[{sequence_length: 128, tokens: 1280, micro_batch_tokens: 128}]"
+    little = ("data.max_train_tokens=100", "library.validation_tokens=16", "library.micro_batch_tokens=16")
+    run = make_run(parent_with_text, tmp_path, stage, *little, "search.race_rungs=2")
+    with pytest.raises(ConfigError, match="gkd.stages: no sequence of 128 tokens: there are 96 tokens to train on"):
+        run.done(verb)
+    assert sorted(path.name.partition("-")[0] for path in tmp_path.glob("*-*")) == ["tokens"]
+    train, library = load_tokens(run.content("tokens"))[0], run.config.library.model_copy(update={"calibration_tokens": 16})
+    with pytest.raises(ConfigError, match="no sequence of 128 tokens"):  # as in one process
+        check_enough(train, 0, library, run.config.gkd)
 
 
 def test_a_key_changes_with_what_the_result_depends_on_and_with_nothing_else(parent_with_text, tmp_path):
