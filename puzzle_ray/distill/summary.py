@@ -30,6 +30,8 @@ def _watched(facts: Mapping[str, Any]) -> Iterator[str]:
         yield "no step was taken, so it is not the learning rate; lower the weights of the losses, or raise gkd.temperature"
     elif kept_start and facts["returns"]:
         yield "lower gkd.learning_rate, or set it to auto"
+    elif kept_start:
+        yield "the KL was the same at every look, so steps were too small to change its weights in their dtype; raise gkd.learning_rate"
 
 
 def _why_back(facts: Mapping[str, Any]) -> str:

@@ -226,6 +226,14 @@ def test_what_is_watched_is_the_child_as_it_is_published(job, average):
     assert facts["heldout_kl"] == pytest.approx(float(kls.mean()), rel=1e-6) and facts["kept"] != "start"
 
 
+def test_steps_that_bfloat16_does_not_hold_are_no_gain(job):
+    heldout = tuple(batch.numpy() for batch in random_tokens().first(96, 2))
+    job = dataclasses.replace(job, config=CONFIG.model_copy(update={"learning_rate": 1e-12}), heldout=heldout)
+    distill_child(job, Quiet())
+    line = gkd_summary(job.artifact.facts())
+    assert job.artifact.facts()["kept"] == "start" and "it is published as it was" in line and "raise gkd.learning_rate" in line
+
+
 def test_weights_are_rounded_for_a_while_and_keep_their_bits():
     trainer = new_trainer()
     trainer.step()
