@@ -110,6 +110,23 @@ def test_a_range_test_on_shards_finds_the_rate_that_one_on_the_whole_child_finds
     assert all(torch.equal(value, after[name]) for name, value in start.items()), "the child is as it was"
 
 
+def test_shards_are_watched_as_the_child_is_published(one, tmp_path):
+    """A child in bfloat16. Its shards have their own bits again afterwards, which bfloat16 does not hold."""
+    save_models(tmp_path / "tied", True)
+    trainer, whole = sharded_trainer(tmp_path / "tied"), watched(CONFIGS["tied"], published=torch.bfloat16)
+    trainer.published = torch.bfloat16
+    for each in (trainer, whole):
+        steps(each, 2)
+    before = {name: value.clone() for name, value in trainer.shards.whole_tensors(trainer.parameters)}
+    (kl, loss), (whole_kl, whole_loss) = trainer.guard.measure(), whole.guard.measure()
+    assert abs(kl - whole_kl) < 1e-5 and abs(loss - whole_loss) < 1e-5
+    after = dict(trainer.shards.whole_tensors(trainer.parameters))
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert not any(torch.equal(value, value.bfloat16().float()) for value in before.values() if value.ndim == 2)
+    trainer.published = torch.float32
+    assert trainer.guard.measure()[0] != kl
+
+
 def test_every_process_writes_its_own_shard_and_nothing_is_pickled(two):
     folder, kind, _ = two
     names = sorted(path.relative_to(folder / "checkpoint") for path in (folder / "checkpoint").rglob("*") if path.is_file())
