@@ -78,7 +78,8 @@ def _remark(own: Mapping[str, Any]) -> str:
     if own["chance"] is None:
         return ""
     if own["above_chance"] is None:
-        return " parent not above guessing"
+        alike = own["parent"]["low"] is None and own["parent"]["value"] > own["chance"]
+        return " too few questions to tell the parent from guessing" if alike else " parent not above guessing"
     return f" {percent(own['above_chance']['value'])} of what is above guessing"
 
 
