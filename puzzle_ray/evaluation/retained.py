@@ -33,7 +33,8 @@ class Paired:
 @dataclass(frozen=True)
 class Interval:
     """A value, and the bounds of its confidence interval. Bounds are None where some draws have no such value, and where all questions
-    were answered alike: then every draw is the same, which says nothing of other questions."""
+    were answered alike, as one alone is: then every draw is the same, which says nothing of other questions. So it is for a mean over
+    entries of which one has a single question."""
 
     value: float
     low: float | None
@@ -87,7 +88,10 @@ def retained(entries: Mapping[str, Sequence[Paired]], seed: int, resamples: int,
         mean_parent, mean_child = (np.mean([pair[i] for pair in draws.values()], axis=0) for i in (0, 1))
         whole = [float(np.mean([getattr(entry, who).value for entry in found.values()])) for who in ("parent", "child")]
         questions = sum(entry.questions for entry in found.values())
-        found[""] = _described(whole[0], whole[1], mean_parent, mean_child, chance, questions, confidence)
+        if any(entry.questions == 1 for entry in found.values()):  # its draws are all the same, and would narrow the mean's
+            found[""] = _without_bounds(whole[0], whole[1], chance, questions, confidence)
+        else:
+            found[""] = _described(whole[0], whole[1], mean_parent, mean_child, chance, questions, confidence)
     return found
 
 
@@ -113,7 +117,7 @@ def _described(
     parent: float, child: float, parents: Floats, children: Floats, chance: float | None, questions: int, confidence: float
 ) -> Retained:
     if not np.ptp(parents) and not np.ptp(children):
-        return _of_equal_draws(parent, child, chance, questions, confidence)
+        return _without_bounds(parent, child, chance, questions, confidence)
     own = _interval(parent, parents, confidence)
     kept = _ratio(child, parent, children, parents, confidence) if parent else None
     above = None
@@ -123,7 +127,7 @@ def _described(
     return Retained(own, _interval(child, children, confidence), difference, kept, chance, above, questions)
 
 
-def _of_equal_draws(parent: float, child: float, chance: float | None, questions: int, confidence: float) -> Retained:
+def _without_bounds(parent: float, child: float, chance: float | None, questions: int, confidence: float) -> Retained:
     def alone(value: float) -> Interval:
         return Interval(value, None, None)
 

@@ -113,7 +113,7 @@ def task_lines(found: Mapping[str, Any]) -> list[str]:
 def interval_words(interval: Mapping[str, float | None], own: Mapping[str, Any]) -> str:
     """The bounds of an interval of `own`, or why there are none."""
     if own["parent"]["low"] is None:
-        return f"(no interval: {'one question' if own['questions'] == 1 else 'all questions were answered alike'})"
+        return f"(no interval: {'one question' if own['questions'] == 1 else 'too few questions that differ'})"
     if interval["low"] is None or interval["high"] is None:
         return "(no interval: the parent is too close to 0)"
     return f"({interval['low']:.1%} to {interval['high']:.1%})"

@@ -154,7 +154,9 @@ def samples(data: ReportData) -> list[Html] | None:
         cards = [_card("Text", row["text"])] if row["text"] else []
         for name, text in row["models"].items():
             same = len(commonprefix([parent, text])) if name != PARENT else len(text)
-            title = _name(name) if name == PARENT else f"{_name(name)}: {row['same_tokens'][name]} tokens as the parent"
+            as_parent = row["same_tokens"][name]
+            more = "" if name == PARENT else f": {as_parent} token{'s' * (as_parent != 1)} as the parent"
+            title = f"{_name(name)}{more}"
             cards.append(_card(title, text[:same], text[same:]))
         groups.append(
             tag(

@@ -83,6 +83,9 @@ def test_questions_that_were_answered_alike_have_no_interval():
     assert task_lines(found)[-1].endswith(
         "100.0% (no interval: one question); too few questions to tell the parent from guessing (25.0%)"
     )
+    both = {"one": [Paired([1.0], [1.0], 0.25)], "a": [Paired(answers(100, 60), answers(100, 50), 0.25)]}
+    mean = retained(both, **HOW)[""]
+    assert mean.retained.value == pytest.approx(1.5 / 1.6) and mean.retained.low is None and mean.parent.low is None
     none = retained({"a": [Paired([0.0] * 20, [0.0] * 20, 0.25)]}, **HOW)["a"]
     assert none.above_chance is None and none.retained is None
 
