@@ -326,7 +326,8 @@ def _metric(name: str) -> dict[str, Any]:
 def _quiet() -> Iterator[None]:
     """lm_eval without its remarks and its bars, and without a look at git and at what is installed; its errors are shown."""
     logger, silent = logging.getLogger("lm_eval"), {"get_git_commit_hash": lambda: None, "add_env_info": lambda _: None}
-    places = [(lm_eval_task, "tqdm", lambda items, **_: items), *((evaluator, n, does) for n, does in silent.items() if hasattr(evaluator, n))]
+    known = [(evaluator, name, does) for name, does in silent.items() if hasattr(evaluator, name)]
+    places = [(lm_eval_task, "tqdm", lambda items, **_: items), *known]
     level, before = logger.level, [getattr(module, name) for module, name, _ in places]
     logger.setLevel(logging.ERROR)
     for module, name, does in places:
