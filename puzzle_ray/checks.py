@@ -187,12 +187,17 @@ def check_asked(config: RunConfig, tokenizer: Any, model_config: Any) -> None:
         check_separators(config.data, tokenizer)
     positions = getattr(model_config, "max_position_embeddings", None)
     check_prompt(config.evaluate, tokenizer, positions, model_config.vocab_size)
-    if lengths := config.evaluate.retrieval_tokens:
+    evaluate = config.evaluate
+    if lengths := evaluate.retrieval_tokens:
         from puzzle_ray.evaluation.retrieval import check_lengths
 
-        check_lengths(tokenizer, lengths, config.evaluate.retrieval_depths, config.evaluate.retrieval_questions, config.seed)
+        check_lengths(tokenizer, lengths, evaluate.retrieval_depths, evaluate.retrieval_questions, config.seed, positions)
     if config.evaluate.tasks and tokenizer.eos_token_id is None:
         problem = "the parent's tokenizer has no token that ends a text, which the harness asks for"
         raise ConfigError("evaluate.tasks", problem, "leave them out, or save the tokenizer with its eos_token")
+    if config.evaluate.tasks:
+        from puzzle_ray.evaluation.question_files import check_texts
+
+        check_texts(config.evaluate.tasks, tokenizer, model_config)
     for half in HALVES if config.scoring.downstream is not None else ():
         batches_for(tokenizer, config.scoring, model_config, half)

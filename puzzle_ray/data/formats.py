@@ -74,6 +74,11 @@ def rows(file: TextFile, column: str, where: str) -> Iterator[Row]:
     return _json_lines(file, where) if file.is_json_lines else _json_values(file, where)
 
 
+def is_text(value: str) -> bool:
+    """Whether it can be written as UTF-8. JSON may hold half of a surrogate pair, which cannot."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
 def _json_lines(file: TextFile, where: str) -> Iterator[Row]:
     for number, line in enumerate(_lines(file, where), 1):
         if line.strip():

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_eval import simple_evaluate, utils
+from lm_eval import evaluator, simple_evaluate, utils
 from lm_eval.api import task as lm_eval_task
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -25,10 +25,9 @@ from lm_eval.api.registry import register_model
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
-from puzzle_ray.data.files import find_files
-from puzzle_ray.data.foreign import reading, reason_of
-from puzzle_ray.data.formats import rows
+from puzzle_ray.data.foreign import reason_of
 from puzzle_ray.errors import ConfigError, DataError, ParentError
+from puzzle_ray.evaluation.question_files import OPTIONS, TEXTS, read_lines
 from puzzle_ray.evaluation.reader import Reader
 from puzzle_ray.evaluation.requests import Answer, Chunk, Continuations, Ids, Likelihoods, chunked, joined
 from puzzle_ray.evaluation.settings import EvaluateConfig
@@ -42,8 +41,6 @@ from puzzle_ray.scoring.halves import Half, halves, question_digest
 
 AskChunks = Callable[[Sequence[Chunk]], list[Answer]]
 NEW_TOKENS = 256  # of an answer, where a task says nothing
-_TEXTS = {"query", "context", "continuation"}  # fields of questions in files that hold a text,
-_OPTIONS = {"choices", "context_options"}  # and a list of texts to choose from
 NO_POSITIONS = 2048  # tokens that are read of a model without a limit, as lm_eval has it
 
 
@@ -102,8 +99,15 @@ class PuzzleLM(TemplateLM):
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
-        """In chunks of requests that stand together, so that the choices of a question do."""
-        pairs = [(tuple(context), tuple(continuation)) for _, context, continuation in requests]
+        """In chunks of requests that stand together, so that the choices of a question do.
+
+        A context without a token, such as one of spaces, is read like an empty one. Raises DataError for a continuation without a token.
+        """
+        pairs: list[tuple[Ids, Ids]] = []
+        for words, context, continuation in requests:
+            if not continuation:
+                raise _without_token(words[1])
+            pairs.append((tuple(context) or (self.prefix_token_id,), tuple(continuation)))
         return self._likelihoods(pairs)
 
     def _likelihoods(self, pairs: Sequence[tuple[Ids, Ids]]) -> list[tuple[float, bool]]:
@@ -153,6 +157,10 @@ class PuzzleLM(TemplateLM):
         return texts
 
 
+def _without_token(text: str) -> DataError:
+    return DataError(WHERE, f"{text!r} has no token of its own to be foretold", "leave the question out, or write another text")
+
+
 def _asked_here(reader: Reader) -> AskChunks:
     return lambda chunks: [reader.answer(chunk) for chunk in chunks]
 
@@ -162,12 +170,13 @@ def _asked_here(reader: Reader) -> AskChunks:
 
 def check_tasks(names: Sequence[str]) -> None:
     """Raises ConfigError, or DataError, for what can be known to be wrong without the data of lm_eval's own tasks."""
-    known = [] if all(map(is_questions, names)) else TaskManager().all_tasks
-    for name in names:
-        if is_questions(name):
-            _questions_task(name)
-        elif name not in known:
-            raise _unknown(name, known)
+    with _quiet():
+        known = [] if all(map(is_questions, names)) else TaskManager().all_tasks
+        for name in names:
+            if is_questions(name):
+                _questions_task(name)
+            elif name not in known:
+                raise _unknown(name, known)
 
 
 def _unknown(name: str, known: Sequence[str]) -> ConfigError:
@@ -180,7 +189,7 @@ class Tasks:
 
     def __init__(self, names: Sequence[str], half: Half | None, limit: int | None) -> None:
         with _quiet():
-            self.manager = TaskManager()
+            self.manager = TaskManager(include_defaults=not all(map(is_questions, names)))  # else it reads thousands of files
             self.entries: dict[str, list[str]] = {}  # what the user named -> the names of its tasks
             self.tasks: dict[str, Any] = {}
             for name in names:
@@ -287,7 +296,7 @@ def write_questions(names: Sequence[str], file: str) -> int:
 def _questions_task(path: str) -> Any:
     from datasets import Dataset, DatasetDict
 
-    found = _read(path)
+    found = read_lines(path)
     keys = set(found[0])
     choice: dict[str, Any] = {"output_type": "multiple_choice", "metric_list": [_metric("acc"), _metric("acc_norm")]}
     if {"query", "choices", "gold"} <= keys:
@@ -303,7 +312,7 @@ def _questions_task(path: str) -> Any:
         problem = f"{path!r} has lines of {', '.join(sorted(keys))}"
         remedy = "write query, choices, gold; or context_options, continuation, gold; or context, continuation"
         raise DataError(WHERE, problem, remedy)
-    asked = [{name: row[name] for name in sorted(keys & (_TEXTS | _OPTIONS | {"gold"}))} for row in found]
+    asked = [{name: row[name] for name in sorted(keys & (TEXTS | OPTIONS | {"gold"}))} for row in found]
     dataset = DatasetDict({"test": Dataset.from_list(asked)})
     splits = {"test_split": "test", "fewshot_split": "test"}
     return ConfigurableTask(config={"task": entry_name(path), "custom_dataset": lambda **_: dataset, **splits, **kind})
@@ -313,45 +322,19 @@ def _metric(name: str) -> dict[str, Any]:
     return {"metric": name, "aggregation": "mean", "higher_is_better": True}
 
 
-def _read(path: str) -> list[dict[str, Any]]:
-    """All lines, which have the same keys. Raises DataError."""
-    remedy = "name one .jsonl file of questions"
-    with reading(path, WHERE, remedy):
-        files = find_files(path, WHERE).files
-        if len(files) != 1 or not files[0].is_json_lines:
-            raise DataError(WHERE, f"{path!r} names {len(files)} .jsonl files", remedy)
-        found = list(rows(files[0], "query", WHERE))
-    for number, row in found:
-        if not isinstance(row, dict) or set(row) != set(found[0][1]):
-            raise DataError(WHERE, f"{path}:{number} has other fields than the first line", "write the same fields in every line")
-        _check_question(row, f"{path}:{number}")
-    if not found:
-        raise DataError(WHERE, f"{path!r} holds no question", "write one in every line")
-    return [row for _, row in found]
-
-
-def _check_question(row: Mapping[str, Any], where: str) -> None:
-    """Raises DataError for values that lm_eval would stumble over, or take for something else."""
-    for name in _TEXTS & set(row):
-        if not isinstance(row[name], str):
-            raise DataError(WHERE, f"{where}: {name} is {row[name]!r}", "write it as a text")
-    for name in _OPTIONS & set(row):
-        options, gold = row[name], row.get("gold")
-        if not isinstance(options, list) or len(options) < 2 or not all(isinstance(o, str) and o for o in options):
-            raise DataError(WHERE, f"{where}: {name} are {options!r}", "write a list of two texts or more, none of them empty")
-        if type(gold) is not int or not 0 <= gold < len(options):
-            raise DataError(WHERE, f"{where}: gold {gold!r} among {len(options)} choices", "count gold from 0")
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """lm_eval without its remarks and its bars; its errors are shown."""
-    logger = logging.getLogger("lm_eval")
-    level, bar = logger.level, lm_eval_task.tqdm
+    """lm_eval without its remarks and its bars, and without a look at git and at what is installed; its errors are shown."""
+    logger, silent = logging.getLogger("lm_eval"), {"get_git_commit_hash": lambda: None, "add_env_info": lambda _: None}
+    known = [(evaluator, name, does) for name, does in silent.items() if hasattr(evaluator, name)]
+    places = [(lm_eval_task, "tqdm", lambda items, **_: items), *known]
+    level, before = logger.level, [getattr(module, name) for module, name, _ in places]
     logger.setLevel(logging.ERROR)
-    lm_eval_task.tqdm = lambda items, **_: items
+    for module, name, does in places:
+        setattr(module, name, does)
     try:
         yield
     finally:
         logger.setLevel(level)
-        lm_eval_task.tqdm = bar
+        for (module, name, _), own in zip(places, before, strict=True):
+            setattr(module, name, own)

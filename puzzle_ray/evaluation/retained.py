@@ -32,7 +32,9 @@ class Paired:
 
 @dataclass(frozen=True)
 class Interval:
-    """A value, and the bounds of its confidence interval. Bounds are None where some draws have no such value."""
+    """A value, and the bounds of its confidence interval. Bounds are None where some draws have no such value, and where all questions
+    were answered alike, as one alone is: then every draw is the same, which says nothing of other questions. So it is for a mean over
+    entries of which one has a single question."""
 
     value: float
     low: float | None
@@ -45,7 +47,7 @@ class Retained:
 
     `parent` and `child` are means over questions. `retained` is child / parent; None where the parent's mean is 0. `difference` is
     child - parent. `above_chance` is (child - chance) / (parent - chance); None where the parent itself is not above chance by its own
-    interval, since then there was nothing to keep.
+    interval, since then there was nothing to keep. A parent that is right everywhere is above chance where guessing is not as lucky.
     """
 
     parent: Interval
@@ -86,7 +88,10 @@ def retained(entries: Mapping[str, Sequence[Paired]], seed: int, resamples: int,
         mean_parent, mean_child = (np.mean([pair[i] for pair in draws.values()], axis=0) for i in (0, 1))
         whole = [float(np.mean([getattr(entry, who).value for entry in found.values()])) for who in ("parent", "child")]
         questions = sum(entry.questions for entry in found.values())
-        found[""] = _described(whole[0], whole[1], mean_parent, mean_child, chance, questions, confidence)
+        if any(entry.questions == 1 for entry in found.values()):  # its draws are all the same, and would narrow the mean's
+            found[""] = _without_bounds(whole[0], whole[1], chance, questions, confidence)
+        else:
+            found[""] = _described(whole[0], whole[1], mean_parent, mean_child, chance, questions, confidence)
     return found
 
 
@@ -111,6 +116,8 @@ def _resampled(task: Paired, generator: np.random.Generator, resamples: int) -> 
 def _described(
     parent: float, child: float, parents: Floats, children: Floats, chance: float | None, questions: int, confidence: float
 ) -> Retained:
+    if not np.ptp(parents) and not np.ptp(children):
+        return _without_bounds(parent, child, chance, questions, confidence)
     own = _interval(parent, parents, confidence)
     kept = _ratio(child, parent, children, parents, confidence) if parent else None
     above = None
@@ -118,6 +125,16 @@ def _described(
         above = _ratio(child - chance, parent - chance, children - chance, parents - chance, confidence)
     difference = _interval(child - parent, children - parents, confidence)
     return Retained(own, _interval(child, children, confidence), difference, kept, chance, above, questions)
+
+
+def _without_bounds(parent: float, child: float, chance: float | None, questions: int, confidence: float) -> Retained:
+    def alone(value: float) -> Interval:
+        return Interval(value, None, None)
+
+    kept, above = alone(child / parent) if parent else None, None
+    if chance is not None and parent == 1.0 and chance**questions <= (1 - confidence) / 2:
+        above = alone((child - chance) / (parent - chance))
+    return Retained(alone(parent), alone(child), alone(child - parent), kept, chance, above, questions)
 
 
 def _ratio(top: float, bottom: float, tops: Floats, bottoms: Floats, confidence: float) -> Interval:

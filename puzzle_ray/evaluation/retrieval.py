@@ -83,8 +83,13 @@ def make_questions(tokenizer: Any, lengths: Sequence[int], depths: int, each: in
     return found
 
 
-def check_lengths(tokenizer: Any, lengths: Sequence[int], depths: int, each: int, seed: int) -> None:
-    """Raises DataError for lengths that not even the questions fit, with what every such kind takes, and what holds all of them."""
+def check_lengths(
+    tokenizer: Any, lengths: Sequence[int], depths: int, each: int, seed: int, positions: int | None = None
+) -> None:  # fmt: skip
+    """Raises DataError for lengths that not even the questions fit, with what every such kind takes, and what holds all of them.
+
+    `positions` are the parent's, where it has a limit.
+    """
 
     def takes(kind: Kind, tokens: int) -> int:
         return max(drawn.least(tokenizer) for _, drawn in _all_drawn(kind, tokens, depths, each, seed))
@@ -103,7 +108,10 @@ def check_lengths(tokenizer: Any, lengths: Sequence[int], depths: int, each: int
         enough += 1
     kinds = ", ".join(f"{name} takes {needed}" for name, needed in takes_most.items())
     problem = f"{' and '.join(map(str, sorted(failing)))} tokens do not hold a question of every kind: {kinds}"
-    raise DataError("evaluate.retrieval_tokens", problem, f"ask for at least {enough} tokens, which hold all kinds")
+    remedy = f"ask for at least {enough} tokens, which hold all kinds"
+    if positions is not None and enough > positions:
+        remedy = f"leave it empty: all kinds take {enough} tokens, and the parent has {positions} positions"
+    raise DataError("evaluate.retrieval_tokens", problem, remedy)
 
 
 def _all_drawn(kind: Kind, tokens: int, depths: int, each: int, seed: int) -> Iterator[tuple[tuple[int, int], _Drawn]]:

@@ -103,14 +103,17 @@ def task_lines(found: Mapping[str, Any]) -> list[str]:
     for row in rows:
         own = list(row["models"].values())[-1]
         kept = own["retained"]
-        words = "-" if kept is None else f"{kept['value']:.1%} {interval_words(kept)}"
+        words = "-" if kept is None else f"{kept['value']:.1%} {interval_words(kept, own)}"
         remark = guess_remark(own)
         figures = f"{own['parent']['value']:>9.1%}{own['child']['value']:>9.1%}"
         lines.append(f"{row['entry']:<24}{row['metric']:>10}{row['questions']:>11}{figures}   {words}{remark and f'; {remark}'}")
     return lines
 
 
-def interval_words(interval: Mapping[str, float | None]) -> str:
+def interval_words(interval: Mapping[str, float | None], own: Mapping[str, Any]) -> str:
+    """The bounds of an interval of `own`, or why there are none."""
+    if own["parent"]["low"] is None:
+        return f"(no interval: {'one question' if own['questions'] == 1 else 'too few questions that differ'})"
     if interval["low"] is None or interval["high"] is None:
         return "(no interval: the parent is too close to 0)"
     return f"({interval['low']:.1%} to {interval['high']:.1%})"
@@ -121,5 +124,7 @@ def guess_remark(own: Mapping[str, Any]) -> str:
     if own["chance"] is None:
         return ""
     if own["above_chance"] is None:
-        return f"the parent is not above guessing ({own['chance']:.1%})"
+        alike = own["parent"]["low"] is None and own["parent"]["value"] > own["chance"]
+        words = "too few questions to tell the parent from guessing" if alike else "the parent is not above guessing"
+        return f"{words} ({own['chance']:.1%})"
     return f"{own['above_chance']['value']:.1%} of what is above guessing"

@@ -15,7 +15,7 @@ from puzzle_ray.errors import ConfigError
 from puzzle_ray.export import deci_model
 from puzzle_ray.export.configuration_nemotron_nas import NemotronNasConfig
 from puzzle_ray.export.engine_rules import problems
-from puzzle_ray.export.nemotron_nas import copy_config_class, nas_config
+from puzzle_ray.export.nemotron_nas import check_parent, copy_config_class, nas_config
 from puzzle_ray.models.checkpoint import FLOATS, Checkpoint
 from puzzle_ray.models.child import choices_of, copy_history, copy_tokenizer, read_config
 from puzzle_ray.models.child_classes import FILE_MODE
@@ -42,6 +42,7 @@ class _Source:
 def export_nemotron_nas(child: Path, target: Path, engines: Sequence[str], untie: bool = False) -> None:
     """Writes the child in `child` to `target`. Raises ParentError or ConfigError, before it writes, for what an engine cannot have."""
     config, checkpoint = read_config(child), Checkpoint(child)
+    check_parent(config)  # another family's tensors have other names
     tensors = _tensors(checkpoint, config)
     if untie and config.tie_word_embeddings:
         embedding = tensors["model.embed_tokens.weight"]

@@ -78,7 +78,8 @@ def _remark(own: Mapping[str, Any]) -> str:
     if own["chance"] is None:
         return ""
     if own["above_chance"] is None:
-        return " parent not above guessing"
+        alike = own["parent"]["low"] is None and own["parent"]["value"] > own["chance"]
+        return " too few questions to tell the parent from guessing" if alike else " parent not above guessing"
     return f" {percent(own['above_chance']['value'])} of what is above guessing"
 
 
@@ -153,7 +154,9 @@ def samples(data: ReportData) -> list[Html] | None:
         cards = [_card("Text", row["text"])] if row["text"] else []
         for name, text in row["models"].items():
             same = len(commonprefix([parent, text])) if name != PARENT else len(text)
-            title = _name(name) if name == PARENT else f"{_name(name)}: {row['same_tokens'][name]} tokens as the parent"
+            as_parent = row["same_tokens"][name]
+            more = "" if name == PARENT else f": {as_parent} token{'s' * (as_parent != 1)} as the parent"
+            title = f"{_name(name)}{more}"
             cards.append(_card(title, text[:same], text[same:]))
         groups.append(
             tag(

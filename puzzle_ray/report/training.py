@@ -114,8 +114,17 @@ def _curves(data: ReportData) -> list[Html]:
 def global_distillation(data: ReportData) -> list[Html] | None:
     """Global distillation (GKD): what came of it in a line, the range test, and the loss and its terms."""
     said = gkd_summary(data.gkd_facts)
-    parts = [*([note(f"{said[0].upper()}{said[1:]}.")] if said else []), *_range_test(data), *_gkd_curves(data)]
-    return parts or None
+    lines = [*([f"{said[0].upper()}{said[1:]}."] if said else []), *_unwatched_and_worse(data)]
+    return [*map(note, lines), *_range_test(data), *_gkd_curves(data)] or None
+
+
+def _unwatched_and_worse(data: ReportData) -> list[str]:
+    """What the evaluation says of a training that nothing watched: where it was watched, it publishes no child that is worse."""
+    before, after = (data.models.get(name, {}).get("kl") for name in ("child_before_gkd", "child"))
+    if not data.gkd_facts or "kept" in data.gkd_facts or before is None or after is None or after <= before:
+        return []
+    text = f"The child is worse than before: its KL to the parent rose from {number(before)} to {number(after)}. Training was not watched"
+    return [f"{text} on held-out text (gkd.heldout_tokens: 0); with it, such a child is published as it was."]
 
 
 def _range_test(data: ReportData) -> list[Html]:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from puzzle_ray.data.files import find_files
 from puzzle_ray.data.foreign import reading
-from puzzle_ray.data.formats import rows
+from puzzle_ray.data.formats import is_text, rows
 from puzzle_ray.errors import DataError
 from puzzle_ray.models.head import Head
 from puzzle_ray.models.rope import constant_up_to
@@ -116,15 +116,19 @@ def read_questions(path: str, half: Half | None = None, limit: int | None = None
 
 def _parse_question(raw: Any, where: str) -> Question:
     remedy = 'write {"query": "...", "choices": ["...", "..."], "gold": 0}'
-    try:
-        question = Question(str(raw["query"]), tuple(map(str, raw["choices"])), int(raw["gold"]), str(raw.get("task", "")))
-    except (ValueError, KeyError, TypeError, OverflowError, AttributeError) as error:
-        raise DataError("scoring.downstream", f"{where} is no question ({type(error).__name__}: {error})", remedy) from None
-    if not 0 <= question.gold < len(question.choices) or len(question.choices) < 2:
-        raise DataError(
-            "scoring.downstream", f"{where}: gold {question.gold} among {len(question.choices)} choices", "count gold from 0"
-        )
-    return question
+    if not isinstance(raw, dict):
+        raise DataError("scoring.downstream", f"{where} is no question", remedy)
+    if missing := [name for name in ("query", "choices", "gold") if name not in raw]:
+        raise DataError("scoring.downstream", f"{where} is no question (without {' and '.join(missing)})", remedy)
+    query, choices, gold = raw["query"], raw["choices"], raw["gold"]
+    if not isinstance(query, str) or not is_text(query):
+        raise DataError("scoring.downstream", f"{where}: query is {query!r}", "write it as a text")
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and is_text(c) and c for c in choices):
+        remedy = "write a list of two texts or more, none of them empty"
+        raise DataError("scoring.downstream", f"{where}: choices are {choices!r}", remedy)
+    if type(gold) is not int or not 0 <= gold < len(choices):
+        raise DataError("scoring.downstream", f"{where}: gold {gold!r} among {len(choices)} choices", "count gold from 0")
+    return Question(query, tuple(choices), gold, str(raw.get("task", "")))
 
 
 def question_batches(

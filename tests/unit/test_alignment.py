@@ -1,4 +1,8 @@
-"""A child is aligned by TRL as any Hugging Face model is: supervised fine-tuning, then direct preference optimisation."""
+"""A child is aligned by TRL as any Hugging Face model is: supervised fine-tuning, then direct preference optimisation.
+
+DPO loads the folder a second time by itself, and trusts no code in it: `import puzzle_ray` (here: of its modules) makes the type known.
+`DPOConfig(trust_remote_code=True)` of newer versions does without.
+"""
 
 from __future__ import annotations
 

@@ -103,6 +103,13 @@ def test_what_an_engine_could_not_run_is_refused_by_name(engine, choices, change
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "gpt_neo"])
+def test_a_family_whose_tensors_have_other_names_is_refused_by_name(model_type, tmp_path):
+    _, child = saved(tmp_path, model_type, choices=(LayerChoice("noop"), LayerChoice(), LayerChoice()))
+    with pytest.raises(ParentError, match=f"{model_type} is not one of llama"):
+        export_to(str(child), tmp_path / "exported", "nemotron_nas", ("vllm",))
+
+
 def test_a_tied_head_can_be_written_as_a_matrix_of_its_own(tmp_path):
     from transformers import AutoModelForCausalLM
 

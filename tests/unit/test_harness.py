@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from puzzle_ray.artifacts import LayerChoice
 from puzzle_ray.config import load
 from puzzle_ray.data.order import Tokens
 from puzzle_ray.errors import ConfigError, DataError, ParentError
+from puzzle_ray.evaluation.question_files import check_texts
 from puzzle_ray.evaluation.settings import EvaluateConfig
 from puzzle_ray.models.child import new_child, read_config, save_child
 from puzzle_ray.progress import Quiet
@@ -156,6 +158,10 @@ def test_parent_and_child_are_compared_on_tasks(folders, files, tmp_path):
         ('{"query": ["a"], "choices": ["b", "c"], "gold": 0}\n', r"query is \['a'\]; write it as a text"),
         ('{"context": "a", "continuation": null}\n', "continuation is None; write it as a text"),
         ('{"context": "a", "continuation": "b"}\n{"context": "a"}\n', ":2 has other fields than the first line"),
+        ('[{"query": "a", "choices": ["b", "c"], "gold": 0}]\n', "q.jsonl:1 is no question"),
+        ('{"query": "a\\ud800", "choices": ["b", "c"], "gold": 0}\n', "query is 'a.ud800'; write it as a text"),
+        ('{"query": "a", "choices": ["b", "c\\udfff"], "gold": 0}\n', "write a list of two texts or more"),
+        ('{"context": "a", "continuation": ""}\n', "continuation is empty"),
         ("\n", "holds no question"),
     ],
 )
@@ -176,6 +182,34 @@ def test_a_tokenizer_without_a_token_for_beginning_or_end_asks_what_has_a_contex
     assert model.tok_encode("ab") == byte_tokenizer().encode("ab")
     with pytest.raises(ParentError, match="an empty context is asked, .*; name eos_token"):
         _ = model.prefix_token_id
+
+
+@installed
+def test_a_context_of_spaces_is_read_like_an_empty_one(folders, tmp_path):
+    """lm_eval moves the spaces at a context's end to what is foretold, and so leaves the context empty."""
+    path, choices = tmp_path / "q.jsonl", ["b", "cc"]
+    path.write_text("".join(json.dumps({"query": q, "choices": choices, "gold": 0}) + "\n" for q in ("  ", "")))
+    lm = PuzzleLM(folders["parent"])
+    lm.tokenizer.bos_token = None
+    asked = []
+    lm.ask = lambda chunks, ask=lm.ask: (asked.extend(chunks), ask(chunks))[1]
+    Tasks([str(path)], None, None).evaluate(lm, EvaluateConfig(), 0)
+    assert {context for chunk in asked for context, _ in chunk.pairs} == {(lm.eot_token_id,)}
+    with pytest.raises(DataError, match="'x' has no token of its own to be foretold"):
+        lm._loglikelihood_tokens([(("a", "x"), [1], [])])
+
+
+def test_questions_in_the_parents_tokens_are_looked_at_before_work(folders, tmp_path):
+    path, tokenizer, config = tmp_path / "q.jsonl", byte_tokenizer(), read_config(Path(folders["parent"]))
+    path.write_text(json.dumps({"query": "a " * 200, "choices": ["b" * 60, "c"], "gold": 0}) + "\n")
+    check_texts([str(path)], tokenizer, config)
+    path.write_text(json.dumps({"query": "a", "choices": ["b" * 90, "c"], "gold": 0}) + "\n")
+    with pytest.raises(DataError, match="question 1 of .*91 tokens to foretell, and the parent 64 positions"):
+        check_texts([str(path)], tokenizer, config)
+    tokenizer.add_tokens("<new>")
+    path.write_text(json.dumps({"query": "a <new>", "choices": ["b", "c"], "gold": 0}) + "\n")
+    with pytest.raises(DataError, match="question 1 of .*'<new>', and the parent's embedding of"):
+        check_texts([str(path)], tokenizer, config)
 
 
 @installed

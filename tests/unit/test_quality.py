@@ -228,6 +228,8 @@ def test_lengths_that_are_too_small_are_told_at_once_with_what_holds_every_kind(
     assert all(len(needle.prompt) + ANSWER_TOKENS * len(needle.expected) <= enough for needle in made)
     with pytest.raises(DataError, match=f"{enough - 30} tokens do not hold a question of every kind: multi_query takes"):
         make_questions(tokenizer, (enough - 30,), *of_length)
+    with pytest.raises(DataError, match="leave it empty: all kinds take .* tokens, and the parent has 64 positions"):
+        check_lengths(tokenizer, (40,), *of_length, positions=64)
 
 
 def test_a_model_that_tells_no_number_from_another_is_right_of_none(folders):

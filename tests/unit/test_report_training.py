@@ -87,3 +87,14 @@ def test_global_distillation_says_what_came_of_it_and_which_rates_were_tried():
     assert "Held-out KL 0.25 -&gt; 0.2, weights of step 3; learning rate 0.0001, the best of 2 in a range test." in page
     assert "0.0001 (chosen)" in page and "not finite" in page and "KL on held-out text: 0.250 → 0.200" in page
     assert "Global distillation: needs GKD" in render(ReportData("p"))
+
+
+def test_a_training_that_nothing_watched_and_that_made_the_child_worse_is_told():
+    curve = [{"step": step, "loss": 0.3, "kl": 0.2, "cosine": 0.1} for step in range(3)]
+    models = {name: {"kl": kl, "heldout_loss": 1.0} for name, kl in (("parent", 0.0), ("child_before_gkd", 0.1), ("child", 0.4))}
+    data = replace(ReportData("p"), gkd_curve=curve, gkd_facts={"steps": 3}, evaluation={"models": models})
+    assert "its KL to the parent rose from 0.100 to 0.400. Training was not watched" in render(data)
+    watched = {"kept": "step 3", "heldout_kl_before": 0.2, "heldout_kl": 0.1, "returns": 0}
+    assert "was not watched" not in render(replace(data, gkd_facts=watched))
+    better = {name: own | {"kl": min(own["kl"], 0.05)} for name, own in models.items()}
+    assert "was not watched" not in render(replace(data, evaluation={"models": better}))

@@ -70,6 +70,26 @@ def test_what_cannot_be_said_is_not_said():
         Paired([1.0, 0.0, 1.0], [1.0, 0.0])
 
 
+def test_questions_that_were_answered_alike_have_no_interval():
+    """Every draw of one question is that question: an interval without width would look like certainty."""
+    one = retained({"a": [Paired([1.0], [1.0], 0.25)]}, **HOW)["a"]
+    for found in (one.parent, one.child, one.difference, one.retained):
+        assert found.low is None and found.high is None
+    assert one.retained.value == 1.0 and one.above_chance is None, "one of four right is what guessing gives, too"
+    many = retained({"a": [Paired([1.0] * 20, [1.0] * 20, 0.25)]}, **HOW)["a"]
+    assert many.above_chance.value == 1.0 and many.above_chance.low is None and many.retained.low is None
+    model = TaskAnswers({"a": {"acc,none": [1.0]}}, {"a": {}})
+    found = compare_tasks({"a": ["a"]}, {"parent": model, "child": model}, {"a": 0.25}, 0, 200, 0.9)
+    assert task_lines(found)[-1].endswith(
+        "100.0% (no interval: one question); too few questions to tell the parent from guessing (25.0%)"
+    )
+    both = {"one": [Paired([1.0], [1.0], 0.25)], "a": [Paired(answers(100, 60), answers(100, 50), 0.25)]}
+    mean = retained(both, **HOW)[""]
+    assert mean.retained.value == pytest.approx(1.5 / 1.6) and mean.retained.low is None and mean.parent.low is None
+    none = retained({"a": [Paired([0.0] * 20, [0.0] * 20, 0.25)]}, **HOW)["a"]
+    assert none.above_chance is None and none.retained is None
+
+
 def test_draws_are_a_function_of_the_seed():
     pair = {"a": [Paired(answers(80, 50), answers(80, 45, seed=3))]}
     assert retained(pair, **HOW) == retained(pair, **HOW) != retained(pair, **HOW | {"seed": 1})

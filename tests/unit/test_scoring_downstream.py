@@ -118,6 +118,12 @@ def test_every_question_is_in_one_half_and_both_are_used(tmp_path):
     [
         ('{"query": "a", "choices": ["b", "c"], "gold": 2}\n', "gold 2 among 2"),
         ('{"query": "a"}\n', "is no question"),
+        ('["a"]\n', "is no question"),
+        ('{"query": "a", "choices": "bc", "gold": 1}\n', "choices are 'bc'; write a list of two texts"),
+        ('{"query": "a", "choices": ["", "c"], "gold": 1}\n', "none of them empty"),
+        ('{"query": "a", "choices": ["b", "c"], "gold": 1.7}\n', "gold 1.7 among 2 choices"),
+        ('{"query": "a", "choices": ["b", "c"], "gold": "1"}\n', "gold '1' among 2 choices"),
+        ('{"query": "a\\ud800", "choices": ["b", "c"], "gold": 1}\n', "query is 'a.ud800'; write it as a text"),
         ("\n", "holds no question"),
         (None, "cannot be read"),
     ],
