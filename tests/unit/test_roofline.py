@@ -317,7 +317,7 @@ def test_a_run_says_in_one_line_that_costs_are_estimated():
 def test_architectures_and_what_is_printed_of_them_say_so():
     for profile in (ESTIMATE, make_profile(4)):
         (found,) = search_architectures(SPACE, SCORES, profile, SCENARIO, Limits(speedup=1.5))
-        assert found.estimated == profile.estimated == ("ESTIMATED, not measured" in describe(found))
+        assert found.estimated == profile.estimated == ("ESTIMATED, not measured" in describe(found, SPACE))
 
 
 def test_a_sweeps_tables_and_lines_say_so(tmp_path):

@@ -107,9 +107,9 @@ def test_architectures_say_it_and_old_files_are_read(slow_at):
     (found,) = find()
     again = Architecture.from_json(to_json(found))
     assert again == found and isinstance(again.unsolved_batch_sizes, tuple)
-    assert "feasible" in search_architecture.describe(found)
-    assert "not solved in time: batch size 8" in search_architecture.describe(found)
-    assert "not solved in time" not in search_architecture.describe(CHOSEN)
+    assert "feasible" in search_architecture.describe(found, SPACE)
+    assert "not solved in time: batch size 8" in search_architecture.describe(found, SPACE)
+    assert "not solved in time" not in search_architecture.describe(CHOSEN, SPACE)
     page = render(ReportData("p", architecture=replace(CHOSEN, status="feasible", bound=0.0, unsolved_batch_sizes=(8, 16))))
     assert "not solved in time: batch size 8, 16" in page
     old = json.loads(to_json(found))
