@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 from report_inputs import CHOSEN
+from report_inputs import SPACE as CHOSEN_SPACE
 from search_inputs import SCENARIO, SCORES, SPACE, make_profile
 
 from jobs import search_architecture, sweep_budgets
@@ -109,7 +110,7 @@ def test_architectures_say_it_and_old_files_are_read(slow_at):
     assert again == found and isinstance(again.unsolved_batch_sizes, tuple)
     assert "feasible" in search_architecture.describe(found, SPACE)
     assert "not solved in time: batch size 8" in search_architecture.describe(found, SPACE)
-    assert "not solved in time" not in search_architecture.describe(CHOSEN, SPACE)
+    assert "not solved in time" not in search_architecture.describe(CHOSEN, CHOSEN_SPACE)
     page = render(ReportData("p", architecture=replace(CHOSEN, status="feasible", bound=0.0, unsolved_batch_sizes=(8, 16))))
     assert "not solved in time: batch size 8, 16" in page
     old = json.loads(to_json(found))
