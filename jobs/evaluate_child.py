@@ -49,8 +49,11 @@ def comparison(found: Mapping[str, Any], profile: Profile) -> list[str]:
 
 
 def _written(value: float | None, form: str) -> str:
-    """A dash for what nobody measured."""
-    return "-" if value is None else form.format(value)
+    """A dash for what nobody measured. What is rounded to 0 has no sign."""
+    if value is None:
+        return "-"
+    text = form.format(value)
+    return text if float(text) else text.removeprefix("-")
 
 
 def agreement_lines(kept: Mapping[str, Any]) -> list[str]:

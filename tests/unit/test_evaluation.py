@@ -11,6 +11,7 @@ import torch
 from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
 from small_models import save_parent
 
+from jobs import evaluate_child
 from puzzle_ray.artifacts import Scenario
 from puzzle_ray.errors import ConfigError
 from puzzle_ray.evaluation import evaluate as evaluation
@@ -147,3 +148,8 @@ def test_a_prompt_that_passes_the_check_can_be_continued_and_no_longer_one(tmp_p
 def test_batches_have_so_many_tokens_and_at_least_one_sequence():
     config = EvaluateConfig(micro_batch_tokens=2048)
     assert [config.sequences(length) for length in (256, 1000, 2048, 8192)] == [8, 2, 1, 1]
+
+
+@pytest.mark.parametrize(("value", "written"), [(-3e-9, "0.0000"), (-0.01, "-0.0100"), (0.25, "0.2500"), (None, "-")])
+def test_what_is_rounded_to_nothing_has_no_sign(value, written):
+    assert evaluate_child._written(value, "{:.4f}") == written
