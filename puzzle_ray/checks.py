@@ -198,6 +198,7 @@ def check_asked(config: RunConfig, tokenizer: Any, model_config: Any) -> None:
     if config.evaluate.tasks:
         from puzzle_ray.evaluation.question_files import check_texts
 
-        check_texts(config.evaluate.tasks, tokenizer, model_config)
+        limit = None if config.asked_half else evaluate.limit  # of a half they are not the first lines
+        check_texts(evaluate.tasks, tokenizer, model_config, limit)
     for half in HALVES if config.scoring.downstream is not None else ():
         batches_for(tokenizer, config.scoring, model_config, half)

@@ -51,11 +51,14 @@ def _check_question(row: Mapping[str, Any], where: str) -> None:
             raise DataError(WHERE, f"{where}: gold {gold!r} among {len(options)} choices", "count gold from 0")
 
 
-def check_texts(names: Sequence[str], tokenizer: Any, model_config: Any) -> None:
-    """Raises DataError for questions in files that a model of this vocabulary and so many positions cannot be asked."""
+def check_texts(names: Sequence[str], tokenizer: Any, model_config: Any, limit: int | None = None) -> None:
+    """Raises DataError for questions in files that a model of this vocabulary and so many positions cannot be asked.
+
+    With `limit` the first ones of every file are looked at: no others are asked.
+    """
     positions, num_rows = getattr(model_config, "max_position_embeddings", None), model_config.vocab_size
     for name in filter(is_questions, names):
-        for number, row in enumerate(read_lines(name), 1):
+        for number, row in enumerate(read_lines(name)[:limit], 1):
             place, last = f"question {number} of {name!r}", row.get("choices", [row.get("continuation")])
             found = [text for key in sorted(TEXTS | OPTIONS) for text in _texts(row.get(key))]
             for text, ids in zip(found, tokenizer([f" {t}" for t in found], add_special_tokens=False)["input_ids"], strict=True):

@@ -206,6 +206,11 @@ def test_questions_in_the_parents_tokens_are_looked_at_before_work(folders, tmp_
     path.write_text(json.dumps({"query": "a", "choices": ["b" * 90, "c"], "gold": 0}) + "\n")
     with pytest.raises(DataError, match="question 1 of .*91 tokens to foretell, and the parent 64 positions"):
         check_texts([str(path)], tokenizer, config)
+    lines = [{"query": "a", "choices": [long, "c"], "gold": 0} for long in ("b", "b" * 90)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    check_texts([str(path)], tokenizer, config, limit=1)
+    with pytest.raises(DataError, match="question 2 of"):
+        check_texts([str(path)], tokenizer, config, limit=2)
     tokenizer.add_tokens("<new>")
     path.write_text(json.dumps({"query": "a <new>", "choices": ["b", "c"], "gold": 0}) + "\n")
     with pytest.raises(DataError, match="question 1 of .*'<new>', and the parent's embedding of"):
