@@ -211,7 +211,7 @@ def publish_distilled(trainer: GkdTrainer, job: GkdJob, *, writes: bool = True) 
         return
     kept = trainer.guard.best_row.step if trainer.guard else trainer.total_steps  # of the weights that are published
     config, source, made = job.config, job.child.local_folder(CHILD), {"distilled": "globally, from its parent", "steps": kept}
-    dtype = read_config(source).dtype or torch.float32
+    dtype = trainer.published
     with quiet_transformers(), job.artifact.folder_to_publish(CHILD) as folder:
         if gathered is not None:
             write_model(model_without_weights(source, dtype), gathered, dtype, source, folder, made)
