@@ -1,5 +1,6 @@
 """A server whose only replica listens itself, when something happens to it or to its port."""
 
+import contextlib
 import http.client
 import json
 import socket
@@ -60,14 +61,16 @@ def test_after_a_replica_was_killed_another_listens_on_the_same_port_and_in_the_
         second = deployed(settings, "second", "/second", ("127.0.0.1", port + 1), False, Stops())
         with pytest.raises(ClusterError, match=f"no proxy: {NAME} listens itself"), second:
             pass
-        with socket.create_connection(("127.0.0.1", port)) as open_one:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT_S)) as open_one:
+            open_one.request("GET", "/health")
+            assert open_one.getresponse().read()  # so it was accepted: it stays open, and ends as one that nothing is left on
             replica = next(
                 each
                 for each in psutil.Process().children(recursive=True)
                 if each.status() != psutil.STATUS_ZOMBIE and f"ServeReplica:{NAME}" in " ".join(each.cmdline())
             )
             replica.kill()
-            assert open_one.recv(1) == b""
+            assert open_one.sock.recv(1) == b""
         until(lambda: ask(port) == 200, "another replica answers")
     assert ask(port) == 0
 
@@ -76,5 +79,5 @@ def test_a_port_that_is_taken_meanwhile_is_told(settings):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         said = f"port: 127.0.0.1:{port} cannot be had .Address already in use."
-        with deployed(settings, NAME, "/", ("127.0.0.1", port), True, Stops()), pytest.raises(ClusterError, match=said):
-            wait_until_running(NAME, WAIT_S, threading.Event(), proxied=False)
+        with deployed(settings, "late", "/", ("127.0.0.1", port), True, Stops()), pytest.raises(ClusterError, match=said):
+            wait_until_running("late", WAIT_S, threading.Event(), proxied=False)
