@@ -36,7 +36,7 @@ from puzzle_ray.serving.text import TextStream
 ROOT = Path(__file__).parents[2]
 CHOICES = [LayerChoice("noop", "parent"), LayerChoice("gqa:1", "ffn:24"), LayerChoice("linear", "noop")]
 MAX_LENGTH = 8192  # an answer that long takes many seconds, far more than it takes to notice that nobody reads it
-WAIT_S = 60.0
+WAIT_S = 240.0
 
 
 def free_port() -> int:

@@ -14,7 +14,7 @@ from puzzle_ray.profiling.measure import PROFILE_TABLE
 from puzzle_ray.profiling.settings import ProfileConfig
 from puzzle_ray.progress import Quiet
 
-CLUSTER = ClusterConfig(placement_timeout_s=120, step_timeout_s=120)
+CLUSTER = ClusterConfig(placement_timeout_s=240, step_timeout_s=240)
 SMALL = ("profile.repeats=2", "profile.stack=1", "profile.scenario={batch_size: 1, input_tokens: 6, output_tokens: 3}")
 
 
