@@ -185,7 +185,7 @@ def test_a_library_beside_a_profile_takes_what_the_profilers_leave(several_nodes
     profiling = threading.Thread(target=profiler.profile_blocks, args=(*small, short, CLUSTER, step, Quiet(), placed))
     profiling.start()
     try:
-        assert placed.wait(120) and not step.finished
+        assert placed.wait(240) and not step.finished
         assert {node for node, _ in CLAIMS.held.values()} == devices
         assert cluster_cpus() == 2 and places({"num_cpus": 1}) == 2 and places({"resources": {"H100": 1}}) == 0
         plans = plan_shards(range(4), CLUSTER)

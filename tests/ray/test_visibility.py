@@ -31,7 +31,7 @@ def test_gauges_are_where_prometheus_reads_them(local_ray):
 
     def exported():
         metrics.note("tokens_per_s", 1234.5, stage="library")
-        with urllib.request.urlopen(url, timeout=10) as answer:
+        with urllib.request.urlopen(url, timeout=240) as answer:
             lines = answer.read().decode().splitlines()
         return [line for line in lines if line.startswith("ray_puzzle_ray_tokens_per_s{") and line.endswith(" 1234.5")]
 

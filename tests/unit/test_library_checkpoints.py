@@ -63,7 +63,7 @@ def test_training_goes_on_while_copies_are_written(parent_folder, artifact, cloc
     write = artifact.write_tensors
 
     def held(*arguments):
-        assert may_write.wait(60)
+        assert may_write.wait(240)
         write(*arguments)
 
     monkeypatch.setattr(artifact, "write_tensors", held)

@@ -284,7 +284,7 @@ def test_a_stage_that_fails_in_the_background_ends_the_run_at_once(two_stages, p
 
     def fails(run, artifact):
         run.placed.set()
-        assert at_work.wait(60)
+        assert at_work.wait(240)
         raise ProfileError("profile", "the device is gone")
 
     def works(run, artifact):

@@ -192,7 +192,7 @@ def test_publishers_at_the_same_time(tmp_path):
         with store.artifact("s", {}, {}).folder_to_publish("child") as folder:
             (folder / "a").write_text(str(number))
             (folder / "b").write_text(str(number))
-            ready.wait(30)
+            ready.wait(240)
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(publish, range(4)))

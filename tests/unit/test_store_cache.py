@@ -92,7 +92,7 @@ def test_processes_at_once_fetch_once_and_a_dead_one_is_replaced(remote, tempora
         command = [sys.executable, "-c", FETCH, url, str(log), how]
         return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE)
 
-    assert fetching("die").wait(60) == -9 and log.read_text() == "fetched\n"
+    assert fetching("die").wait(240) == -9 and log.read_text() == "fetched\n"
     processes = [fetching("live") for _ in range(3)]
     found = {process.communicate(timeout=240)[0] for process in processes}
     assert len(found) == 1 and log.read_text() == "fetched\n" * 2
