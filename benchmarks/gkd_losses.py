@@ -44,7 +44,7 @@ PARENTS = ("tiny", *TEXTS)
 BASE = (
     "data.sequence_length=128", "library.tokens=40960", "library.learning_rate=0.001", "library.calibration_tokens=8192",
     "profile.engine=roofline", "profile.device=H100", "profile.scenario={batch_size: 16, input_tokens: 128, output_tokens: 32}",
-    "search.candidates=1", "search.sweep={}", "gkd.num_workers=1", "gkd.learning_rate=auto",
+    "search.candidates=1", "search.sweep={}", "gkd.num_workers=1", "gkd.learning_rate=auto", "gkd.cosine_reduction=mean",
 )  # fmt: skip
 QUICK = ("library.tokens=8192", "scoring.tokens=2048", "evaluate.tokens=4096", "tiny_parent_steps=40")
 
