@@ -74,11 +74,11 @@ class LibraryConfig(Section):
     Mode `decoupled` trains every attention variant and every FFN variant beside the parent's other half. Mode `coupled` trains every
     pair of them, both halves together. It needs `narrow_from`: an architecture.json, a sweep.json or sweep.parquet, or the folder of
     such an artifact (path or URL); one of a later round counts with what the rounds before replaced. The search space of every layer is
-    narrowed to the variants found there. `start_from` is the
-    folder of a decoupled library of the same parent (path or URL); its trained halves are then the start. With `early_stop` a
-    variant stops training when its loss is flat. It then misses the rest of the learning rate's decay, which costs quality, so this
-    is off by default. A variant whose loss rises goes back to its start with half the rate. The library's table has the largest singular
-    value and the sensitivity to noise of every variant beside the parent's own; what stands out is a warning.
+    narrowed to the variants found there. `start_from` is the folder of a decoupled library of the same parent (path or URL); its trained
+    halves are then the start. With `early_stop` a variant stops training when its loss is flat. It then misses the rest of the learning
+    rate's decay, which costs quality, so this is off by default. A variant whose loss rises goes back to its start with half the rate. The
+    library's table has the largest singular value and the sensitivity to noise of every variant beside the parent's own; what stands out
+    is a warning.
 
     With `gradient_accumulation` an optimizer step takes several micro-batches; its loss is the mean of theirs. The learning rate, early
     stop and loss curves count optimizer steps. With `learning_rate: auto` every variant finds its own by short trials, see
