@@ -205,9 +205,9 @@ class GkdConfig(Section):
 
     Training is watched on `heldout_tokens` of held-out text, with the weights as they would be published, in the child's own dtype:
     the best ones are published, those of the start where nothing was better. A rise of the KL over the start goes back and halves
-    the rate, at most three times. With `average_weights` the learning rate stays at its peak after warm-up, and what is watched and
-    published is a running average of the weights: in a training of few steps it takes more of their noise away than a rate that
-    falls, see `puzzle_ray.distill.averaging`.
+    the rate, at most three times; within five steps of where training began, it counts only at the end. With `average_weights` the
+    learning rate stays at its peak after warm-up, and what is watched and published is a running average of the weights: in a training
+    of few steps it takes more of their noise away than a rate that falls, see `puzzle_ray.distill.averaging`.
 
     `parallel`: with `ddp` every worker holds the whole child, its gradients and optimizer, and the whole parent. With `fsdp` (FSDP2)
     each holds its part of them, and gathers one layer at a time. `auto` takes `fsdp` where there are two GPU workers or more, and what
