@@ -247,6 +247,26 @@ def test_an_architecture_of_a_later_round_is_counted_from_the_original(tmp_path)
     assert read_architectures(first.url) == [own]
 
 
+def test_a_sweep_of_a_childs_run_is_counted_from_the_original(tmp_path):
+    """Its JSON says what the child was already; its table is followed to the library."""
+    space = SearchSpace(tuple(onward(layer, NOW) for layer in SPACE.layers))
+    store = Store(str(tmp_path))
+    library = store.artifact("library", {}, {"space": to_json(space).decode()})
+    library.finish({})
+    scores = store.artifact("scores", {}, {"library": library.key})
+    scores.finish({})
+    swept = store.artifact("sweep", {}, {"scores": scores.key})
+    grid = Grid({(30, 11): SearchSetup(space, SCORES, PROFILE, SCENARIO, "kl", "mip", 60.0, HARD)})
+    (point,) = grid_points({"speedup": [1.01]})
+    swept.write_json(point_name(point), grid.solve(point))
+    finish_sweep(solved_points([point], swept), swept)
+    own = found_within(Limits(speedup=1.01), space=space).choices
+    for name in ("", "/sweep.json", "/sweep.parquet"):
+        assert read_architectures(swept.url + name) == [tuple(choice.on(NOW) for choice in own)]
+    shutil.copy(f"{swept.url}/sweep.json", tmp_path / "copied.json")
+    assert read_architectures(str(tmp_path / "copied.json")) == [tuple(choice.on(NOW) for choice in own)]
+
+
 def test_what_a_child_is_already_is_its_own_when_its_space_is_narrowed():
     space = SearchSpace(tuple(onward(layer, NOW) for layer in SPACE.layers))
     same, more = ((choice,) * len(space.layers) for choice in (LayerChoice("gqa:2", "ffn:64"), LayerChoice("gqa:4", PARENT)))
