@@ -64,6 +64,7 @@ def test_a_loss_that_is_no_number_is_not_called_a_rise(tmp_path):
     line = gkd_summary(facts)
     assert "loss, gradient or KL was not finite 4 times" in line and "rose" not in line
     assert "no step was taken" in line and "gkd.learning_rate" not in line
+    assert "4 times, each but the last with half the learning rate after it; it ended after step" in line
     assert "rose above the start's 1 time and loss" in gkd_summary(facts | {"returns": 2, "not_finite": 1})
 
 
