@@ -267,17 +267,24 @@ def run_gkd(job: GkdJob, *, cluster: ClusterConfig, progress: Progress, cpus_per
     try:
         _follow(run, ended, job, cluster, progress, cpus)
     except RayTaskError as error:
-        if isinstance(error.cause, PuzzleError):
-            raise error.cause from None
-        reason = (str(error.cause).strip() or type(error.cause).__name__).splitlines()[-1]
-        remedy = CONTINUE if _died(error.cause) else "see the workers' logs in Ray's session folder"
-        raise ClusterError("gkd", f"the workers failed ({reason})", remedy) from None
+        raise told(error.cause) from None
     except (RayActorError, GetTimeoutError) as error:
         raise ClusterError("gkd", f"the run's actor is gone ({type(error).__name__})", CONTINUE) from None
     finally:
         _end(run, ended)
         if job.artifact.finished or not may_shard(job.config):
             job.artifact.remove(STORAGE)
+
+
+def told(cause: Exception) -> PuzzleError:
+    """What Ray Train's run was ended by, as the user reads it."""
+    if isinstance(cause, PuzzleError):
+        return cause
+    if isinstance(cause, RayActorError):
+        return ClusterError("gkd", "Ray Train's controller died", CONTINUE)
+    reason = (str(cause).strip() or type(cause).__name__).splitlines()[-1]
+    remedy = CONTINUE if _died(cause) else "see the workers' logs in Ray's session folder"
+    return ClusterError("gkd", f"the workers failed ({reason})", remedy)
 
 
 def _died(error: BaseException) -> bool:

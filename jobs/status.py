@@ -73,19 +73,28 @@ def _row(run: Run, stage: Stage, would_run: set[str]) -> Row:
         return Row(stage.name, "finished", artifact.url)
     state = "begun" if artifact.names() else "to do"
     waits = [name for name in (*stage.inputs, *stage.reads) if name in would_run]
-    return Row(stage.name, state, "; ".join(_why(run.store, artifact, waits)))
+    return Row(stage.name, state, "; ".join(_why(run.store, artifact, waits, _parent_of(run, stage))))
+
+
+def _parent_of(run: Run, stage: Stage) -> str | None:
+    """What identifies the model that a stage is of; None where it reads none that is there."""
+    try:
+        return (run.original if stage.name in OF_ORIGINAL else run).parent.key
+    except NotDone:
+        return None
 
 
 def _needs(stage: Stage, other: str) -> Row:
     return Row(stage.name, "to do", f"what it does depends on the result of {other}")
 
 
-def _why(store: Store, artifact: Artifact, waits: list[str]) -> Iterator[str]:
+def _why(store: Store, artifact: Artifact, waits: list[str], parent: str | None) -> Iterator[str]:
     if artifact.names():
         yield f"not finished yet: {artifact.url}"
-    record = closest_record(store, artifact)
+    records = finished_records(store, artifact.stage)
+    record = closest_record(store, records, artifact, parent)
     if record is None:
-        yield "no such stage in this store yet"
+        yield f"no such stage{' of this parent' if records else ''} in this store yet"
         return
     changes = list(differences(record, artifact))
     inputs = [name for name in waits if any(text == f"input {name}" for text in changes)]
@@ -97,21 +106,45 @@ def _why(store: Store, artifact: Artifact, waits: list[str]) -> Iterator[str]:
         yield f"changed: {', '.join(changes[:MOST_CHANGES])}{more} (since {store.root}/{artifact.stage}-{record['key']})"
 
 
-def closest_record(store: Store, artifact: Artifact) -> Mapping[str, Any] | None:
-    """The record of the finished artifact of the same stage that differs least."""
+def finished_records(store: Store, stage: str) -> list[Mapping[str, Any]]:
+    """The records of all finished artifacts of a stage, by name."""
     filesystem = store.filesystem
     if not filesystem.isdir(store.root):
+        return []
+    names = sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in filesystem.ls(store.root, detail=False))
+    return [record for name in names if name.startswith(f"{stage}-") and (record := _record(store, name))]
+
+
+def _record(store: Store, name: str) -> Mapping[str, Any] | None:
+    """None for an artifact that is not finished."""
+    try:
+        record = json.loads(store.filesystem.cat_file(f"{store.root}/{name}/{RECORD}"))
+    except (OSError, ValueError):
         return None
-    names = (entry.rstrip("/").rsplit("/", 1)[-1] for entry in filesystem.ls(store.root, detail=False))
-    found = []
-    for name in sorted(name for name in names if name.startswith(f"{artifact.stage}-")):
-        try:
-            record = json.loads(filesystem.cat_file(f"{store.root}/{name}/{RECORD}"))
-        except (OSError, ValueError):  # not finished
-            continue
-        if isinstance(record, dict) and isinstance(record.get("inputs"), dict) and {"settings", "key"} <= record.keys():
-            found.append(record)
-    return min(found, key=lambda record: len(list(differences(record, artifact))), default=None)
+    whole = isinstance(record, dict) and isinstance(record.get("inputs"), dict) and {"settings", "key"} <= record.keys()
+    return record if whole else None
+
+
+def closest_record(
+    store: Store, records: Sequence[Mapping[str, Any]], artifact: Artifact, parent: str | None
+) -> Mapping[str, Any] | None:
+    """Of the records of finished artifacts of the same stage the one that differs least: of those for this parent or, where there is none,
+    of those whose parent is not known any more. `parent` is None for a stage that has none."""
+    made = [(parent and made_for(store, record), record) for record in records]
+    own = [record for of, record in made if of == parent] or [record for of, record in made if of is None]
+    return min(own, key=lambda record: len(list(differences(record, artifact))), default=None)
+
+
+def made_for(store: Store, record: Mapping[str, Any]) -> str | None:
+    """What identifies the parent of a finished artifact, found along what it read; None where that is not in the store any more."""
+    found: Mapping[str, Any] | None = record
+    while found is not None:
+        inputs: Mapping[str, str] = found["inputs"]
+        if "parent" in inputs:
+            return inputs["parent"]
+        read = [f"{name}-{key}" for name, key in inputs.items() if name in stages() and name not in OF_ORIGINAL]
+        found = next((earlier for name in read if (earlier := _record(store, name))), None)
+    return None
 
 
 def differences(record: Mapping[str, Any], artifact: Artifact) -> Iterator[str]:

@@ -53,6 +53,10 @@ class LayerChoice:
         return f"{self.attention} + {self.ffn}"
 
 
+# what every layer of a whole child becomes
+Choices = tuple[LayerChoice, ...]
+
+
 @dataclass(frozen=True)
 class LayerSpace:
     """The variants that one layer may have. Both lists contain `parent`.
@@ -113,6 +117,12 @@ class SearchSpace:
     def entries(self) -> Iterable[tuple[int, str, str]]:
         """(layer, kind, variant) of every entry of a block library of this space, see `LayerSpace.entry`."""
         return ((index, *layer.entry(choice)) for index, layer in enumerate(self.layers) for choice in layer.trained)
+
+    @property
+    def now(self) -> Choices:
+        """What every layer is already; empty where none is anything but the original's own."""
+        found = tuple(layer.now for layer in self.layers)
+        return found if any(choice.replaced for choice in found) else ()
 
     @property
     def size(self) -> float:
@@ -327,7 +337,8 @@ class Architecture:
 
     `objective` is the sum of scores and `bound` a proven lower bound on it. `status` is `optimal`, `feasible` (the search reached its
     time limit), `heuristic` (the searcher proves nothing) or `measured` (picked among several by measurement). At the batch sizes
-    `unsolved_batch_sizes` the time limit came before an answer was found. `bound` holds for them too.
+    `unsolved_batch_sizes` the time limit came before an answer was found. `bound` holds for them too. `now`: what the parent's layers
+    were already where that is a child itself, counted from the original model; empty for any other parent.
     """
 
     choices: tuple[LayerChoice, ...]
@@ -342,6 +353,7 @@ class Architecture:
     metric: str = "kl"
     estimated: bool = False
     unsolved_batch_sizes: tuple[int, ...] = ()
+    now: Choices = ()
 
     @property
     def gap(self) -> float:
@@ -360,11 +372,8 @@ class Architecture:
         raw["predicted"] = Costs(**raw["predicted"])
         raw["parent_predicted"] = Costs(**raw["parent_predicted"])
         raw["unsolved_batch_sizes"] = tuple(raw.get("unsolved_batch_sizes", ()))
+        raw["now"] = tuple(LayerChoice(**choice) for choice in raw.get("now", ()))
         return cls(**raw)
-
-
-# what every layer of a whole child becomes
-Choices = tuple[LayerChoice, ...]
 
 
 @dataclass(frozen=True)

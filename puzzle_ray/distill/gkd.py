@@ -145,7 +145,8 @@ def _watched_step(trainer: GkdTrainer) -> GkdRow | None:
     except Diverged:
         guard.diverged(number)
     else:
-        if not guard.is_due(trainer.next_step, trainer.total_steps) or guard.look(trainer.next_step):
+        done, total = trainer.next_step, trainer.total_steps
+        if not guard.is_due(done, total) or guard.look(done, done == total):
             return row
     if not guard.gave_up:
         trainer.go_back()

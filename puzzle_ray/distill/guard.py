@@ -3,6 +3,10 @@
 The held-out KL is measured before the first step, at regular steps, and at the end. The best weights are kept. Where the KL rises above
 that of the start, or the loss is no longer finite, training goes back to the best weights and goes on with half the learning rate; after
 `MAX_RETURNS` such returns it ends. What is published are the best weights: those of the start, where nothing was better.
+
+Adam's first steps are as large as the rate whatever the gradient, and often take the KL up for a moment that half the rate would take up as
+well. So a rise within `SETTLING` steps of the start, or of the step that training went back to, counts only at the end. Short trainings
+alone look so early.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from puzzle_ray.distill.losses import kl_per_token
 from puzzle_ray.models.head import Head, final_states
 
 MAX_RETURNS = 3
+SETTLING = 5  # optimizer steps
 
 
 @dataclass(frozen=True)
@@ -105,11 +110,18 @@ class HeldoutGuard:
         mean_kl, mean_loss = self.agree([math.fsum(kl) / len(kl), math.fsum(loss) / len(loss)])
         return mean_kl, mean_loss
 
-    def look(self, step: int) -> bool:
-        """Measures, and keeps the weights where they are the best so far. False where training must go back."""
+    @property
+    def _begun_at(self) -> int:
+        """The step that training began with, or went back to the last time."""
+        last = max((number for number, row in enumerate(self.rows) if row.returned), default=0)
+        return min(self.rows[: last + 1], key=lambda row: (row.kl, row.step)).step
+
+    def look(self, step: int, last: bool = False) -> bool:
+        """Measures, and keeps the weights where they are the best so far. False where training must go back. `last`: of all steps."""
         kl, loss = self.measure()
         kl = kl if math.isfinite(kl) else math.inf  # NaN compares with nothing, and would stay the least of all that is compared
-        if self.rows and not (math.isfinite(kl) and kl <= self.rows[0].kl):
+        settled = last or math.isinf(kl) or not self.rows or step - self._begun_at >= SETTLING
+        if self.rows and settled and not (math.isfinite(kl) and kl <= self.rows[0].kl):
             self.rows.append(HeldoutRow(step, kl, loss, self.rate_factor, returned=1))
             return False
         self.rows.append(HeldoutRow(step, kl, loss, self.rate_factor))

@@ -73,11 +73,12 @@ class LibraryConfig(Section):
 
     Mode `decoupled` trains every attention variant and every FFN variant beside the parent's other half. Mode `coupled` trains every
     pair of them, both halves together. It needs `narrow_from`: an architecture.json, a sweep.json or sweep.parquet, or the folder of
-    such an artifact (path or URL). The search space of every layer is narrowed to the variants found there. `start_from` is the
-    folder of a decoupled library of the same parent (path or URL); its trained halves are then the start. With `early_stop` a
-    variant stops training when its loss is flat. It then misses the rest of the learning rate's decay, which costs quality, so this
-    is off by default. A variant whose loss rises goes back to its start with half the rate. The library's table has the largest singular
-    value and the sensitivity to noise of every variant beside the parent's own; what stands out is a warning.
+    such an artifact (path or URL); one of a later round counts with what the rounds before replaced. The search space of every layer is
+    narrowed to the variants found there. `start_from` is the folder of a decoupled library of the same parent (path or URL); its trained
+    halves are then the start. With `early_stop` a variant stops training when its loss is flat. It then misses the rest of the learning
+    rate's decay, which costs quality, so this is off by default. A variant whose loss rises goes back to its start with half the rate. The
+    library's table has the largest singular value and the sensitivity to noise of every variant beside the parent's own; what stands out
+    is a warning.
 
     With `gradient_accumulation` an optimizer step takes several micro-batches; its loss is the mean of theirs. The learning rate, early
     stop and loss curves count optimizer steps. With `learning_rate: auto` every variant finds its own by short trials, see
@@ -204,9 +205,9 @@ class GkdConfig(Section):
 
     Training is watched on `heldout_tokens` of held-out text, with the weights as they would be published, in the child's own dtype:
     the best ones are published, those of the start where nothing was better. A rise of the KL over the start goes back and halves
-    the rate, at most three times. With `average_weights` the learning rate stays at its peak after warm-up, and what is watched and
-    published is a running average of the weights: in a training of few steps it takes more of their noise away than a rate that
-    falls, see `puzzle_ray.distill.averaging`.
+    the rate, at most three times; within five steps of where training began, it counts only at the end. With `average_weights` the
+    learning rate stays at its peak after warm-up, and what is watched and published is a running average of the weights: in a training
+    of few steps it takes more of their noise away than a rate that falls, see `puzzle_ray.distill.averaging`.
 
     `parallel`: with `ddp` every worker holds the whole child, its gradients and optimizer, and the whole parent. With `fsdp` (FSDP2)
     each holds its part of them, and gathers one layer at a time. `auto` takes `fsdp` where there are two GPU workers or more, and what

@@ -21,7 +21,7 @@ def _watched(facts: Mapping[str, Any]) -> Iterator[str]:
     else:
         yield f"held-out KL {before:.4g} -> {after:.4g}, weights of {facts['kept']}"
     if facts["returns"]:
-        yield f"{_why_back(facts)}, each with half the learning rate after it"
+        yield f"{_why_back(facts)}, each {'but the last ' if 'ended_after' in facts else ''}with half the learning rate after it"
     if "ended_after" in facts:
         yield f"it ended after step {facts['ended_after']} of {facts['steps']}"
     if facts.get("range_test"):

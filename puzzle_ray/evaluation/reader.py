@@ -112,6 +112,7 @@ class Reader:
 
     def _continuations(self, chunk: Continuations) -> Answer:
         from puzzle_ray.serving.engine import Engine
+        from puzzle_ray.serving.masks import unserved_layers
         from puzzle_ray.serving.sampling import SamplingParams
         from puzzle_ray.serving.without_cache import continued
 
@@ -121,7 +122,7 @@ class Reader:
         size = min(limit, max(len(prompt) for prompt in prompts) + room)
         how: dict[str, Any] = {"max_tokens": room, "stop": chunk.stop, "temperature": chunk.temperature, "top_p": chunk.top_p}
         params = [SamplingParams(seed=number, **how) for number in range(len(prompts))]
-        if isinstance(self.model, ShardedModel):
+        if isinstance(self.model, ShardedModel) or unserved_layers(self.model.config):
             generations = continued(self.model, self.tokenizer, prompts, params, size, self.batch_tokens)
             return _as_answer([generation.token_ids for generation in generations], chunk.max_tokens)
         engine = Engine(

@@ -335,6 +335,7 @@ class Tables:
             metric=self.metric,
             estimated=self.profile.estimated,
             unsolved_batch_sizes=tuple(t.scenario.batch_size for t in unsolved),
+            now=self.space.now,
         )
         return Answer(architecture, chosen, solution.choice)
 

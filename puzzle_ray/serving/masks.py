@@ -9,6 +9,13 @@ from transformers import PreTrainedConfig
 from puzzle_ray.errors import ConfigError
 
 
+def unserved_layers(config: PreTrainedConfig) -> list[str]:
+    """The types of a model's layers that need another kind of mask than `AttentionMasks` makes."""
+    # GPT-Neo has `attention_layers`. Its local layers compute the window themselves, from the longest row.
+    kinds = {*(getattr(config, "layer_types", None) or ()), *getattr(config, "attention_layers", ())}
+    return sorted(kinds - {"full_attention", "sliding_attention", "global"})
+
+
 class AttentionMasks:
     """Additive attention masks for new tokens at given positions of their rows.
 
@@ -20,10 +27,8 @@ class AttentionMasks:
         self._dtype = dtype
         window: int | None = getattr(config, "sliding_window", None)
         kinds = set(getattr(config, "layer_types", None) or ())
-        # GPT-Neo has `attention_layers`. Its local layers compute the window themselves, from the longest row.
-        unknown = kinds.union(getattr(config, "attention_layers", ())) - {"full_attention", "sliding_attention", "global"}
-        if unknown:
-            problem = f"has layers of type {', '.join(sorted(unknown))}"
+        if unknown := unserved_layers(config):
+            problem = f"has layers of type {', '.join(unknown)}"
             raise ConfigError("model", problem, "the engine serves full and sliding-window attention")
         self._mixed = "sliding_attention" in kinds
         windows = {"full_attention": None, "sliding_attention": window}

@@ -1,4 +1,5 @@
-"""Text generated without a KV cache, for models whose layers lie in shards: every token reads the whole text before it again.
+"""Text generated without a KV cache, for models whose layers lie in shards, or that the engine has no masks for: every token reads the
+whole text before it again.
 
 Tokens are chosen as the engine chooses them, and requests end where they end there.
 """

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from puzzle_ray.errors import Damaged, StoreError
 from puzzle_ray.store import cache, publish, scratch
-from puzzle_ray.store.files import OTHER_CHECKSUM, Checked, for_each, looks_broken, tensors_beside, unwritten
+from puzzle_ray.store.files import OTHER_CHECKSUM, Checked, for_each, looks_broken, tensors_as_bytes, tensors_beside, unwritten
 from puzzle_ray.store.lease import Claim, Lease, held, reason_lost, say_on_stderr
 from puzzle_ray.store.record import (
     DAMAGE_SEEN,
@@ -246,11 +246,9 @@ class Artifact:
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
         """One safetensors file. In a local store it is written from where the tensors are, and is never whole in memory."""
-        from safetensors.torch import save
-
         given, about = {k: v.contiguous() for k, v in tensors.items()}, dict(metadata or {})
         if not self.store.is_local:
-            self.write(name, save(given, metadata=about))
+            self.write(name, tensors_as_bytes(given, about))
             return
         if self._lease is not None:
             self._lease.check_seen()  # before gigabytes are written

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from puzzle_ray.errors import StoreError
 from puzzle_ray.store import scratch
@@ -42,6 +43,8 @@ def tensors_beside(target: Path, tensors: Mapping[str, Tensor], metadata: dict[s
             file.touch()
             mode = file.stat().st_mode
             save_file(dict(tensors), file, metadata=metadata)
+            with file.open("rb+") as made:
+                _order_metadata(made)
             if file.stat().st_mode != mode:  # safetensors lets nobody else read it
                 file.chmod(mode)
             with file.open("rb") as written:
@@ -49,6 +52,29 @@ def tensors_beside(target: Path, tensors: Mapping[str, Tensor], metadata: dict[s
         except (OSError, SafetensorError) as error:
             raise unwritten(target, error) from None
         yield file, entry
+
+
+def tensors_as_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """The same file in memory."""
+    from safetensors.torch import save
+
+    made = io.BytesIO(save(dict(tensors), metadata=metadata))
+    _order_metadata(made)
+    return made.getvalue()
+
+
+def _order_metadata(file: BinaryIO) -> None:
+    """Writes the metadata of a safetensors file by name: safetensors has them in another order every time, and equal content is to be
+    equal to the byte."""
+    size = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(size))
+    metadata = header.get("__metadata__", {})
+    if len(metadata) > 1:
+        ordered = header | {"__metadata__": dict(sorted(metadata.items()))}
+        text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # as it is, where both write JSON alike
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 class Checked:

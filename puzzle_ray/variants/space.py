@@ -28,7 +28,7 @@ def search_space(config: Any, attention: tuple[str, ...], ffn: tuple[str, ...], 
 _NARROWED = {"gqa": "heads", "gqa_prune": "heads", "ffn": "width", "ffn_iterative": "width"}  # variants that say one size
 
 
-def _is_less(variant: str, now: str) -> bool:
+def is_less(variant: str, now: str) -> bool:
     """Whether a subblock that is `now` already can become `variant`, both counted from the original model."""
     (name, size), (own, own_size) = split_variant_name(variant), split_variant_name(now)
     if now == PARENT or variant == PARENT:
@@ -44,7 +44,7 @@ def _is_less(variant: str, now: str) -> bool:
 
 def onward(layer: LayerSpace, now: LayerChoice) -> LayerSpace:
     """What is left of a layer's variants where the parent is a child itself, whose layer is `now`: what is less than that."""
-    kept = {kind: tuple(v for v in layer.variants(kind) if _is_less(v, now.variant(kind))) for kind in KINDS}
+    kept = {kind: tuple(v for v in layer.variants(kind) if is_less(v, now.variant(kind))) for kind in KINDS}
     return replace(layer, attention=kept["attention"], ffn=kept["ffn"], now=now)
 
 

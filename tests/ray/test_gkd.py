@@ -4,6 +4,7 @@ Its learning rate is chosen by a range test, it is watched on held-out text, and
 """
 
 import dataclasses
+import math
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,9 +13,9 @@ import pytest
 import torch
 from gkd_jobs import gkd_jobs
 from pickles import pickles_in
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorDiedError, RayActorError
 
-from actors.gkd import STORAGE, Failures, preempted, run_gkd
+from actors.gkd import STORAGE, Failures, preempted, run_gkd, told
 from puzzle_ray.cluster import ClusterConfig
 from puzzle_ray.distill.gkd import CHILD, CURVE, LOOKS, distill_child, steps_saved
 from puzzle_ray.distill.gkd_trainer import Diverged, GkdRow
@@ -198,3 +199,11 @@ def test_failures_are_counted_from_the_last_step_that_was_saved():
         failures.add(40, "killed")
     for _ in range(9):
         Failures(limit=-1).add(0, "killed")
+
+
+def test_a_controller_that_died_is_told_and_the_same_command_continues():
+    error = told(ActorDiedError())
+    assert isinstance(error, ClusterError)
+    assert str(error) == "gkd: Ray Train's controller died; the same command continues from the last checkpoint"
+    assert told(Diverged(3, math.inf, 1.0)).args[0] == 3
+    assert "the workers failed (no such file); see the workers' logs" in str(told(OSError("no such file")))

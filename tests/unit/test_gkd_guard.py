@@ -64,6 +64,7 @@ def test_a_loss_that_is_no_number_is_not_called_a_rise(tmp_path):
     line = gkd_summary(facts)
     assert "loss, gradient or KL was not finite 4 times" in line and "rose" not in line
     assert "no step was taken" in line and "gkd.learning_rate" not in line
+    assert "4 times, each but the last with half the learning rate after it; it ended after step" in line
     assert "rose above the start's 1 time and loss" in gkd_summary(facts | {"returns": 2, "not_finite": 1})
 
 
@@ -104,6 +105,25 @@ def test_training_goes_back_to_the_best_and_on_with_half_the_rate(tmp_path):
     ]  # fmt: skip
     halved = new_trainer(LONG)
     assert trainer.curve[5].learning_rate == 0.5 * halved.learning_rate.at(5)
+
+
+@pytest.mark.parametrize(
+    ("steps", "looks", "kls", "returned"),
+    [
+        (20, 10, [1.0, 3.0, 2.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2], []),  # steps 2 and 4 settle
+        (20, 10, [1.0, 3.0, 2.0, 1.1, 5.0, 2.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2], [6]),  # the optimizer then begins anew
+        (3, 10, [1.0, 3.0, 2.0, 1.1, 1.2, 1.1, 0.9], [3]),  # at the end every rise counts
+        (3, 10, [1.0, 3.0, float("inf"), 3.0, 2.0, 0.9], [2]),  # and what is no number at once
+    ],
+)
+def test_a_rise_in_the_first_steps_counts_only_at_the_end(tmp_path, steps, looks, kls, returned):
+    trainer = watched(LONG.model_copy(update={"tokens": steps * 64, "heldout_looks": looks}))
+    measured = iter(kls)
+    trainer.guard.measure = lambda: (next(measured), 0.0)
+    train(trainer, tmp_path)
+    assert [row.step for row in trainer.guard.rows if row.returned] == returned
+    assert trainer.next_step == steps and not list(measured)
+    assert trainer.guard.best_row.kl == min(kls)
 
 
 @pytest.mark.parametrize(("rate", "cut"), [(1e-2, 7), (1.0, 4), (1.0, 9)])

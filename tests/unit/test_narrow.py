@@ -1,7 +1,8 @@
 """Narrowing a search space to what earlier searches chose."""
 
 import json
-from dataclasses import replace
+import shutil
+from dataclasses import asdict, replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,7 +11,7 @@ from search_inputs import FFN, PROFILE, SCENARIO, SCORES, SPACE
 from small_runs import make_run, save_parent_with_text
 
 from jobs.checks import check
-from puzzle_ray.artifacts import PARENT, LayerChoice, LayerSpace, Scores, SearchSpace, to_json
+from puzzle_ray.artifacts import PARENT, Architecture, LayerChoice, LayerSpace, Scores, SearchSpace, to_json
 from puzzle_ray.config import load
 from puzzle_ray.distill.settings import LibraryConfig
 from puzzle_ray.errors import ConfigError
@@ -22,6 +23,7 @@ from puzzle_ray.search.setup import SearchSetup
 from puzzle_ray.search.sweep import Grid, finish_sweep, grid_points, point_name, solved_points
 from puzzle_ray.search.tables import search_architectures
 from puzzle_ray.store import Store
+from puzzle_ray.variants.space import onward
 
 HARD = Limits(speedup=1.5)
 
@@ -206,3 +208,75 @@ def test_a_narrowed_run_that_cannot_work_is_refused_before_it_starts(parent_with
     run = make_run(parent_with_text, tmp_path, f"library.narrow_from={source}", fixed)
     with pytest.raises(ConfigError, match="layer 0 has no variant 'noop'"):
         check(run.config, run.store)
+
+
+NOW = LayerChoice("gqa:2", PARENT)  # of the first layer of a child, in the tests below
+
+
+def later_round(store, choices, now, number=2):
+    """The artifacts of a search of a later round, as earlier versions left them: the architecture alone does not say `now`."""
+    layers = (replace(layer, now=own) for layer, own in zip(SPACE.layers, now, strict=True))
+    space = to_json(SearchSpace(tuple(layers))).decode()
+    library = store.artifact("library", {}, {"space": space})
+    library.finish({})
+    scores = store.artifact("scores", {}, {"library": library.key})
+    scores.finish({})
+    searched = store.artifact("architecture", {"round": [number, 2]}, {"scores": scores.key})
+    written = asdict(replace(found_within(), choices=choices))
+    del written["now"]
+    searched.write_json("architecture.json", written)
+    searched.finish({})
+    return library, searched
+
+
+def test_an_architecture_of_a_later_round_is_counted_from_the_original(tmp_path):
+    nothing = (LayerChoice(),) * len(SPACE.layers)
+    own = (LayerChoice(PARENT, "ffn:64"), *nothing[1:])
+    now = (NOW, *nothing[1:])
+    store = Store(str(tmp_path / "store"))
+    library, searched = later_round(store, own, now)
+    assert read_architectures(searched.url) == [(LayerChoice("gqa:2", "ffn:64"), *nothing[1:])]
+    assert library_space(SPACE, settings(searched.url)).layers[0].attention == (PARENT, "gqa:2")
+    file = tmp_path / "copied.json"
+    file.write_bytes(to_json(replace(found_within(), choices=own, now=now)))
+    assert read_architectures(str(file)) == [(LayerChoice("gqa:2", "ffn:64"), *nothing[1:])]
+    shutil.rmtree(library.url)
+    with pytest.raises(ConfigError, match="is of round 2 of 2, and its library, .*, is not in its store; name it in the store"):
+        read_architectures(searched.url)
+    _, first = later_round(Store(str(tmp_path / "other")), own, nothing, number=1)
+    assert read_architectures(first.url) == [own]
+
+
+def test_a_sweep_of_a_childs_run_is_counted_from_the_original(tmp_path):
+    """Its JSON says what the child was already; its table is followed to the library."""
+    space = SearchSpace(tuple(onward(layer, NOW) for layer in SPACE.layers))
+    store = Store(str(tmp_path))
+    library = store.artifact("library", {}, {"space": to_json(space).decode()})
+    library.finish({})
+    scores = store.artifact("scores", {}, {"library": library.key})
+    scores.finish({})
+    swept = store.artifact("sweep", {}, {"scores": scores.key})
+    grid = Grid({(30, 11): SearchSetup(space, SCORES, PROFILE, SCENARIO, "kl", "mip", 60.0, HARD)})
+    (point,) = grid_points({"speedup": [1.01]})
+    swept.write_json(point_name(point), grid.solve(point))
+    finish_sweep(solved_points([point], swept), swept)
+    own = found_within(Limits(speedup=1.01), space=space).choices
+    for name in ("", "/sweep.json", "/sweep.parquet"):
+        assert read_architectures(swept.url + name) == [tuple(choice.on(NOW) for choice in own)]
+    shutil.copy(f"{swept.url}/sweep.json", tmp_path / "copied.json")
+    assert read_architectures(str(tmp_path / "copied.json")) == [tuple(choice.on(NOW) for choice in own)]
+
+
+def test_what_a_child_is_already_is_its_own_when_its_space_is_narrowed():
+    space = SearchSpace(tuple(onward(layer, NOW) for layer in SPACE.layers))
+    same, more = ((choice,) * len(space.layers) for choice in (LayerChoice("gqa:2", "ffn:64"), LayerChoice("gqa:4", PARENT)))
+    assert {(layer.attention, layer.ffn) for layer in narrowed(space, [same]).layers} == {((PARENT,), (PARENT, "ffn:64"))}
+    with pytest.raises(ConfigError, match="layer 0 has 'gqa:4' there, and this parent, a child itself, has 'gqa:2', .* cannot"):
+        narrowed(space, [more])
+
+
+def test_a_search_says_what_its_parent_was_already():
+    space = SearchSpace(tuple(onward(layer, NOW) for layer in SPACE.layers))
+    found = found_within(Limits(params=10**9), space=space)
+    assert found.now == (NOW,) * len(space.layers) and found_within().now == ()
+    assert Architecture.from_json(to_json(found)) == found

@@ -1,10 +1,13 @@
 """Stages as a graph: their order, what identifies them, what would run and why; a stage is added as one file."""
 
 import json
+import shutil
 import threading
 from dataclasses import replace
 
 import pytest
+from byte_tokenizer import VOCAB_SIZE, byte_tokenizer
+from small_models import save_parent
 from small_runs import make_run, save_parent_with_text
 
 import jobs.run
@@ -192,6 +195,26 @@ def test_status_says_what_is_finished_what_would_run_and_why(parent_with_text, t
     assert {row.stage: row.state for row in rows(with_more_text)}["tokens"] == "to do"
     with_more_text.done("tokens")
     assert status("data.max_train_tokens=320")["library"].words.startswith("changed: input train tokens (since ")
+
+
+def test_status_explains_nothing_by_an_artifact_of_another_parent(parent_with_text, tmp_path):
+    other = save_parent(tmp_path / "other", seed=7, vocab_size=VOCAB_SIZE + 7)
+    byte_tokenizer().save_pretrained(other)
+    first, store = make_run(parent_with_text, tmp_path / "store"), tmp_path / "store"
+    for name in ("tokens", "library", "scores", "profile"):
+        first.done("tokens") if name == "tokens" else finish(first, name)
+    finish(make_run(parent_with_text, store, "scoring.tokens=4096"), "scores")
+    second = make_run((other, parent_with_text[1]), store, "scoring.tokens=2048")
+    second.done("tokens")
+    words = {row.stage: row.words for row in rows(second)}
+    assert words["library"] == words["scores"] == words["profile"] == "no such stage of this parent in this store yet"
+    finish(make_run((other, parent_with_text[1]), store, "library.learning_rate=0.5"), "library")
+    finish(make_run((other, parent_with_text[1]), store, "library.learning_rate=0.5", "scoring.tokens=1024"), "scores")
+    words = {row.stage: row.words for row in rows(second)}
+    assert words["library"].startswith("changed: library.learning_rate 0.5 -> 0.001 (since ")
+    assert words["scores"].startswith("reads library, which would run; changed: scoring.tokens 1024 -> 2048 (since ")
+    shutil.rmtree(first.artifact("library").url)  # whose scores those of the first parent are is not known any more
+    assert {row.stage: row.words for row in rows(second)}["scores"] == words["scores"]
 
 
 def test_a_stage_that_was_begun_is_told_apart(parent_with_text, tmp_path):
