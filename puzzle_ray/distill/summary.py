@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from puzzle_ray.distill.guard import MAX_RETURNS
+
 
 def gkd_summary(facts: Mapping[str, Any]) -> str:
     """One line about a finished distillation, from the facts of its artifact; empty where there is nothing to say."""
@@ -21,7 +23,7 @@ def _watched(facts: Mapping[str, Any]) -> Iterator[str]:
     else:
         yield f"held-out KL {before:.4g} -> {after:.4g}, weights of {facts['kept']}"
     if facts["returns"]:
-        yield f"{_why_back(facts)}, each with half the learning rate after it"
+        yield f"{_why_back(facts)}, {_rate_after(facts['returns'])}"
     if "ended_after" in facts:
         yield f"it ended after step {facts['ended_after']} of {facts['steps']}"
     if facts.get("range_test"):
@@ -39,6 +41,13 @@ def _why_back(facts: Mapping[str, Any]) -> str:
     broken = facts.get("not_finite", 0)  # earlier versions did not count them
     reasons = {"the KL rose above the start's": facts["returns"] - broken, "loss, gradient or KL was not finite": broken}
     return " and ".join(f"{why} {count} time{'s' * (count != 1)}" for why, count in reasons.items() if count)
+
+
+def _rate_after(returns: int) -> str:
+    """What followed: after the last return that is allowed nothing does."""
+    if returns <= MAX_RETURNS:
+        return "each with half the learning rate after it"
+    return "with half the learning rate after each but the last, which ended it"
 
 
 def _lm_tokens(facts: Mapping[str, Any]) -> Iterator[str]:

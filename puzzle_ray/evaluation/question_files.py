@@ -58,10 +58,12 @@ def check_texts(names: Sequence[str], tokenizer: Any, model_config: Any, limit: 
     """
     positions, num_rows = getattr(model_config, "max_position_embeddings", None), model_config.vocab_size
     for name in filter(is_questions, names):
-        for number, row in enumerate(read_lines(name)[:limit], 1):
+        asked = read_lines(name)[:limit]
+        texts = [[text for key in sorted(TEXTS | OPTIONS) for text in _texts(row.get(key))] for row in asked]
+        all_ids = iter(tokenizer([f" {text}" for own in texts for text in own], add_special_tokens=False)["input_ids"])
+        for number, (row, own) in enumerate(zip(asked, texts, strict=True), 1):
             place, last = f"question {number} of {name!r}", row.get("choices", [row.get("continuation")])
-            found = [text for key in sorted(TEXTS | OPTIONS) for text in _texts(row.get(key))]
-            for text, ids in zip(found, tokenizer([f" {t}" for t in found], add_special_tokens=False)["input_ids"], strict=True):
+            for text, ids in zip(own, all_ids, strict=False):  # `own` ends first
                 remedy = "leave the question out"
                 if ids and max(ids) >= num_rows:
                     token = tokenizer.convert_ids_to_tokens(max(ids))

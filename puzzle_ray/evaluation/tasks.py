@@ -114,6 +114,8 @@ def interval_words(interval: Mapping[str, float | None], own: Mapping[str, Any])
     """The bounds of an interval of `own`, or why there are none."""
     if own["parent"]["low"] is None:
         return f"(no interval: {'one question' if own['questions'] == 1 else 'too few questions that differ'})"
+    if own["difference"]["low"] is None:
+        return "(no interval: parent and child differ in no question)"
     if interval["low"] is None or interval["high"] is None:
         return "(no interval: the parent is too close to 0)"
     return f"({interval['low']:.1%} to {interval['high']:.1%})"

@@ -109,7 +109,8 @@ def differences(data: ReportData) -> list[Html] | None:
             parts.append(tag("div", note(text), html_table(header, rows, class_="kept")))
     if not parts:
         return None
-    about = "Held-out text that scored no block and picked no child. Agreement: the child's most probable token is the parent's."
+    about = "Held-out text that scored no block and picked no child, read in float32. Agreement: the child's most probable token is the "
+    about += "parent's. The last token of each sequence is left out, as nothing follows it; KL and agreement of the evaluation count it."
     return [note(about), tag("div", *parts, class_="columns")]
 
 

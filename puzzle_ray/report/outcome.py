@@ -27,7 +27,7 @@ FIGURES = {
     "heldout_loss": "Held-out loss, nats per token",
     "kl": "KL to the parent, nats per token",
     "top1_agreement": "Top-1 agreement with the parent",
-    "downstream_accuracy": "Questions answered right, not used for scores",
+    "downstream_accuracy": "Questions answered right (by log-probability per token), not used for scores",
     "batch_size": "Batch size",
     "prefill_tokens_per_s": "Prefill, tokens/s",
     "decode_tokens_per_s": "Decode, tokens/s",

@@ -65,6 +65,8 @@ def test_a_loss_that_is_no_number_is_not_called_a_rise(tmp_path):
     assert "loss, gradient or KL was not finite 4 times" in line and "rose" not in line
     assert "no step was taken" in line and "gkd.learning_rate" not in line
     assert "rose above the start's 1 time and loss" in gkd_summary(facts | {"returns": 2, "not_finite": 1})
+    ended = gkd_summary(facts | {"returns": MAX_RETURNS + 1})
+    assert "4 times, with half the learning rate after each but the last, which ended it" in ended
 
 
 def test_a_child_whose_kl_is_no_number_is_the_worst_of_all():
