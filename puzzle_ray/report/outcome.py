@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from puzzle_ray.artifacts import Costs
+from puzzle_ray.evaluation.tasks import why_no_interval
 from puzzle_ray.report.contents import MODEL_NAMES, ReportData
 from puzzle_ray.report.markup import (
     Html,
@@ -75,10 +76,12 @@ def _quality(data: ReportData) -> list[tuple[str, str, str]]:
 def _kept(data: ReportData) -> list[tuple[str, str, str]]:
     """What the last child kept of the parent's answers to tasks, on the mean."""
     mean = ((data.quality or {}).get("tasks") or {}).get("mean")
-    kept = list(mean["models"].values())[-1]["retained"] if mean else None
-    if kept is None:
+    own = list(mean["models"].values())[-1] if mean else None
+    if own is None or own["retained"] is None:
         return []
-    bounds = "" if kept["low"] is None else f"{percent(kept['low'])} to {percent(kept['high'])}"
+    kept = own["retained"]
+    no_bounds = kept["low"] is None or kept["high"] is None
+    bounds = f"no interval: {why_no_interval(own)}" if no_bounds else f"{percent(kept['low'])} to {percent(kept['high'])}"
     return [("Kept of the parent's accuracy", percent(kept["value"]), bounds)]
 
 

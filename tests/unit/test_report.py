@@ -7,7 +7,6 @@ import html
 import math
 import re
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 from html_page import Page
@@ -340,18 +339,6 @@ def test_samples_are_shown_as_written():
     assert "<b>Once upon a time</b>" in render(replace(whole_run(), quality=None)), "the evaluation's sample alone"
 
 
-def test_both_places_say_which_tokens_their_agreement_counts():
-    """The evaluation's is of every token, that of the tables of those that another one follows: two numbers of one name."""
-    from jobs.evaluate_child import agreement_lines
-
-    assert (
-        "The last token of each sequence is left out, as nothing follows it; KL and agreement of the evaluation count it."
-        in PAGE.text
-    )
-    lines = agreement_lines(whole_run().quality)
-    assert lines[0].endswith("(KL and agreement above count it):") and lines[1].startswith("position")
-
-
 def test_what_was_kept_has_its_interval_and_says_where_guessing_would_do():
     table = whole_run().quality["tasks"]
     kept = {row["entry"]: row["models"]["child"] for row in table["entries"]}
@@ -378,17 +365,3 @@ def test_pairs_scored_without_their_halves_and_failed_variants_leave_a_page():
     assert page.faults == []
     assert "failed" in page.text
     assert "nan" not in re.findall(r"\w+", page.text.lower())
-
-
-@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neo", "llama"])
-def test_the_first_page_knows_a_parents_sizes_by_whatever_names_its_family_has_for_them(family):
-    """It is made before anything asks for the search space, which writes them into the config."""
-    from transformers import AutoConfig
-
-    from jobs.stages.report import PARTS
-    from puzzle_ray.families.registry import ffn_width
-
-    config = AutoConfig.for_model(family)
-    run = SimpleNamespace(parent=SimpleNamespace(model_config=config), content=lambda _: SimpleNamespace(facts=dict), space=SPACE)
-    found = PARTS["tokens"](run)
-    assert found["num_key_value_heads"] == config.num_attention_heads and found["intermediate_size"] == ffn_width(config)
