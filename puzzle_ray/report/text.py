@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 from puzzle_ray.report.contents import ReportData
 from puzzle_ray.report.markup import Html, html_table, join, note, percent, small
 
-HEADER = ("source", "documents", "tokens", "share of the tokens", "left out", "read to its end")
+HEADER = ("source", "documents", "tokens", "share of the tokens", "left out", "its end reached")
+USE = {"train": "training", "heldout": "held out"}
 
 
 def sources(data: ReportData) -> list[Html] | None:
@@ -15,20 +19,30 @@ def sources(data: ReportData) -> list[Html] | None:
     several = {name: sum(source["name"] == name for source in data.text_sources) > 1 for name in ("train", "heldout")}
     rows: list[list[object]] = []
     for source in data.text_sources:
-        use = {"train": "training", "heldout": "held out"}[source["name"]]
         weight = f", weight {source['weight']:g}" if several[source["name"]] else ""
         rows.append(
             [
-                join([source["source"], " ", small(use + weight)]),
+                join([source["source"], " ", small(USE[source["name"]] + weight)]),
                 f"{source['documents']:,}",
-                f"{sum(source['tokens'].values()):,}",
-                percent(source["share"]),
+                _by_split(source["tokens"], "{:,}".format),
+                _by_split(_shares(source, data.text_sources), percent),
                 _left_out(source["dropped_rows"], len(source["left_out"])),
                 {0: "no", 1: "once"}.get(source["times_read"], f"{source['times_read']} times"),
             ]
         )
     said = "Rows without text are dropped. A mixture takes the next document of the source that is furthest behind its weight."
     return [html_table(HEADER, rows, class_="kept"), note(said)]
+
+
+def _shares(source: Mapping[str, Any], sources: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Its share of the tokens of all sources, in each split that they went to."""
+    beside = [other["tokens"] for other in sources if other["name"] == source["name"]]
+    return {split: count / max(1, sum(tokens[split] for tokens in beside)) for split, count in source["tokens"].items()}
+
+
+def _by_split(values: Mapping[str, Any], written: Callable[[Any], str]) -> str:
+    """`40,000 training, 0 held out`; where all of it goes to one place, the value alone."""
+    return ", ".join(f"{written(v)} {USE[split]}" if len(values) > 1 else written(v) for split, v in values.items())
 
 
 def _left_out(rows: int, files: int) -> str:
