@@ -180,7 +180,7 @@ def check_tasks(names: Sequence[str]) -> None:
 
 
 def _unknown(name: str, known: Sequence[str]) -> ConfigError:
-    remedy = did_you_mean(name, known) or "write a task of lm_eval, or a .jsonl file of questions"
+    remedy = f"{did_you_mean(name, known)} (`lm_eval ls tasks` lists them); or name a .jsonl file of questions"
     return ConfigError(WHERE, f"lm_eval has no task {name!r}", remedy)
 
 
