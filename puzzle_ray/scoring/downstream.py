@@ -126,9 +126,16 @@ def _parse_question(raw: Any, where: str) -> Question:
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and is_text(c) and c for c in choices):
         remedy = "write a list of two texts or more, none of them empty"
         raise DataError("scoring.downstream", f"{where}: choices are {choices!r}", remedy)
-    if type(gold) is not int or not 0 <= gold < len(choices):
-        raise DataError("scoring.downstream", f"{where}: gold {gold!r} among {len(choices)} choices", "count gold from 0")
+    check_gold(gold, len(choices), where, "scoring.downstream")
     return Question(query, tuple(choices), gold, str(raw.get("task", "")))
+
+
+def check_gold(gold: Any, choices: int, where: str, setting: str) -> None:
+    """Raises DataError for what is no number of a choice."""
+    if type(gold) is not int:
+        raise DataError(setting, f"{where}: gold is {gold!r}", "write the number of the right choice, from 0, without quotes")
+    if not 0 <= gold < choices:
+        raise DataError(setting, f"{where}: gold {gold!r} among {choices} choices", "count gold from 0")
 
 
 def question_batches(
