@@ -71,7 +71,7 @@ def frontier(data: ReportData) -> list[Html] | None:
     rows = [_sweep_row(a, measured, distilled, batches) for a in answers]
     for point, reason in _infeasible(data):
         rows.append([point.asked, tag("td", f"none: {reason}", colspan=len(header) - 1, class_="text")])
-    sweep = html_table(header, rows) if rows else None
+    sweep = html_table(header, rows, class_="budgets") if rows else None
     chart = _frontier_chart(data, answers) if answers or data.architecture else None
     drawn = tag("div", chart, tag("div", sweep, _search_facts(data)), class_="columns")
     return [drawn, *([details] if (details := _point_details(data, answers)) else [])]

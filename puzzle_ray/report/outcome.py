@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from puzzle_ray.artifacts import Costs
-from puzzle_ray.evaluation.tasks import why_no_interval
+from puzzle_ray.evaluation.tasks import guess_remark, why_no_interval
 from puzzle_ray.report.contents import MODEL_NAMES, ReportData
 from puzzle_ray.report.markup import (
     Html,
@@ -82,7 +82,8 @@ def _kept(data: ReportData) -> list[tuple[str, str, str]]:
     kept = own["retained"]
     no_bounds = kept["low"] is None or kept["high"] is None
     bounds = f"no interval: {why_no_interval(own)}" if no_bounds else f"{percent(kept['low'])} to {percent(kept['high'])}"
-    return [("Kept of the parent's accuracy", percent(kept["value"]), bounds)]
+    more = [bounds, *([guess_remark(own)] if own["chance"] is not None and own["above_chance"] is None else [])]
+    return [("Kept of the parent's accuracy", percent(kept["value"]), "; ".join(more))]
 
 
 def _size(data: ReportData) -> list[tuple[str, str, str]]:

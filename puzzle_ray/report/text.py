@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from puzzle_ray.report.contents import ReportData
-from puzzle_ray.report.markup import Html, html_table, join, note, percent, small
+from puzzle_ray.report.markup import Html, html_table, join, note, percent, small, tag
 
-HEADER = ("source", "documents", "tokens", "share of the tokens", "left out", "its end reached")
-USE = {"train": "training", "heldout": "held out"}
+HEADER = ("source", "documents", "tokens, share", "left out", "its end reached")
+USE = {"train": "training", "heldout": "held-out text"}
 
 
 def sources(data: ReportData) -> list[Html] | None:
@@ -24,8 +24,7 @@ def sources(data: ReportData) -> list[Html] | None:
             [
                 join([source["source"], " ", small(USE[source["name"]] + weight)]),
                 f"{source['documents']:,}",
-                _by_split(source["tokens"], "{:,}".format),
-                _by_split(_shares(source, data.text_sources), percent),
+                _taken(source, data.text_sources),
                 _left_out(source["dropped_rows"], len(source["left_out"])),
                 {0: "no", 1: "once"}.get(source["times_read"], f"{source['times_read']} times"),
             ]
@@ -34,15 +33,16 @@ def sources(data: ReportData) -> list[Html] | None:
     return [html_table(HEADER, rows, class_="kept"), note(said)]
 
 
-def _shares(source: Mapping[str, Any], sources: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Its share of the tokens of all sources, in each split that they went to."""
+def _taken(source: Mapping[str, Any], sources: Sequence[Mapping[str, Any]]) -> Html:
+    """Its tokens, and their share of those of all sources; by split where its text went to both."""
     beside = [other["tokens"] for other in sources if other["name"] == source["name"]]
-    return {split: count / max(1, sum(tokens[split] for tokens in beside)) for split, count in source["tokens"].items()}
-
-
-def _by_split(values: Mapping[str, Any], written: Callable[[Any], str]) -> str:
-    """`40,000 training, 0 held out`; where all of it goes to one place, the value alone."""
-    return ", ".join(f"{written(v)} {USE[split]}" if len(values) > 1 else written(v) for split, v in values.items())
+    several = len(source["tokens"]) > 1
+    parts: list[Html | str] = []
+    for split, count in source["tokens"].items():
+        share = percent(count / max(1, sum(tokens[split] for tokens in beside)))
+        parts.append(f" {count:,} " if parts else f"{count:,} ")
+        parts.append(small(f"{share} of {USE[split]}" if several else share))
+    return tag("td", *parts)
 
 
 def _left_out(rows: int, files: int) -> str:

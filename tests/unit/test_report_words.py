@@ -37,6 +37,9 @@ def test_a_share_without_an_interval_says_why():
     text = text_of(replace(RUN, quality=RUN.quality | {"tasks": RUN.quality["tasks"] | found}))
     assert f"kept {percent(1.0)} (no interval: parent and child differ in no question)" in text
     assert text.count("no interval: parent and child differ in no question") == 2, "in the table and among the main figures"
+    found = compare_tasks({"a": ["a"]}, dict.fromkeys(("parent", "child"), model), {"a": 0.8}, 0, 200, 0.9)
+    text = text_of(replace(RUN, quality=RUN.quality | {"tasks": RUN.quality["tasks"] | found}))
+    assert "differ in no question; the parent is not above guessing (80.0%)" in text, "what was kept is what guessing gives"
 
 
 def test_an_answer_without_text_and_a_single_question_are_said_as_such():
@@ -44,6 +47,12 @@ def test_an_answer_without_text_and_a_single_question_are_said_as_such():
     row = RUN.quality["retrieval"][0] | {"questions": 1}
     text = text_of(replace(RUN, quality=RUN.quality | {"samples": [sample], "retrieval": [row]}))
     assert "nothing: the answer ends at once" in text and "1 question" in text and "1 questions" not in text
+
+
+def test_names_of_limits_have_room():
+    """`params_fraction 0.7` stood in five lines of four letters."""
+    page = render(RUN)
+    assert '<table class="budgets">' in page and ".budgets tbody th { min-width: 5em; }" in page
 
 
 def test_a_pick_that_is_not_the_least_sum_of_scores_says_by_what_it_was_picked():
