@@ -32,7 +32,8 @@ def read_lines(path: str) -> list[dict[str, Any]]:
     with reading(path, WHERE, remedy):
         files = find_files(path, WHERE).files
         if len(files) != 1 or not files[0].is_json_lines:
-            raise DataError(WHERE, f"{path!r} names {len(files)} .jsonl files", remedy)
+            problem = f"{path!r} names {len(files)} .jsonl files" if files else f"there is no file {path!r}"
+            raise DataError(WHERE, problem, remedy)
         found = list(rows(files[0], "query", WHERE))
     for number, row in found:
         if not isinstance(row, dict):

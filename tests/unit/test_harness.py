@@ -212,6 +212,8 @@ def test_questions_in_the_parents_tokens_are_looked_at_before_work(folders, tmp_
     with pytest.raises(DataError, match="question 2 of"):
         check_texts([str(path)], tokenizer, config, limit=2)
     path.write_text('{"question": "a", "options": ["b", "c"], "answer": 0}\n')
+    with pytest.raises(DataError, match="there is no file '.*none.jsonl'; name one .jsonl file of questions"):
+        check_texts([str(tmp_path / "none.jsonl")], tokenizer, config)
     with pytest.raises(DataError, match="has lines of answer, options, question; write query, choices, gold; or context_opt"):
         check_texts([str(path)], tokenizer, config)
     tokenizer.add_tokens("<new>")
