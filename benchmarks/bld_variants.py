@@ -76,7 +76,7 @@ def main() -> None:
         setting = Setting(given.parent, given.text, Store(folder), heldout, calibration, (ATTENTION, FFN), "subblock")
         rows = rows_of(setting, tokens)
     print(table(rows))
-    worse = [f"{row['layer']}: {row['variant']}" for row in rows if row["kl_after"] >= row["kl_before"]]
+    worse = [f"{row['layer']}: {row['kind']} {row['variant']}" for row in rows if row["kl_after"] >= row["kl_before"]]
     summary = {
         "tokens": tokens,
         "heldout_tokens": sum(ids.numel() for ids in setting.texts),

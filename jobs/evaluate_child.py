@@ -58,7 +58,7 @@ def _written(value: float | None, form: str) -> str:
 
 def agreement_lines(kept: Mapping[str, Any]) -> list[str]:
     """The child's top-1 agreement and the perplexities by position, and by how frequent the token is."""
-    lines = []
+    lines = ["in float32, without the last token of each sequence, as nothing follows it (KL and agreement above count it):"]
     for title, key in (
         ("position", "by_position"),
         ("document length", "by_document_length"),
@@ -98,7 +98,7 @@ def show(run: Run) -> None:
     for name, values in found["models"].items():
         if "downstream_accuracy" in values:
             words = "{downstream_accuracy:.1%} +- {downstream_accuracy_stderr:.1%} of {downstream_questions:.0f} questions right"
-            print(f"{name.replace('_', ' ')}: {words.format(**values)}")
+            print(f"{name.replace('_', ' ')}: {words.format(**values)}, by log-probability per token")
     print(f"held-out figures: sequences {found['heldout']['test']}, by which no block was scored and no child picked")
     print("\n".join(comparison(found, profile.read(run))))
     print("\n".join([*agreement_lines(kept), *(task_lines(kept["tasks"]) if kept["tasks"] else []), *retrieval_lines(kept)]))

@@ -98,7 +98,7 @@ def serve_child(
         check_resources(settings)
         with deployed(settings, name, route_prefix, (host, port), own_cluster, stopped):
             if wait_until_running(name, start_timeout_s, stopped.first, proxied=not direct(settings, own_cluster)):
-                announce(host, port, route_prefix, list(models))
+                announce(host, port, route_prefix, list(models), api_key_file)
                 watch(name, stopped.first)
 
 
@@ -328,12 +328,13 @@ def cause(text: str) -> str:
     return (named or lines or [""])[-1].removeprefix("puzzle_ray.errors.")
 
 
-def announce(host: str, port: int, route_prefix: str, names: Sequence[str]) -> None:
-    """One line with the URL and a request to try."""
+def announce(host: str, port: int, route_prefix: str, names: Sequence[str], api_key_file: str | None = None) -> None:
+    """One line with the URL and a request to try, which has a key where requests need one."""
     url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}{route_prefix.rstrip('/')}/v1"
     body = f'{{"model": "{names[0]}", "prompt": "Once upon a time", "max_tokens": 32, "temperature": 0}}'
-    served = ", ".join(names)
-    typer.echo(f"serving {served} at {url}   try: curl {url}/completions -H 'Content-Type: application/json' -d '{body}'")
+    headers = "-H 'Content-Type: application/json'" + (" -H 'Authorization: Bearer KEY'" if api_key_file else "")
+    which = f"   (KEY: a line of {api_key_file})" if api_key_file else ""
+    typer.echo(f"serving {', '.join(names)} at {url}   try: curl {url}/completions {headers} -d '{body}'{which}")
 
 
 def watch(name: str, stopped: threading.Event) -> None:

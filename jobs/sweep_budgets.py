@@ -1,4 +1,4 @@
-"""Search a grid of budgets with Ray Tune and shows the frontier."""
+"""Search a grid of budgets with Ray Tune and show the frontier."""
 
 from __future__ import annotations
 

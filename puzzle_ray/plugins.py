@@ -20,6 +20,8 @@ from typing import Any
 from puzzle_ray.errors import ConfigError, PluginError, PuzzleError
 
 PACKAGE = Path(__file__).parent
+MOST_NAMED = 100  # names in one error
+NEAREST = 5  # of more
 
 
 def declared(package: str, attribute: str) -> list[Any]:
@@ -56,10 +58,13 @@ def plugin_source(name: str, plugin: object, *, where: str, module_name: str = "
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`did you mean 'gqa'? known: ...` for an error's last words."""
+    """`did you mean 'gqa'? known: ...` for an error's last words. Of very many known names, as lm_eval's tasks are, the nearest."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    return (f"did you mean {close[0]!r}? " if close else "") + "known: " + ", ".join(known)
+    close = difflib.get_close_matches(name, known, n=NEAREST)
+    asked = f"did you mean {close[0]!r}? " if close else ""
+    if len(known) <= MOST_NAMED:
+        return asked + "known: " + ", ".join(known)
+    return f"{asked}known: {', '.join([*close, f'{len(known) - len(close)} more' if close else f'{len(known)} names'])}"
 
 
 def load_plugin(path: str, where: str, role: str) -> Any:

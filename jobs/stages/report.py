@@ -13,6 +13,7 @@ import yaml
 from jobs.run import Run, Stage
 from jobs.stages import architecture, evaluation, library, profile, quality, scores, sweep
 from puzzle_ray.config import TINY
+from puzzle_ray.families.registry import ffn_width, num_kv_heads
 from puzzle_ray.report.contents import ReportData, SweepPoint
 from puzzle_ray.rows import rows_from_parquet
 from puzzle_ray.search.sweep import SweepPoint as SearchedPoint
@@ -48,7 +49,7 @@ def so_far(run: Run, done: Collection[str]) -> ReportData | None:
 
 def _of_tokens(run: Run) -> dict[str, Any]:
     model_config = run.parent.model_config
-    heads, width = model_config.num_key_value_heads, model_config.intermediate_size
+    heads, width = num_kv_heads(model_config), ffn_width(model_config)  # under whatever names: GPT-2 and OPT have others
     read = run.content("tokens").facts().get("sources", ())  # tokens of earlier versions have none
     return {"num_key_value_heads": heads, "intermediate_size": width, "space": run.space, "text_sources": read}
 

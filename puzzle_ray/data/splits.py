@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -68,7 +69,10 @@ def write_tokens(
         artifact.write_json(INDEX, index)
     counts = {f"{name}_tokens": split.num_sequences * config.sequence_length for name, split in done.splits.items()}
     part_sizes(done.splits["heldout"].num_sequences, (1, 1, 1))  # too little is said here, and not when the library is trained
-    several = {name: len(config.sources(name)) > 1 for name in SPLITS}
+    totals: dict[str, Counter[str]] = {name: Counter() for name in SPLITS}  # of all sources
+    for source in done.sources:
+        totals[source.name].update(source.tokens)
+    several = {name: totals[name] if len(config.sources(name)) > 1 else None for name in SPLITS}
     text = {source.where.removeprefix("data."): source.line(several[source.name]) for source in done.sources}
     facts = {"text": text, "sources": [source.to_json() for source in done.sources]}
     used = {shard_name(split.shards, n) for split in done.splits.values() for n in range(len(split.tokens))}

@@ -133,13 +133,17 @@ class SourceFacts:
     tokens: Mapping[str, int]  # by the shards that they are in
     share: float  # of the tokens of all sources of `name`
 
-    def line(self, of_several: bool) -> str:
-        """`300 documents, 200 rows without text dropped`; of a mixture, with its tokens and their share."""
-        if not of_several:
+    def line(self, totals: Mapping[str, int] | None = None) -> str:
+        """`300 documents, 200 rows without text dropped`; of a mixture, with its tokens and their share of `totals`, by split.
+
+        So a source is seen that nothing is trained on, or held out, of.
+        """
+        if totals is None:
             return self.text.line()
-        times = {0: "not to its end", 1: "to its end"}.get(self.times_read, f"{self.times_read} times")
-        tokens = f"{sum(self.tokens.values())} tokens ({self.share:.1%}), read {times}"
-        return f"{self.source!r}, {self.text.line()}, {tokens}"
+        use = {"train": " to train on", "heldout": " held out"} if len(self.tokens) > 1 else {}
+        taken = [f"{n} tokens{use.get(split, '')} ({n / max(1, totals[split]):.1%})" for split, n in self.tokens.items()]
+        times = {0: "its end not reached", 1: "its end reached"}.get(self.times_read, f"read {self.times_read} times")
+        return ", ".join([repr(self.source), self.text.line(), *taken, times])
 
     def to_json(self) -> dict[str, Any]:
         """For a record: one level, but for the tokens."""

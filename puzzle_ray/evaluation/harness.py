@@ -27,7 +27,7 @@ from lm_eval.tasks import TaskManager
 
 from puzzle_ray.data.foreign import reason_of
 from puzzle_ray.errors import ConfigError, DataError, ParentError
-from puzzle_ray.evaluation.question_files import OPTIONS, TEXTS, read_lines
+from puzzle_ray.evaluation.question_files import OPTIONS, TEXTS, kind_of, read_lines
 from puzzle_ray.evaluation.reader import Reader
 from puzzle_ray.evaluation.requests import Answer, Chunk, Continuations, Ids, Likelihoods, chunked, joined
 from puzzle_ray.evaluation.settings import EvaluateConfig
@@ -170,6 +170,9 @@ def _asked_here(reader: Reader) -> AskChunks:
 
 def check_tasks(names: Sequence[str]) -> None:
     """Raises ConfigError, or DataError, for what can be known to be wrong without the data of lm_eval's own tasks."""
+    for number, name in enumerate(names):
+        if entry_name(name) in map(entry_name, names[:number]):
+            raise _twice(name)
     with _quiet():
         known = [] if all(map(is_questions, names)) else TaskManager().all_tasks
         for name in names:
@@ -180,8 +183,13 @@ def check_tasks(names: Sequence[str]) -> None:
 
 
 def _unknown(name: str, known: Sequence[str]) -> ConfigError:
-    remedy = did_you_mean(name, known) or "write a task of lm_eval, or a .jsonl file of questions"
+    remedy = f"{did_you_mean(name, known)} (`lm_eval ls tasks` lists them); or name a .jsonl file of questions"
     return ConfigError(WHERE, f"lm_eval has no task {name!r}", remedy)
+
+
+def _twice(name: str) -> ConfigError:
+    remedy = "name every task once, and call files of questions differently"
+    return ConfigError(WHERE, f"{name!r} has a task that is there already", remedy)
 
 
 class Tasks:
@@ -208,7 +216,7 @@ class Tasks:
                 problem = f"task {name!r} cannot be loaded ({reason_of(error)})"
                 raise DataError(WHERE, problem, "see that its data set can be reached, or name a .jsonl file") from None
         if entry in self.entries or self.tasks.keys() & found.keys():
-            raise ConfigError(WHERE, f"{name!r} has a task that is there already", "name every task once")
+            raise _twice(name)
         self.entries[entry] = list(found)
         self.tasks |= found
 
@@ -297,22 +305,18 @@ def _questions_task(path: str) -> Any:
     from datasets import Dataset, DatasetDict
 
     found = read_lines(path)
-    keys = set(found[0])
-    choice: dict[str, Any] = {"output_type": "multiple_choice", "metric_list": [_metric("acc"), _metric("acc_norm")]}
-    if {"query", "choices", "gold"} <= keys:
-        kind = choice | {"doc_to_text": "query", "doc_to_choice": "choices", "doc_to_target": "gold"}
-    elif {"context_options", "continuation", "gold"} <= keys:
-        kind = choice | {"doc_to_text": "gold", "doc_to_choice": "context_options", "doc_to_target": "continuation"}
+    fields = kind_of(found[0], path)
+    kind: dict[str, Any] = {"output_type": "multiple_choice", "metric_list": [_metric("acc"), _metric("acc_norm")]}
+    if "query" in fields:
+        kind |= {"doc_to_text": "query", "doc_to_choice": "choices", "doc_to_target": "gold"}
+    elif "context_options" in fields:
+        kind |= {"doc_to_text": "gold", "doc_to_choice": "context_options", "doc_to_target": "continuation"}
         kind["metric_list"] = [_metric("acc")]
-    elif {"context", "continuation"} <= keys:
+    else:
         perplexity = {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}
         kind = {"output_type": "loglikelihood", "doc_to_text": "context", "doc_to_target": lambda row: f" {row['continuation']}"}
         kind["metric_list"] = [_metric("acc"), perplexity]
-    else:
-        problem = f"{path!r} has lines of {', '.join(sorted(keys))}"
-        remedy = "write query, choices, gold; or context_options, continuation, gold; or context, continuation"
-        raise DataError(WHERE, problem, remedy)
-    asked = [{name: row[name] for name in sorted(keys & (TEXTS | OPTIONS | {"gold"}))} for row in found]
+    asked = [{name: row[name] for name in sorted(found[0].keys() & (TEXTS | OPTIONS | {"gold"}))} for row in found]
     dataset = DatasetDict({"test": Dataset.from_list(asked)})
     splits = {"test_split": "test", "fewshot_split": "test"}
     return ConfigurableTask(config={"task": entry_name(path), "custom_dataset": lambda **_: dataset, **splits, **kind})

@@ -10,18 +10,30 @@ from puzzle_ray.data.foreign import reading
 from puzzle_ray.data.formats import is_text, rows
 from puzzle_ray.errors import DataError
 from puzzle_ray.evaluation.task_names import WHERE, is_questions
+from puzzle_ray.scoring.downstream import check_gold
 
 TEXTS = {"query", "context", "continuation"}  # fields of questions that hold a text,
 OPTIONS = {"choices", "context_options"}  # and a list of texts to choose from
+KINDS = (("query", "choices", "gold"), ("context_options", "continuation", "gold"), ("context", "continuation"))
+
+
+def kind_of(row: Mapping[str, Any], path: str) -> tuple[str, ...]:
+    """Which of `KINDS` a question is, by its fields; it may have others besides. Raises DataError where it is none."""
+    for kind in KINDS:
+        if row.keys() >= set(kind):
+            return kind
+    problem = f"{path!r} has lines of {', '.join(sorted(row)) or 'nothing'}"
+    raise DataError(WHERE, problem, f"write {'; or '.join(map(', '.join, KINDS))}")
 
 
 def read_lines(path: str) -> list[dict[str, Any]]:
-    """All lines, which have the same keys. Raises DataError."""
+    """All lines, which have the same keys, those of one of `KINDS` among them. Raises DataError."""
     remedy = "name one .jsonl file of questions"
     with reading(path, WHERE, remedy):
         files = find_files(path, WHERE).files
         if len(files) != 1 or not files[0].is_json_lines:
-            raise DataError(WHERE, f"{path!r} names {len(files)} .jsonl files", remedy)
+            problem = f"{path!r} names {len(files)} .jsonl files" if files else f"there is no file {path!r}"
+            raise DataError(WHERE, problem, remedy)
         found = list(rows(files[0], "query", WHERE))
     for number, row in found:
         if not isinstance(row, dict):
@@ -30,6 +42,7 @@ def read_lines(path: str) -> list[dict[str, Any]]:
             )
         if set(row) != set(found[0][1]):
             raise DataError(WHERE, f"{path}:{number} has other fields than the first line", "write the same fields in every line")
+        kind_of(row, path)
         _check_question(row, f"{path}:{number}")
     if not found:
         raise DataError(WHERE, f"{path!r} holds no question", "write one in every line")
@@ -47,8 +60,7 @@ def _check_question(row: Mapping[str, Any], where: str) -> None:
         options, gold = row[name], row.get("gold")
         if not isinstance(options, list) or len(options) < 2 or not all(isinstance(o, str) and is_text(o) and o for o in options):
             raise DataError(WHERE, f"{where}: {name} are {options!r}", "write a list of two texts or more, none of them empty")
-        if type(gold) is not int or not 0 <= gold < len(options):
-            raise DataError(WHERE, f"{where}: gold {gold!r} among {len(options)} choices", "count gold from 0")
+        check_gold(gold, len(options), where, WHERE)
 
 
 def check_texts(names: Sequence[str], tokenizer: Any, model_config: Any, limit: int | None = None) -> None:
@@ -58,10 +70,12 @@ def check_texts(names: Sequence[str], tokenizer: Any, model_config: Any, limit: 
     """
     positions, num_rows = getattr(model_config, "max_position_embeddings", None), model_config.vocab_size
     for name in filter(is_questions, names):
-        for number, row in enumerate(read_lines(name)[:limit], 1):
+        asked = read_lines(name)[:limit]
+        texts = [[text for key in sorted(TEXTS | OPTIONS) for text in _texts(row.get(key))] for row in asked]
+        all_ids = iter(tokenizer([f" {text}" for own in texts for text in own], add_special_tokens=False)["input_ids"])
+        for number, (row, own) in enumerate(zip(asked, texts, strict=True), 1):
             place, last = f"question {number} of {name!r}", row.get("choices", [row.get("continuation")])
-            found = [text for key in sorted(TEXTS | OPTIONS) for text in _texts(row.get(key))]
-            for text, ids in zip(found, tokenizer([f" {t}" for t in found], add_special_tokens=False)["input_ids"], strict=True):
+            for text, ids in zip(own, all_ids, strict=False):  # `own` ends first
                 remedy = "leave the question out"
                 if ids and max(ids) >= num_rows:
                     token = tokenizer.convert_ids_to_tokens(max(ids))

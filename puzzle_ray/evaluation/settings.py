@@ -23,6 +23,8 @@ class EvaluateConfig(Section):
 
     `tasks` are those of lm-evaluation-harness by name, or .jsonl files of questions; they need the extra `eval`. Parent and children are
     asked the same, and what a child retained has a confidence interval by a paired bootstrap.
+    All lines of a file of questions are `{query, choices, gold}` (the choices are ranked; `gold` counts from 0),
+    `{context_options, continuation, gold}` (the contexts are ranked) or `{context, continuation}` (the continuation is foretold).
     """
 
     tokens: Count = 32_768  # of held-out text
@@ -34,9 +36,9 @@ class EvaluateConfig(Section):
     prompt: str = "Once upon a time"
     sample_tokens: Count = 48  # generated behind the prompt
     samples: Annotated[int, Field(ge=0)] = 3  # openings of held-out text that every model continues, beside the prompt
-    window_tokens: Count | None = None  # sequences of held-out text joined to windows for positions; None: data.sequence_length
+    window_tokens: Count | None = None  # sequences of held-out text joined to windows for positions; null: data.sequence_length
     tasks: tuple[str, ...] = ()
-    num_fewshot: Annotated[int, Field(ge=0)] | None = None  # None: what each task says
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None  # null: what each task says
     limit: Count | None = None  # questions of every task
     half: Literal["auto", "all", "test"] = (
         "auto"  # test: without the half that scores blocks; auto: so where scoring.downstream is set

@@ -111,12 +111,19 @@ def task_lines(found: Mapping[str, Any]) -> list[str]:
 
 
 def interval_words(interval: Mapping[str, float | None], own: Mapping[str, Any]) -> str:
-    """The bounds of an interval of `own`, or why there are none."""
-    if own["parent"]["low"] is None:
-        return f"(no interval: {'one question' if own['questions'] == 1 else 'too few questions that differ'})"
+    """The bounds of an interval of what `own` kept, or why there are none."""
     if interval["low"] is None or interval["high"] is None:
-        return "(no interval: the parent is too close to 0)"
+        return f"(no interval: {why_no_interval(own)})"
     return f"({interval['low']:.1%} to {interval['high']:.1%})"
+
+
+def why_no_interval(own: Mapping[str, Any]) -> str:
+    """Why the share that was kept has none."""
+    if own["parent"]["low"] is None:
+        return "one question" if own["questions"] == 1 else "too few questions that differ"
+    if own["difference"]["low"] is None:
+        return "parent and child differ in no question"
+    return "the parent is too close to 0"
 
 
 def guess_remark(own: Mapping[str, Any]) -> str:

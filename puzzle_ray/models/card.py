@@ -119,7 +119,7 @@ _LOADING = (
     "from transformers import AutoModelForCausalLM, AutoTokenizer",
     "",
     "model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)  # the code in this folder",
-    "tokenizer = AutoTokenizer.from_pretrained(FOLDER)",
+    "tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)  # which reads the model's config",
     "```",
     "After `import puzzle_ray`, transformers loads it without `trust_remote_code`. vLLM serves it through its Transformers backend:",
     "`vllm serve FOLDER --trust-remote-code`.",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -287,11 +288,17 @@ def forget_unused_windows(config: Any) -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Switches off the progress bars of transformers while the context is open."""
+    """Switches off the progress bars of transformers while the context is open. They are then as before."""
     from transformers.utils import logging
 
+    were_on = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.enable_progress_bar()
+        if were_on:
+            with (
+                warnings.catch_warnings()
+            ):  # the hub's: our commands set HF_HUB_DISABLE_PROGRESS_BARS, which it says has priority
+                warnings.simplefilter("ignore", UserWarning)
+                logging.enable_progress_bar()

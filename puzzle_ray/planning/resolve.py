@@ -154,15 +154,15 @@ def _with_trainers_that_start(config: RunConfig, sizes: Sizes, nodes: Sequence[N
 def idle(config: RunConfig, num_gpus: float) -> list[str]:
     """A warning where a cluster has GPUs and stages compute on its CPUs."""
     cluster, names = config.cluster, {}
-    names["the library"] = cluster.gpus_per_trainer, "cluster.gpus_per_shard and cluster.gpus_per_trainer"
-    names["scores"] = cluster.gpus_per_shard, "cluster.gpus_per_shard"
+    names["the library"] = cluster.gpus_per_trainer, ["cluster.gpus_per_shard", "cluster.gpus_per_trainer"]
+    names["scores"] = cluster.gpus_per_shard, ["cluster.gpus_per_shard"]
     if config.gkd.trains:
-        names["GKD"] = float(config.gkd.use_gpu), "gkd.use_gpu"
-    still = {stage: remedy for stage, (share, remedy) in names.items() if not share}
+        names["GKD"] = float(config.gkd.use_gpu), ["gkd.use_gpu"]
+    still = {stage: settings for stage, (share, settings) in names.items() if not share}
     if not num_gpus or not still:
         return []
-    settings = ", ".join(dict.fromkeys(still.values()))
-    words = f"{num_gpus:g} GPUs are idle while {', '.join(still)} compute on CPUs"
+    settings = ", ".join(dict.fromkeys(name for own in still.values() for name in own))
+    words = f"{num_gpus:g} GPUs are idle while {', '.join(still)} compute{'s' * (len(still) == 1)} on CPUs"
     return [f"{words}; set {settings}, or hardware: auto"]
 
 

@@ -71,7 +71,7 @@ def frontier(data: ReportData) -> list[Html] | None:
     rows = [_sweep_row(a, measured, distilled, batches) for a in answers]
     for point, reason in _infeasible(data):
         rows.append([point.asked, tag("td", f"none: {reason}", colspan=len(header) - 1, class_="text")])
-    sweep = html_table(header, rows) if rows else None
+    sweep = html_table(header, rows, class_="budgets") if rows else None
     chart = _frontier_chart(data, answers) if answers or data.architecture else None
     drawn = tag("div", chart, tag("div", sweep, _search_facts(data)), class_="columns")
     return [drawn, *([details] if (details := _point_details(data, answers)) else [])]
@@ -193,9 +193,9 @@ def _search_facts(data: ReportData) -> Html | None:
         if exponent is not None
         else []
     )
-    at_least = damage(a.bound, a.metric, 4)
-    proof = "proven optimal" if a.status == "optimal" else f"{a.status}, at least {at_least} (gap {percent(a.gap)})"
-    proof = "a heuristic's, nothing proven" if a.status == "heuristic" else proof
+    known = {"optimal": "proven optimal", "heuristic": "a heuristic's, nothing proven"}
+    why = "picked by measured KL" if a.status == "measured" else "the best that was found in time"
+    proof = known.get(a.status, f"{why}; no answer's sum is below {damage(a.bound, a.metric, 4)} (gap {percent(a.gap)})")
     if a.unsolved_batch_sizes:
         proof += f"; not solved in time: batch size {', '.join(map(str, a.unsolved_batch_sizes))}"
     took = f" in {duration(a.solve_s)}" + (f"; asked: {asked}" if asked else "")

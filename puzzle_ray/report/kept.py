@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from os.path import commonprefix
 from typing import Any
 
+from puzzle_ray.evaluation.tasks import why_no_interval
 from puzzle_ray.report.contents import MODEL_NAMES, ReportData
 from puzzle_ray.report.markup import Html, count, html_table, join, note, number, percent, small, tag
 
@@ -23,6 +24,10 @@ def _name(model: str) -> str:
 
 def _whole(number_of: int) -> str:
     return str(number_of) if number_of < 10_000 else count(number_of)
+
+
+def _questions(number_of: int) -> str:
+    return f"{_whole(number_of)} question{'s' * (number_of != 1)}"
 
 
 def tasks(data: ReportData) -> list[Html] | None:
@@ -49,7 +54,7 @@ def _retained(found: Mapping[str, Any]) -> list[Html]:
     mean = [found["mean"] | {"entry": "mean over tasks"}] if len(found["entries"]) > 1 else []
     children = [name for name in found["entries"][0]["models"] if name != PARENT]
     for row in [*found["entries"], *mean]:
-        name = join([row["entry"], small(f" {row['metric']}{row['metric'] and ', '}{_whole(row['questions'])} questions")])
+        name = join([row["entry"], small(f" {row['metric']}{row['metric'] and ', '}{_questions(row['questions'])}")])
         parent = row["models"][PARENT]["parent"]
         cells = [tag("td", percent(parent["value"]), small(_bounds(parent)))]
         for child in children:
@@ -63,8 +68,8 @@ def _kept(own: Mapping[str, Any]) -> list[Html]:
     kept = own["retained"]
     if kept is None:
         return []
-    bounds = _bounds(kept)
-    return [small(f" kept {percent(kept['value'])}", f" ({bounds.strip()})" if bounds else None), small(_remark(own))]
+    bounds = _bounds(kept).strip() or f"no interval: {why_no_interval(own)}"
+    return [small(f" kept {percent(kept['value'])} ({bounds})"), small(_remark(own))]
 
 
 def _bounds(interval: Mapping[str, Any] | None) -> str:
@@ -109,7 +114,8 @@ def differences(data: ReportData) -> list[Html] | None:
             parts.append(tag("div", note(text), html_table(header, rows, class_="kept")))
     if not parts:
         return None
-    about = "Held-out text that scored no block and picked no child. Agreement: the child's most probable token is the parent's."
+    about = "Held-out text that scored no block and picked no child, read in float32. Agreement: the child's most probable token is the "
+    about += "parent's. The last token of each sequence is left out, as nothing follows it; KL and agreement of the evaluation count it."
     return [note(about), tag("div", *parts, class_="columns")]
 
 
@@ -127,7 +133,7 @@ def retrieval(data: ReportData) -> list[Html] | None:
     header = ["kind", *(f"{_name(name)}, found" for name in names)]
 
     def row(own: Mapping[str, Any], title: str) -> list[object]:
-        name = join([title, small(f" {_whole(own['tokens'])} tokens, {_whole(own['questions'])} questions")])
+        name = join([title, small(f" {_whole(own['tokens'])} tokens, {_questions(own['questions'])}")])
         return [
             name,
             *(tag("td", percent(of["recall"]), small(f" right of 4: {percent(of['choice'])}")) for of in own["models"].values()),
@@ -170,7 +176,7 @@ def samples(data: ReportData) -> list[Html] | None:
 
 
 def _card(title: str, same: str, other: str = "") -> Html:
-    written = [same, tag("b", other) if other else None]
+    written = [same, tag("b", other) if other else None] if same or other else [small("nothing: the answer ends at once")]
     return tag("div", tag("h3", title), tag("p", *written, class_="sample"), class_="card")
 
 

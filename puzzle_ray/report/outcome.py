@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from puzzle_ray.artifacts import Costs
+from puzzle_ray.evaluation.tasks import guess_remark, why_no_interval
 from puzzle_ray.report.contents import MODEL_NAMES, ReportData
 from puzzle_ray.report.markup import (
     Html,
@@ -27,7 +28,7 @@ FIGURES = {
     "heldout_loss": "Held-out loss, nats per token",
     "kl": "KL to the parent, nats per token",
     "top1_agreement": "Top-1 agreement with the parent",
-    "downstream_accuracy": "Questions answered right, not used for scores",
+    "downstream_accuracy": "Questions answered right (by log-probability per token), not used for scores",
     "batch_size": "Batch size",
     "prefill_tokens_per_s": "Prefill, tokens/s",
     "decode_tokens_per_s": "Decode, tokens/s",
@@ -75,11 +76,14 @@ def _quality(data: ReportData) -> list[tuple[str, str, str]]:
 def _kept(data: ReportData) -> list[tuple[str, str, str]]:
     """What the last child kept of the parent's answers to tasks, on the mean."""
     mean = ((data.quality or {}).get("tasks") or {}).get("mean")
-    kept = list(mean["models"].values())[-1]["retained"] if mean else None
-    if kept is None:
+    own = list(mean["models"].values())[-1] if mean else None
+    if own is None or own["retained"] is None:
         return []
-    bounds = "" if kept["low"] is None else f"{percent(kept['low'])} to {percent(kept['high'])}"
-    return [("Kept of the parent's accuracy", percent(kept["value"]), bounds)]
+    kept = own["retained"]
+    no_bounds = kept["low"] is None or kept["high"] is None
+    bounds = f"no interval: {why_no_interval(own)}" if no_bounds else f"{percent(kept['low'])} to {percent(kept['high'])}"
+    more = [bounds, *([guess_remark(own)] if own["chance"] is not None and own["above_chance"] is None else [])]
+    return [("Kept of the parent's accuracy", percent(kept["value"]), "; ".join(more))]
 
 
 def _size(data: ReportData) -> list[tuple[str, str, str]]:

@@ -57,6 +57,7 @@ th, td { padding: 5px 9px; text-align: right; border-bottom: 1px solid var(--lin
 th:first-child { padding-left: 0; }
 thead th { color: var(--muted); font-size: 12.5px; vertical-align: bottom; white-space: normal; }
 tbody th { white-space: normal; overflow-wrap: anywhere; }
+.budgets tbody th { min-width: 5em; }
 .columns th, .columns td { padding: 5px 6px; }
 .columns th:first-child { padding-left: 0; }
 tbody th, th:first-child { text-align: left; }
@@ -195,6 +196,7 @@ pre {
   table { font-size: 12.5px; }
   th, td { padding: 4px 3px; }
   td { white-space: normal; }
+  .budgets tbody th { min-width: 0; }
   td small { display: block; font-size: 11px; }
   td small b { width: auto; }
   thead th { font-size: 11.5px; }

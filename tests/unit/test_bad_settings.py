@@ -83,7 +83,7 @@ BAD = {
     "questions in Latin-1": (setting(QUESTIONS, "q.jsonl", b'{"query": "\xe9"}\n'), "is not UTF-8"),
     "gold that is infinite": (
         *(setting(QUESTIONS, "q.jsonl", QUESTION.replace(": 0", ": Infinity")),),
-        "gold inf among 2 choices",
+        "gold is inf",
     ),
     "gold out of reach": (setting(QUESTIONS, "q.jsonl", QUESTION.replace(": 0", ": 2")), "gold 2 among 2 choices"),
     "no gzip": (setting(QUESTIONS, "q.jsonl.gz", QUESTION), "cannot be read"),

@@ -14,7 +14,7 @@ from puzzle_ray.errors import ParentError
 from puzzle_ray.families.registry import families
 from puzzle_ray.models import child_files
 from puzzle_ray.models.blocks import logits_layer_by_layer, subblock_state
-from puzzle_ray.models.child import assemble, load_model, new_child, read_config, save_child
+from puzzle_ray.models.child import assemble, load_model, new_child, quiet_transformers, read_config, save_child
 from puzzle_ray.models.child_files import write_child
 from puzzle_ray.models.describe import describe
 
@@ -117,3 +117,17 @@ def test_memory_is_that_of_a_layer_and_not_of_the_model(tmp_path):
     )
     before, after = json.loads(done.stdout.splitlines()[-1])
     assert (after - before) * 1024 < size / 4, f"{before} KiB, then {after} KiB"
+
+
+def test_progress_bars_are_as_before_and_nothing_is_said_of_them(monkeypatch, recwarn):
+    """Every command sets HF_HUB_DISABLE_PROGRESS_BARS: `export-child` and `compress` showed the hub's warning about it."""
+    from transformers.utils import logging
+
+    monkeypatch.setattr(sys.modules["huggingface_hub.utils.tqdm"], "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    with quiet_transformers():
+        assert not logging.is_progress_bar_enabled()
+    assert logging.is_progress_bar_enabled() and not recwarn
+    monkeypatch.setattr(logging, "_tqdm_active", False)  # as logging.disable_progress_bar() of a user leaves it
+    with quiet_transformers():
+        pass
+    assert not logging.is_progress_bar_enabled()

@@ -44,6 +44,12 @@ def test_every_setting_stands_in_the_reference_with_its_default():
     assert MEANINGS.keys() <= {setting.name for setting in listed}, "a setting that there is not is explained"
 
 
+def test_every_setting_has_a_meaning_of_its_own_that_a_cell_holds():
+    for setting in (setting for section in sections() for setting in section.settings):
+        assert 0 < len(setting.meaning) <= 160, (setting.name, setting.meaning)
+        assert "None" not in setting.meaning, (setting.name, "a file of settings says null")
+
+
 def test_the_defaults_of_the_reference_are_those_that_a_run_has():
     seen = 0
     for setting in (setting for section in sections() for setting in section.settings):

@@ -127,6 +127,18 @@ def test_the_record_counts_documents_tokens_and_drops_of_every_source(texts, tmp
         assert [[s[k] for k in known] for s in cut.facts()["sources"]] == [[s[k] for k in known] for s in sources]
 
 
+def test_a_source_that_nothing_is_trained_on_is_seen_as_such(texts, tmp_path, monkeypatch):
+    """Its one document is longer than the limit, and the others' are only held out: their shares of all tokens told of a mixture."""
+    (tmp_path / "long.txt").write_text("one long document " * 20_000)
+    rows = [json.dumps({"text": f"number {n}"}) for n in range(2000)]
+    (tmp_path / "many.jsonl").write_text("\n".join(rows))
+    train = [{"source": str(tmp_path / "long.txt"), "weight": 3}, {"source": str(tmp_path / "many.jsonl"), "weight": 1}]
+    config = DataConfig(train=train, heldout_fraction=0.2, sequence_length=LENGTH, max_train_tokens=5000)
+    said = tokens_summary(saved(config, tmp_path, "one", 10**7, monkeypatch).facts())
+    assert "1 document, 5000 tokens to train on (100.0%), 0 tokens held out (0.0%), its end reached" in said
+    assert "documents, 0 tokens to train on (0.0%), " in said and "tokens held out (100.0%), its end reached" in said
+
+
 def test_a_mixture_packs_the_documents_in_its_order(texts):
     tokenizer = byte_tokenizer()
     config = DataConfig(train=weighted(texts, a=1, b=3), heldout=texts["c"][0], sequence_length=LENGTH)

@@ -407,9 +407,10 @@ def test_a_cluster_in_words_takes_the_place_of_a_look(tmp_path):
 def test_gpus_that_nobody_asks_for_are_a_warning():
     assert idle(load(), 0) == [] and idle(decided(config(), H100).config, 8) == []
     (line,) = idle(load(), 8)
-    assert line.startswith("8 GPUs are idle while the library, scores, GKD compute on CPUs; set cluster.gpus_per_shard and")
+    settings = "cluster.gpus_per_shard, cluster.gpus_per_trainer, gkd.use_gpu"
+    assert line == f"8 GPUs are idle while the library, scores, GKD compute on CPUs; set {settings}, or hardware: auto"
     (line,) = idle(load(None, None, ("cluster.gpus_per_shard=0.5", "cluster.gpus_per_trainer=0.5")), 8)
-    assert line == "8 GPUs are idle while GKD compute on CPUs; set gkd.use_gpu, or hardware: auto"
+    assert line == "8 GPUs are idle while GKD computes on CPUs; set gkd.use_gpu, or hardware: auto"
 
 
 def test_a_run_with_auto_finds_what_one_without_has_done(tmp_path, monkeypatch):

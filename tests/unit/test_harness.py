@@ -150,7 +150,7 @@ def test_parent_and_child_are_compared_on_tasks(folders, files, tmp_path):
     [
         ("{}\n", "has lines of "),
         ('{"query": "a", "choices": ["b", "c"], "gold": 2}\n', "gold 2 among 2 choices"),
-        ('{"query": "a", "choices": ["b", "c"], "gold": true}\n', "gold True among 2 choices"),
+        ('{"query": "a", "choices": ["b", "c"], "gold": true}\n', "gold is True"),
         ('{"query": "a", "choices": ["", "c"], "gold": 0}\n', r":1: choices are \['', 'c'\]; write a list of two texts"),
         ('{"query": "a", "choices": "bc", "gold": 0}\n', ":1: choices are 'bc'; write a list of two texts"),
         ('{"query": "a", "choices": ["b"], "gold": 0}\n', "write a list of two texts or more"),
@@ -211,6 +211,11 @@ def test_questions_in_the_parents_tokens_are_looked_at_before_work(folders, tmp_
     check_texts([str(path)], tokenizer, config, limit=1)
     with pytest.raises(DataError, match="question 2 of"):
         check_texts([str(path)], tokenizer, config, limit=2)
+    path.write_text('{"question": "a", "options": ["b", "c"], "answer": 0}\n')
+    with pytest.raises(DataError, match="there is no file '.*none.jsonl'; name one .jsonl file of questions"):
+        check_texts([str(tmp_path / "none.jsonl")], tokenizer, config)
+    with pytest.raises(DataError, match="has lines of answer, options, question; write query, choices, gold; or context_opt"):
+        check_texts([str(path)], tokenizer, config)
     tokenizer.add_tokens("<new>")
     path.write_text(json.dumps({"query": "a <new>", "choices": ["b", "c"], "gold": 0}) + "\n")
     with pytest.raises(DataError, match="question 1 of .*'<new>', and the parent's embedding of"):
@@ -223,6 +228,16 @@ def test_fields_of_ones_own_beside_a_question_may_hold_anything(tmp_path):
     question = {"query": "a", "choices": ["b", "c"], "gold": 0}
     path.write_text("".join(json.dumps(question | {"source": source}) + "\n" for source in ("web", 3, [1, "a"], None)))
     check_tasks([str(path)])
+
+
+@installed
+def test_an_entry_that_is_named_twice_is_said_before_work(tmp_path):
+    """The names of files are those of entries: folders are no part of them."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "q.jsonl").write_text('{"query": "a", "choices": ["b", "c"], "gold": 0}\n')
+    with pytest.raises(ConfigError, match="b/q.jsonl' has a task that is there already; name every task once, and call files"):
+        check_tasks([str(tmp_path / folder / "q.jsonl") for folder in ("a", "b")])
 
 
 @installed

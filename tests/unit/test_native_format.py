@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from byte_tokenizer import byte_tokenizer
 from small_models import save_parent, tiny_config
 from transformers import modeling_utils
 
@@ -57,7 +58,8 @@ def changed(folder, target, **changes):
 
 def python(code, cwd):
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_MODULES_CACHE": str(cwd / "modules")}
-    done = subprocess.run([sys.executable, *code], capture_output=True, text=True, cwd=cwd, env=environment, timeout=600)
+    how = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": 600}
+    done = subprocess.run([sys.executable, *code], cwd=cwd, env=environment, **how)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -188,6 +190,16 @@ def test_everyone_may_read_it_and_its_card_says_what_it_is(llama):
     assert history["made"] == [{"made": "for a test"}] and history["params"] == child.num_parameters()
     assert f"It has {child.num_parameters():,} parameters, " in card and "| 0 | noop | ffn:24 |" in card
     assert "1. made: for a test" in card and "trust_remote_code=True" in card
+
+
+def test_what_the_card_says_of_loading_it_is_so_where_nobody_can_be_asked(tmp_path):
+    """A tokenizer is read behind the model's config, and so behind its code: without trust, transformers asks at the terminal."""
+    _, folder = saved_child(tmp_path, "gpt2")
+    byte_tokenizer().save_pretrained(folder)
+    code = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0].replace("FOLDER", repr(str(folder)))
+    assert python(["-c", f"{code}\nprint(model.config.model_type, tokenizer('a b')['input_ids'])"], tmp_path).startswith(
+        "puzzle_gpt2 ["
+    )
 
 
 def test_whatever_a_tokenizer_is_made_of_goes_with_the_child(llama, tmp_path):

@@ -19,6 +19,7 @@ from puzzle_ray.families.registry import families
 from puzzle_ray.models.blocks import load_stack, subblock_state, swapped
 from puzzle_ray.models.child import assemble, load_model, read_config, save_child
 from puzzle_ray.models.describe import describe
+from puzzle_ray.plugins import did_you_mean
 from puzzle_ray.profiling import engine as engines
 from puzzle_ray.profiling.measure import profile_serially
 from puzzle_ray.profiling.settings import ProfileConfig
@@ -139,3 +140,12 @@ def test_an_engine(added, tmp_path):
     assert len(rows) == 6 and sum(row.num_params > 0 for row in rows) == 4
     for row in rows:
         assert (row.prefill_ms, row.decode_ms) == pytest.approx((row.num_params / 1000, 2 * row.num_params / 1000), abs=1e-9)
+
+
+def test_an_error_names_the_nearest_of_very_many_names():
+    """lm_eval has 14,000 tasks: all of them in one error were 440 kB."""
+    many = [f"task_{n}" for n in range(14_000)]
+    found = did_you_mean("taskk_77", many)
+    assert found.startswith("did you mean 'task_77'? known: task_77, ") and found.endswith(", 13995 more") and len(found) < 200
+    assert did_you_mean("xyz", many) == "known: 14000 names"
+    assert did_you_mean("tsak", ["task", "other"]) == "did you mean 'task'? known: other, task"

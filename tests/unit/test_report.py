@@ -76,8 +76,10 @@ def test_every_source_of_text_is_there_with_what_was_taken_of_it():
     words = [cell for cell in section.split("|") if cell.strip()]
     first = words.index("books/&lt;b&gt;.txt ")
     words = words[first:]
-    assert words[:7] == ["books/&lt;b&gt;.txt ", "training, weight 3", "1,200", "751,000", "75.1\xa0%", "–", "no"]
-    assert words[7:14] == ["org/wiki ", "training, weight 1", "340", "249,000", "24.9\xa0%", "17 rows, 1 file", "2 times"]
+    taken = ["700,000 ", "74.5\xa0% of training", " 51,000 ", "85.0\xa0% of held-out text"]
+    assert words[:9] == ["books/&lt;b&gt;.txt ", "training, weight 3", "1,200", *taken, "–", "no"]
+    taken = ["240,000 ", "25.5\xa0% of training", " 9,000 ", "15.0\xa0% of held-out text"]
+    assert words[9:18] == ["org/wiki ", "training, weight 1", "340", *taken, "17 rows, 1 file", "2 times"]
 
 
 def test_headline_has_measured_and_predicted_speedup_loss_params_and_memory():

@@ -17,12 +17,22 @@ def answers(count, right, seed=0):
     return values.tolist()
 
 
-def test_the_same_answers_are_kept_whole_and_without_doubt():
+def test_the_same_answers_are_kept_whole_and_have_no_interval():
+    """Every draw says 100 %, which says nothing of questions that were not asked: `100 % to 100 %` would look like certainty."""
     own = answers(100, 60)
-    kept = retained({"a": [Paired(own, own, 0.25)]}, **HOW)["a"]
-    assert (kept.retained.value, kept.retained.low, kept.retained.high) == (1.0, 1.0, 1.0)
-    assert (kept.difference.value, kept.difference.low, kept.difference.high) == (0.0, 0.0, 0.0)
-    assert kept.parent.value == 0.6 and kept.parent.low < 0.6 < kept.parent.high and kept.above_chance.value == 1.0
+    for kept in retained({"a": [Paired(own, own, 0.25)], "b": [Paired(own, own)]}, **HOW).values():
+        assert (kept.retained.value, kept.retained.low, kept.retained.high) == (1.0, None, None)
+        assert (kept.difference.value, kept.difference.low, kept.difference.high) == (0.0, None, None)
+        assert kept.parent.value == 0.6 and kept.parent.low < 0.6 < kept.parent.high
+    above = retained({"a": [Paired(own, own, 0.25)]}, **HOW)["a"].above_chance
+    assert (above.value, above.low) == (1.0, None)
+    model = TaskAnswers({"a": {"acc,none": own}}, {"a": {}})
+    found = compare_tasks({"a": ["a"]}, {"parent": model, "child": model}, {"a": 0.25}, 0, 200, 0.9)
+    assert "100.0% (no interval: parent and child differ in no question); 100.0% of what is" in task_lines(found)[-1]
+    worse = retained({"a": [Paired([1.0] * 30, [1.0] * 20 + [0.0] * 10, 0.25)]}, **HOW)["a"]
+    assert worse.retained.low < 2 / 3 < worse.retained.high and worse.above_chance.low is not None, (
+        "though the parent's is one value"
+    )
 
 
 def test_pairs_stay_together():

@@ -40,8 +40,12 @@ class Letters:
 
     bos_token_id = 0
 
-    def __call__(self, text, **_):
-        return {"input_ids": [1 + ord(c) % 90 for c in text]}
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, texts, **_):
+        self.calls += 1
+        return {"input_ids": [[1 + ord(c) % 90 for c in text] for text in texts]}
 
 
 QUESTIONS = [
@@ -52,6 +56,13 @@ QUESTIONS = [
 TEXTS = [torch.arange(32).remainder(96).reshape(2, 16)]
 
 
+def test_all_texts_are_tokenised_at_once_and_no_text_is_none():
+    """One by one, the tokens of thousands of questions take seconds, before work and again in every round."""
+    letters = Letters()
+    assert len(question_batches(QUESTIONS * 50, letters, 100)) > 1 and letters.calls == 1
+    assert question_batches([], letters, 100) == []
+
+
 @pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])
 def test_padding_and_batching_change_nothing(parent_folder, batch_tokens):
     model = load_model(parent_folder, torch.float32)
@@ -59,7 +70,7 @@ def test_padding_and_batching_change_nothing(parent_folder, batch_tokens):
     for question, correct, gold_log_prob in zip(QUESTIONS, found.correct, found.gold_log_prob, strict=True):
         means = []
         for choice in question.choices:
-            ids = torch.tensor([[0, *Letters()(f"{question.query} {choice}")["input_ids"]]])
+            ids = torch.tensor([[0, *Letters()([f"{question.query} {choice}"])["input_ids"][0]]])
             with torch.no_grad():
                 log_probs = F.log_softmax(model(ids).logits[0, :-1], -1).gather(-1, ids[0, 1:, None])[:, 0]
             means.append(log_probs[len(question.query) :].mean())  # the space and the choice
@@ -121,8 +132,8 @@ def test_every_question_is_in_one_half_and_both_are_used(tmp_path):
         ('["a"]\n', "is no question"),
         ('{"query": "a", "choices": "bc", "gold": 1}\n', "choices are 'bc'; write a list of two texts"),
         ('{"query": "a", "choices": ["", "c"], "gold": 1}\n', "none of them empty"),
-        ('{"query": "a", "choices": ["b", "c"], "gold": 1.7}\n', "gold 1.7 among 2 choices"),
-        ('{"query": "a", "choices": ["b", "c"], "gold": "1"}\n', "gold '1' among 2 choices"),
+        ('{"query": "a", "choices": ["b", "c"], "gold": 1.7}\n', "gold is 1.7"),
+        ('{"query": "a", "choices": ["b", "c"], "gold": "1"}\n', "gold is '1'; write the number of the right choice"),
         ('{"query": "a\\ud800", "choices": ["b", "c"], "gold": 1}\n', "query is 'a.ud800'; write it as a text"),
         ("\n", "holds no question"),
         (None, "cannot be read"),

@@ -119,3 +119,13 @@ def test_rays_line_about_serves_end_is_left_out_and_nothing_else():
         print(f"{_SERVES_END} and more\n", end="")
         print("after", flush=True)
     assert printed.getvalue() == "before\nbetween words\n\nafter\n"
+
+
+def test_the_request_to_try_has_a_key_where_the_server_asks_for_one(capsys):
+    from jobs.serve_child import announce
+
+    announce("0.0.0.0", 8000, "/", ["child"], "keys.txt")
+    announce("127.0.0.1", 8000, "/", ["child"])
+    keyed, plain = capsys.readouterr().out.splitlines()
+    assert "-H 'Authorization: Bearer KEY' -d '{" in keyed and keyed.endswith("(KEY: a line of keys.txt)")
+    assert "Authorization" not in plain and plain.endswith("}'")
