@@ -103,8 +103,11 @@ class SearchSpace:
 
     @classmethod
     def from_json(cls, data: bytes) -> SearchSpace:
+        """Layers of versions that knew no rounds do not say `now`."""
         layers = json.loads(data)["layers"]
-        return cls(tuple(LayerSpace(**x | {k: tuple(x[k]) for k in KINDS} | {"now": LayerChoice(**x["now"])}) for x in layers))
+        return cls(
+            tuple(LayerSpace(**x | {k: tuple(x[k]) for k in KINDS} | {"now": LayerChoice(**x.get("now", {}))}) for x in layers)
+        )
 
     def subblocks(self) -> Iterable[tuple[int, SubblockKind, str]]:
         """Every (layer, kind, variant) that is not the parent's own."""

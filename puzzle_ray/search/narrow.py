@@ -104,7 +104,7 @@ def read_architectures(source: str) -> list[Choices]:
         raise ConfigError(SETTING, f"{source!r} cannot be read ({reason})", ACCEPTED_SOURCES) from None
     try:
         found = _from_parquet(data) if path.endswith(".parquet") else _from_json(json.loads(data))
-        architectures = [_counted_from_original(choices, known or now) for choices, known in found]
+        architectures = [_counted_from_original(choices, now if own is None else own) for choices, own in found]
     except Exception as error:  # JSON and parquet have errors of their own
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON]
         raise ConfigError(SETTING, f"{source!r} holds no architectures ({reason})", ACCEPTED_SOURCES) from None
@@ -128,11 +128,15 @@ def _read(filesystem: Any, path: str, source: str) -> tuple[bytes, Choices]:
 
 
 def _now_of(artifact: Artifact, source: str) -> Choices:
-    """What the parent of a search was already, by the space of the library that it read; empty for an original model.
+    """What the parent of a search was already; empty for an original model.
 
-    Of searches whose files do not say it themselves: those of earlier versions, and tables. Raises ConfigError for one of a later round
-    that cannot be followed.
+    By what its JSON says, which a sweep's table does not; of a search of an earlier version by the space of the library that it read.
+    Raises ConfigError for one of a later round that cannot be followed.
     """
+    written = [artifact.read_json(name) for name in FILES if artifact.exists(name)]
+    said = [now for raw in written for _, now in _from_json(raw) if now is not None]
+    if said:
+        return said[0]
     read: Artifact | None = artifact
     for stage in ("scores", "library"):
         record = read.record() if read else None
@@ -143,7 +147,7 @@ def _now_of(artifact: Artifact, source: str) -> Choices:
         return SearchSpace.from_json(record.inputs["space"].encode()).now
     own = artifact.record()
     number, rounds = (own.settings.get("round") if own else None) or (1, 1)
-    if number > 1 and artifact.stage == "architecture" and "now" not in artifact.read_json(FILES[0]):
+    if number > 1:
         problem = f"{source!r} is of round {number} of {rounds}, and its library, by which the rounds before are known, is not in its store"
         raise ConfigError(SETTING, problem, "name it in the store that it was made in, or an architecture of round 1")
     return ()
@@ -153,13 +157,13 @@ def _counted_from_original(choices: Choices, now: Choices) -> Choices:
     return tuple(choice.on(own) for choice, own in zip(choices, now, strict=True)) if now else choices
 
 
-Read = tuple[Choices, Choices]  # an architecture, and what its parent was already, as far as it is said there
+Read = tuple[Choices, Choices | None]  # an architecture, and what its parent was already; None where that is not said there
 
 
 def _from_json(raw: Any) -> list[Read]:
     """From one architecture, or from the points of a sweep. Points without an architecture are left out."""
     answers = [raw] if isinstance(raw, dict) else [point["architecture"] for point in raw]
-    return [(_choices(x["choices"]), _choices(x.get("now", ()))) for x in answers if x is not None]
+    return [(_choices(x["choices"]), _choices(x["now"]) if "now" in x else None) for x in answers if x is not None]
 
 
 def _choices(raw: Any) -> Choices:
@@ -171,4 +175,4 @@ def _from_parquet(data: bytes) -> list[Read]:
     import pyarrow.parquet as pq
 
     rows = pq.read_table(io.BytesIO(data), columns=["choices"]).column("choices").to_pylist()
-    return [(tuple(LayerChoice(*label.split(" + ")) for label in row.split(" | ")), ()) for row in rows if row]
+    return [(tuple(LayerChoice(*label.split(" + ")) for label in row.split(" | ")), None) for row in rows if row]

@@ -213,10 +213,10 @@ def test_a_narrowed_run_that_cannot_work_is_refused_before_it_starts(parent_with
 NOW = LayerChoice("gqa:2", PARENT)  # of the first layer of a child, in the tests below
 
 
-def later_round(store, choices, now, number=2):
+def later_round(store, choices, now, number=2, space=None):
     """The artifacts of a search of a later round, as earlier versions left them: the architecture alone does not say `now`."""
     layers = (replace(layer, now=own) for layer, own in zip(SPACE.layers, now, strict=True))
-    space = to_json(SearchSpace(tuple(layers))).decode()
+    space = space or to_json(SearchSpace(tuple(layers))).decode()
     library = store.artifact("library", {}, {"space": space})
     library.finish({})
     scores = store.artifact("scores", {}, {"library": library.key})
@@ -247,6 +247,17 @@ def test_an_architecture_of_a_later_round_is_counted_from_the_original(tmp_path)
     assert read_architectures(first.url) == [own]
 
 
+def test_a_library_of_a_version_that_knew_no_rounds_says_nothing_of_what_its_parent_was(tmp_path):
+    """The record of one such was `cannot be read (KeyError: 'now')`, and with it an architecture that had been read before."""
+    raw = json.loads(to_json(SPACE))
+    for layer in raw["layers"]:
+        del layer["now"]
+    assert SearchSpace.from_json(json.dumps(raw).encode()) == SPACE
+    own = (LayerChoice(PARENT, "ffn:64"),) * len(SPACE.layers)
+    _, searched = later_round(Store(str(tmp_path)), own, (LayerChoice(),) * len(SPACE.layers), 1, json.dumps(raw))
+    assert read_architectures(searched.url) == [own]
+
+
 def test_a_sweep_of_a_childs_run_is_counted_from_the_original(tmp_path):
     """Its JSON says what the child was already; its table is followed to the library."""
     space = SearchSpace(tuple(onward(layer, NOW) for layer in SPACE.layers))
@@ -265,6 +276,8 @@ def test_a_sweep_of_a_childs_run_is_counted_from_the_original(tmp_path):
         assert read_architectures(swept.url + name) == [tuple(choice.on(NOW) for choice in own)]
     shutil.copy(f"{swept.url}/sweep.json", tmp_path / "copied.json")
     assert read_architectures(str(tmp_path / "copied.json")) == [tuple(choice.on(NOW) for choice in own)]
+    shutil.rmtree(library.url)  # the table then is counted by what the JSON beside it says
+    assert read_architectures(f"{swept.url}/sweep.parquet") == [tuple(choice.on(NOW) for choice in own)]
 
 
 def test_what_a_child_is_already_is_its_own_when_its_space_is_narrowed():

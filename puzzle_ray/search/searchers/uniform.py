@@ -74,6 +74,7 @@ def uniform_architectures(
             parent_predicted=parent,
             metric=metric,
             estimated=profile.estimated,
+            now=space.now,
         )
         architectures.append(replace(base, predicted=predicted_costs(space, profile, scenario, base.choices)))
     return sorted(architectures, key=lambda a: abs(a.predicted.runtime_ms - target_runtime_ms))
