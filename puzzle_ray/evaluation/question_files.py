@@ -10,7 +10,7 @@ from puzzle_ray.data.foreign import reading
 from puzzle_ray.data.formats import is_text, rows
 from puzzle_ray.errors import DataError
 from puzzle_ray.evaluation.task_names import WHERE, is_questions
-from puzzle_ray.scoring.downstream import check_gold
+from puzzle_ray.scoring.downstream import check_gold, ids_of
 
 TEXTS = {"query", "context", "continuation"}  # fields of questions that hold a text,
 OPTIONS = {"choices", "context_options"}  # and a list of texts to choose from
@@ -72,7 +72,7 @@ def check_texts(names: Sequence[str], tokenizer: Any, model_config: Any, limit: 
     for name in filter(is_questions, names):
         asked = read_lines(name)[:limit]
         texts = [[text for key in sorted(TEXTS | OPTIONS) for text in _texts(row.get(key))] for row in asked]
-        all_ids = iter(tokenizer([f" {text}" for own in texts for text in own], add_special_tokens=False)["input_ids"])
+        all_ids = ids_of((f" {text}" for own in texts for text in own), tokenizer)
         for number, (row, own) in enumerate(zip(asked, texts, strict=True), 1):
             place, last = f"question {number} of {name!r}", row.get("choices", [row.get("continuation")])
             for text, ids in zip(own, all_ids, strict=False):  # `own` ends first

@@ -10,8 +10,9 @@ may have a `task`; each task is then split by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,8 @@ __all__ = [
     "question_batches",
     "read_questions",
 ]
+
+TEXTS_AT_ONCE = 1000  # of which a tokenizer holds all it knows
 
 # R rows (a choice of a question each), T tokens, V vocabulary
 
@@ -161,13 +164,21 @@ def question_batches(
 
 
 def _rows_of(questions: Sequence[Question], tokenizer: Any, max_tokens: int | None) -> Iterator[list[tuple[list[int], int]]]:
-    """The rows of each question. All texts are tokenised at once: thousands of questions in parts of a second, not in seconds."""
-    texts = [text for q in questions for text in (q.query, *(f"{q.query} {choice}" for choice in q.choices))]
+    """The rows of each question."""
+    texts = (text for q in questions for text in (q.query, *(f"{q.query} {choice}" for choice in q.choices)))
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    all_ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+    all_ids = ids_of(texts, tokenizer)
     for question in questions:
         context = start + next(all_ids)
         yield [_choice_row(context, start + next(all_ids), max_tokens) for _ in question.choices]
+
+
+def ids_of(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
+    """The token ids of each text, without special tokens. Many are tokenised at once: thousands of questions in parts of a second, not
+    in seconds. Not all of them: a tokenizer holds far more of a text than its ids until it has done the last."""
+    left = iter(texts)
+    while some := list(islice(left, TEXTS_AT_ONCE)):
+        yield from tokenizer(some, add_special_tokens=False)["input_ids"]
 
 
 def _choice_row(context: list[int], whole: list[int], max_tokens: int | None) -> tuple[list[int], int]:
