@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from jobs.command import SEARCHES, Config, Data, Debug, ParentName, Recipe, Settings, StoreRoot, Verb, configured
@@ -13,8 +14,10 @@ from jobs.run import OF_ORIGINAL, NotDone, Run, Stage, in_order, stages
 from jobs.store import is_there
 from puzzle_ray.errors import ClusterError, ProfileError
 from puzzle_ray.store import RECORD, Artifact, Store
+from puzzle_ray.store.files import for_each
 
 MOST_CHANGES = 3  # that are named; the others are counted
+Record = Mapping[str, Any]  # as it is written
 IN_WORDS = ("engine", "target")  # inputs that a reader understands; the others are keys and hashes
 
 
@@ -34,26 +37,27 @@ def rows(run: Run) -> list[Row]:
     """Every stage of every round in the order in which they run. Nothing is done, and nothing is written. Raises StoreError where the
     store cannot be read."""
     is_there(run.store)
+    records = Records(run.store)
     if run.config.rounds == 1:
-        return _rows_of(run, in_order(stages(), run.config))
+        return _rows_of(run, in_order(stages(), run.config), records)
     found: list[Row] = []
     for number in range(1, run.config.rounds + 1):
         last = number == run.config.rounds
         order = in_order(stages() if last else ("gkd",), run.config)
         own = [stage for stage in order if number == 1 or stage.name not in OF_ORIGINAL or (last and stage.name == "sweep")]
-        found += [replace(row, stage=f"{number} {row.stage}") for row in _rows_of(run, own)]
+        found += [replace(row, stage=f"{number} {row.stage}") for row in _rows_of(run, own, records)]
         run = run if last else run.next_round
     return found
 
 
-def _rows_of(run: Run, order: Sequence[Stage]) -> list[Row]:
+def _rows_of(run: Run, order: Sequence[Stage], records: Records) -> list[Row]:
     found: list[Row] = []
     would_run: set[str] = set()
     of_no_device: set[str] = set()  # nobody is asked for the device again on their behalf
     for stage in order:
         try:
             before = sorted(of_no_device & {*stage.inputs, *stage.reads})
-            found.append(_needs(stage, before[0]) if before else _row(run, stage, would_run))
+            found.append(_needs(stage, before[0]) if before else _row(run, stage, would_run, records))
         except (ClusterError, ProfileError) as error:
             of_no_device.add(stage.name)
             found.append(Row(stage.name, "to do", f"which device measures is not known: {error}"))
@@ -64,7 +68,7 @@ def _rows_of(run: Run, order: Sequence[Stage]) -> list[Row]:
     return found
 
 
-def _row(run: Run, stage: Stage, would_run: set[str]) -> Row:
+def _row(run: Run, stage: Stage, would_run: set[str], records: Records) -> Row:
     try:
         artifact = run.artifact(stage.name)
     except NotDone as missing:
@@ -73,7 +77,7 @@ def _row(run: Run, stage: Stage, would_run: set[str]) -> Row:
         return Row(stage.name, "finished", artifact.url)
     state = "begun" if artifact.names() else "to do"
     waits = [name for name in (*stage.inputs, *stage.reads) if name in would_run]
-    return Row(stage.name, state, "; ".join(_why(run.store, artifact, waits, _parent_of(run, stage))))
+    return Row(stage.name, state, "; ".join(_why(records, artifact, waits, _parent_of(run, stage))))
 
 
 def _parent_of(run: Run, stage: Stage) -> str | None:
@@ -88,13 +92,12 @@ def _needs(stage: Stage, other: str) -> Row:
     return Row(stage.name, "to do", f"what it does depends on the result of {other}")
 
 
-def _why(store: Store, artifact: Artifact, waits: list[str], parent: str | None) -> Iterator[str]:
+def _why(records: Records, artifact: Artifact, waits: list[str], parent: str | None) -> Iterator[str]:
     if artifact.names():
         yield f"not finished yet: {artifact.url}"
-    records = finished_records(store, artifact.stage)
-    record = closest_record(store, records, artifact, parent)
+    record = records.closest(artifact, parent)
     if record is None:
-        yield f"no such stage{' of this parent' if records else ''} in this store yet"
+        yield f"no such stage{' of this parent' if records.of_stage(artifact.stage) else ''} in this store yet"
         return
     changes = list(differences(record, artifact))
     inputs = [name for name in waits if any(text == f"input {name}" for text in changes)]
@@ -103,48 +106,58 @@ def _why(store: Store, artifact: Artifact, waits: list[str], parent: str | None)
         yield f"reads {', '.join(inputs)}, which would run"
     if changes:
         more = f" and {len(changes) - MOST_CHANGES} more" if len(changes) > MOST_CHANGES else ""
-        yield f"changed: {', '.join(changes[:MOST_CHANGES])}{more} (since {store.root}/{artifact.stage}-{record['key']})"
+        yield f"changed: {', '.join(changes[:MOST_CHANGES])}{more} (since {records.store.root}/{artifact.stage}-{record['key']})"
 
 
-def finished_records(store: Store, stage: str) -> list[Mapping[str, Any]]:
-    """The records of all finished artifacts of a stage, by name."""
-    filesystem = store.filesystem
-    if not filesystem.isdir(store.root):
-        return []
-    names = sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in filesystem.ls(store.root, detail=False))
-    return [record for name in names if name.startswith(f"{stage}-") and (record := _record(store, name))]
+class Records:
+    """The records of a store's finished artifacts. Each is read once, on a remote store several at a time: there may be thousands."""
 
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._known: dict[str, Record | None] = {}
 
-def _record(store: Store, name: str) -> Mapping[str, Any] | None:
-    """None for an artifact that is not finished."""
-    try:
-        record = json.loads(store.filesystem.cat_file(f"{store.root}/{name}/{RECORD}"))
-    except (OSError, ValueError):
+    @cached_property
+    def _names(self) -> list[str]:
+        return self.store.names(self.store.root)
+
+    def of_stage(self, stage: str) -> list[Record]:
+        """Those of all finished artifacts of a stage, by name."""
+        names = [name for name in self._names if name.startswith(f"{stage}-")]
+        return [record for record in for_each(self.store, self.of, names) if record is not None]
+
+    def of(self, name: str) -> Record | None:
+        """None for an artifact that is not finished."""
+        if name not in self._known:
+            self._known[name] = self._read(name)
+        return self._known[name]
+
+    def _read(self, name: str) -> Record | None:
+        try:
+            record = json.loads(self.store.filesystem.cat_file(f"{self.store.root}/{name}/{RECORD}"))
+        except (OSError, ValueError):
+            return None
+        whole = isinstance(record, dict) and isinstance(record.get("inputs"), dict) and {"settings", "key"} <= record.keys()
+        return record if whole else None
+
+    def closest(self, artifact: Artifact, parent: str | None) -> Record | None:
+        """Of the finished artifacts of the same stage the one that differs least: of those for this parent or, where there is none, of
+        those whose parent is not known any more. `parent` is None for a stage that has none."""
+        records = self.of_stage(artifact.stage)
+        made = for_each(self.store, self.made_for, records) if parent else [None] * len(records)
+        of_parent = [record for of, record in zip(made, records, strict=True) if of == parent]
+        own = of_parent or [record for of, record in zip(made, records, strict=True) if of is None]
+        return min(own, key=lambda record: len(list(differences(record, artifact))), default=None)
+
+    def made_for(self, record: Record) -> str | None:
+        """What identifies the parent of a finished artifact, found along what it read; None where that is not in the store any more."""
+        found: Record | None = record
+        while found is not None:
+            inputs: Mapping[str, str] = found["inputs"]
+            if "parent" in inputs:
+                return inputs["parent"]
+            read = [f"{name}-{key}" for name, key in inputs.items() if name in stages() and name not in OF_ORIGINAL]
+            found = next((earlier for name in read if (earlier := self.of(name))), None)
         return None
-    whole = isinstance(record, dict) and isinstance(record.get("inputs"), dict) and {"settings", "key"} <= record.keys()
-    return record if whole else None
-
-
-def closest_record(
-    store: Store, records: Sequence[Mapping[str, Any]], artifact: Artifact, parent: str | None
-) -> Mapping[str, Any] | None:
-    """Of the records of finished artifacts of the same stage the one that differs least: of those for this parent or, where there is none,
-    of those whose parent is not known any more. `parent` is None for a stage that has none."""
-    made = [(parent and made_for(store, record), record) for record in records]
-    own = [record for of, record in made if of == parent] or [record for of, record in made if of is None]
-    return min(own, key=lambda record: len(list(differences(record, artifact))), default=None)
-
-
-def made_for(store: Store, record: Mapping[str, Any]) -> str | None:
-    """What identifies the parent of a finished artifact, found along what it read; None where that is not in the store any more."""
-    found: Mapping[str, Any] | None = record
-    while found is not None:
-        inputs: Mapping[str, str] = found["inputs"]
-        if "parent" in inputs:
-            return inputs["parent"]
-        read = [f"{name}-{key}" for name, key in inputs.items() if name in stages() and name not in OF_ORIGINAL]
-        found = next((earlier for name in read if (earlier := _record(store, name))), None)
-    return None
 
 
 def differences(record: Mapping[str, Any], artifact: Artifact) -> Iterator[str]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _REQUESTS_AT_ONCE = 8
 OTHER_CHECKSUM = "is damaged (its checksum is not the one that was written)"
 _KNOWN: dict[str, tuple[FileEntry, tuple[int, int]]] = {}  # local path -> what was seen there, and the file's size and time then
+Item = TypeVar("Item")
 Found = TypeVar("Found")
 
 
@@ -43,8 +44,9 @@ def tensors_beside(target: Path, tensors: Mapping[str, Tensor], metadata: dict[s
             file.touch()
             mode = file.stat().st_mode
             save_file(dict(tensors), file, metadata=metadata)
-            with file.open("rb+") as made:
-                _order_metadata(made)
+            if len(metadata) > 1:
+                with file.open("rb+") as made:
+                    _order_metadata(made)
             if file.stat().st_mode != mode:  # safetensors lets nobody else read it
                 file.chmod(mode)
             with file.open("rb") as written:
@@ -58,7 +60,10 @@ def tensors_as_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str]) ->
     """The same file in memory."""
     from safetensors.torch import save
 
-    made = io.BytesIO(save(dict(tensors), metadata=metadata))
+    data = save(dict(tensors), metadata=metadata)
+    if len(metadata) < 2:
+        return data
+    made = io.BytesIO(data)
     _order_metadata(made)
     return made.getvalue()
 
@@ -68,13 +73,11 @@ def _order_metadata(file: BinaryIO) -> None:
     equal to the byte."""
     size = int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(size))
-    metadata = header.get("__metadata__", {})
-    if len(metadata) > 1:
-        ordered = header | {"__metadata__": dict(sorted(metadata.items()))}
-        text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= size:  # as it is, where both write JSON alike
-            file.seek(8)
-            file.write(text.ljust(size))
+    ordered = header | {"__metadata__": dict(sorted(header["__metadata__"].items()))}
+    text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+    if len(text) <= size:  # as it is, where both write JSON alike
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 class Checked:
@@ -125,12 +128,12 @@ class Checked:
         return {names[path]: entry for path, entry in zip(names, for_each(self.root, entry_of, names), strict=True)}
 
 
-def for_each(root: Root, function: Callable[[str], Found], paths: Iterable[str]) -> list[Found]:
-    """Calls the function for every path: one by one on a disk, several at once on a remote store."""
+def for_each(root: Root, function: Callable[[Item], Found], items: Iterable[Item]) -> list[Found]:
+    """Calls the function for every item, such as a path: one by one on a disk, several at once on a remote store."""
     if root.is_local:
-        return [function(path) for path in paths]
+        return [function(item) for item in items]
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-        return list(pool.map(function, paths))
+        return list(pool.map(function, items))
 
 
 def looks_broken(root: Root, path: str, size: int) -> bool:

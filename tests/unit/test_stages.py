@@ -14,7 +14,7 @@ import jobs.run
 import jobs.stages
 from jobs.endings import handled
 from jobs.run import NotDone, Parent, Stage, in_order, stages
-from jobs.status import differences, rows
+from jobs.status import Records, differences, rows
 from puzzle_ray.config import load
 from puzzle_ray.data.splits import load_tokens
 from puzzle_ray.distill.text import check_enough
@@ -197,7 +197,7 @@ def test_status_says_what_is_finished_what_would_run_and_why(parent_with_text, t
     assert status("data.max_train_tokens=320")["library"].words.startswith("changed: input train tokens (since ")
 
 
-def test_status_explains_nothing_by_an_artifact_of_another_parent(parent_with_text, tmp_path):
+def test_status_explains_nothing_by_an_artifact_of_another_parent(parent_with_text, tmp_path, monkeypatch):
     other = save_parent(tmp_path / "other", seed=7, vocab_size=VOCAB_SIZE + 7)
     byte_tokenizer().save_pretrained(other)
     first, store = make_run(parent_with_text, tmp_path / "store"), tmp_path / "store"
@@ -213,6 +213,10 @@ def test_status_explains_nothing_by_an_artifact_of_another_parent(parent_with_te
     words = {row.stage: row.words for row in rows(second)}
     assert words["library"].startswith("changed: library.learning_rate 0.5 -> 0.001 (since ")
     assert words["scores"].startswith("reads library, which would run; changed: scoring.tokens 1024 -> 2048 (since ")
+    reads = []
+    monkeypatch.setattr(Records, "_read", lambda self, name, read=Records._read: reads.append(name) or read(self, name))
+    rows(second)
+    assert len(reads) == len(set(reads)) >= 6, "each once, though several stages look along them: a store may have thousands"
     shutil.rmtree(first.artifact("library").url)  # whose scores those of the first parent are is not known any more
     assert {row.stage: row.words for row in rows(second)}["scores"] == words["scores"]
 
