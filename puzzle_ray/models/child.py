@@ -297,8 +297,7 @@ def quiet_transformers() -> Iterator[None]:
         yield
     finally:
         if were_on:
-            with (
-                warnings.catch_warnings()
-            ):  # the hub's: our commands set HF_HUB_DISABLE_PROGRESS_BARS, which it says has priority
+            # our commands set HF_HUB_DISABLE_PROGRESS_BARS; the hub would warn that it has priority
+            with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)
                 logging.enable_progress_bar()

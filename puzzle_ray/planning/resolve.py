@@ -155,7 +155,7 @@ def idle(config: RunConfig, num_gpus: float) -> list[str]:
     """A warning where a cluster has GPUs and stages compute on its CPUs."""
     cluster, names = config.cluster, {}
     names["the library"] = cluster.gpus_per_trainer, ["cluster.gpus_per_shard", "cluster.gpus_per_trainer"]
-    names["scores"] = cluster.gpus_per_shard, ["cluster.gpus_per_shard"]
+    names["scoring"] = cluster.gpus_per_shard, ["cluster.gpus_per_shard"]
     if config.gkd.trains:
         names["GKD"] = float(config.gkd.use_gpu), ["gkd.use_gpu"]
     still = {stage: settings for stage, (share, settings) in names.items() if not share}

@@ -20,7 +20,7 @@ def test_gpus_are_known_by_their_label_and_idle_ones_are_a_warning(several_nodes
     with pytest.raises(ClusterError, match="gkd.num_workers: 99 CPUs are needed"):
         check_cluster(load(None, None, ("gkd.num_workers=99",)))
     check_cluster(load(None, None, (f"store={tmp_path}", "parent=org/model", "data.train=unread")))
-    assert "WARNING: 8 GPUs are idle while the library, scores, GKD compute on CPUs; set cluster" in capsys.readouterr().err
+    assert "WARNING: 8 GPUs are idle while the library, scoring, GKD compute on CPUs; set cluster" in capsys.readouterr().err
     several_nodes.add(num_cpus=1, num_gpus=3)
     with pytest.raises(ClusterError, match="nobody knows the 3 GPUs of node .*; write what the cluster has, such as hardware:"):
         find_nodes(60)

@@ -408,7 +408,7 @@ def test_gpus_that_nobody_asks_for_are_a_warning():
     assert idle(load(), 0) == [] and idle(decided(config(), H100).config, 8) == []
     (line,) = idle(load(), 8)
     settings = "cluster.gpus_per_shard, cluster.gpus_per_trainer, gkd.use_gpu"
-    assert line == f"8 GPUs are idle while the library, scores, GKD compute on CPUs; set {settings}, or hardware: auto"
+    assert line == f"8 GPUs are idle while the library, scoring, GKD compute on CPUs; set {settings}, or hardware: auto"
     (line,) = idle(load(None, None, ("cluster.gpus_per_shard=0.5", "cluster.gpus_per_trainer=0.5")), 8)
     assert line == "8 GPUs are idle while GKD computes on CPUs; set gkd.use_gpu, or hardware: auto"
 
