@@ -34,7 +34,7 @@ class Paired:
 class Interval:
     """A value, and the bounds of its confidence interval. Bounds are None where some draws have no such value, and where every draw is
     the same, which says nothing of other questions: where all of them were answered alike, as one alone is, and of what a child kept
-    where it differs from the parent in none. So it is for a mean over entries of which one has a single question."""
+    where it differs from the parent in none, or is right in none. So it is for a mean over entries of which one has a single question."""
 
     value: float
     low: float | None
@@ -123,11 +123,14 @@ def _described(
     above = None
     if chance is not None and own.low is not None and own.low > chance:
         above = _ratio(child - chance, parent - chance, children - chance, parents - chance, confidence)
-    difference = _interval(child - parent, children - parents, confidence)
+    difference, whole = _interval(child - parent, children - parents, confidence), _interval(child, children, confidence)
+    if not np.ptp(children):
+        whole = Interval(child, None, None)
+        kept = kept if child else kept and Interval(kept.value, None, None)
     if np.allclose(children, parents, rtol=0, atol=1e-12):  # the same answer to every question
         difference = Interval(difference.value, None, None)
         kept, above = (value and Interval(value.value, None, None) for value in (kept, above))
-    return Retained(own, _interval(child, children, confidence), difference, kept, chance, above, questions)
+    return Retained(own, whole, difference, kept, chance, above, questions)
 
 
 def _without_bounds(parent: float, child: float, chance: float | None, questions: int, confidence: float) -> Retained:

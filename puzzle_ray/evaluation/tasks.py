@@ -123,6 +123,8 @@ def why_no_interval(own: Mapping[str, Any]) -> str:
         return "one question" if own["questions"] == 1 else "too few questions that differ"
     if own["difference"]["low"] is None:
         return "parent and child differ in no question"
+    if own["child"]["low"] is None:
+        return "the child is right in no question"
     return "the parent is too close to 0"
 
 

@@ -126,10 +126,12 @@ def test_a_rise_in_the_first_steps_counts_only_at_the_end(tmp_path, steps, looks
     assert trainer.guard.best_row.kl == min(kls)
 
 
-@pytest.mark.parametrize(("rate", "cut"), [(1e-2, 7), (1.0, 4), (1.0, 9)])
-def test_a_resumed_run_ends_in_the_same_bits(tmp_path, rate, cut):
-    """Cut anywhere, also between a return and the next checkpoint."""
-    config = LONG.model_copy(update={"learning_rate": rate})
+@pytest.mark.parametrize(
+    ("rate", "cut", "looks"), [(1e-2, 7, 8), (1.0, 4, 8), (1.0, 9, 8), (1.0, 3, 40), (1.0, 8, 40), (0.03, 5, 40)]
+)
+def test_a_resumed_run_ends_in_the_same_bits(tmp_path, rate, cut, looks):
+    """Cut anywhere, also between a return and the next checkpoint, and among first steps whose rises do not count yet."""
+    config = LONG.model_copy(update={"learning_rate": rate, "heldout_looks": looks, "checkpoint_every": 2 if looks == 40 else 3})
     whole = watched(config)
     train(whole, tmp_path, "whole")
 

@@ -35,6 +35,24 @@ def test_the_same_answers_are_kept_whole_and_have_no_interval():
     )
 
 
+def test_a_child_that_is_right_in_no_question_has_no_interval_either():
+    """`0.0% (0.0% to 0.0%)` looked like certainty."""
+    parent, wrong = answers(100, 60), [0.0] * 100
+    kept = retained({"a": [Paired(parent, wrong, 0.25)]}, **HOW)["a"]
+    assert (kept.child.value, kept.child.low, kept.retained.value, kept.retained.low) == (0.0, None, 0.0, None)
+    assert kept.difference.low < -0.6 < kept.difference.high and kept.above_chance.low is not None
+    models = {
+        "parent": TaskAnswers({"a": {"acc,none": parent}}, {"a": {}}),
+        "child": TaskAnswers({"a": {"acc,none": wrong}}, {"a": {}}),
+    }
+    assert (
+        "0.0% (no interval: the child is right in no question)"
+        in task_lines(compare_tasks({"a": ["a"]}, models, {}, 0, 200, 0.9))[-1]
+    )
+    right = retained({"a": [Paired(parent, [1.0] * 100)]}, **HOW)["a"]
+    assert right.child.low is None and right.retained.low < 1 / 0.6 < right.retained.high
+
+
 def test_pairs_stay_together():
     """A child that only loses 5 of 100 questions: were the pairs torn apart, the interval would be about three times as wide."""
     parent = answers(100, 60)
