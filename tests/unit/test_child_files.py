@@ -124,6 +124,7 @@ def test_progress_bars_are_as_before_and_nothing_is_said_of_them(monkeypatch, re
     from transformers.utils import logging
 
     monkeypatch.setattr(sys.modules["huggingface_hub.utils.tqdm"], "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    monkeypatch.setattr(logging, "_tqdm_active", True)  # off where the variable is set for the tests themselves
     with quiet_transformers():
         assert not logging.is_progress_bar_enabled()
     assert logging.is_progress_bar_enabled() and not recwarn
