@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 from puzzle_ray.artifacts import BLOCK
 from puzzle_ray.distill.outliers import FAR_ABOVE, stands_out
@@ -148,7 +149,7 @@ def _gkd_curves(data: ReportData) -> list[Html]:
             steps = binned([step for step, _ in rows], GKD_POINTS)
             losses = binned([loss for _, loss in rows], GKD_POINTS)
             lines.append((f"term-{key}", name, [(x, y) for (_, x), (_, y) in zip(steps, losses, strict=True)]))
-    looks = [(row["step"], row["kl"]) for row in data.gkd_looks if math.isfinite(row["kl"]) and not row["returned"]]
+    looks = _looks(data.gkd_looks)
     if len(looks) > 1 and lines:
         lines.append(("term-heldout", "KL on held-out text", looks))
     if not lines:
@@ -161,6 +162,18 @@ def _gkd_curves(data: ReportData) -> list[Html]:
     drawn = [axes.line(points, class_, f"{name}: {_ends(points)}") for class_, name, points in lines]
     key_entries = [(class_, f"{name}: {_ends(points)}") for class_, name, points in lines]
     return [tag("figure", axes.draw(*drawn, label="loss by step"), legend(*key_entries), class_="wide")]
+
+
+def _looks(rows: Sequence[Mapping[str, float]]) -> list[Point]:
+    """(step, KL) of the looks at held-out text, without those behind the best one where training went back to it, or gave up."""
+    path: list[Point] = []
+    for row in rows:
+        if row["returned"]:
+            best = min(path, key=lambda look: (look[1], look[0]), default=None)
+            path = path[: path.index(best) + 1] if best else []
+        elif math.isfinite(row["kl"]):
+            path.append((row["step"], row["kl"]))
+    return path
 
 
 def _ends(points: list[Point]) -> str:

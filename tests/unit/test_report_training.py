@@ -86,6 +86,10 @@ def test_global_distillation_says_what_came_of_it_and_which_rates_were_tried():
     page = render(replace(ReportData("p"), gkd_curve=curve, gkd_facts=facts, gkd_looks=looks))
     assert "Held-out KL 0.25 -&gt; 0.2, weights of step 3; learning rate 0.0001, the best of 2 in a range test." in page
     assert "0.0001 (chosen)" in page and "not finite" in page and "KL on held-out text: 0.250 → 0.200" in page
+    settling = [{"step": step, "kl": kl, "returned": int(step == 6)} for step, kl in ((0, 0.25), (2, 0.2), (4, 9.0), (6, 8.0))]
+    for more, ends in (([], "0.250 → 0.200"), ([{"step": 4, "kl": 0.1, "returned": 0}], "0.250 → 0.100")):
+        page = render(replace(ReportData("p"), gkd_curve=curve, gkd_facts=facts, gkd_looks=[*settling, *more]))
+        assert f"KL on held-out text: {ends}" in page, "neither what it went back from nor what was before that is drawn"
     assert "Global distillation: needs GKD" in render(ReportData("p"))
 
 
