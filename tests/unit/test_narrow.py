@@ -288,6 +288,16 @@ def test_what_a_child_is_already_is_its_own_when_its_space_is_narrowed():
         narrowed(space, [more])
 
 
+def test_a_round_whose_parent_is_all_that_was_found_says_so(tmp_path):
+    """It said `name one that is smaller than the parent`, which it was, than the original."""
+    file = tmp_path / "architecture.json"
+    file.write_bytes(to_json(replace(found_within(), choices=(NOW,) * len(SPACE.layers))))
+    assert library_space(SPACE, settings(str(file))).layers[0].attention == (PARENT, "gqa:2")
+    space = SearchSpace(tuple(onward(layer, NOW) for layer in SPACE.layers))
+    with pytest.raises(ConfigError, match="a child itself, is already all that its architectures have; name others, or"):
+        library_space(space, settings(str(file)))
+
+
 def test_a_search_says_what_its_parent_was_already():
     space = SearchSpace(tuple(onward(layer, NOW) for layer in SPACE.layers))
     found = found_within(Limits(params=10**9), space=space)
