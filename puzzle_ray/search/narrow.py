@@ -42,7 +42,7 @@ def library_space(whole: SearchSpace, config: LibraryConfig) -> SearchSpace:
     pairs = [len(layer.choices) - 1 for layer in space.layers]
     if max(pairs) == 0 and whole.now:
         problem = "this parent, a child itself, is already all that its architectures have"
-        raise ConfigError(SETTING, problem, "name others, or ask for fewer rounds")
+        raise ConfigError(SETTING, problem, "name one that is smaller than this parent")
     if max(pairs) == 0:
         raise ConfigError(SETTING, "its architectures replace nothing", "name one that is smaller than the parent")
     if config.mode == "decoupled":

@@ -288,13 +288,13 @@ def test_what_a_child_is_already_is_its_own_when_its_space_is_narrowed():
         narrowed(space, [more])
 
 
-def test_a_round_whose_parent_is_all_that_was_found_says_so(tmp_path):
-    """It said `name one that is smaller than the parent`, which it was, than the original."""
+def test_a_child_that_is_all_that_was_found_already_is_said_to_be_that(tmp_path):
+    """It said that the architecture replaces nothing, as it does of this parent, and not of the original."""
     file = tmp_path / "architecture.json"
     file.write_bytes(to_json(replace(found_within(), choices=(NOW,) * len(SPACE.layers))))
     assert library_space(SPACE, settings(str(file))).layers[0].attention == (PARENT, "gqa:2")
     space = SearchSpace(tuple(onward(layer, NOW) for layer in SPACE.layers))
-    with pytest.raises(ConfigError, match="a child itself, is already all that its architectures have; name others, or"):
+    with pytest.raises(ConfigError, match="a child itself, is already all that its architectures have; name one"):
         library_space(space, settings(str(file)))
 
 
