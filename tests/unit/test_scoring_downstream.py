@@ -60,7 +60,7 @@ TEXTS = [torch.arange(32).remainder(96).reshape(2, 16)]
 
 def test_texts_are_tokenised_many_at_once_and_never_all_of_a_large_file():
     """One by one, the tokens of thousands of questions take seconds, before work and again in every round. All at once, the tokenizer
-    held 168 bytes of every token: 1.2 GB of a benchmark of 14,000 questions."""
+    held 168 bytes of every token of a file, however large."""
     letters, texts = Letters(), 50 * sum(1 + len(question.choices) for question in QUESTIONS)
     batches = question_batches(QUESTIONS * 50, letters, 100)
     assert len(batches) > 1 and letters.calls == math.ceil(texts / TEXTS_AT_ONCE) == 1
