@@ -73,7 +73,7 @@ class LibraryConfig(Section):
 
     Mode `decoupled` trains every attention variant and every FFN variant beside the parent's other half. Mode `coupled` trains every
     pair of them, both halves together. It needs `narrow_from`: an architecture.json, a sweep.json or sweep.parquet, or the folder of
-    such an artifact (path or URL); one of a later round counts with what the rounds before replaced. The search space of every layer is
+    such an artifact (path or URL). One of a later round counts with what the rounds before replaced. The search space of every layer is
     narrowed to the variants found there. `start_from` is the folder of a decoupled library of the same parent (path or URL); its trained
     halves are then the start. With `early_stop` a variant stops training when its loss is flat. It then misses the rest of the learning
     rate's decay, which costs quality, so this is off by default. A variant whose loss rises goes back to its start with half the rate. The
