@@ -130,7 +130,7 @@ def main() -> None:
             seconds = time.monotonic() - started
             other, choice, found = uniform_child(run)
             uniform = gkd.of(other, assembly.of(other, [choice] * run.parent.model_config.num_hidden_layers))
-            final = compared(run, uniform)
+            final, predicted = compared(run, uniform), architecture.read(run).predicted_speedup
     models = final["models"]
     rows = [{"model": name, **figures} for name, figures in models.items()]
     rows += [{"stage": stage, "seconds": taken} for stage, taken in run.seconds.items()]
@@ -138,7 +138,7 @@ def main() -> None:
         "seconds": seconds,
         "peak_memory_gib": peak[0],
         "measured_speedup": models["child"]["measured_speedup"],
-        "predicted_speedup": architecture.read(run).predicted_speedup,
+        "predicted_speedup": predicted,
         "uniform_speedup": models["uniform"]["measured_speedup"],
         "uniform_choice": choice.label,
         "child_loss": models["child"]["heldout_loss"],
