@@ -123,7 +123,7 @@ def why_no_interval(own: Mapping[str, Any]) -> str:
         return "one question" if own["questions"] == 1 else "too few questions that differ"
     if own["difference"]["low"] is None:
         return "parent and child differ in no question"
-    if own["child"]["low"] is None:
+    if own["child"]["value"] == 0:
         return "the child is right in no question"
     return "the parent is too close to 0"
 

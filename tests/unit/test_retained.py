@@ -53,6 +53,16 @@ def test_a_child_that_is_right_in_no_question_has_no_interval_either():
     assert right.child.low is None and right.retained.low < 1 / 0.6 < right.retained.high
 
 
+def test_a_child_that_is_right_in_all_is_not_said_to_be_right_in_none():
+    """Some draws have no question that the parent, right in 1 of 8, is right in: that is why there is no interval."""
+    models = {
+        "parent": TaskAnswers({"a": {"acc,none": [1.0] + [0.0] * 7}}, {"a": {}}),
+        "child": TaskAnswers({"a": {"acc,none": [1.0] * 8}}, {"a": {}}),
+    }
+    line = task_lines(compare_tasks({"a": ["a"]}, models, {}, 0, 200, 0.9))[-1]
+    assert "(no interval: the parent is too close to 0)" in line
+
+
 def test_pairs_stay_together():
     """A child that only loses 5 of 100 questions: were the pairs torn apart, the interval would be about three times as wide."""
     parent = answers(100, 60)
